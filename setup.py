@@ -1,0 +1,52 @@
+"""Package definition; lint and test settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
+QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
+
+setup(
+    name="fedasr",
+    version="0.1.0",
+    description="Federated learning of speech recognisers with user-level differential privacy",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fedasr", "fedasr.*", "experiments", "experiments.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8",
+        "chex>=0.1.88",
+        "dp-accounting>=0.6",
+        "flax>=0.12",
+        "importlib_resources>=6.0",  # tensorflow-datasets imports it without declaring it
+        "jax>=0.8",
+        "matplotlib>=3.8",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.25",
+        "rapidfuzz>=3.9",
+        "rich>=13.0",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    extras_require={
+        "speech": SPEECH,
+        "quickstart": QUICKSTART,
+        "cuda": ["jax[cuda12]>=0.8"],
+        "tpu": ["jax[tpu]>=0.8"],
+        "test": [
+            *QUICKSTART,
+            "hypothesis>=6.100",
+            "pytest>=8.0",
+            "pytest-cov>=6.0",
+            "pytest-xdist>=3.5",
+            "ruff>=0.11",
+            "scipy>=1.13",
+        ],
+    },
+)
