@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedasr.errors import UserError
+from fedasr.text import CHARACTERS, CharTokenizer, normalize_text
+
+TOKENIZER = CharTokenizer()
+
+
+@pytest.mark.parametrize(
+    "text, expected, unknown",
+    [
+        ("Hello, World!", "hello world", 0),
+        ("  two \t\n  words\u00a0here ", "two words here", 0),
+        ("Don\u2019t stop; it\u2018s \u02bctis `so", "don't stop it's 'tis 'so", 0),
+        ("well\u2013known e\u2011mail", "well-known e-mail", 0),
+        ("yes — no - maybe --", "yes no maybe", 0),
+        ("Élan naïve façade Ærø Łódź Größe", "elan naive facade aero lodz grosse", 0),
+        ("cafe\u0301", "cafe", 0),
+        ("İstanbul ﬁn", "istanbul fin", 0),
+        ("“quoted” (so) [said] U.S. ¿qué?", "quoted so said us que", 0),
+        ("route 66 & 5%", "route", 5),
+        ("½ x² $9", "x", 4),
+        ("мир世界", "", 5),
+        ("a\u200bb\u00adc\x00d", "abcd", 0),
+        ("smile 🙂 bad\ufffd", "smile bad", 2),
+        ("\ud800", "", 1),
+        ("", "", 0),
+        ("?!...", "", 0),
+    ],
+)
+def test_normalize_text(text, expected, unknown):
+    assert normalize_text(text) == (expected, unknown)
+
+
+@given(st.text(max_size=60))
+@settings(deadline=None, max_examples=300)
+def test_normalised_text_is_in_the_alphabet_and_stable(text):
+    normal, unknown = normalize_text(text)
+    assert set(normal) <= set(CHARACTERS)
+    assert normal == " ".join(normal.split())
+    assert normalize_text(normal) == (normal, 0)
+    assert 0 <= unknown <= len(text)
+    assert TOKENIZER.decode(TOKENIZER.encode(normal)) == normal
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+@settings(deadline=None, max_examples=100)
+def test_unknown_characters_are_counted_one_by_one(a, b):
+    assert normalize_text(a + b)[1] == normalize_text(a)[1] + normalize_text(b)[1]
+
+
+def test_unsupported_language_is_refused():
+    with pytest.raises(UserError, match="'xx'"):
+        normalize_text("text", language="xx")
+
+
+def test_ids_of_the_alphabet():
+    ids = TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz '-")
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(ids, np.arange(1, 30))
+    assert TOKENIZER.blank == 0
+    assert TOKENIZER.vocab_size == 30
+
+
+@given(st.text(CHARACTERS, max_size=40), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_round_trip(text, pad_space):
+    ids = TOKENIZER.encode(text, pad_space=pad_space)
+    assert ids.shape == (len(text) + 2 * pad_space,)
+    assert TOKENIZER.decode(ids) == text.strip()
+    assert TOKENIZER.decode([*ids, 0, 0]) == text.strip()
+
+
+def test_padding_with_spaces():
+    np.testing.assert_array_equal(TOKENIZER.encode("ab", pad_space=True), [27, 1, 2, 27])
+    assert TOKENIZER.encode("").shape == (0,)
+
+
+@pytest.mark.parametrize("text", ["A", "a1", "é", "a\n"])
+def test_encode_refuses_other_characters(text):
+    with pytest.raises(UserError, match="normalize_text"):
+        TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize("ids", [[30], [-1], np.array([3, 31])])
+def test_decode_refuses_other_ids(ids):
+    with pytest.raises(ValueError):
+        TOKENIZER.decode(ids)
