@@ -1,0 +1,62 @@
+"""What the command-line programs share: flags, JSON on stdout, errors in one line."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import flags
+
+from fedasr.errors import UserError
+
+FAILED, MISTAKE, STOPPED = 1, 2, 3  # exit statuses, beside 0 for work done
+
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line of stdout.")
+
+
+def fail(message: object, status: int = MISTAKE) -> int:
+    """Prints a one-line error on stderr; returns the exit status."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    return status
+
+
+def main(program: Callable[[], int | None]) -> None:
+    """Parses the flags, runs `program` and exits: 0 done, 2 a user's mistake, 1 anything else."""
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        rest = flags.FLAGS(sys.argv)
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}: options are given as --name=value")
+        status = program() or 0
+    except (UserError, flags.Error) as error:
+        status = fail(error)
+    except KeyboardInterrupt:
+        status = fail("interrupted", STOPPED)
+    except Exception:
+        traceback.print_exc()
+        status = FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)
+
+
+def show(summary: Mapping[str, Any]) -> None:
+    """Prints the summary on stdout: one line of JSON with --json, else a line for each field."""
+    if JSON.value:
+        print(json.dumps(summary, allow_nan=False))
+        return
+    for key, value in summary.items():
+        print(f"{key}: {value}")
+
+
+def configure_devices() -> None:
+    """On a CPU, one virtual device for each core: client streams beat threads within a step.
+
+    Must run before anything uses a JAX device.
+    """
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
