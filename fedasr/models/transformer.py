@@ -1,0 +1,110 @@
+"""The CTC Transformer encoder of arXiv 2310.00098: pre-layer-norm blocks on a strided front end."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedasr.models import layers
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a CTC Transformer; the defaults are the quickstart's (0.9M parameters).
+
+    kernel, stride: the front end's window and hop in feature frames. dropout: on attention
+    weights, hidden units and residual branches. layer_drop: probability that a training step skips
+    a block, one draw per block and batch, without rescaling. cape_shift: largest global shift of
+    the positions in training, seconds (CAPE, Likhomanenko et al., 2021); 0 for none.
+    frame_seconds: duration of an encoder frame. position_scale: multiplies positions in seconds.
+    dtype: of the compute; parameters are float32.
+    """
+
+    vocab: int = 30
+    features: int = 80
+    dim: int = 128
+    blocks: int = 4
+    heads: int = 4
+    mlp: int = 512
+    kernel: int = 7
+    stride: int = 3
+    dropout: float = 0.0
+    layer_drop: float = 0.0
+    cape_shift: float = 0.0
+    frame_seconds: float = 0.03
+    position_scale: float = 30.0
+    dtype: str = "float32"
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)) (pre-layer-norm)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """x: [b, t, d]; mask: bool [b, t]; keys: [b] or None (no dropout)."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        k = layers.split_keys(keys, 4)
+        attend = layers.SelfAttention(c.heads, c.dropout, dtype, name="attention")
+        h = attend(nn.LayerNorm(1e-5, dtype=dtype, name="attention_norm")(x), mask, k[0])
+        x = x + layers.dropout(h, c.dropout, k[1])
+        feed = layers.FeedForward(c.mlp, c.dropout, dtype, name="mlp")
+        h = feed(nn.LayerNorm(1e-5, dtype=dtype, name="mlp_norm")(x), k[2])
+        return x + layers.dropout(h, c.dropout, k[3])
+
+
+class CTCTransformer(nn.Module):
+    """Log-mel features to per-frame token scores."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, features: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Scores of every token in every encoder frame.
+
+        Args:
+          features: float [b, frames, features], zero beyond `lengths`.
+          lengths: int32 [b], true frames.
+          keys: PRNG keys [b], one per utterance, for dropout, layer drop and position shifts;
+            None for evaluation.
+
+        Returns:
+          Logits float32 [b, ceil(frames / stride), vocab] and their true lengths, int32 [b].
+        """
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        k_input, k_shift, *k_blocks = layers.split_keys(keys, 2 + c.blocks)
+        x = layers.MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
+        x = layers.patches(x, c.kernel, c.stride).astype(dtype)
+        x = nn.Dense(
+            2 * c.dim, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="front_end"
+        )(x)
+        x = jax.nn.glu(x)
+        out_lengths = -(-lengths // c.stride)
+        frames = jnp.arange(x.shape[1])
+        positions = (frames - (out_lengths[:, None] - 1) / 2) * c.frame_seconds
+        if c.cape_shift and k_shift is not None:
+            draw = jax.vmap(
+                lambda k: jax.random.uniform(k, minval=-c.cape_shift, maxval=c.cape_shift)
+            )
+            positions = positions + draw(k_shift)[:, None]
+        x = x + layers.sinusoidal_positions(positions * c.position_scale, c.dim).astype(dtype)
+        x = layers.dropout(x, c.dropout, k_input)
+        mask = frames < out_lengths[:, None]
+        for i, k in enumerate(k_blocks):
+            y = Block(c, name=f"block_{i}")(x, mask, k)
+            if c.layer_drop and k is not None:
+                # The batch's first utterance draws for all: padding utterances come last.
+                keep = jax.random.bernoulli(jax.random.fold_in(k[0], 4), 1.0 - c.layer_drop)
+                y = jnp.where(keep, y, x)
+            x = y
+        x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
+        logits = nn.Dense(
+            c.vocab, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="output"
+        )(x)
+        return logits.astype(jnp.float32), out_lengths
