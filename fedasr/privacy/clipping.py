@@ -1,0 +1,331 @@
+"""Clipping a client's update: per layer, globally, or not at all.
+
+Every rule here is a pure `optax.GradientTransformation` with the state `ClipState`, so a client's
+chain can hold it, `jax.vmap` can batch it over clients, and its diagnostics come out as arrays.
+
+What holds for any input, in float32 arithmetic and for every dtype of the leaves:
+
+* the clipped update's L2 norm (in exact arithmetic) is at most `clip_norm * (1 + 1e-6)`, and each
+  layer's norm at most its own bound times `1 + 1e-6`;
+* an update with a NaN or an infinity anywhere becomes exactly zero and `ClipState.finite` is False;
+* an update within its bounds is returned bit for bit, and clipping twice is clipping once.
+
+A layer is every array of the parameters (as in the per-layer clipping of differentially private
+federated speech recognition, arXiv 2310.00098), or a group of arrays named by a function of their
+path, such as "encoder/block_0/mlp/kernel".
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedasr.errors import UserError
+
+Budget = str | Callable[[tuple[int, ...]], Sequence[float]]
+Layers = Callable[[str], str] | None
+
+# What is clipped is brought this far below its bound. XLA's float32 norm of four million elements
+# errs by up to 2e-7 and rescaling rounds by 1e-7: the bound holds in spite of both, and the norm
+# that is measured when clipping again is below the bound, so nothing changes the second time.
+_MARGIN = 2e-6
+# Squares of magnitudes outside [2^-40, 2^40] could leave float32; they are scaled by 2^±80 first.
+_SAFE = 2.0**40
+_RESCALE = 2.0**80
+_MIN_BOUND, _MAX_BOUND = 1e-30, 1e10
+
+
+class ClipState(NamedTuple):
+    """What the last update looked like before it was clipped (all zeros after `init`).
+
+    norms: float32 [H], L2 norm of each layer before clipping (saturates at the largest float32;
+      zeros for a non-finite update).
+    clipped: bool [H], whether the layer was scaled down; under a global clip all layers agree.
+    finite: bool [], False when the update held a NaN or an infinity and was replaced by zeros.
+    """
+
+    norms: chex.Array
+    clipped: chex.Array
+    finite: chex.Array
+
+
+class _Grouping(NamedTuple):
+    names: tuple[str, ...]  # one per layer, in order of first appearance
+    index: tuple[int, ...]  # layer of each leaf
+    sizes: tuple[int, ...]  # elements of each layer
+
+
+def _grouping(tree: Any, layers: Layers) -> _Grouping:
+    names: dict[str, int] = {}
+    index, sizes = [], []
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    if not leaves:
+        raise UserError("Clipping needs parameters: the tree has no arrays.")
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise UserError(f"Only floating-point updates can be clipped; {path!r} is {dtype}.")
+        name = path if layers is None else str(layers(path))
+        layer = names.setdefault(name, len(names))
+        if layer == len(sizes):
+            sizes.append(0)
+        index.append(layer)
+        sizes[layer] += math.prod(jnp.shape(leaf))
+    return _Grouping(tuple(names), tuple(index), tuple(sizes))
+
+
+def layer_names(params: Any, layers: Layers = None) -> list[str]:
+    """Names of the layers of `params`, in the order of `ClipState.norms`.
+
+    Args:
+      params: any pytree of floating-point arrays.
+      layers: None for one layer per array, or a function from an array's path (keys joined by "/")
+        to the name of its layer.
+    """
+    return list(_grouping(params, layers).names)
+
+
+def layer_bounds(
+    params: Any, clip_norm: float, budget: Budget = "uniform", layers: Layers = None
+) -> np.ndarray:
+    """Per-layer clipping bounds C_h with sum_h C_h^2 = C^2 (arXiv 2310.00098, per-layer clipping).
+
+    Args:
+      params: any pytree of floating-point arrays; only shapes are read.
+      clip_norm: C, the L2 norm that the whole update may have.
+      budget: "uniform" (C_h = C / sqrt(H)), "dim" (C_h = C * sqrt(d_h / sum_i d_i)), or a callable
+        from the layers' sizes d to non-negative weights w, for C_h = C * sqrt(w_h / sum_i w_i).
+      layers: see `layer_names`.
+
+    Returns:
+      float64 [H].
+
+    Raises:
+      UserError: for an unknown budget, unusable weights, or a bound that float32 cannot honour.
+    """
+    _check_clip_norm(clip_norm)
+    return _bounds(_grouping(params, layers), clip_norm, budget)
+
+
+def _check_clip_norm(clip_norm: float) -> None:
+    if not _MIN_BOUND <= clip_norm <= _MAX_BOUND:
+        raise UserError(
+            f"clip_norm must lie in [{_MIN_BOUND:g}, {_MAX_BOUND:g}], not {clip_norm}; "
+            "use no_clip() to leave updates unclipped."
+        )
+
+
+def _check_budget(budget: Budget) -> None:
+    if not (callable(budget) or budget in ("uniform", "dim")):
+        raise UserError(f"budget must be 'uniform', 'dim' or a callable, not {budget!r}.")
+
+
+def _bounds(grouping: _Grouping, clip_norm: float, budget: Budget) -> np.ndarray:
+    _check_budget(budget)
+    sizes = grouping.sizes
+    if callable(budget):
+        weights = np.asarray(budget(sizes), np.float64)
+    else:
+        weights = np.asarray(sizes if budget == "dim" else np.ones(len(sizes)), np.float64)
+    usable = weights.shape == (len(sizes),) and np.all(np.isfinite(weights) & (weights >= 0))
+    if not (usable and weights.sum() > 0):
+        raise UserError(
+            f"budget must give {len(sizes)} non-negative finite weights with a positive sum, "
+            f"one per layer; it gave {weights.tolist()}."
+        )
+    bounds = clip_norm * np.sqrt(weights / weights.sum())
+    if np.any((bounds > 0) & (bounds < _MIN_BOUND)):
+        raise UserError(f"budget leaves a layer a bound below {_MIN_BOUND:g}; give it 0 or more.")
+    return bounds
+
+
+class _Norm(NamedTuple):
+    """A norm as root * scale: float32 holds both parts of what may be too large or small for it."""
+
+    root: chex.Array
+    scale: chex.Array  # exactly 2^-80, 1 or 2^80
+    finite: chex.Array
+
+    def value(self) -> chex.Array:
+        return jnp.minimum(self.root * self.scale, jnp.finfo(jnp.float32).max)
+
+
+# Scalars, one layer at a time: vectors over layers would cost XLA twice the time to compile. The
+# barriers keep it from recomputing scalars for every element that they scale.
+def _layer_norm(leaves: Sequence[chex.Array]) -> _Norm:
+    """L2 norm of several arrays together, free of overflow and of harmful underflow."""
+    leaves = [leaf.astype(jnp.float32) for leaf in leaves]
+    peak = _combine([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves], jnp.max)
+    scale = jnp.where(peak > _SAFE, _RESCALE, jnp.where(peak < 1 / _SAFE, 1 / _RESCALE, 1.0))
+    inverse = jax.lax.optimization_barrier(1 / scale)
+    square = _combine([jnp.sum(jnp.square(leaf * inverse)) for leaf in leaves], jnp.sum)
+    return _Norm(jnp.sqrt(square), scale, jnp.isfinite(peak))
+
+
+def _combine(values: Sequence[chex.Array], reduce: Callable) -> chex.Array:
+    return reduce(jnp.stack(values)) if len(values) > 1 else values[0]
+
+
+def _layer_norms(leaves: Sequence[chex.Array], grouping: _Grouping) -> list[_Norm]:
+    return [
+        _layer_norm([leaf for leaf, i in zip(leaves, grouping.index, strict=True) if i == layer])
+        for layer in range(len(grouping.names))
+    ]
+
+
+def _joint_norm(norms: Sequence[_Norm]) -> _Norm:
+    """The norm of all layers together."""
+    root, layer_scale, finite = (jnp.stack(part) for part in zip(*norms, strict=True))
+    scale = layer_scale.max()
+    return _Norm(jnp.sqrt(jnp.sum(jnp.square(root * (layer_scale / scale)))), scale, finite.all())
+
+
+def _factors(norm: _Norm, length: Any) -> tuple[chex.Array, chex.Array]:
+    """Two factors, applied one after the other, that bring what has `norm` to `length`.
+
+    Their product could leave float32.
+    """
+    return 1 / norm.scale, length / jnp.where(norm.root > 0, norm.root, 1.0)
+
+
+def _cast_toward_zero(x: chex.Array, dtype: Any) -> chex.Array:
+    """Rounds float32 `x` to `dtype` so that no magnitude, and hence no norm, grows."""
+    if dtype == jnp.float32:
+        return x
+    y = x.astype(dtype)
+    grown = jnp.abs(y.astype(jnp.float32)) > jnp.abs(x)
+    return jnp.where(grown, jnp.nextafter(y, jnp.zeros_like(y)), y)
+
+
+def _select(clipped: chex.Array, finite: chex.Array, small: chex.Array, x: chex.Array):
+    """`small` (float32) where clipped, the untouched `x` elsewhere, zeros if not finite."""
+    chosen = jnp.where(clipped, _cast_toward_zero(small, x.dtype), x)
+    return jnp.where(finite, chosen, jnp.zeros_like(x))
+
+
+def _state(norms: Sequence[_Norm], clipped: chex.Array) -> ClipState:
+    finite = jnp.stack([norm.finite for norm in norms]).all()
+    values = jnp.stack([norm.value() for norm in norms])
+    return ClipState(jnp.where(finite, values, 0.0), clipped & finite, finite)
+
+
+def _initial_state(params: Any, layers: Layers) -> ClipState:
+    count = len(_grouping(params, layers).names)
+    return ClipState(jnp.zeros(count, jnp.float32), jnp.zeros(count, bool), jnp.zeros((), bool))
+
+
+def clip_layers(
+    updates: Any, clip_norm: float, budget: Budget = "uniform", layers: Layers = None
+) -> tuple[Any, ClipState]:
+    """Clips every layer h of `updates` to its own bound C_h (see `layer_bounds`).
+
+    Args:
+      updates: any pytree of floating-point arrays.
+      clip_norm, budget, layers: see `layer_bounds`.
+
+    Returns:
+      The clipped updates, of the same shapes and dtypes, and the `ClipState`.
+    """
+    _check_clip_norm(clip_norm)
+    grouping = _grouping(updates, layers)
+    bounds = _bounds(grouping, clip_norm, budget).astype(np.float32)
+    leaves, treedef = jax.tree.flatten(updates)
+    norms = _layer_norms(leaves, grouping)
+    # A bound of zero admits nothing at all, not even what underflows in the norm.
+    clipped = [(n.value() > bound) | (bound == 0) for n, bound in zip(norms, bounds, strict=True)]
+    state = _state(norms, jnp.stack(clipped))
+    factors = [
+        _factors(norm, bound * np.float32(1 - _MARGIN))
+        for norm, bound in zip(norms, bounds, strict=True)
+    ]
+    clipped, factors, finite = jax.lax.optimization_barrier((clipped, factors, state.finite))
+    out = []
+    for leaf, layer in zip(leaves, grouping.index, strict=True):
+        first, second = factors[layer]
+        small = leaf.astype(jnp.float32) * first * second
+        out.append(_select(clipped[layer], finite, small, leaf))
+    return jax.tree.unflatten(treedef, out), state
+
+
+def clip_all(updates: Any, clip_norm: float, layers: Layers = None) -> tuple[Any, ClipState]:
+    """Clips `updates` as one vector to L2 norm `clip_norm`, by `optax.clip_by_global_norm`.
+
+    Around optax are a guard against non-finite updates, and a rescaling of updates whose squares
+    float32 cannot hold: whatever exceeds the bound is clipped to the same result from any length.
+
+    Args:
+      updates: any pytree of floating-point arrays.
+      clip_norm: C, the L2 norm that the whole update may have.
+      layers: see `layer_names`; only the reported norms depend on it.
+
+    Returns:
+      The clipped updates, of the same shapes and dtypes, and the `ClipState`.
+    """
+    _check_clip_norm(clip_norm)
+    grouping = _grouping(updates, layers)
+    leaves, treedef = jax.tree.flatten(updates)
+    norms = _layer_norms(leaves, grouping)
+    norm = _joint_norm(norms)
+    clip = norm.value() > np.float32(clip_norm)
+    state = _state(norms, jnp.full(len(norms), clip))
+
+    # Long or short beyond float32's squares: bring the norm to 2^40, above any bound there is.
+    first, second = _factors(norm, _SAFE)
+    factors = first, jnp.where(norm.scale == 1, 1.0, second)
+    # An infinite bound leaves alone what is within ours, so that optax's own rounding of the
+    # norm cannot clip a second time what was clipped once.
+    max_norm = jnp.where(clip, np.float32(clip_norm * (1 - _MARGIN)), jnp.inf)
+    (first, second), clip, finite = jax.lax.optimization_barrier((factors, clip, state.finite))
+    scaled = [leaf.astype(jnp.float32) * first * second for leaf in leaves]
+    small, _ = optax.clip_by_global_norm(max_norm).update(scaled, optax.EmptyState())
+    out = [_select(clip, finite, new, leaf) for new, leaf in zip(small, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, out), state
+
+
+def guard_finite(updates: Any, layers: Layers = None) -> tuple[Any, ClipState]:
+    """Zeros instead of an update that holds a NaN or an infinity; anything else is untouched."""
+    grouping = _grouping(updates, layers)
+    norms = _layer_norms(jax.tree.leaves(updates), grouping)
+    state = _state(norms, jnp.zeros(len(grouping.names), bool))
+    return jax.tree.map(lambda x: jnp.where(state.finite, x, jnp.zeros_like(x)), updates), state
+
+
+def _stateful(rule: Callable[[Any], tuple[Any, ClipState]], layers: Layers):
+    def update(updates, state, params=None):
+        del state, params
+        return rule(updates)
+
+    return optax.GradientTransformation(lambda params: _initial_state(params, layers), update)
+
+
+def clip_by_layer(
+    clip_norm: float, budget: Budget = "uniform", *, layers: Layers = None
+) -> optax.GradientTransformation:
+    """Per-layer clipping (`clip_layers`) as an optax transformation with state `ClipState`.
+
+    The whole update's L2 norm, hence the sensitivity to one user, is at most `clip_norm`.
+
+    Raises:
+      UserError: at once for an unusable clip_norm or budget name; on the first parameters for a
+        budget callable whose weights do not fit them.
+    """
+    _check_clip_norm(clip_norm)
+    _check_budget(budget)
+    return _stateful(lambda updates: clip_layers(updates, clip_norm, budget, layers), layers)
+
+
+def clip_global(clip_norm: float, *, layers: Layers = None) -> optax.GradientTransformation:
+    """Clipping of the whole update as one vector (`clip_all`), with state `ClipState`."""
+    _check_clip_norm(clip_norm)
+    return _stateful(lambda updates: clip_all(updates, clip_norm, layers), layers)
+
+
+def no_clip(*, layers: Layers = None) -> optax.GradientTransformation:
+    """Only the guard against non-finite updates (`guard_finite`), with state `ClipState`."""
+    return _stateful(lambda updates: guard_finite(updates, layers), layers)
