@@ -1,0 +1,374 @@
+"""From users to device-ready chunks: local batches, length buckets, padding, prefetch.
+
+Everything here is a pure function of (seed, round, user), so that a resumed run sees the same data.
+A user's arrays are padded along axis 0 to the shape of a *bucket*; one bucket and one number of
+steps make one compiled program.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedasr.data.corpus import Corpus, Example
+from fedasr.errors import UserError
+
+Bucket = Mapping[str, int]  # the padded length of axis 0 of every ragged array
+_ORDER_TAG = 0x0B47C4  # separates the order of examples from the other uses of a run's seed
+
+
+class Chunk(NamedTuple):
+    """Clients that are trained side by side; the leading axis is the client.
+
+    batches: {name: [clients, steps, batch, ...]}, with "<name>_length" int32
+      [clients, steps, batch] for every ragged array, and "mask" bool, False for padding.
+    num_steps: int32 [clients], how many of the steps are real; 0 for an empty slot.
+    user: int32 [clients], the user's index in the corpus. weight: float32 [clients], 0 if empty.
+    """
+
+    batches: Mapping[str, Any]
+    num_steps: Any
+    user: Any
+    weight: Any
+
+
+class Padding(NamedTuple):
+    """How much of the work was real: `real` and `computed` count elements of axis 0 (frames)."""
+
+    real: int
+    computed: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the computed elements that is padding."""
+        return 1.0 - self.real / self.computed if self.computed else 0.0
+
+    def __add__(self, other: "Padding") -> "Padding":  # type: ignore[override]
+        return Padding(self.real + other.real, self.computed + other.computed)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-int(value) // multiple) * multiple
+
+
+def make_buckets(
+    corpora: Sequence[Corpus], count: int = 1, multiples: Mapping[str, int] | None = None
+) -> tuple[dict[str, int], ...]:
+    """Bucket shapes at evenly spaced quantiles of the examples' lengths.
+
+    Args:
+      corpora: their examples must all fit in the last bucket.
+      count: at most this many buckets.
+      multiples: {ragged array: its padded lengths are multiples of this}, default 8. The first
+        array named (default: the one with the longest example) orders the examples.
+
+    Returns:
+      Buckets in ascending order; () where nothing is ragged.
+    """
+    lengths: dict[str, list[np.ndarray]] = {}
+    for corpus in corpora:
+        for user in range(len(corpus.users)):
+            for name, values in corpus.lengths(user).items():
+                lengths.setdefault(name, []).append(values)
+    if not lengths:
+        return ()
+    joined = {name: np.concatenate(values) for name, values in lengths.items()}
+    multiples = dict(multiples or {})
+    unknown = set(multiples) - set(joined)
+    if unknown:
+        raise UserError(f"no ragged array {sorted(unknown)}: the corpus has {sorted(joined)}")
+    lead = next(iter(multiples), max(joined, key=lambda name: int(joined[name].max())))
+    order = np.argsort(joined[lead], kind="stable")
+    buckets = []
+    for i in range(1, count + 1):
+        inside = order[: max(1, round(len(order) * i / count))]
+        bucket = {
+            name: round_up(max(int(values[inside].max()), 1), multiples.get(name, 8))
+            for name, values in joined.items()
+        }
+        if not buckets or bucket != buckets[-1]:
+            buckets.append(bucket)
+    return tuple(buckets)
+
+
+def fitting_bucket(buckets: Sequence[Bucket], lengths: Mapping[str, int]) -> int:
+    """Index of the first bucket that holds arrays of these lengths.
+
+    Raises:
+      UserError: when none does.
+    """
+    for index, bucket in enumerate(buckets):
+        if all(lengths[name] <= size for name, size in bucket.items()):
+            return index
+    raise UserError(f"an example of lengths {dict(lengths)} fits in none of the buckets {buckets}")
+
+
+@dataclass(frozen=True)
+class LocalBatches:
+    """How a client cuts its examples into batches in one round; set one of steps and epochs.
+
+    batch_size: examples per batch.
+    steps: so many batches, from as many passes over shuffled data as that takes; batches are full
+      unless the user has fewer examples than that.
+    epochs: so many passes; each pass ends with a smaller batch where the size does not divide.
+    max_steps: with epochs, a limit to the number of batches.
+    """
+
+    batch_size: int
+    steps: int | None = None
+    epochs: int | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError("set exactly one of the client's steps and epochs")
+        counts = (self.batch_size, self.steps, self.epochs, self.max_steps)
+        if any(count is not None and count < 1 for count in counts):
+            raise UserError("the client's batch size, steps and epochs must be at least 1")
+
+    def plan(self, size: int, seed: int, round: int, user: int) -> list[np.ndarray]:
+        """Indices of the examples in each batch: a pure function of the arguments."""
+        rng = np.random.default_rng(np.random.SeedSequence([_ORDER_TAG, seed, round, user]))
+        if self.steps is not None:
+            batch = min(self.batch_size, size)
+            passes = -(-self.steps * batch // size)
+            stream = np.concatenate([rng.permutation(size) for _ in range(passes)])
+            return list(stream[: self.steps * batch].reshape(self.steps, batch))
+        batches = []
+        for _ in range(self.epochs or 0):
+            order = rng.permutation(size)
+            batches += [order[i : i + self.batch_size] for i in range(0, size, self.batch_size)]
+        return batches[: self.max_steps]
+
+
+class _Client(NamedTuple):
+    user: int
+    bucket: int
+    plan: list[np.ndarray]
+
+
+class ClientBatcher:
+    """Turns a cohort into chunks of equal shape, the clients with the most work first.
+
+    Args:
+      corpus: where the examples are.
+      local: how a client's examples become batches.
+      buckets: from `make_buckets`.
+      chunk_size: clients per chunk over all devices.
+      seed: of the order of examples.
+      keep: names of the arrays that the loss needs; default all.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        local: LocalBatches,
+        buckets: Sequence[Bucket],
+        chunk_size: int,
+        seed: int,
+        keep: Sequence[str] | None = None,
+    ) -> None:
+        if chunk_size < 1:
+            raise UserError(f"chunk must be at least 1 (got {chunk_size})")
+        self._corpus, self._local, self._buckets = corpus, local, tuple(buckets)
+        self._chunk_size, self._seed, self._keep = chunk_size, seed, keep
+
+    def _client(self, user: int, round: int) -> _Client:
+        plan = self._local.plan(int(self._corpus.sizes[user]), self._seed, round, user)
+        lengths = self._corpus.lengths(user)
+        used = np.concatenate(plan)
+        longest = {name: int(values[used].max()) for name, values in lengths.items()}
+        return _Client(user, fitting_bucket(self._buckets, longest) if longest else 0, plan)
+
+    def _step_slots(self, steps: int) -> int:
+        """Rounded up to a power of two where users differ, so that few shapes are compiled."""
+        if self._local.steps is not None:
+            return self._local.steps
+        return 1 << (steps - 1).bit_length()
+
+    def chunks(self, users: Iterable[int], round: int) -> Iterator[tuple[Chunk, Padding]]:
+        """Reads and pads the data of a round's cohort, chunk by chunk (numpy arrays)."""
+        clients = [self._client(int(user), round) for user in users]
+        clients.sort(key=lambda c: (-c.bucket, -len(c.plan), c.user))
+        for start in range(0, len(clients), self._chunk_size):
+            yield self._build(clients[start : start + self._chunk_size])
+
+    def _build(self, clients: list[_Client]) -> tuple[Chunk, Padding]:
+        slots = self._chunk_size
+        bucket = self._buckets[max(c.bucket for c in clients)] if self._buckets else {}
+        steps = self._step_slots(max(len(c.plan) for c in clients))
+        batches: dict[str, np.ndarray] = {}
+        shape = (slots, steps, self._local.batch_size)
+        real = 0
+        for position, client in enumerate(clients):
+            wanted, where = np.unique(np.concatenate(client.plan), return_inverse=True)
+            examples = self._corpus.get(client.user, wanted.tolist())
+            ends = np.cumsum([len(batch) for batch in client.plan])
+            for step, inverse in enumerate(np.split(where, ends[:-1])):
+                for slot, example in enumerate(inverse):
+                    real += place(
+                        batches,
+                        (position, step, slot),
+                        shape,
+                        examples[example],
+                        bucket,
+                        self._keep,
+                    )
+        num_steps = np.zeros(slots, np.int32)
+        num_steps[: len(clients)] = [len(c.plan) for c in clients]
+        user = np.zeros(slots, np.int32)
+        user[: len(clients)] = [c.user for c in clients]
+        weight = (num_steps > 0).astype(np.float32)
+        unit = next(iter(bucket.values()), 1)
+        computed = slots * int(num_steps.max()) * self._local.batch_size * unit
+        return Chunk(batches, num_steps, user, weight), Padding(real, computed)
+
+
+def place(
+    batches: dict[str, np.ndarray],
+    position: tuple[int, ...],
+    shape: tuple[int, ...],
+    example: Example,
+    bucket: Bucket,
+    keep: Sequence[str] | None = None,
+) -> int:
+    """Writes one example into zero-padded arrays of leading `shape`, making them when missing.
+
+    Returns:
+      The example's length along axis 0 of the first array of `bucket` (1 without buckets).
+    """
+    for name, value in example.items():
+        if keep is not None and name not in keep:
+            continue
+        value = np.asarray(value)
+        tail = (bucket[name], *value.shape[1:]) if name in bucket else value.shape
+        if name not in batches:
+            batches[name] = np.zeros((*shape, *tail), value.dtype)
+        if name in bucket:
+            lengths = batches.setdefault(f"{name}_length", np.zeros(shape, np.int32))
+            lengths[position] = len(value)
+            batches[name][(*position, slice(len(value)))] = value
+        else:
+            batches[name][position] = value
+    batches.setdefault("mask", np.zeros(shape, np.bool_))[position] = True
+    return len(example[next(iter(bucket))]) if bucket else 1
+
+
+def eval_batches(
+    corpus: Corpus,
+    buckets: Sequence[Bucket],
+    batch_size: int,
+    keep: Sequence[str] | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every example of a corpus once, each bucket's in batches of equal shape (see "mask")."""
+    groups: list[list[tuple[int, int]]] = [[] for _ in range(max(len(buckets), 1))]
+    for user in range(len(corpus.users)):
+        lengths = corpus.lengths(user)
+        for index in range(int(corpus.sizes[user])):
+            own = {name: int(values[index]) for name, values in lengths.items()}
+            groups[fitting_bucket(buckets, own) if own else 0].append((user, index))
+    for bucket, group in zip(buckets or ({},), groups, strict=True):
+        for start in range(0, len(group), batch_size):
+            batches: dict[str, np.ndarray] = {}
+            for slot, (user, index) in enumerate(group[start : start + batch_size]):
+                example = corpus.get(user, [index])[0]
+                place(batches, (slot,), (batch_size,), example, bucket, keep)
+            yield batches
+
+
+def pooled_batch(
+    corpus: Corpus,
+    buckets: Sequence[Bucket],
+    batch_size: int,
+    seed: int,
+    step: int,
+    keep: Sequence[str] | None = None,
+    slots: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Batch number `step` of shuffled passes over all users' examples, for central training.
+
+    The batch is padded to the smallest bucket that holds it, and with masked examples to `slots`
+    (default `batch_size`). A pure function of (seed, step).
+    """
+    ends = np.cumsum(corpus.sizes)
+    total = int(ends[-1])
+    batch = min(batch_size, total)
+    per_pass = total // batch
+    rng = np.random.default_rng(np.random.SeedSequence([_ORDER_TAG, seed, step // per_pass]))
+    first = (step % per_pass) * batch
+    picked = rng.permutation(total)[first : first + batch]
+    owners = np.searchsorted(ends, picked, side="right")
+    places = [
+        (int(user), int(index - (ends[user - 1] if user else 0)))
+        for user, index in zip(owners, picked, strict=True)
+    ]
+    need = [
+        fitting_bucket(buckets, {n: int(v[i]) for n, v in corpus.lengths(u).items()})
+        for u, i in places
+        if buckets
+    ]
+    bucket = buckets[max(need)] if need else {}
+    batches: dict[str, np.ndarray] = {}
+    for slot, (user, index) in enumerate(places):
+        place(batches, (slot,), (slots or batch_size,), corpus.get(user, [index])[0], bucket, keep)
+    return batches
+
+
+class Prefetcher:
+    """Runs an iterator in a background thread, a few items ahead; use it as a context manager.
+
+    Args:
+      items: its `__next__` runs in the thread; an exception there is raised here, in its place.
+      depth: how many finished items may wait.
+      transfer: applied to each item in the thread, such as `jax.device_put`.
+    """
+
+    _END = object()
+
+    def __init__(
+        self,
+        items: Iterable[Any],
+        depth: int = 2,
+        transfer: Callable[[Any], Any] = lambda item: item,
+    ) -> None:
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(items, transfer), daemon=True)
+        self._thread.start()
+
+    def _put(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _work(self, items: Iterable[Any], transfer: Callable[[Any], Any]) -> None:
+        try:
+            for item in items:
+                self._put((transfer(item), None))
+                if self._stop.is_set():
+                    return
+            self._put((self._END, None))
+        except BaseException as error:
+            self._put((None, error))
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            item, error = self._queue.get()
+            if error is not None:
+                raise error
+            if item is self._END:
+                return
+            yield item

@@ -1,0 +1,111 @@
+"""What one simulated device does in a round: a few optimiser steps on its own data.
+
+A *client update* is a pure function of one client,
+
+    delta, metrics = update(params, batches, num_steps, key, max_steps)
+
+and `fedasr.federated.cohort` maps it over many. Write your own with this signature to change the
+local algorithm.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+# loss(params, batch, key) -> (mean loss over the valid examples, {name: scalar to be summed})
+Loss = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
+
+
+class ClientMetrics(NamedTuple):
+    """Scalars that one client reports (a luxury of simulation: no noise covers them).
+
+    loss: float32, mean over the client's steps. aux: the loss's own scalars, summed over steps.
+    """
+
+    loss: jax.Array
+    aux: Mapping[str, jax.Array]
+
+
+class ClientUpdate(Protocol):
+    """Signature of a client's local training."""
+
+    def __call__(
+        self,
+        params: Params,
+        batches: Batch,
+        num_steps: jax.Array,
+        key: jax.Array,
+        max_steps: jax.Array | int | None = None,
+    ) -> tuple[Params, ClientMetrics]:
+        """Train on one client's batches.
+
+        Args:
+          params: the server's parameters theta.
+          batches: named arrays [steps, batch, ...]; those from `num_steps` on are padding.
+          num_steps: int32 scalar, how many of the batches are real; 0 for an empty slot.
+          key: the client's own key of this round.
+          max_steps: bound of the loop, >= num_steps. Clients that are vmapped together share the
+            largest of theirs, so that the loop's condition stays a scalar. Default: num_steps.
+
+        Returns:
+          `delta = theta - theta_local`, old minus new so that it acts as a gradient on the
+          server, in the parameters' dtypes (exactly zero for an empty slot), and metrics.
+        """
+
+
+def local_training(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    grad_clip: float | None = 1.0,
+    proximal: float = 0.0,
+) -> ClientUpdate:
+    """Local minibatch training with any optax optimiser, started afresh every round.
+
+    With `optax.sgd` this is the local training of FedAvg (McMahan et al., 2017, Algorithm 1); with
+    a single step of `optax.sgd(1.0)` the delta is the client's clipped gradient, that is FedSGD.
+
+    Args:
+      loss: see `Loss`.
+      optimizer: applied after the gradient clip.
+      grad_clip: each minibatch gradient's largest global L2 norm (C_loc of arXiv 2310.00098), or
+        None.
+      proximal: FedProx's mu (Li et al., 2020): adds mu/2 ||theta_local - theta||^2 to the loss.
+    """
+    if grad_clip is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), optimizer)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def update(params, batches, num_steps, key, max_steps=None):
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
+        aux_shape = jax.eval_shape(loss, params, first, key)[1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux_shape)
+
+        def step(i, carry):
+            local, opt_state, loss_sum, aux_sum = carry
+            batch = jax.tree.map(lambda x: x[i], batches)
+            (value, aux), grads = value_and_grad(local, batch, jax.random.fold_in(key, i))
+            if proximal:
+                grads = jax.tree.map(lambda g, a, b: g + proximal * (a - b), grads, local, params)
+            updates, new_opt_state = optimizer.update(grads, opt_state, local)
+            new = (
+                optax.apply_updates(local, updates),
+                new_opt_state,
+                loss_sum + value.astype(jnp.float32),
+                jax.tree.map(jnp.add, aux_sum, aux),
+            )
+            active = i < num_steps
+            return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, carry)
+
+        start = (params, optimizer.init(params), jnp.float32(0), zeros)
+        bound = num_steps if max_steps is None else max_steps
+        local, _, loss_sum, aux = jax.lax.fori_loop(0, bound, step, start)
+        delta = jax.tree.map(jnp.subtract, params, local)
+        return delta, ClientMetrics(loss_sum / jnp.maximum(num_steps, 1), aux)
+
+    return update

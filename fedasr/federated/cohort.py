@@ -1,0 +1,150 @@
+"""The cohort's sum: clients vmapped within a chunk, chunks streamed, devices side by side.
+
+The result is the same, up to the order of float additions, whatever the chunk size, the number of
+devices, the order of the clients and the padding: a client's randomness comes from (round key,
+user) alone and empty slots add exact zeros.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedasr.data.batching import Chunk
+from fedasr.federated.client import ClientUpdate, Params
+
+AXIS = "clients"
+
+
+class CohortSum(NamedTuple):
+    """Sums over the clients of a round; the leaves of an accumulator have a leading device axis.
+
+    delta: weighted sum of the clipped client updates, float32, shaped like the parameters.
+    clients, steps, invalid: int32 scalars: clients that took part, their optimiser steps, and the
+      clients whose update was not finite (they contribute zero to `delta`).
+    loss: float32, sum over valid clients of their mean training loss.
+    norms, clipped: float32 [layers], sums over valid clients of the update norm before clipping
+      and of the indicator that it was clipped.
+    aux: sums of the loss's own scalars over all the steps of valid clients.
+    """
+
+    delta: Params
+    clients: jax.Array
+    steps: jax.Array
+    invalid: jax.Array
+    loss: jax.Array
+    norms: jax.Array
+    clipped: jax.Array
+    aux: Any
+
+
+def client_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A one-dimensional mesh over `devices` (default: all local ones), along the client axis."""
+    return Mesh(np.asarray(devices if devices is not None else jax.local_devices()), (AXIS,))
+
+
+def client_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays whose first axis is the clients of a chunk."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays that every device holds whole, such as the parameters."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+class Cohort(NamedTuple):
+    """The jitted parts of a cohort's sum.
+
+    zeros(params, chunk) -> accumulator; add(accumulator, params, chunk, round_key) -> accumulator
+    (the accumulator is donated; one compilation per shape of chunk); total(accumulator) ->
+    CohortSum without the device axis.
+    """
+
+    zeros: Callable[[Params, Chunk], CohortSum]
+    add: Callable[[CohortSum, Params, Chunk, jax.Array], CohortSum]
+    total: Callable[[CohortSum], CohortSum]
+
+
+def make_cohort(
+    client_update: ClientUpdate, clip: optax.GradientTransformation, mesh: Mesh
+) -> Cohort:
+    """Builds the cohort's sum from a client update and the client-side clipping.
+
+    Args:
+      client_update: see `fedasr.federated.client.ClientUpdate`.
+      clip: its state after an update has the fields `norms` [layers], `clipped` [layers] and
+        `finite` (see `fedasr.privacy.clipping.ClipState`).
+      mesh: from `client_mesh`; a chunk's client axis must be a multiple of its size.
+    """
+
+    def one_client(params, batches, num_steps, weight, user, round_key, max_steps):
+        key = jax.random.fold_in(round_key, user)
+        delta, metrics = client_update(params, batches, num_steps, key, max_steps)
+        delta, stats = clip.update(delta, clip.init(params))
+        present = num_steps > 0
+        valid = present & stats.finite
+
+        def where_valid(x):
+            return jnp.where(valid, x, jnp.zeros_like(x))
+
+        return CohortSum(
+            delta=jax.tree.map(lambda d: where_valid(d.astype(jnp.float32) * weight), delta),
+            clients=present.astype(jnp.int32),
+            steps=num_steps,
+            invalid=(present & ~stats.finite).astype(jnp.int32),
+            loss=where_valid(metrics.loss),
+            norms=where_valid(stats.norms),
+            clipped=where_valid(stats.clipped.astype(jnp.float32)),
+            aux=jax.tree.map(where_valid, metrics.aux),
+        )
+
+    def one_device(accumulator, params, chunk, round_key):
+        most = jnp.max(chunk.num_steps)
+        args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user)
+        if chunk.num_steps.shape[0] == 1:
+            # A vmap of one would still turn every matrix product into a batched one.
+            sums = one_client(params, *jax.tree.map(lambda x: x[0], args), round_key, most)
+        else:
+            mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, None, None))
+            sums = mapped(params, *args, round_key, most)
+            sums = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
+        return jax.tree.map(lambda a, s: a + s[None], accumulator, sums)
+
+    clients, whole = PartitionSpec(AXIS), PartitionSpec()
+    # check_vma=False: a user's loss may hold loops whose carry it would want annotated.
+    sharded = jax.shard_map(
+        one_device,
+        mesh=mesh,
+        in_specs=(clients, whole, clients, whole),
+        out_specs=clients,
+        check_vma=False,
+    )
+
+    def zeros(params, chunk):
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk)
+        shapes = jax.eval_shape(
+            one_client,
+            params,
+            first.batches,
+            first.num_steps,
+            first.weight,
+            first.user,
+            jax.random.key(0),
+            1,
+        )
+        return jax.tree.map(lambda s: jnp.zeros((mesh.size, *s.shape), s.dtype), shapes)
+
+    return Cohort(
+        zeros=jax.jit(zeros, out_shardings=client_sharding(mesh)),
+        # The accumulator must come out as `zeros` made it, or its second use compiles again.
+        add=jax.jit(sharded, donate_argnums=0, out_shardings=client_sharding(mesh)),
+        total=jax.jit(
+            lambda acc: jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), acc),
+            out_shardings=replicated(mesh),
+        ),
+    )

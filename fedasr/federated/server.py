@@ -1,0 +1,79 @@
+"""The server: one optax chain turns the cohort's sum into new parameters.
+
+    sum -> /expected cohort -> + Gaussian noise -> LAMB, Adam, SGD, ... -> parameters
+
+The first two belong to `fedasr.privacy.mechanism.Mechanism.server_transform`; the last is any
+optax optimiser. The chain's state, noise counter included, is part of a checkpoint.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedasr.errors import UserError
+from fedasr.federated.client import Params
+
+SERVER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adagrad": optax.adagrad,
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "lamb": optax.lamb,
+    "lars": optax.lars,
+    "sgd": optax.sgd,
+    "yogi": optax.yogi,
+}
+
+
+class ServerState(NamedTuple):
+    """params: the model. opt_state: the chain's. round: int32, rounds done."""
+
+    params: Params
+    opt_state: optax.OptState
+    round: jax.Array
+
+
+def constant_then_exponential(
+    value: float, decay_start: int, decay_rounds: int, decay_rate: float = 0.6
+) -> optax.Schedule:
+    """`value` until round t0 = `decay_start`, then value * decay_rate^((t - t0) / decay_rounds).
+
+    The server's schedule in arXiv 2310.00098, whose decay rate is 0.6.
+    """
+
+    def schedule(count):
+        late = jnp.maximum(count - decay_start, 0)
+        return value * decay_rate ** (late / decay_rounds)
+
+    return schedule
+
+
+def make_optimizer(
+    name: str, learning_rate: float | optax.Schedule, **options: float
+) -> optax.GradientTransformation:
+    """An optax optimiser by name (see `SERVER_OPTIMIZERS`), with optax's own options.
+
+    Raises:
+      UserError: for an unknown name or option.
+    """
+    if name not in SERVER_OPTIMIZERS:
+        raise UserError(f"unknown optimizer {name!r}: choose one of {sorted(SERVER_OPTIMIZERS)}")
+    try:
+        return SERVER_OPTIMIZERS[name](learning_rate, **options)
+    except TypeError as error:
+        raise UserError(f"optimizer {name!r} does not take these options: {error}") from error
+
+
+def init_server(params: Params, chain: optax.GradientTransformation) -> ServerState:
+    """The state before the first round."""
+    return ServerState(params, chain.init(params), jnp.int32(0))
+
+
+def server_step(
+    state: ServerState, total: Params, chain: optax.GradientTransformation
+) -> ServerState:
+    """One server update from the cohort's sum of client deltas (old minus new, so a gradient)."""
+    updates, opt_state = chain.update(total, state.opt_state, state.params)
+    return ServerState(optax.apply_updates(state.params, updates), opt_state, state.round + 1)

@@ -1,0 +1,200 @@
+"""One round of federated training, left to right, for any model and any corpus.
+
+sampler -> batches -> vmap(client) -> clip -> sum -> /expected size -> noise -> server optimiser
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedasr.data.batching import (
+    Bucket,
+    ClientBatcher,
+    LocalBatches,
+    Padding,
+    Prefetcher,
+    make_buckets,
+)
+from fedasr.data.corpus import Corpus
+from fedasr.errors import UserError
+from fedasr.federated.client import ClientUpdate, Params
+from fedasr.federated.cohort import CohortSum, client_mesh, client_sharding, make_cohort, replicated
+from fedasr.federated.server import ServerState, init_server, server_step
+from fedasr.privacy.mechanism import Mechanism
+
+# Streams of the root key: what is drawn for clients and for the noise never meets.
+CLIENT_STREAM, NOISE_STREAM = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundMetrics:
+    """What a round reports.
+
+    round: counted from 1. loss: mean over valid clients of their mean training loss. clients,
+    steps, invalid: clients that took part, their optimiser steps, clients whose update was not
+    finite. norms, clipped: [layers], mean update norm before clipping, share of clients clipped.
+    aux: sums of the loss's scalars. padding: see `Padding`. seconds: wall time of the round;
+    waiting: its part spent waiting for data.
+    """
+
+    round: int
+    loss: float
+    clients: int
+    steps: int
+    invalid: int
+    norms: np.ndarray
+    clipped: np.ndarray
+    aux: dict[str, Any]
+    padding: Padding
+    seconds: float
+    waiting: float
+
+
+class Simulation:
+    """Federated learning of any model on simulated devices.
+
+    Args:
+      corpus: users and their examples.
+      mechanism: sampler, clipping and noise; the one place that states the privacy.
+      client_update: local training, such as `local_training(loss, optax.sgd(0.1))`.
+      server_optimizer: any optax transformation; it sees the noisy mean of client deltas.
+      local: how a client's examples become batches.
+      seed: of everything random, with (round, user).
+      chunk: clients vmapped together on a device; 0 for the whole cohort. On a CPU 1 is fastest.
+      buckets: padded shapes (default: one that holds everything).
+      devices: default all local devices; each works on a part of every chunk.
+      keep: names of the example arrays that the loss needs (default all).
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        mechanism: Mechanism,
+        client_update: ClientUpdate,
+        server_optimizer: optax.GradientTransformation,
+        local: LocalBatches,
+        *,
+        seed: int = 0,
+        chunk: int = 1,
+        buckets: Sequence[Bucket] | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        keep: Sequence[str] | None = None,
+    ) -> None:
+        if mechanism.sampler.population != len(corpus.users):
+            raise UserError(
+                f"the sampler draws from {mechanism.sampler.population} users, "
+                f"the corpus has {len(corpus.users)}"
+            )
+        self.mechanism = mechanism
+        self.mesh = client_mesh(devices)
+        per_device = chunk or -(-mechanism.sampler.slots // self.mesh.size)
+        self.chunk = per_device
+        self._batcher = ClientBatcher(
+            corpus,
+            local,
+            make_buckets([corpus]) if buckets is None else buckets,
+            per_device * self.mesh.size,
+            seed,
+            keep,
+        )
+        root = jax.random.key(seed)
+        self._client_root = jax.random.fold_in(root, CLIENT_STREAM)
+        self._cohort = make_cohort(client_update, mechanism.client_transform(), self.mesh)
+        noise_key = jax.random.fold_in(root, NOISE_STREAM)
+        self._chain = optax.chain(mechanism.server_transform(noise_key), server_optimizer)
+        self._step = jax.jit(functools.partial(server_step, chain=self._chain))
+        self._round_key = jax.jit(jax.random.fold_in)
+
+    def init(self, params: Params) -> ServerState:
+        """The state before the first round, on every device."""
+        return self.place(init_server(params, self._chain))
+
+    def place(self, state: ServerState) -> ServerState:
+        """Puts a state, such as a restored one, on every device."""
+        return jax.device_put(state, replicated(self.mesh))
+
+    def _items(self, first: int, last: int) -> Iterator[tuple[Any, Padding, bool]]:
+        """Chunks of the rounds first..last-1, each round ended by (None, padding, True)."""
+        for round in range(first, last):
+            total = Padding(0, 0)
+            users = self.mechanism.sampler.cohort(round)
+            for chunk, padding in self._batcher.chunks(users, round):
+                total += padding
+                yield chunk, padding, False
+            yield None, total, True
+
+    def _transfer(self, item: tuple[Any, Padding, bool]) -> tuple[Any, Padding, bool]:
+        chunk, padding, last = item
+        return jax.device_put(chunk, client_sharding(self.mesh)), padding, last
+
+    def run(self, state: ServerState, rounds: int) -> Iterator[tuple[ServerState, RoundMetrics]]:
+        """Trains, yielding the state and metrics after each of `rounds` more rounds.
+
+        The next chunks are read and transferred by a thread while the devices compute.
+        """
+        first = int(state.round)
+        items = self._items(first, first + rounds)
+        with Prefetcher(items, transfer=self._transfer) as prefetched:
+            round, sums = first, None
+            began, waiting = time.perf_counter(), 0.0
+            stream = iter(prefetched)
+            while round < first + rounds:
+                asked = time.perf_counter()
+                chunk, padding, last = next(stream)
+                waiting += time.perf_counter() - asked
+                if not last:
+                    key = self._round_key(self._client_root, round)
+                    if sums is None:
+                        sums = self._cohort.zeros(state.params, chunk)
+                    sums = self._cohort.add(sums, state.params, chunk, key)
+                    continue
+                # A Poisson round may be empty: the server still adds its noise and steps.
+                total = self._cohort.total(sums) if sums is not None else None
+                state = self._step(state, self._delta(state, total))
+                jax.block_until_ready(state.params)
+                seconds = time.perf_counter() - began
+                yield state, _metrics(round + 1, total, padding, seconds, waiting)
+                round, sums = round + 1, None
+                began, waiting = time.perf_counter(), 0.0  # the caller's time is not the round's
+
+    def _delta(self, state: ServerState, total: CohortSum | None) -> Params:
+        if total is not None:
+            return total.delta
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        return jax.device_put(zeros, replicated(self.mesh))
+
+    def compilations(self) -> int:
+        """Compiled shapes of the cohort's sum so far: one for each shape of chunk."""
+        return self._cohort.add._cache_size()
+
+
+def _metrics(
+    round: int, total: CohortSum | None, padding: Padding, seconds: float, waiting: float
+) -> RoundMetrics:
+    if total is None:
+        empty = np.zeros(0, np.float32)
+        return RoundMetrics(
+            round, float("nan"), 0, 0, 0, empty, empty, {}, padding, seconds, waiting
+        )
+    host = jax.device_get(total._replace(delta=None))
+    valid = max(int(host.clients - host.invalid), 1)
+    return RoundMetrics(
+        round=round,
+        loss=float(host.loss) / valid if host.clients > host.invalid else float("nan"),
+        clients=int(host.clients),
+        steps=int(host.steps),
+        invalid=int(host.invalid),
+        norms=host.norms / valid,
+        clipped=host.clipped / valid,
+        aux=jax.tree.map(lambda x: x.item(), host.aux),
+        padding=padding,
+        seconds=seconds,
+        waiting=waiting,
+    )
