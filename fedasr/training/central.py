@@ -1,0 +1,93 @@
+"""Ordinary training on pooled data: seeds for federated training, and central baselines."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+import optax
+
+from fedasr.data.batching import Bucket, Prefetcher, pooled_batch
+from fedasr.data.corpus import Corpus
+from fedasr.federated.client import Loss, Params
+from fedasr.federated.cohort import client_mesh, client_sharding, replicated
+from fedasr.federated.server import ServerState, init_server, server_step
+
+CENTRAL_STREAM = 2  # beside the federated streams of `fedasr.federated.simulation`
+
+
+class CentralTraining:
+    """Minibatch training with the users forgotten; the devices share each batch.
+
+    Args:
+      corpus: its examples are shuffled over all users, pass by pass.
+      loss: see `fedasr.federated.client.Loss`.
+      optimizer: any optax transformation.
+      batch_size: examples per step over all devices.
+      seed, buckets, devices, keep: as for `fedasr.federated.simulation.Simulation`.
+      steps_per_report: steps in one item of `run`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        loss: Loss,
+        optimizer: optax.GradientTransformation,
+        batch_size: int,
+        *,
+        seed: int,
+        buckets: Sequence[Bucket],
+        steps_per_report: int = 10,
+        devices: Sequence[jax.Device] | None = None,
+        keep: Sequence[str] | None = None,
+    ) -> None:
+        self._mesh = client_mesh(devices)
+        # Every device needs an equal share; the padding examples are masked.
+        slots = -(-batch_size // self._mesh.size) * self._mesh.size
+        self._args = (corpus, tuple(buckets), batch_size, slots, seed, keep)
+        self._optimizer = optimizer
+        self._per_report = steps_per_report
+        root = jax.random.fold_in(jax.random.key(seed), CENTRAL_STREAM)
+
+        def step(state: ServerState, batch):
+            key = jax.random.fold_in(root, state.round)
+            (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+            return server_step(state, grads, optimizer), value
+
+        whole = replicated(self._mesh)
+        self._step = jax.jit(
+            step, in_shardings=(whole, client_sharding(self._mesh)), out_shardings=whole
+        )
+
+    def init(self, params: Params) -> ServerState:
+        """The state before the first step; its `round` counts optimiser steps."""
+        return self.place(init_server(params, self._optimizer))
+
+    def place(self, state: ServerState) -> ServerState:
+        """Puts a state, such as a restored one, on every device."""
+        return jax.device_put(state, replicated(self._mesh))
+
+    def run(self, state: ServerState, steps: int) -> Iterator[tuple[ServerState, int, float]]:
+        """Trains until `steps` more steps are done.
+
+        Yields:
+          (state, steps done in all, mean loss since the last item) every `steps_per_report` steps
+          and after the last.
+        """
+        first = int(state.round)
+        corpus, buckets, batch_size, slots, seed, keep = self._args
+        batches = (
+            pooled_batch(corpus, buckets, batch_size, seed, step, keep, slots)
+            for step in range(first, first + steps)
+        )
+
+        def transfer(batch):
+            return jax.device_put(batch, client_sharding(self._mesh))
+
+        losses = []
+        with Prefetcher(batches, transfer=transfer) as prefetched:
+            for done, batch in enumerate(prefetched, first + 1):
+                state, value = self._step(state, batch)
+                losses.append(value)
+                if done % self._per_report == 0 or done == first + steps:
+                    yield state, done, float(np.mean(jax.device_get(losses)))
+                    losses = []

@@ -1,0 +1,113 @@
+"""The configuration of a run: one tree of fields, each of which a flag can override."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """Every field with its default; a file under experiments/configs changes what it must.
+
+    Rounds, steps and users are counts, `sigma` and `clip_norm` are as in arXiv 2310.00098
+    (noise of std clip_norm * sigma on the mean client update), learning rates belong to optax
+    optimisers named in `fedasr.federated.server.SERVER_OPTIMIZERS`.
+    """
+    from ml_collections import ConfigDict
+
+    from fedasr.audio.augment import SpecAugmentConfig
+    from fedasr.models.transformer import TransformerConfig
+
+    config = ConfigDict()
+    config.name = "default"
+    config.seed = 0
+    config.algorithm = "federated"  # or "central": the same data with the users forgotten
+    config.rounds = 100  # federated rounds; unused by "central"
+    config.cohort = 8  # expected number of users in a round
+    config.chunk = 1  # users vmapped together on a device; 0: the whole cohort
+    config.devices = 0  # 0: all; on a CPU, one for each core
+    config.init_from = ""  # work directory or checkpoint to start from; it replaces the seed
+
+    config.data = ConfigDict()
+    config.data.dir = ""  # a prepared corpus; "": the synthetic corpus, made when first needed
+    config.data.task = "digits"  # the synthetic corpus's: "digits" or "commands"
+    config.data.train = "train"
+    config.data.eval = ("dev", "test")
+    config.data.buckets = 1
+
+    config.model = ConfigDict()
+    config.model.name = "transformer"
+    # Fields of the model's configuration class; a file for another model replaces them.
+    config.model.options = ConfigDict(dataclasses.asdict(TransformerConfig()))
+
+    config.augment = ConfigDict()
+    config.augment.enabled = False
+    config.augment.options = ConfigDict(dataclasses.asdict(SpecAugmentConfig()))
+
+    # Central training before the federated rounds, on its own split; steps 0: none.
+    config.seed_training = ConfigDict()
+    config.seed_training.split = "seed"
+    config.seed_training.steps = 0
+    config.seed_training.batch_size = 16
+    config.seed_training.optimizer = "adamw"
+    config.seed_training.learning_rate = 1e-3
+    config.seed_training.grad_clip = 1.0
+
+    # The central baseline, when algorithm is "central".
+    config.central = ConfigDict()
+    config.central.steps = 500
+    config.central.batch_size = 16
+    config.central.optimizer = "adamw"
+    config.central.learning_rate = 1e-3
+    config.central.grad_clip = 1.0
+
+    config.client = ConfigDict()
+    config.client.optimizer = "sgd"
+    config.client.learning_rate = 0.3
+    config.client.batch_size = 4
+    config.client.steps = 4  # 0: use epochs
+    config.client.epochs = 0  # 0: use steps
+    config.client.max_steps = 0  # with epochs, at most so many steps; 0: no limit
+    config.client.grad_clip = 1.0
+    config.client.proximal = 0.0
+
+    config.server = ConfigDict()
+    config.server.optimizer = "lamb"
+    config.server.options = ConfigDict()  # optax's own for this optimiser, such as b1
+    config.server.learning_rate = 0.01
+    config.server.decay_start = 1_000_000_000  # rounds at the constant rate, then
+    config.server.decay_rounds = 500  # times decay_rate every so many rounds
+    config.server.decay_rate = 0.6
+
+    config.privacy = ConfigDict()
+    config.privacy.enabled = True  # False: no clipping of client updates, no noise
+    config.privacy.clip_norm = 0.01
+    config.privacy.budget = "uniform"  # per layer: "uniform" or "dim"; or one "global" clip
+    config.privacy.sigma = 1e-5
+    config.privacy.sampler = "poisson"  # or "fixed"
+    config.privacy.slots = 0  # largest cohort; 0: mean + 7 standard deviations
+    config.privacy.delta = 1e-9
+    # Deployments that the run stands for: (cohort, population) with the same sigma.
+    config.privacy.deployments = ((1024, 1_000_000),)
+
+    config.evaluation = ConfigDict()
+    config.evaluation.every = 10  # rounds; 0: only before and after
+    config.evaluation.batch_size = 32
+    config.evaluation.while_training = ("dev",)
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 10  # rounds
+    config.checkpoint.seed_every = 100  # steps of central training
+    config.checkpoint.keep = 2
+    return config
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """Eight hexadecimal digits that name a configuration (a plain dict of JSON values)."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,296 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard events and progress on stderr."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from absl import logging
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def to_json(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays as lists, NaN and infinities as None, keys as strings.
+
+    Anything else that JSON does not know (paths, enumerations...) becomes its `str`.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuUO":
+            # float32 by its shortest decimal: 0.1 rather than 0.10000000149011612.
+            if array.dtype.itemsize <= 4 and array.ndim == 0:
+                return to_json(float(str(array.astype(np.float32))))
+            array = array.astype(np.float64)
+        return to_json(array.tolist())
+    if isinstance(value, Iterable):
+        return [to_json(item) for item in value]
+    return str(value)
+
+
+def write_json_atomic(path: str | Path, obj: Any) -> None:
+    """Writes `to_json(obj)` to `path`; a reader sees the old file or the new one, never a part."""
+    text = json.dumps(to_json(obj), indent=2, allow_nan=False) + "\n"
+    _replace(Path(path), text)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl` in the order written; empty without the file.
+
+    A last line that was cut off by a kill is left out. Other lines that are not JSON objects are
+    left out with a warning.
+    """
+    path = Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and number < len(lines):
+            records.append(record)
+        elif line and number < len(lines):
+            logging.warning("%s: line %d is not a JSON object and is ignored", path, number)
+    return records
+
+
+class RunLogger:
+    """Logs one run: each logged round exactly once, however often the run is resumed.
+
+    Records go to `metrics.jsonl`, one JSON object a line, flushed before the call returns, with a
+    `phase` ("seed" or "federated") and a `step` or `round`; their numbers also go to TensorBoard
+    events in `tensorboard/PHASE` (if tensorboardX is installed). Progress goes to stderr: a bar on
+    a terminal (if rich is installed), a plain line now and then elsewhere.
+
+    Args:
+        workdir: the work directory, created if missing.
+        resume_round: round of the checkpoint that the run continues from: later rounds will be
+            repeated, so their records are dropped. None starts afresh: all records are dropped.
+        resume_step: likewise for the seed's training steps; None keeps all of them (if
+            `resume_round` is not None).
+        tensorboard: whether to write TensorBoard events.
+        interval: seconds between plain progress lines.
+        stream: where progress goes; stderr by default.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        resume_round: int | None = None,
+        resume_step: int | None = None,
+        *,
+        tensorboard: bool = True,
+        interval: float = 10.0,
+        stream: TextIO | None = None,
+    ):
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        kept = [] if resume_round is None else read_metrics(workdir)
+        kept = [r for r in kept if not _is_after(r, resume_round, resume_step)]
+        _replace(workdir / METRICS_FILE, "".join(json.dumps(to_json(r)) + "\n" for r in kept))
+        self._logged = {_phase_and_number(r) for r in kept}
+        self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8")
+        self._tensorboard = workdir / TENSORBOARD_FOLDER if tensorboard else None
+        self._resumed = {"seed": resume_step, "federated": resume_round}
+        if resume_round is None:
+            self._resumed = {"seed": -1, "federated": -1}
+        self._events: dict[str, Any] = {}
+        self._progress: _Progress | None = None
+        self._interval = interval
+        self._stream = stream or sys.stderr
+
+    def start(self, total: int, done: int = 0, phase: str = "federated") -> None:
+        """Starts the progress of a phase of `total` rounds (steps), of which `done` are done."""
+        self._stop_progress()
+        self._progress = _Progress(phase, total, done, self._interval, self._stream)
+
+    def round(self, round: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Counts federated round `round` as done, and logs its metrics if given.
+
+        A round that is in the file already is not written again: a resumed run repeats it exactly.
+        """
+        self._done("federated", round, metrics)
+
+    def step(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Like `round`, for a step of the seed's central training."""
+        self._done("seed", step, metrics)
+
+    def message(self, text: str) -> None:
+        """Prints a line to the progress stream without tearing the bar."""
+        if self._progress is not None:
+            self._progress.print(text)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Ends the progress and closes the files; may be called twice."""
+        self._stop_progress()
+        self._file.close()
+        for writer in self._events.values():
+            writer.close()
+        self._events.clear()
+
+    def __enter__(self) -> "RunLogger":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _done(self, phase: str, number: int, metrics: Mapping[str, Any] | None) -> None:
+        record = None
+        if metrics is not None:
+            counter = "step" if phase == "seed" else "round"
+            record = to_json({"phase": phase, counter: number, **metrics})
+            if (phase, number) not in self._logged:
+                self._logged.add((phase, number))
+                self._file.write(json.dumps(record, allow_nan=False) + "\n")
+                self._file.flush()
+                self._write_events(phase, number, record)
+        if self._progress is not None:
+            self._progress.advance(number, record)
+
+    def _write_events(self, phase: str, number: int, record: Mapping[str, Any]) -> None:
+        if self._tensorboard is None:
+            return
+        if phase not in self._events:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                logging.warning("no TensorBoard events: install tensorboardX to have them")
+                self._tensorboard = None
+                return
+            # TensorBoard hides the events of a folder from purge_step on: they are repeated.
+            last = self._resumed[phase]
+            self._events[phase] = SummaryWriter(
+                str(self._tensorboard / phase),
+                purge_step=None if last is None else last + 1,
+                flush_secs=10,
+            )
+        for tag, value in _numbers(record):
+            if tag not in ("round", "step"):
+                self._events[phase].add_scalar(tag, value, global_step=number)
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+
+def _phase_and_number(record: Mapping[str, Any]) -> tuple[str, Any]:
+    """("seed", step) or ("federated", round) of a record of `metrics.jsonl`."""
+    if record.get("phase") == "seed":
+        return "seed", record.get("step")
+    return "federated", record.get("round")
+
+
+def _is_after(record: Mapping[str, Any], round: int, step: int | None) -> bool:
+    phase, number = _phase_and_number(record)
+    last = step if phase == "seed" else round
+    return isinstance(number, int) and last is not None and number > last
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", float(value)
+
+
+class _Progress:
+    """A rich bar on a terminal, a plain line every `interval` seconds elsewhere."""
+
+    def __init__(self, phase: str, total: int, done: int, interval: float, stream: TextIO):
+        self._phase, self._total, self._done = phase, total, done
+        self._unit = "steps" if phase == "seed" else "rounds"
+        self._interval, self._stream = interval, stream
+        # The rate over the last rounds forgets the compilation of the first.
+        self._printed = time.monotonic()
+        self._times = deque([(self._printed, done)], maxlen=30)
+        self._shown: dict[str, str] = {}
+        self._bar = self._task = None
+        if stream.isatty():
+            try:
+                from rich import progress
+                from rich.console import Console
+            except ImportError:
+                return
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[status]}", markup=False),
+                console=Console(file=stream),
+            )
+            self._task = self._bar.add_task(phase, total=total, completed=done, status="")
+            self._bar.start()
+
+    def advance(self, done: int, record: Mapping[str, Any] | None) -> None:
+        now = time.monotonic()
+        self._done = done
+        self._times.append((now, done))
+        self._remember(record or {})
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, status=self._status())
+        elif now - self._printed >= self._interval or done >= self._total:
+            self._printed = now
+            self.print(f"{self._phase} {done}/{self._total}  {self._status()}")
+
+    def print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        if isinstance(record.get("loss"), int | float):
+            self._shown["loss"] = f"{record['loss']:.3f}"
+        for split, values in (record.get("eval") or {}).items():
+            if isinstance(values.get("wer"), int | float):
+                self._shown[f"{split} WER"] = f"{values['wer']:.1f}%"
+
+    def _status(self) -> str:
+        (first, start), (last, end) = self._times[0], self._times[-1]
+        parts = []
+        if end > start and last > first:
+            rate = (end - start) / (last - first)
+            one = self._unit.removesuffix("s")
+            speed = f"{rate:.2f} {self._unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{one}"
+            parts += [speed, f"{_duration((self._total - end) / rate)} left"]
+        parts += [f"{name} {value}" for name, value in self._shown.items()]
+        return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

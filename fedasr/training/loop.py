@@ -1,0 +1,664 @@
+"""A whole run: data, seed, federated rounds, evaluation, checkpoints, summary and report.
+
+A work directory holds one run. Running the same configuration again continues from the last
+checkpoint and ends with the same parameters, bit for bit, since everything random is a function of
+(seed, round, user) and the noise counter is part of the state.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedasr.audio.augment import SpecAugmentConfig
+from fedasr.data.batching import LocalBatches, Padding, make_buckets
+from fedasr.data.corpus import Corpus, open_corpus, read_metadata
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
+from fedasr.errors import UserError
+from fedasr.federated.client import local_training
+from fedasr.federated.server import ServerState, constant_then_exponential, make_optimizer
+from fedasr.federated.simulation import RoundMetrics, Simulation
+from fedasr.models.recogniser import ARRAYS, Recogniser, make_recogniser
+from fedasr.privacy import accounting, clipping
+from fedasr.privacy.mechanism import Mechanism
+from fedasr.training.central import CentralTraining
+from fedasr.training.checkpoint import Checkpointer, restore_params
+from fedasr.training.evaluation import Evaluator
+from fedasr.training.interrupts import StopFlag, graceful_stop
+from fedasr.training.logging import RunLogger, to_json, write_json_atomic
+from fedasr.training.report import write_report
+
+CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its directory can be resumed."""
+
+
+@dataclasses.dataclass
+class Totals:
+    """What a run adds up over its rounds; part of every checkpoint."""
+
+    wall_seconds: float = 0.0
+    invalid_client_updates: int = 0
+    infeasible_utterances: int = 0
+    real: int = 0
+    computed: int = 0
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
+
+    def add(self, metrics: RoundMetrics, compiled: bool) -> None:
+        """Counts a round; one that compiled something says nothing about speed."""
+        self.invalid_client_updates += metrics.invalid
+        self.infeasible_utterances += int(metrics.aux.get("infeasible", 0))
+        self.real += metrics.padding.real
+        self.computed += metrics.padding.computed
+        if not compiled:
+            self.timed_steps += metrics.steps
+            self.timed_seconds += metrics.seconds
+
+
+def make_sampler(config: Mapping[str, Any], population: int) -> Sampler:
+    """The sampler that `config["privacy"]["sampler"]` names, over `population` users.
+
+    Raises:
+      UserError: for an unknown name or a cohort larger than the population.
+    """
+    name, cohort, seed = config["privacy"]["sampler"], config["cohort"], config["seed"]
+    if name == "poisson":
+        return PoissonSampler(population, cohort, seed, slots=config["privacy"]["slots"] or None)
+    if name == "fixed":
+        return FixedSizeSampler(population, cohort, seed)
+    raise UserError(f"privacy.sampler={name!r} is unknown: choose 'poisson' or 'fixed'")
+
+
+def make_mechanism(config: Mapping[str, Any], sampler: Sampler) -> Mechanism:
+    """The privacy mechanism of a configuration; without privacy, neither clipping nor noise."""
+    privacy = config["privacy"]
+    if not privacy["enabled"]:
+        return Mechanism(math.inf, "global", 0.0, sampler)
+    multiplier = privacy["sigma"] * sampler.expected_cohort
+    return Mechanism(privacy["clip_norm"], privacy["budget"], multiplier, sampler)
+
+
+def build_recogniser(config: Mapping[str, Any]) -> Recogniser:
+    """The recogniser of a configuration.
+
+    Raises:
+      UserError: for an unknown model or option.
+    """
+    augment = None
+    if config["augment"]["enabled"]:
+        try:
+            augment = SpecAugmentConfig(**config["augment"]["options"])
+        except TypeError as error:
+            raise UserError(f"augment.options: {error}") from error
+    return make_recogniser(config["model"]["name"], config["model"]["options"], augment)
+
+
+class Data:
+    """The corpora of a run and the shapes that hold them.
+
+    Attributes: train; seed (None if there is none); evaluation {split: corpus}; buckets for
+    training; skipped {reason: count} of the preparation.
+    """
+
+    def __init__(self, config: Mapping[str, Any], log: Any = print) -> None:
+        settings = config["data"]
+        directory = settings["dir"] or _synthetic(settings["task"])
+        metadata = read_metadata(directory)
+        splits = metadata["summary"]["splits"]
+        self.train = open_corpus(directory, settings["train"])
+        self.seed: Corpus | None = None
+        seed_split = config["seed_training"]["split"]
+        if config["seed_training"]["steps"] and not config["init_from"]:
+            if seed_split in splits:
+                self.seed = open_corpus(directory, seed_split)
+            else:
+                log(f"no split {seed_split!r} in {directory}: training starts from scratch")
+        self.evaluation = {
+            split: open_corpus(directory, split) for split in settings["eval"] if split in splits
+        }
+        if missing := [split for split in settings["eval"] if split not in splits]:
+            log(f"no split {missing} in {directory}: not evaluated")
+        self.skipped = dict(metadata["summary"]["skipped"])
+        multiples = {"features": 24, "labels": 4}
+        self.buckets = make_buckets([self.train], settings["buckets"], multiples)
+        others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
+        self.other_buckets = make_buckets(others, 1, multiples) if others else ()
+
+
+def _synthetic(task: str) -> Path:
+    from fedasr.data.prepare import prepare_synthetic
+    from fedasr.data.synthetic import SyntheticConfig
+
+    return prepare_synthetic(SyntheticConfig(task=task))
+
+
+def _central(
+    config: Mapping[str, Any], section: str, corpus: Corpus, loss: Any, buckets: Any, devices: Any
+) -> CentralTraining:
+    settings = config[section]
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(settings["grad_clip"]),
+        make_optimizer(settings["optimizer"], settings["learning_rate"]),
+    )
+    return CentralTraining(
+        corpus,
+        loss,
+        optimizer,
+        settings["batch_size"],
+        seed=config["seed"],
+        buckets=buckets,
+        devices=devices,
+        keep=ARRAYS,
+    )
+
+
+def make_simulation(
+    config: Mapping[str, Any], data: Data, loss: Any, devices: Sequence[jax.Device]
+) -> Simulation:
+    """The federated rounds of a configuration.
+
+    Raises:
+      UserError: for settings that make no sense together.
+    """
+    client, server = config["client"], config["server"]
+    sampler = make_sampler(config, len(data.train.users))
+    schedule = constant_then_exponential(
+        server["learning_rate"],
+        server["decay_start"],
+        server["decay_rounds"],
+        server["decay_rate"],
+    )
+    update = local_training(
+        loss,
+        make_optimizer(client["optimizer"], client["learning_rate"]),
+        grad_clip=client["grad_clip"],
+        proximal=client["proximal"],
+    )
+    local = LocalBatches(
+        client["batch_size"],
+        steps=client["steps"] or None,
+        epochs=client["epochs"] or None,
+        max_steps=client["max_steps"] or None,
+    )
+    return Simulation(
+        data.train,
+        make_mechanism(config, sampler),
+        update,
+        make_optimizer(server["optimizer"], schedule, **server["options"]),
+        local,
+        seed=config["seed"],
+        chunk=config["chunk"],
+        buckets=data.buckets,
+        devices=devices,
+        keep=ARRAYS,
+    )
+
+
+def parameter_count(recogniser: Recogniser) -> int:
+    """Number of parameters, without allocating them."""
+    shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
+def describe_privacy(
+    mechanism: Mechanism, config: Mapping[str, Any], rounds: int, params: Any
+) -> dict[str, Any]:
+    """The summary's "privacy": the mechanism, and epsilon as simulated and as deployed.
+
+    Args:
+      mechanism: of the run.
+      config: for delta and the deployments.
+      rounds: so many were, or would be, run.
+      params: parameters or their shapes, for the bounds by layer.
+    """
+    privacy = config["privacy"]
+    if not privacy["enabled"]:
+        return {"enabled": False, "epsilon": None, "extrapolations": []}
+    spent = mechanism.epsilon(rounds, privacy["delta"])
+    extrapolations = []
+    for cohort, population in privacy["deployments"]:
+        deployed = mechanism.deployed(cohort, population)
+        figure = deployed.epsilon(rounds, privacy["delta"])
+        extrapolations.append(
+            {
+                "cohort": cohort,
+                "population": population,
+                "rounds": rounds,
+                "noise_multiplier": deployed.noise_multiplier,
+                **_figure(figure),
+            }
+        )
+    bounds = {}
+    if mechanism.budget != "global":
+        names = clipping.layer_names(params, mechanism.layers)
+        values = clipping.layer_bounds(
+            params, mechanism.clip_norm, mechanism.budget, mechanism.layers
+        )
+        bounds = dict(zip(names, map(float, values), strict=True))
+    return {
+        "enabled": True,
+        "clip_norm": mechanism.clip_norm,
+        "budget": privacy["budget"],
+        "sigma": mechanism.sigma,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "delta": privacy["delta"],
+        "layer_bounds": bounds,
+        **_figure(spent),
+        "extrapolations": extrapolations,
+    }
+
+
+def _figure(epsilon: Any) -> dict[str, Any]:
+    return {
+        "epsilon": epsilon.epsilon,
+        "epsilon_rdp": epsilon.epsilon_rdp,
+        "epsilon_pld": epsilon.epsilon_pld,
+        "accountant": epsilon.accountant,
+        "sampling": epsilon.sampling,
+    }
+
+
+def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run would be: resolves the configuration, trains nothing, makes no data.
+
+    Returns:
+      The keys of a summary that can be known beforehand, and `bytes_per_client` {"down", "up"}.
+
+    Raises:
+      UserError: as the run itself would.
+    """
+    config = to_json(config)
+    recogniser = build_recogniser(config)
+    shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
+    count = parameter_count(recogniser)
+    settings = config["data"]
+    if settings["dir"]:
+        population = len(open_corpus(settings["dir"], settings["train"]).users)
+    else:
+        from fedasr.data.synthetic import SyntheticConfig
+
+        population = SyntheticConfig(task=settings["task"]).users(settings["train"])
+    summary = {
+        "status": "dry_run",
+        "name": config["name"],
+        "algorithm": config["algorithm"],
+        "parameters": count,
+        "population": population,
+        "device": _device(jax.devices()),
+    }
+    if config["algorithm"] == "federated":
+        mechanism = make_mechanism(config, make_sampler(config, population))
+        mechanism.client_transform()
+        size = sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(shapes))
+        summary |= {
+            "rounds": config["rounds"],
+            "cohort": config["cohort"],
+            "chunk": config["chunk"],
+            "bytes_per_client": {"down": size, "up": size},
+            "privacy": describe_privacy(mechanism, config, config["rounds"], shapes),
+        }
+    return summary
+
+
+def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+    """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
+
+    Args:
+      config: a plain mapping with the fields of `default_config`.
+      workdir: made if missing.
+
+    Returns:
+      The summary, also in `workdir/summary.json`.
+
+    Raises:
+      UserError: for a mistake in the configuration or data, or a `workdir` of another
+        configuration.
+      Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
+    """
+    config = to_json(config)
+    workdir = Path(workdir)
+    _claim(workdir, config)
+    summary_path = workdir / SUMMARY_FILE
+    if (done := _read_json(summary_path)) and done.get("status") == "completed":
+        return done
+    with graceful_stop() as stop:
+        return _Run(config, workdir, stop).run()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    import json
+
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _claim(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes the configuration to a new work directory; refuses one of another configuration."""
+    existing = _read_json(workdir / CONFIG_FILE)
+    if existing is None:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
+        write_json_atomic(workdir / CONFIG_FILE, config)
+    elif existing != config:
+        theirs, ours = _flatten(existing), _flatten(config)
+        differing = sorted(
+            key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
+        )
+        raise UserError(
+            f"--workdir={workdir} belongs to another configuration (differs in "
+            f"{', '.join(differing[:5])}): choose another directory"
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping) and tree:
+        return {
+            name: leaf
+            for key, value in tree.items()
+            for name, leaf in _flatten(value, f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {prefix: tree}
+
+
+def _device(devices: Sequence[jax.Device]) -> str:
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+class _Run:
+    """The state of one process's part of a run."""
+
+    def __init__(self, config: dict[str, Any], workdir: Path, stop: StopFlag) -> None:
+        self.config, self.workdir, self.stop = config, workdir, stop
+        self.began = time.monotonic()
+        self.totals = Totals()
+        self.initial: dict[str, Any] = {}
+        if config["algorithm"] not in ("federated", "central"):
+            raise UserError(
+                f"algorithm={config['algorithm']!r} is unknown: choose 'federated' or 'central'"
+            )
+        self.recogniser = build_recogniser(config)
+        every = jax.local_devices()
+        if config["devices"] > len(every):
+            raise UserError(f"devices={config['devices']}: only {len(every)} are here")
+        self.devices = every[: config["devices"] or None]
+        self.data = Data(config, self._message)
+        self.seed_steps = config["seed_training"]["steps"] if self.data.seed else 0
+        evaluation_buckets = self.data.buckets + self.data.other_buckets
+        biggest = {
+            name: max(bucket[name] for bucket in evaluation_buckets)
+            for name in evaluation_buckets[0]
+        }
+        self.whole_bucket = (biggest,)
+        self.evaluator = Evaluator(
+            self.recogniser, self.whole_bucket, config["evaluation"]["batch_size"], self.devices
+        )
+        self.checkpointer = Checkpointer(workdir / "checkpoints", config["checkpoint"]["keep"])
+
+    def _message(self, text: str) -> None:
+        if logger := getattr(self, "logger", None):
+            logger.message(text)
+        else:
+            import sys
+
+            print(text, file=sys.stderr, flush=True)
+
+    # Checkpoints are numbered by the steps of the seed plus the units (rounds, or steps of the
+    # central baseline) of the main stage; `stage` tells which state they hold.
+
+    def _save(self, stage: str, units: int, state: ServerState) -> None:
+        number = units if stage == "seed" else self.seed_steps + units
+        totals = dataclasses.asdict(self.totals)
+        totals["wall_seconds"] += time.monotonic() - self.began
+        metadata = {
+            "stage": stage,
+            "units": units,
+            "config": self.config,
+            "totals": totals,
+            "initial": to_json(self.initial),
+        }
+        self.checkpointer.save(number, state, metadata)
+
+    def _check_stop(self, stage: str, units: int, state: ServerState) -> None:
+        if self.stop.requested:
+            self._save(stage, units, state)
+            self.checkpointer.wait()
+            raise Interrupted(f"stopped in {stage} at {units}: run the same command to go on")
+
+    def run(self) -> dict[str, Any]:
+        """All the stages from wherever the last checkpoint is."""
+        latest = self.checkpointer.latest_step()
+        stage, units = "seed", 0
+        if latest is not None:
+            from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
+
+            metadata = checkpoint_metadata(self.workdir / "checkpoints" / str(latest))
+            stage, units = metadata["stage"], metadata["units"]
+            self.totals = Totals(**metadata["totals"])
+            self.initial = metadata["initial"]
+        rounds_done = units if stage == "main" else 0
+        steps_done = units if stage == "seed" else self.seed_steps
+        if self.config["algorithm"] == "central" and stage == "main":
+            rounds_done, steps_done = 0, self.seed_steps + units
+        resume = (None, None) if latest is None else (rounds_done, steps_done)
+        self.logger = RunLogger(self.workdir, *resume)
+        try:
+            with self.logger, self.checkpointer:
+                if latest is not None:
+                    self._message(f"resuming in stage {stage!r} at {units}")
+                if stage == "seed":
+                    params = self._seed(latest, units)
+                    latest, units = None, 0
+                else:
+                    params = None
+                summary = self._main(params, latest, units)
+        except Interrupted:
+            partial = {"status": "interrupted", "wall_seconds": self._wall_seconds()}
+            write_json_atomic(self.workdir / SUMMARY_FILE, partial)
+            raise
+        write_json_atomic(self.workdir / SUMMARY_FILE, summary)
+        write_report(self.workdir)
+        return summary
+
+    def _wall_seconds(self) -> float:
+        return self.totals.wall_seconds + time.monotonic() - self.began
+
+    def _seed(self, latest: int | None, units: int) -> Any:
+        """Central training on the seed's split; returns parameters to start the main stage."""
+        config = self.config
+        params = self.recogniser.init(jax.random.key(config["seed"]))
+        if config["init_from"]:
+            return _loaded(config["init_from"], params)
+        if not self.seed_steps:
+            return params
+        trainer = _central(
+            config,
+            "seed_training",
+            self.data.seed,
+            self.recogniser.loss,
+            self.whole_bucket,
+            self.devices,
+        )
+        state = self._central_steps("seed", trainer, params, latest, units, self.seed_steps)
+        return state.params
+
+    def _central_steps(
+        self,
+        stage: str,
+        trainer: CentralTraining,
+        params: Any,
+        latest: int | None,
+        units: int,
+        total: int,
+    ) -> ServerState:
+        state = trainer.init(params)
+        if latest is not None:
+            state = trainer.place(self.checkpointer.restore(latest, jax.device_get(state))[0])
+        before = 0 if stage == "seed" else self.seed_steps
+        every = self.config["checkpoint"]["seed_every"]
+        self.logger.start(before + total, before + units, "seed")
+        for state, done, loss in trainer.run(state, total - units):
+            self.logger.step(before + done, {"loss": loss})
+            if every and done % every == 0 and done < total:
+                self._save(stage, done, state)
+            self._check_stop(stage, done, state)
+        return state
+
+    def _evaluate(self, params: Any, splits: Sequence[str]) -> dict[str, dict[str, float]]:
+        return {
+            split: self.evaluator(params, self.data.evaluation[split])
+            for split in splits
+            if split in self.data.evaluation
+        }
+
+    def _main(self, params: Any, latest: int | None, units: int) -> dict[str, Any]:
+        """Federated rounds, or the central baseline; then the summary."""
+        like = params
+        if like is None:
+            like = self.recogniser.init(jax.random.key(self.config["seed"]))
+        if latest is None:
+            self.initial = self._evaluate(like, list(self.data.evaluation))
+            self._message("before: " + _wer_line(self.initial))
+        if self.config["algorithm"] == "central":
+            trainer = _central(
+                self.config,
+                "central",
+                self.data.train,
+                self.recogniser.loss,
+                self.whole_bucket,
+                self.devices,
+            )
+            total = self.config["central"]["steps"]
+            if latest is None:
+                self._save("main", 0, trainer.init(like))
+            state = self._central_steps("main", trainer, like, latest, units, total)
+            self._save("main", total, state)
+            mechanism = None
+        else:
+            simulation = make_simulation(self.config, self.data, self.recogniser.loss, self.devices)
+            mechanism = simulation.mechanism
+            state = self._rounds(simulation, like, latest, units)
+        self.checkpointer.wait()
+        return self._summary(state, mechanism)
+
+    def _rounds(
+        self, simulation: Simulation, params: Any, latest: int | None, units: int
+    ) -> ServerState:
+        config, total = self.config, self.config["rounds"]
+        state = simulation.init(params)
+        names = clipping.layer_names(params, simulation.mechanism.layers)
+        if latest is None:
+            self._save("main", 0, state)
+            self.logger.round(0, {"eval": self.initial})
+        else:
+            restored, _ = self.checkpointer.restore(latest, jax.device_get(state))
+            state = simulation.place(restored)
+        self.logger.start(total, units)
+        compiled = simulation.compilations()
+        every = config["evaluation"]["every"]
+        for state, metrics in simulation.run(state, total - units):
+            self.totals.add(metrics, simulation.compilations() > compiled)
+            compiled = simulation.compilations()
+            record = _record(metrics, names)
+            last = metrics.round == total
+            if last:
+                record["eval"] = self._evaluate(state.params, list(self.data.evaluation))
+            elif every and metrics.round % every == 0:
+                splits = config["evaluation"]["while_training"]
+                record["eval"] = self._evaluate(state.params, splits)
+            if "eval" in record and (epsilon := self._epsilon(simulation, metrics.round)):
+                record["epsilon"] = epsilon
+            self.logger.round(metrics.round, record)
+            if last or metrics.round % config["checkpoint"]["every"] == 0:
+                self._save("main", metrics.round, state)
+            if not last:
+                self._check_stop("main", metrics.round, state)
+        return state
+
+    def _epsilon(self, simulation: Simulation, round: int) -> float | None:
+        privacy = self.config["privacy"]
+        if not privacy["enabled"] or not privacy["deployments"]:
+            return None
+        deployed = simulation.mechanism.deployed(*privacy["deployments"][0])
+        # The quicker of the two accountants: a round should not wait seconds for the other.
+        relation = deployed.sampler.neighboring_relation
+        return accounting.rdp_epsilon(deployed.event(round), privacy["delta"], relation)
+
+    def _summary(self, state: ServerState, mechanism: Mechanism | None) -> dict[str, Any]:
+        totals, config = self.totals, self.config
+        final = self._evaluate(state.params, list(self.data.evaluation))
+        self._message("after: " + _wer_line(final))
+        padding = Padding(totals.real, totals.computed)
+        federated = mechanism is not None
+        leaves = jax.tree.leaves(state.params)
+        finite = bool(jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])))
+        return to_json(
+            {
+                "status": "completed" if finite else "diverged",
+                "name": config["name"],
+                "algorithm": config["algorithm"],
+                "rounds": int(state.round) if federated else 0,
+                "central_steps": self.seed_steps + (0 if federated else int(state.round)),
+                "cohort": config["cohort"] if federated else None,
+                "population": len(self.data.train.users),
+                "parameters": sum(x.size for x in leaves),
+                "wer": {split: rates["wer"] for split, rates in final.items()},
+                "cer": {split: rates["cer"] for split, rates in final.items()},
+                "initial_wer": {split: rates["wer"] for split, rates in self.initial.items()},
+                "privacy": describe_privacy(mechanism, config, int(state.round), state.params)
+                if federated
+                else {"enabled": False, "epsilon": None, "extrapolations": []},
+                "client_steps_per_second": totals.timed_steps / totals.timed_seconds
+                if totals.timed_seconds
+                else None,
+                "padding_fraction": padding.fraction if federated else None,
+                "skipped_utterances": self.data.skipped,
+                "infeasible_utterances": totals.infeasible_utterances,
+                "invalid_client_updates": totals.invalid_client_updates,
+                "wall_seconds": self._wall_seconds(),
+                "device": _device(self.devices),
+            }
+        )
+
+
+def _wer_line(rates: Mapping[str, Mapping[str, float]]) -> str:
+    return ", ".join(f"{split} WER {value['wer']:.1f}%" for split, value in rates.items())
+
+
+def _record(metrics: RoundMetrics, names: Sequence[str]) -> dict[str, Any]:
+    norms = metrics.norms if len(metrics.norms) else np.full(len(names), np.nan)
+    clipped = metrics.clipped if len(metrics.clipped) else np.full(len(names), np.nan)
+    return {
+        "loss": metrics.loss,
+        "cohort": metrics.clients,
+        "client_steps": metrics.steps,
+        "update_norm": dict(zip(names, norms, strict=True)),
+        "clipped_share": dict(zip(names, clipped, strict=True)),
+        "seconds": {"round": metrics.seconds, "data": metrics.waiting},
+        "padding_fraction": metrics.padding.fraction,
+        "invalid_client_updates": metrics.invalid,
+    }
+
+
+def _loaded(path: str, like: Any) -> Any:
+    """Parameters of a checkpoint, checked against the model's shapes."""
+    params = restore_params(path)
+    theirs = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(params)}
+    ours = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(like)}
+    if theirs != ours:
+        name = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))[0]
+        raise UserError(
+            f"init_from={path} holds another model: {name} is {theirs.get(name)} there, "
+            f"{ours.get(name)} here"
+        )
+    return jax.tree.map(jnp.asarray, params)
