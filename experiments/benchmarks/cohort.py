@@ -1,0 +1,203 @@
+"""How close a whole federated round comes to the compute it must do.
+
+    python -m experiments.benchmarks.cohort [--json]
+
+The workload: 32 clients x 4 steps x 2 utterances x 200 frames through a CTC Transformer of 1.1M
+parameters, per-layer clipping and server LAMB included. In one process, in turns:
+
+* bound: the same batch steps in one jitted central loop (no clients, no clipping, no server);
+* python_loop: one jitted client step, called step by step and client by client;
+* chunk: `Simulation` rounds, by the number of clients vmapped together on each device;
+* ragged, ragged_bound: clients with 1 to 16 batches each, and a central loop over as many steps;
+* peak_rss_mb: the process's peak memory over a round of 32 and of 256 clients, data streamed.
+
+All figures but the memory are client steps per second, the median of the rounds timed.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from experiments import cli
+
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds timed for each figure.")
+_CLIENTS = flags.DEFINE_integer("clients", 32, "Clients in a round.")
+_DIM = flags.DEFINE_integer("dim", 144, "Width of the model; 144 gives 1.1M parameters.")
+_FRAMES = flags.DEFINE_integer("frames", 200, "Frames of an utterance.")
+_CHUNKS = flags.DEFINE_list("chunks", ["1", "4", "8", "all"], "Clients vmapped on a device.")
+
+STEPS, BATCH, LABELS, RAGGED = 4, 2, 20, 16
+
+
+class RandomSpeech:
+    """A corpus of random features that are made when read: its size costs no memory.
+
+    Args:
+      sizes: examples of each user. frames: of every example.
+    """
+
+    def __init__(self, sizes: Sequence[int], frames: int) -> None:
+        self.users = [f"user-{i}" for i in range(len(sizes))]
+        self.sizes = np.asarray(sizes, np.int64)
+        self._frames = frames
+
+    def lengths(self, user: int) -> dict[str, np.ndarray]:
+        """See `fedasr.data.corpus.Corpus`."""
+        count = int(self.sizes[user])
+        return {
+            "features": np.full(count, self._frames, np.int32),
+            "labels": np.full(count, LABELS, np.int32),
+        }
+
+    def get(self, user: int, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """See `fedasr.data.corpus.Corpus`."""
+        examples = []
+        for index in indices:
+            rng = np.random.default_rng([user, index])
+            features = rng.standard_normal((self._frames, 80), np.float32)
+            labels = rng.integers(1, 30, LABELS).astype(np.int32)
+            examples.append({"features": features.astype(np.float16), "labels": labels})
+        return examples
+
+
+def peak_rss_mb(action: Callable[[], object]) -> float:
+    """Peak resident memory during `action`, MB (outside Linux: since the process started)."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if clear.exists():
+        clear.write_text("5")  # resets the high-water mark
+        action()
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    import resource
+
+    action()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run() -> None:
+    """Measures and prints."""
+    cli.configure_devices()
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from fedasr.data.batching import LocalBatches, make_buckets
+    from fedasr.data.sampling import FixedSizeSampler
+    from fedasr.federated.client import local_training
+    from fedasr.federated.simulation import Simulation
+    from fedasr.models.recogniser import make_recogniser
+    from fedasr.privacy.mechanism import Mechanism
+
+    recogniser = make_recogniser("transformer", {"dim": _DIM.value, "mlp": 4 * _DIM.value})
+    params = recogniser.init(jax.random.key(0))
+    optimizer = optax.sgd(0.1)
+    clip = optax.clip_by_global_norm(1.0)
+    clients, frames = _CLIENTS.value, _FRAMES.value
+
+    def simulation(corpus, local, chunk):
+        mechanism = Mechanism(
+            0.1, "uniform", 0.01, FixedSizeSampler(len(corpus.users), len(corpus.users), seed=0)
+        )
+        update = local_training(recogniser.loss, optimizer)
+        buckets = make_buckets([corpus])
+        return Simulation(
+            corpus, mechanism, update, optax.lamb(1e-3), local, chunk=chunk, buckets=buckets
+        )
+
+    def step(params, batch, key):
+        grads = jax.grad(recogniser.loss, has_aux=True)(params, batch, key)[0]
+        grads, _ = clip.update(grads, clip.init(params))
+        updates, _ = optimizer.update(grads, optimizer.init(params))
+        return optax.apply_updates(params, updates)
+
+    @jax.jit
+    def central(params, batches, count):
+        def body(i, p):
+            batch = jax.tree.map(lambda x: x[i % STEPS], batches)
+            return step(p, batch, jax.random.fold_in(jax.random.key(0), i))
+
+        return jax.lax.fori_loop(0, count, body, params)
+
+    one_step = jax.jit(step)
+    add = jax.jit(lambda a, p, q: jax.tree.map(lambda x, y, z: x + y - z, a, p, q))
+
+    uniform = RandomSpeech([STEPS * BATCH] * clients, frames)
+    counts = [1 + i * (RAGGED - 1) // max(clients - 1, 1) for i in range(clients)]
+    ragged = RandomSpeech([n * BATCH for n in counts], frames)
+    fixed = LocalBatches(BATCH, steps=STEPS)
+    sims = {
+        name: simulation(uniform, fixed, 0 if name == "all" else int(name))
+        for name in _CHUNKS.value
+    }
+    sims["ragged"] = simulation(ragged, LocalBatches(BATCH, epochs=1), 1)
+    states = {name: sim.init(params) for name, sim in sims.items()}
+
+    some = next(iter(sims[_CHUNKS.value[0]]._batcher.chunks([0], 0)))[0]
+    batches = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x[0]), some.batches))
+    singles = [jax.tree.map(lambda x: x[i], batches) for i in range(STEPS)]  # noqa: B023
+
+    def python_loop():
+        total = jax.tree.map(jnp.zeros_like, params)
+        for client in range(clients):
+            local = params
+            for i in range(STEPS):
+                key = jax.random.fold_in(jax.random.key(client), i)
+                local = one_step(local, singles[i], key)
+            total = add(total, params, local)
+        return total
+
+    def rounds(name):
+        states[name], _ = next(iter(sims[name].run(states[name], 1)))
+        return states[name].params
+
+    work = clients * STEPS
+    tasks = {
+        "bound": (work, lambda: central(params, batches, work)),
+        "python_loop": (work, python_loop),
+        "ragged_bound": (sum(counts), lambda: central(params, batches, sum(counts))),
+    } | {
+        name: (sum(counts) if name == "ragged" else work, lambda name=name: rounds(name))
+        for name in sims
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in tasks}
+    for repeat in range(_ROUNDS.value + 1):
+        for name, (count, task) in tasks.items():
+            began = time.perf_counter()
+            jax.block_until_ready(task())
+            if repeat:  # the first compiles
+                speeds[name].append(count / (time.perf_counter() - began))
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+
+    memory = {}
+    for count in (clients, 8 * clients):
+        corpus = RandomSpeech([STEPS * BATCH] * count, frames)
+        sim = simulation(corpus, LocalBatches(BATCH, steps=STEPS), 1)
+        state = sim.init(params)
+
+        def one_round(sim=sim, state=state):
+            jax.block_until_ready(next(iter(sim.run(state, 1)))[0].params)
+
+        one_round()
+        memory[str(count)] = peak_rss_mb(one_round)
+
+    devices = jax.local_devices()
+    cli.show(
+        {
+            "bound": median["bound"],
+            "python_loop": median["python_loop"],
+            "chunk": {name: median[name] for name in _CHUNKS.value},
+            "ragged": median["ragged"],
+            "ragged_bound": median["ragged_bound"],
+            "peak_rss_mb": memory,
+            "device": f"{len(devices)} x {devices[0].device_kind}",
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        }
+    )
+
+
+if __name__ == "__main__":
+    cli.main(run)

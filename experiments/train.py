@@ -1,0 +1,104 @@
+"""Trains a recogniser by federated learning, privately or not, or centrally.
+
+    python -m experiments.train [--config=experiments/configs/NAME.py] [--workdir=DIR]
+                                [--config.section.field=value ...] [--dry_run] [--json]
+
+Without --config it is the quickstart. Running the same command again resumes. Exit status: 0 when
+the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from fedasr.errors import UserError
+
+_DEFAULT = str(Path(__file__).parent / "configs" / "quickstart.py")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; default runs/NAME-FINGERPRINT of the configuration."
+)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
+
+
+def run() -> int | None:
+    """Runs what the flags ask for; returns the exit status if not 0."""
+    cli.configure_devices()
+    from fedasr.training import config as config_lib
+    from fedasr.training import loop
+    from fedasr.training.logging import to_json
+
+    config = to_json(_CONFIG.value.to_dict())
+    if _DRY_RUN.value:
+        cli.show(loop.dry_run(config))
+        return None
+    name = f"{config['name']}-{config_lib.fingerprint(config)}"
+    workdir = Path(_WORKDIR.value or Path("runs") / name)
+    print(f"work directory: {workdir}", file=sys.stderr)
+    try:
+        summary = loop.run(config, workdir)
+    except loop.Interrupted as stopped:
+        return cli.fail(stopped, cli.STOPPED)
+    if cli.JSON.value:
+        cli.show(summary)
+    else:
+        print("\n".join(_describe(summary)))
+    print(f"report: {workdir / 'report.html'}", file=sys.stderr)
+    return None if summary["status"] == "completed" else cli.FAILED
+
+
+def _describe(summary: dict) -> Iterator[str]:
+    """The summary for people."""
+    yield f"{summary['name']}: {summary['status']}, {summary['parameters']:,} parameters"
+    for split, wer in summary["wer"].items():
+        yield f"{split} word error rate: {summary['initial_wer'][split]:.1f}% -> {wer:.1f}%"
+    privacy = summary["privacy"]
+    if not privacy["enabled"]:
+        yield "privacy: none (no clipping of client updates, no noise)"
+    else:
+        yield (
+            f"privacy as simulated: epsilon {_number(privacy['epsilon'])} at delta "
+            f"{privacy['delta']:g} ({privacy['accountant']}), {summary['cohort']} of "
+            f"{summary['population']} users expected in each of {summary['rounds']} rounds"
+        )
+        for case in privacy["extrapolations"]:
+            yield (
+                f"privacy as deployed with the same noise on the mean: epsilon "
+                f"{_number(case['epsilon'])} ({case['accountant']}), {case['cohort']:,} of "
+                f"{case['population']:,} users in each of {case['rounds']} rounds"
+            )
+    if skipped := summary["skipped_utterances"]:
+        yield f"utterances skipped: {skipped}"
+    if invalid := summary["invalid_client_updates"]:
+        yield f"client updates that were not finite, counted as zero: {invalid}"
+    yield f"{summary['wall_seconds']:.0f} s on {summary['device']}"
+
+
+def _number(epsilon: float | None) -> str:
+    return "infinite" if epsilon is None else f"{epsilon:.3g}"
+
+
+def program() -> int | None:
+    """Turns what ml_collections raises for a mistaken --config into one line."""
+    try:
+        _CONFIG.value.to_dict()
+    except OSError as error:
+        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+    return run()
+
+
+if __name__ == "__main__":
+    try:
+        from ml_collections import config_flags
+
+        _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "The configuration file.")
+    except ImportError:
+        sys.exit(cli.fail("ml_collections is missing: pip install fedasr"))
+    except (AttributeError, KeyError) as error:
+        # Flags are looked up in the configuration when they are defined.
+        sys.exit(cli.fail(f"no such field in the configuration: {error}"))
+    except UserError as error:
+        sys.exit(cli.fail(error))
+    cli.main(program)
