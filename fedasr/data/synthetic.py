@@ -390,6 +390,12 @@ _SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples go to the callback alone, befor
 _DONT_EXIT = 0x8000  # espeakINITIALIZE: report a bad data folder instead of ending the process
 _UTF8 = 1  # espeakCHARS
 _VOLUME = 2  # espeak_PARAMETER
+
+# eSpeak NG 1.51 reads past the end of its list of phonemes what longer speech left there earlier.
+# Begun before every utterance and broken off at its first samples, this text fills the list further
+# than any sentence of the corpus.
+_PRIMER = b"four " * 30
+
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
@@ -443,9 +449,7 @@ def _find_engine() -> tuple[ctypes.CDLL, Path]:
         raise UserError(f"eSpeak NG ({name}) finds no data: {_REMEDY}")
     data = ctypes.c_char_p()
     library.espeak_Info(ctypes.byref(data))
-    folder = Path(os.fsdecode(data.value or b""))  # copied: terminating frees the C string
-    library.espeak_Terminate()
-    return library, folder
+    return library, Path(os.fsdecode(data.value or b""))
 
 
 class _Engine:
@@ -474,37 +478,34 @@ class _Engine:
         except OSError as error:
             raise UserError(f"eSpeak NG's data in {source} is incomplete: {_REMEDY}") from error
         self._heard: list[bytes] = []
+        self._listening = True
         self._callback = _CALLBACK(self._hear)  # kept: the engine holds only a pointer
         self._lock = threading.Lock()
-        self.rate = self._restart()
+        # Never terminated, here or later: that hangs on the idle threads of eSpeak NG 1.51.
+        folder = os.fsencode(self._folder.name)
+        self.rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, folder, _DONT_EXIT)  # Hz
+        if self.rate <= 0:
+            raise UserError(f"eSpeak NG {self.version} rejects its data: {_REMEDY}")
+        self._library.espeak_SetSynthCallback(self._callback)
 
     def _hear(self, samples: Any, count: int, _: Any) -> int:
+        if not self._listening:
+            return 1  # stop here
         if samples and count > 0:
             self._heard.append(ctypes.string_at(samples, 2 * count))
         return 0
-
-    def _restart(self) -> int:
-        """Brings the engine to its initial state (0.15 ms); returns its sample rate in Hz."""
-        self._library.espeak_Terminate()
-        folder = os.fsencode(self._folder.name)
-        rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, folder, _DONT_EXIT)
-        if rate <= 0:
-            raise UserError(f"eSpeak NG {self.version} rejects its data: {_REMEDY}")
-        self._library.espeak_SetSynthCallback(self._callback)
-        return rate
 
     def speak(self, text: str, voice: Voice) -> np.ndarray:
         """float32 [samples] at `rate`, in [-1, 1]."""
         with self._lock:
             self._voice.write_text(_voice_file(voice, self._accents))
-            self._restart()
             if self._library.espeak_SetVoiceByName(b"speaker") != 0:
                 raise UserError(f"eSpeak NG {self.version} rejects its voice: {_REMEDY}")
             # Far from overload: the gain control that prevents it carries over to later speech.
             self._library.espeak_SetParameter(_VOLUME, 40, 0)
             self._heard.clear()
-            encoded = text.encode()
-            self._library.espeak_Synth(encoded, len(encoded) + 1, 0, 0, 0, _UTF8, None, None)
+            for self._listening, spoken in ((False, _PRIMER), (True, text.encode())):
+                self._library.espeak_Synth(spoken, len(spoken) + 1, 0, 0, 0, _UTF8, None, None)
             samples = np.frombuffer(b"".join(self._heard), np.int16)
         return samples.astype(np.float32) / 32768.0
 
