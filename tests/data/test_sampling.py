@@ -1,0 +1,152 @@
+import math
+import time
+
+import dp_accounting
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
+from fedasr.errors import UserError
+
+SAMPLERS = [PoissonSampler(50, 10, seed=3), FixedSizeSampler(50, 10, seed=3)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    population=st.integers(1, 500),
+    share=st.floats(0.001, 1.0),
+    seed=st.integers(0, 2**40),
+    round=st.integers(0, 10**6),
+)
+def test_cohorts_are_valid_and_pure(population, share, seed, round):
+    expected = max(population * share, 1e-3)
+    for make in (
+        lambda: PoissonSampler(population, min(expected, population), seed),
+        lambda: FixedSizeSampler(population, math.ceil(population * share), seed),
+    ):
+        sampler = make()
+        cohort = sampler.cohort(round)
+        assert cohort.dtype == np.int64
+        assert np.all(np.diff(cohort) > 0)  # sorted, nobody twice
+        assert len(cohort) <= sampler.slots <= population
+        assert cohort.size == 0 or (cohort[0] >= 0 and cohort[-1] < population)
+        make().cohort(round + 1)  # what else was asked for makes no difference
+        np.testing.assert_array_equal(make().cohort(round), cohort)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rounds_and_seeds_differ(sampler):
+    rounds = {tuple(sampler.cohort(r)) for r in range(200)}
+    assert len(rounds) == 200
+    other = type(sampler)(50, 10, seed=4)
+    assert all(tuple(other.cohort(r)) not in rounds for r in range(50))
+    assert isinstance(sampler, Sampler)
+    assert sampler.expected_cohort == 10
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_everybody_is_equally_likely(sampler):
+    rounds = 4000
+    counts = np.zeros(50)
+    for r in range(rounds):
+        counts[sampler.cohort(r)] += 1
+    sd = math.sqrt(rounds * 0.2 * 0.8)
+    assert np.abs(counts - 0.2 * rounds).max() < 5 * sd
+    # Chi-squared over users; a fixed-size cohort leaves 49 degrees of freedom, scaled by 50/49.
+    statistic = np.sum((counts - 0.2 * rounds) ** 2) / sd**2
+    assert 1e-4 < stats.chi2.sf(statistic, 50) < 1 - 1e-4
+
+
+def test_poisson_users_are_independent_of_each_other():
+    sampler = PoissonSampler(20, 10, seed=0)
+    rows = np.zeros((4000, 20))
+    for r in range(4000):
+        rows[r, sampler.cohort(r)] = 1
+    sizes = rows.sum(1)
+    assert abs(sizes.mean() - 10) < 5 * math.sqrt(5 / 4000)
+    assert abs(sizes.var() / 5 - 1) < 0.15  # binomial, not constant
+    correlations = np.corrcoef(rows.T)[np.triu_indices(20, 1)]
+    assert np.abs(correlations).max() < 5 / math.sqrt(4000)
+    assert abs(correlations.mean()) < 5 / math.sqrt(4000 * 190)
+
+
+def test_fixed_size_is_fixed():
+    assert {len(SAMPLERS[1].cohort(r)) for r in range(50)} == {10}
+
+
+def test_overfull_rounds_are_truncated_uniformly():
+    sampler = PoissonSampler(40, 20, seed=1, slots=21)
+    cohorts = [sampler.cohort(r) for r in range(4000)]
+    full = [c for c in cohorts if len(c) == 21]
+    # P(Bin(40, 1/2) >= 21) = 0.437: many rounds are cut, none is longer than the slots.
+    assert abs(len(full) / 4000 - stats.binom.sf(20, 40, 0.5)) < 0.04
+    assert max(map(len, cohorts)) == 21
+    counts = np.bincount(np.concatenate(full), minlength=40)
+    mean = len(full) * 21 / 40
+    sd = math.sqrt(len(full) * 21 / 40 * 19 / 40)
+    assert np.abs(counts - mean).max() < 5 * sd
+
+
+def test_default_slots_leave_room():
+    sampler = PoissonSampler(10**6, 1024, seed=0)
+    assert sampler.slots == math.ceil(1024 + 7 * math.sqrt(1024 * (1 - 1024e-6)))
+    assert PoissonSampler(12, 10, seed=0).slots == 12
+    everyone = PoissonSampler(12, 12, seed=0)
+    np.testing.assert_array_equal(everyone.cohort(5), np.arange(12))
+
+
+@pytest.mark.parametrize("make", [PoissonSampler, FixedSizeSampler])
+def test_a_million_users_are_quick(make):
+    sampler = make(10**6, 1024, seed=0)
+    times = []
+    for r in range(5):
+        start = time.perf_counter()
+        sampler.cohort(r)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.05
+
+
+def test_events_state_the_sampling():
+    poisson = PoissonSampler(1000, 50, seed=0, slots=70)
+    assert poisson.event(1.5) == dp_accounting.dp_event.TruncatedSubsampledGaussianDpEvent(
+        dataset_size=1000,
+        sampling_probability=0.05,
+        truncated_batch_size=70,
+        noise_multiplier=1.5,
+    )
+    fixed = FixedSizeSampler(1000, 50, seed=0)
+    assert fixed.event(1.5) == dp_accounting.SampledWithoutReplacementDpEvent(
+        1000, 50, dp_accounting.GaussianDpEvent(1.5)
+    )
+    relation = dp_accounting.NeighboringRelation
+    assert poisson.neighboring_relation == relation.ADD_OR_REMOVE_ONE
+    assert fixed.neighboring_relation == relation.REPLACE_ONE
+    for sampler in (poisson, fixed):
+        assert sampler.event(0.0) == dp_accounting.NonPrivateDpEvent()
+        with pytest.raises(UserError, match="noise_multiplier"):
+            sampler.event(-1.0)
+    assert "70" in poisson.description and "without replacement" in fixed.description
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: PoissonSampler(0, 1, seed=0), "population"),
+        (lambda: PoissonSampler(2.5, 1, seed=0), "population"),
+        (lambda: PoissonSampler(10, 11, seed=0), "expected_cohort"),
+        (lambda: PoissonSampler(10, 0, seed=0), "expected_cohort"),
+        (lambda: PoissonSampler(10, math.nan, seed=0), "expected_cohort"),
+        (lambda: PoissonSampler(10, 5, seed=-1), "seed"),
+        (lambda: PoissonSampler(10, 5, seed=0, slots=4), "slots"),
+        (lambda: FixedSizeSampler(10, 11, seed=0), "cohort_size"),
+        (lambda: FixedSizeSampler(10, 0, seed=0), "cohort_size"),
+        (lambda: FixedSizeSampler(10, 2.5, seed=0), "cohort_size"),
+        (lambda: FixedSizeSampler(10, 5, seed=0).cohort(-1), "round"),
+    ],
+)
+def test_mistakes_are_user_errors(make, match):
+    with pytest.raises(UserError, match=match):
+        make()

@@ -1,0 +1,178 @@
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting import pld, rdp
+from scipy import stats
+
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
+from fedasr.errors import UserError
+from fedasr.privacy import accounting
+
+ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+REPLACE = dp_accounting.NeighboringRelation.REPLACE_ONE
+DELTA = 1e-9
+
+
+def poisson(q, z, rounds):
+    event = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(z))
+    return dp_accounting.SelfComposedDpEvent(event, rounds)
+
+
+def of_sampler(sampler, z, rounds, delta=DELTA):
+    event = accounting.compose(sampler.event(z), rounds)
+    return accounting.epsilon(event, delta, sampler.neighboring_relation, sampler.description)
+
+
+@pytest.mark.parametrize(("q", "z", "rounds"), [(0.001024, 0.5, 200), (0.03, 1.43, 2000)])
+def test_equals_dp_accounting_called_by_hand(q, z, rounds):
+    got = accounting.epsilon(poisson(q, z, rounds), DELTA, ADD_OR_REMOVE)
+    by_rdp = rdp.RdpAccountant()
+    by_rdp.compose(poisson(q, z, rounds))
+    np.testing.assert_allclose(got.epsilon_rdp, by_rdp.get_epsilon(DELTA), rtol=2e-3)
+    assert got.epsilon_rdp <= by_rdp.get_epsilon(DELTA) * (1 + 1e-9)  # our orders hold theirs
+    by_pld = pld.PLDAccountant(ADD_OR_REMOVE, 1e-4)
+    by_pld.compose(poisson(q, z, rounds))
+    np.testing.assert_allclose(got.epsilon_pld, by_pld.get_epsilon(DELTA), rtol=1e-3)
+    assert got.epsilon == got.epsilon_pld < got.epsilon_rdp
+    assert got.accountant == "PLD"
+
+
+def test_truncation_by_hand():
+    sampler = PoissonSampler(1000, 100, seed=0, slots=130)
+    got = of_sampler(sampler, 2.0, 30)
+    by_pld = pld.PLDAccountant(ADD_OR_REMOVE, 1e-4)
+    by_pld.compose(sampler.event(2.0), 30)
+    np.testing.assert_allclose(got.epsilon_pld, by_pld.get_epsilon(DELTA), rtol=1e-3)
+    ordinary = accounting.epsilon(poisson(0.1, 2.0, 30), DELTA, ADD_OR_REMOVE)
+    assert ordinary.epsilon_pld < got.epsilon_pld < got.epsilon_rdp
+    assert ordinary.epsilon_rdp < got.epsilon_rdp
+
+
+def test_rare_truncation_costs_next_to_nothing():
+    default = of_sampler(PoissonSampler(10**6, 1024, seed=0), 0.5, 200)
+    ordinary = accounting.epsilon(poisson(1024 / 1e6, 0.5, 200), DELTA, ADD_OR_REMOVE)
+    np.testing.assert_allclose(default.epsilon_pld, ordinary.epsilon_pld, rtol=1e-3)
+    np.testing.assert_allclose(default.epsilon_rdp, ordinary.epsilon_rdp, rtol=1e-3)
+    assert default.epsilon_rdp >= ordinary.epsilon_rdp
+
+
+def test_the_renyi_bound_of_truncated_rounds_covers_the_exact_divergence():
+    """One round, one dimension, the worst neighbours: the bound must exceed the integral.
+
+    Others contribute -1 each, the user +1: sampled into a full round, the user displaces a -1.
+    """
+    population, slots, q, z = 6, 2, 0.4, 1.0
+    grid = np.linspace(-15, 15, 20001)
+
+    def density(users):
+        """Users beyond the others (0 or 1), each sampled with q, at most `slots` kept."""
+        out = np.zeros_like(grid)
+        for others in range(population):
+            weight = stats.binom.pmf(others, population - 1, q)
+            for here in range(users + 1):
+                chance = weight * (q if here else 1 - q if users else 1.0)
+                drawn = others + here
+                kept = min(slots, drawn)
+                inside = here * kept / max(drawn, 1)  # that the user is among the kept
+                out += chance * inside * stats.norm.pdf(grid, 2 - kept, z)
+                out += chance * (1 - inside) * stats.norm.pdf(grid, -kept, z)
+        return out
+
+    p, r = density(1), density(0)
+    step = grid[1] - grid[0]
+    np.testing.assert_allclose([p.sum() * step, r.sum() * step], 1, rtol=1e-6)
+    sampler = PoissonSampler(population, 2, seed=0, slots=slots)
+    event = dp_accounting.dp_event.TruncatedSubsampledGaussianDpEvent(population, q, slots, z)
+    for delta in (1e-2, 1e-4):
+        bound = accounting.rdp_epsilon(event, delta, sampler.neighboring_relation)
+        for a, b in ((p, r), (r, p)):
+            spent = np.sum(np.maximum(a - math.exp(bound) * b, 0)) * step
+            assert spent <= delta
+    # Without the correction the figure would be too small to be true somewhere.
+    ordinary = accounting.rdp_epsilon(poisson(q, z, 1), 1e-4, ADD_OR_REMOVE)
+    assert accounting.rdp_epsilon(event, 1e-4, ADD_OR_REMOVE) > ordinary
+
+
+def test_known_figures():
+    """The published setting of 34,753 users: Poisson 7.2 (Rényi) or 6.8, fixed size 15.5."""
+    got = of_sampler(PoissonSampler(34753, 1024, seed=0), 1.43, 2000)
+    np.testing.assert_allclose([got.epsilon_rdp, got.epsilon_pld], [7.2, 6.8], atol=0.05)
+    fixed = of_sampler(FixedSizeSampler(34753, 1024, seed=0), 1.43, 2000)
+    np.testing.assert_allclose(fixed.epsilon, 15.5, atol=0.05)
+    assert fixed.accountant == "RDP" and fixed.epsilon_pld is None
+    by_hand = rdp.RdpAccountant(range(2, 65), REPLACE)
+    by_hand.compose(FixedSizeSampler(34753, 1024, seed=0).event(1.43), 2000)
+    np.testing.assert_allclose(fixed.epsilon_rdp, by_hand.get_epsilon(DELTA), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "cohort", "population", "rounds", "printed"),
+    [
+        (3e-6, 204800, 69506000, 2034, 7.2),
+        (10e-6, 204800, 6950600, 2006, 4.5),
+        (5e-6, 204800, 6950600, 2006, 13),
+        (3e-6, 204800, 6950600, 2006, 42),
+        (30e-6, 51200, 1737650, 2006, 6.5),
+        (10e-6, 51200, 1737650, 2006, 72),
+    ],
+)
+def test_the_published_table(sigma, cohort, population, rounds, printed):
+    sampler = PoissonSampler(population, cohort, seed=0)
+    event = accounting.compose(sampler.event(sigma * cohort), rounds)
+    got = accounting.rdp_epsilon(event, DELTA, ADD_OR_REMOVE)
+    np.testing.assert_allclose(got, printed, rtol=0.035)
+
+
+def test_no_noise_has_no_guarantee():
+    for sampler in (PoissonSampler(100, 10, seed=0), FixedSizeSampler(100, 10, seed=0)):
+        got = of_sampler(sampler, 0.0, 5)
+        assert got.epsilon == got.epsilon_rdp == math.inf
+
+
+def test_tiny_noise_is_accounted_for_by_renyi_dp():
+    got = of_sampler(PoissonSampler(96, 16, seed=0), accounting.MIN_PLD_NOISE / 2, 10)
+    assert got.accountant == "RDP" and got.epsilon_pld is None
+    assert got.epsilon == got.epsilon_rdp and math.isfinite(got.epsilon)
+    above = of_sampler(PoissonSampler(96, 16, seed=0), accounting.MIN_PLD_NOISE, 10)
+    assert above.accountant == "PLD" and above.epsilon < got.epsilon
+
+
+def test_epsilon_falls_with_noise_and_rises_with_rounds():
+    sampler = PoissonSampler(1000, 20, seed=0)
+    by_noise = [of_sampler(sampler, z, 50).epsilon for z in (0.4, 1.0, 3.0)]
+    assert by_noise == sorted(by_noise, reverse=True)
+    by_rounds = [of_sampler(sampler, 1.0, t).epsilon for t in (0, 1, 500)]
+    assert by_rounds == sorted(by_rounds) and by_rounds[0] == 0
+
+
+@pytest.mark.parametrize(
+    "sampler", [PoissonSampler(10**6, 1024, seed=0), FixedSizeSampler(10**4, 20, seed=0)]
+)
+def test_calibration_meets_the_target(sampler):
+    z = accounting.calibrate_noise(8.0, DELTA, 100, sampler)
+
+    def at(noise):
+        event = accounting.compose(sampler.event(noise), 100)
+        return accounting.rdp_epsilon(event, DELTA, sampler.neighboring_relation)
+
+    assert at(z) <= 8.0 < at(z * (1 - 2e-4))
+
+
+def test_calibration_gives_up_with_advice(monkeypatch):
+    monkeypatch.setattr(accounting, "_MAX_NOISE", 16.0)
+    cramped = PoissonSampler(100, 50, seed=0, slots=50)
+    with pytest.raises(UserError, match="slots"):
+        accounting.calibrate_noise(1e-9, 1e-12, 1000, cramped)
+    with pytest.raises(UserError, match="target_epsilon"):
+        accounting.calibrate_noise(0.0, 1e-9, 10, cramped)
+
+
+def test_mistakes_are_user_errors():
+    with pytest.raises(UserError, match="delta"):
+        accounting.epsilon(poisson(0.1, 1.0, 1), 0.0, ADD_OR_REMOVE)
+    with pytest.raises(UserError, match="rounds"):
+        accounting.compose(dp_accounting.GaussianDpEvent(1.0), -1)
+    with pytest.raises(UserError, match="no Rényi bound"):
+        accounting.rdp_epsilon(poisson(0.1, 1.0, 1), DELTA, REPLACE)
