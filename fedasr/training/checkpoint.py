@@ -6,6 +6,7 @@ folder named by a plain number is complete, whenever the process is killed.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ PyTree = Any
 _STATE, _METADATA = "state", "metadata"
 # Written by orbax inside every complete step folder.
 _STEP_MARKER = "_CHECKPOINT_METADATA"
+# Part of the name of a folder that orbax has not finished.
+_TEMPORARY_MARK = ".orbax-checkpoint-tmp"
 
 
 class Checkpointer:
@@ -53,11 +56,14 @@ class Checkpointer:
                 f"cannot make the checkpoint folder {self.directory} ({error.strerror}): "
                 "choose another work directory"
             ) from error
+        # Orbax's own clean-up runs in the background and may not end in a run that saves nothing.
+        for folder in self.directory.iterdir():
+            if _TEMPORARY_MARK in folder.name and folder.is_dir():
+                shutil.rmtree(folder)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                cleanup_tmp_directories=True,
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep)
             ),
             item_handlers={
                 _STATE: ocp.PyTreeCheckpointHandler(),

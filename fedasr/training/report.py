@@ -235,10 +235,14 @@ def _table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
     return f"<table>{head}{''.join(body)}</table>"
 
 
-def _is_private(summary: Record) -> bool:
+def _is_private(summary: Record) -> bool | None:
+    """Whether noise was added; None if the summary does not say, as that of a stopped run."""
     privacy = _mapping(summary, "privacy")
-    noise = _number(privacy, "noise_multiplier") or _number(privacy, "sigma")
-    return bool(noise) and privacy.get("enabled") is not False
+    if privacy.get("enabled") is False:
+        return False
+    noise = [_number(privacy, key) for key in ("noise_multiplier", "sigma")]
+    known = [value for value in noise if value is not None]
+    return any(value > 0 for value in known) if known else None
 
 
 def _final_wer(summary: Record) -> tuple[str, float] | None:
@@ -269,9 +273,10 @@ def _delta(privacy: Record) -> str:
 
 
 def _privacy_sentence(summary: Record) -> str:
-    if not summary:
+    private = _is_private(summary)
+    if private is None:
         return "Privacy: not known yet."
-    if not _is_private(summary):
+    if not private:
         return "Trained without differential privacy: no noise was added."
     privacy, deployment = _mapping(summary, "privacy"), _deployment(summary)
     delta = _delta(privacy)
@@ -393,14 +398,15 @@ def _learning(federated: Sequence[Record], seed: Sequence[Record], summary: Reco
 def _privacy(federated: Sequence[Record], summary: Record) -> str:
     privacy = _mapping(summary, "privacy")
     parts = []
-    if summary and not _is_private(summary):
+    private = _is_private(summary)
+    if private:
+        parts.append(_privacy_tables(summary, privacy))
+    elif private is None:
+        parts.append(_missing("The privacy spent is known when the run has ended."))
+    else:
         parts.append(
             _missing("Differential privacy was off: no noise was added, so there is no epsilon.")
         )
-    elif privacy:
-        parts.append(_privacy_tables(summary, privacy))
-    elif not summary:
-        parts.append(_missing("The privacy spent is known when summary.json is written."))
     rounds, epsilons = _series(federated, "round", "epsilon")
     if rounds.size:
 
@@ -420,7 +426,7 @@ def _privacy(federated: Sequence[Record], summary: Record) -> str:
                 "private. It grows with every round, and stopping earlier spends less."
             )
         )
-    elif _is_private(summary):
+    elif private:
         parts.append(_missing("Epsilon by round is not logged in this run."))
     return "".join(parts)
 

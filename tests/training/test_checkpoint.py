@@ -1,0 +1,255 @@
+"""Round trips, misfits and kill -9 at random moments."""
+
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedasr.errors import UserError
+from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
+
+pytest.importorskip("orbax.checkpoint")
+
+
+class State(NamedTuple):
+    """A state with every kind of leaf and container that training uses."""
+
+    round: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    ledger: tuple
+    seed: int
+    users: np.ndarray
+
+
+def make_state(seed: int = 0, width: int = 3) -> State:
+    rng = np.random.default_rng(seed)
+    params = {
+        "encoder": {
+            "dense": {"kernel": jnp.asarray(rng.normal(size=(4, width)), jnp.float32)},
+            "norm": {"scale": jnp.asarray(rng.normal(size=(width,)), jnp.bfloat16)},
+        },
+        "head": {"bias": jnp.asarray([np.nan, -0.0, 1e-45, np.inf], jnp.float32)},
+    }
+    optimizer = optax.chain(optax.lamb(1e-3), optax.clip_by_global_norm(1.0))
+    return State(
+        round=jnp.int32(seed),
+        params=params,
+        opt_state=optimizer.init(params),
+        ledger=(jnp.asarray(True), {"counts": jnp.arange(5, dtype=jnp.uint32)}),
+        seed=2**40 + seed,
+        users=rng.integers(2**62, size=7),
+    )
+
+
+def bits(tree) -> list:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [
+        (str(path), type(leaf).__name__, np.asarray(leaf).dtype, np.asarray(leaf).tobytes())
+        for path, leaf in leaves
+    ]
+
+
+def test_round_trip_is_bit_exact(tmp_path):
+    state = make_state(1)
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+        checkpoints.save(1, state, {"model": {"width": 3}, "note": "ä"})
+        assert checkpoints.latest_step() == 1
+    with Checkpointer(tmp_path) as checkpoints:
+        restored, metadata = checkpoints.restore(1, like=make_state(2))
+    assert metadata == {"model": {"width": 3}, "note": "ä"}
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert bits(restored) == bits(state)
+
+
+def test_restores_into_abstract_structure(tmp_path):
+    state = make_state(1)._replace(seed=jnp.int32(7))
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        restored, _ = checkpoints.restore(0, like=abstract)
+    assert bits(restored) == bits(state)
+    assert isinstance(restored.opt_state[0][0], optax.ScaleByAdamState)
+
+
+def test_restores_to_the_sharding_of_like(tmp_path):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+    state = {"params": jax.device_put(jnp.arange(3.0), sharding), "free": jnp.ones(2)}
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        restored, _ = checkpoints.restore(0, like=state)
+    assert restored["params"].committed and restored["params"].sharding == sharding
+    assert not restored["free"].committed
+
+
+def test_saved_state_may_change_after_the_call(tmp_path):
+    state = {"params": np.zeros(1000)}
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        state["params"][:] = 1.0
+        assert not checkpoints.restore(0, like=state)[0]["params"].any()
+
+
+def test_keeps_the_latest_and_saves_a_step_once(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpoints:
+        for step in (0, 3, 5, 11):
+            checkpoints.save(step, {"params": np.full(3, step)}, {"step": step})
+        checkpoints.save(11, {"params": np.full(3, -1)}, {"step": -1})
+        with pytest.raises(ValueError, match="checkpoint 6 cannot follow checkpoint 11"):
+            checkpoints.save(6, {"params": np.zeros(3)}, {})
+        assert checkpoints.restore(11, like={"params": np.zeros(3, int)})[1] == {"step": 11}
+    assert sorted(int(f.name) for f in tmp_path.iterdir()) == [5, 11]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s._replace(params=make_state(width=4).params),
+            r"shape of params/encoder/dense/kernel is \(4, 3\) in it, \(4, 4\) in the model",
+        ),
+        (
+            lambda s: s._replace(round=np.int64(0)),
+            "dtype of round is int32 in it, int64 in the model",
+        ),
+        (
+            lambda s: s._replace(opt_state=optax.adagrad(1.0).init(s.params)),
+            "it has no opt_state/0/sum_of_squares/encoder/dense/kernel",
+        ),
+        (lambda s: s._replace(opt_state=()), "the model has no opt_state/0/0/count"),
+    ],
+)
+def test_misfit_names_the_leaf(tmp_path, change, message):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(0, make_state(), {})
+        with pytest.raises(UserError, match=message):
+            checkpoints.restore(0, like=change(make_state()))
+
+
+def test_params_and_metadata_without_the_model(tmp_path):
+    state = make_state(4)
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(9, make_state(3), {"model": "a"})
+        checkpoints.save(10, state, {"model": "b"})
+    (tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
+    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "10"):
+        params = restore_params(path)
+        assert read_metadata(path) == {"model": "b"}
+        assert bits(jax.tree.map(jnp.asarray, params)) == bits(state.params)
+        assert type(params) is type(params["encoder"]["norm"]) is dict
+    (tmp_path / "checkpoints" / "10").rename(tmp_path / "seed")
+    assert read_metadata(tmp_path / "seed") == {"model": "b"}
+    assert read_metadata(str(tmp_path)) == {"model": "a"}
+
+
+def test_errors_say_what_to_change(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in"):
+        restore_params(tmp_path / "absent")
+    with pytest.raises(UserError, match="at least one"):
+        Checkpointer(tmp_path, keep=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another work directory"):
+        Checkpointer(tmp_path / "file" / "checkpoints")
+    with Checkpointer(tmp_path / "run") as checkpoints:
+        with pytest.raises(TypeError):
+            checkpoints.save(0, {"weights": np.ones(2)}, {"bad": object()})
+        with pytest.raises(UserError, match="there is no checkpoint 0"):
+            checkpoints.restore(0, like={"weights": np.ones(2)})
+        checkpoints.save(0, {"weights": np.ones(2)}, {})
+        checkpoints.wait()
+        with pytest.raises(UserError, match="no model parameters"):
+            restore_params(tmp_path / "run")
+        (tmp_path / "run" / "0" / "state" / "manifest.ocdbt").write_bytes(b"torn")
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoints.restore(0, like={"weights": np.ones(2)})
+
+
+@pytest.mark.parametrize("torn", ["commit_success.txt", "_CHECKPOINT_METADATA", "state", None])
+def test_unfinished_checkpoints_are_ignored_and_removed(tmp_path, torn):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": np.zeros(2)}, {})
+        checkpoints.save(2, {"params": np.ones(2)}, {})
+    unfinished = (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    if torn == "state":
+        shutil.rmtree(unfinished / torn)
+    elif torn:
+        (unfinished / torn).unlink()
+    np.testing.assert_array_equal(restore_params(tmp_path), np.zeros(2))
+    with Checkpointer(tmp_path) as checkpoints:
+        assert [f.name for f in tmp_path.iterdir()] == ["1"]
+        assert checkpoints.latest_step() == 1
+        checkpoints.save(2, {"params": np.full(2, 3.0)}, {})
+    np.testing.assert_array_equal(restore_params(tmp_path), np.full(2, 3.0))
+
+
+def test_a_half_deleted_older_checkpoint_does_no_harm(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"params": np.full(2, step)}, {})
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()
+    shutil.rmtree(tmp_path / "1" / "state")
+    with Checkpointer(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 2
+        with pytest.raises(UserError, match="there is no checkpoint 1"):
+            checkpoints.restore(1, like={"params": np.zeros(2, int)})
+        checkpoints.save(3, {"params": np.full(2, 3)}, {})
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["2", "3"]
+
+
+SAVER = """
+import sys
+import numpy as np
+from fedasr.training.checkpoint import Checkpointer
+
+checkpoints = Checkpointer(sys.argv[1], keep=2)
+step = (checkpoints.latest_step() or 0) + 1
+while True:
+    rng = np.random.default_rng(step)
+    state = {"params": {str(i): rng.normal(size=5000) for i in range(8)}, "step": np.int64(step)}
+    checkpoints.save(step, state, {"step": step})
+    print(step, flush=True)
+    step += 1
+"""
+
+
+def test_kill_at_random_moments(tmp_path):
+    like = {"params": {str(i): np.empty(5000) for i in range(8)}, "step": np.int64(0)}
+    pause = random.Random(0)
+    started = 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+            text=True,
+        )
+        first = int(process.stdout.readline())
+        time.sleep(pause.uniform(0.0, 0.4))
+        process.kill()
+        started = int((process.stdout.read().split() or [first])[-1])
+        process.wait()
+
+        with Checkpointer(tmp_path) as checkpoints:
+            step = checkpoints.latest_step()
+            # `save` of the step printed last had returned, so all earlier ones were complete.
+            assert started - 1 <= (step or 0) <= started + 1
+            if step is None:
+                continue
+            restored, metadata = checkpoints.restore(step, like=like)
+        rng = np.random.default_rng(step)
+        for i in range(8):
+            np.testing.assert_array_equal(restored["params"][str(i)], rng.normal(size=5000))
+        assert restored["step"] == step and metadata == {"step": step}
+        assert not [f.name for f in tmp_path.iterdir() if not f.name.isdecimal()]
+        assert read_metadata(tmp_path) == {"step": step}
+    assert started > 5
