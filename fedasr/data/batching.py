@@ -185,10 +185,13 @@ class ClientBatcher:
         return _Client(user, fitting_bucket(self._buckets, longest) if longest else 0, plan)
 
     def _step_slots(self, steps: int) -> int:
-        """Rounded up to a power of two where users differ, so that few shapes are compiled."""
+        """Rounded up to a power of four where users differ, so that few shapes are compiled.
+
+        Padding steps cost memory and transfer but no compute: the loop's bound is a traced value.
+        """
         if self._local.steps is not None:
             return self._local.steps
-        return 1 << (steps - 1).bit_length()
+        return 4 ** -(-(steps - 1).bit_length() // 2)
 
     def chunks(self, users: Iterable[int], round: int) -> Iterator[tuple[Chunk, Padding]]:
         """Reads and pads the data of a round's cohort, chunk by chunk (numpy arrays)."""

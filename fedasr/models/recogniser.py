@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fedasr.audio.augment import SpecAugmentConfig, spec_augment
 from fedasr.ctc import ctc_loss, greedy_decode
 from fedasr.errors import UserError
+from fedasr.models.layers import split_keys
 from fedasr.models.transformer import CTCTransformer, TransformerConfig
 
 ARRAYS = ("features", "labels")  # what a speech example must hold
@@ -48,18 +49,16 @@ def ctc_recogniser(
         return module.init(key, *example)["params"]
 
     def losses(params, batch, features, keys):
-        logits, lengths = module.apply(
-            {"params": params}, features, batch["features_length"], keys
-        )
+        logits, lengths = module.apply({"params": params}, features, batch["features_length"], keys)
         values, feasible = ctc_loss(logits, lengths, batch["labels"], batch["labels_length"])
         return values, batch["mask"] & feasible, logits, lengths
 
     def loss(params, batch, key):
         slots = jnp.arange(batch["mask"].shape[0])
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(slots)
+        keys, masks = split_keys(keys, 2)
         features = batch["features"].astype(jnp.float32)
         if augment is not None:
-            masks = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
             features = jax.vmap(lambda x, n, k: spec_augment(x, n, k, augment))(
                 features, batch["features_length"], masks
             )

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedasr.errors import UserError
 from fedasr.models import layers
 
 
@@ -19,6 +20,9 @@ class TransformerConfig:
     the positions in training, seconds (CAPE, Likhomanenko et al., 2021); 0 for none.
     frame_seconds: duration of an encoder frame. position_scale: multiplies positions in seconds.
     dtype: of the compute; parameters are float32.
+
+    Raises:
+      UserError: dim is odd or no multiple of heads.
     """
 
     vocab: int = 30
@@ -35,6 +39,13 @@ class TransformerConfig:
     frame_seconds: float = 0.03
     position_scale: float = 30.0
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads or self.dim % 2:
+            raise UserError(
+                f"the model's dim must be even and a multiple of its heads, not {self.dim} with "
+                f"{self.heads} heads"
+            )
 
 
 class Block(nn.Module):
@@ -81,9 +92,9 @@ class CTCTransformer(nn.Module):
         k_input, k_shift, *k_blocks = layers.split_keys(keys, 2 + c.blocks)
         x = layers.MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
         x = layers.patches(x, c.kernel, c.stride).astype(dtype)
-        x = nn.Dense(
-            2 * c.dim, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="front_end"
-        )(x)
+        x = nn.Dense(2 * c.dim, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="front_end")(
+            x
+        )
         x = jax.nn.glu(x)
         out_lengths = -(-lengths // c.stride)
         frames = jnp.arange(x.shape[1])
@@ -104,7 +115,7 @@ class CTCTransformer(nn.Module):
                 y = jnp.where(keep, y, x)
             x = y
         x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
-        logits = nn.Dense(
-            c.vocab, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="output"
-        )(x)
+        logits = nn.Dense(c.vocab, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="output")(
+            x
+        )
         return logits.astype(jnp.float32), out_lengths

@@ -1,0 +1,362 @@
+import itertools
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedasr.data.batching import (
+    ClientBatcher,
+    LocalBatches,
+    Padding,
+    Prefetcher,
+    eval_batches,
+    fitting_bucket,
+    make_buckets,
+    pooled_batch,
+    round_up,
+)
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.errors import UserError
+
+MULTIPLES = {"features": 4, "labels": 2}
+
+
+def speech_corpus(sizes, seed=0, longest=20):
+    """Ragged examples that carry their own identity: features are filled with 1000 user + index."""
+    rng = np.random.default_rng(seed)
+    users = {}
+    for user, size in enumerate(sizes):
+        users[f"user{user:03d}"] = [
+            {
+                "features": np.full((rng.integers(1, longest), 2), 1000 * user + i + 1, np.float32),
+                "labels": rng.integers(1, 30, rng.integers(1, 8)).astype(np.int32),
+                "id": np.int32(1000 * user + i),
+            }
+            for i in range(size)
+        ]
+    return InMemoryCorpus(users, ragged=("features", "labels"))
+
+
+sizes_strategy = st.lists(st.integers(1, 6), min_size=1, max_size=6)
+
+
+@given(
+    size=st.integers(1, 40),
+    batch=st.integers(1, 9),
+    epochs=st.integers(1, 4),
+    seed=st.integers(0, 2**40),
+    round=st.integers(0, 10**6),
+    user=st.integers(0, 10**6),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_epoch_holds_each_example_once(size, batch, epochs, seed, round, user):
+    local = LocalBatches(batch, epochs=epochs)
+    plan = local.plan(size, seed, round, user)
+    per_epoch = -(-size // batch)
+    assert len(plan) == epochs * per_epoch
+    for start in range(0, len(plan), per_epoch):
+        epoch = plan[start : start + per_epoch]
+        assert sorted(np.concatenate(epoch)) == list(range(size))
+        assert all(len(b) == batch for b in epoch[:-1])
+    again = local.plan(size, seed, round, user)
+    assert all(np.array_equal(a, b) for a, b in zip(plan, again, strict=True))
+
+
+@given(size=st.integers(1, 40), batch=st.integers(1, 9), steps=st.integers(1, 12))
+@settings(deadline=None, max_examples=60)
+def test_steps_are_full_batches_from_whole_passes(size, batch, steps):
+    plan = LocalBatches(batch, steps=steps).plan(size, 1, 2, 3)
+    full = min(batch, size)
+    assert [len(b) for b in plan] == [full] * steps
+    stream = np.concatenate(plan)
+    for start in range(0, len(stream), size):
+        seen = stream[start : start + size]
+        assert len(set(seen)) == len(seen)
+    counts = np.bincount(stream, minlength=size)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_the_order_of_examples_differs_by_seed_round_and_user():
+    local = LocalBatches(8, epochs=1)
+    orders = {
+        tuple(np.concatenate(local.plan(30, *where)))
+        for where in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]
+    }
+    assert len(orders) == 5
+
+
+def test_max_steps_limits_epochs():
+    whole = LocalBatches(2, epochs=3).plan(5, 0, 0, 0)
+    cut = LocalBatches(2, epochs=3, max_steps=4).plan(5, 0, 0, 0)
+    assert len(whole) == 9 and len(cut) == 4
+    assert all(np.array_equal(a, b) for a, b in zip(cut, whole, strict=False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 1},
+        {"batch_size": 1, "steps": 1, "epochs": 1},
+        {"batch_size": 0, "steps": 1},
+        {"batch_size": 1, "steps": 0},
+        {"batch_size": 1, "epochs": 0},
+        {"batch_size": 1, "epochs": 1, "max_steps": 0},
+    ],
+)
+def test_unusable_local_batches(options):
+    with pytest.raises(UserError):
+        LocalBatches(**options)
+
+
+@given(sizes=sizes_strategy, count=st.integers(1, 4), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=50)
+def test_buckets_hold_everything_in_ascending_order(sizes, count, seed):
+    corpora = [speech_corpus(sizes, seed), speech_corpus(sizes[:1], seed + 1)]
+    buckets = make_buckets(corpora, count, MULTIPLES)
+    assert 1 <= len(buckets) <= count
+    for bucket in buckets:
+        assert all(bucket[name] % multiple == 0 for name, multiple in MULTIPLES.items())
+    for small, large in itertools.pairwise(buckets):
+        assert small != large and all(small[n] <= large[n] for n in MULTIPLES)
+    lengths = {
+        name: np.concatenate([c.lengths(u)[name] for c in corpora for u in range(len(c.users))])
+        for name in MULTIPLES
+    }
+    for name, multiple in MULTIPLES.items():
+        assert buckets[-1][name] == round_up(lengths[name].max(), multiple)
+    share = max(1, round(len(lengths["features"]) / count))
+    assert (lengths["features"] <= buckets[0]["features"]).sum() >= share
+
+
+def test_bucket_shapes_of_a_known_corpus():
+    users = {
+        "u": [{"a": np.zeros(n), "b": np.zeros(m)} for n, m in [(1, 9), (2, 3), (5, 3), (30, 4)]]
+    }
+    corpus = InMemoryCorpus(users)
+    assert make_buckets([corpus], 2) == ({"a": 8, "b": 16}, {"a": 32, "b": 16})
+    assert make_buckets([corpus], 2, {"a": 1, "b": 1}) == ({"a": 2, "b": 9}, {"a": 30, "b": 9})
+    # The array named first orders the examples.
+    assert make_buckets([corpus], 2, {"b": 1, "a": 1})[0] == {"a": 5, "b": 3}
+
+
+def test_no_buckets_without_ragged_arrays():
+    corpus = InMemoryCorpus({"u": [{"x": np.zeros(3)}, {"x": np.ones(3)}]})
+    assert make_buckets([corpus]) == ()
+
+
+def test_unknown_ragged_array_is_named():
+    with pytest.raises(UserError, match="nothing"):
+        make_buckets([speech_corpus([1])], multiples={"nothing": 8})
+
+
+def test_fitting_bucket_is_the_smallest():
+    buckets = ({"a": 4, "b": 2}, {"a": 8, "b": 2}, {"a": 8, "b": 6})
+    assert fitting_bucket(buckets, {"a": 4, "b": 2}) == 0
+    assert fitting_bucket(buckets, {"a": 5, "b": 1}) == 1
+    assert fitting_bucket(buckets, {"a": 1, "b": 3}) == 2
+    with pytest.raises(UserError, match="none of the buckets"):
+        fitting_bucket(buckets, {"a": 9, "b": 1})
+
+
+@given(
+    sizes=sizes_strategy,
+    chunk_size=st.integers(1, 5),
+    count=st.integers(1, 3),
+    batch=st.integers(1, 3),
+    epochs=st.booleans(),
+    round=st.integers(0, 5),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=60)
+def test_chunks_hold_exactly_the_plan(sizes, chunk_size, count, batch, epochs, round, seed):
+    corpus = speech_corpus(sizes, seed)
+    local = LocalBatches(batch, **({"epochs": 2} if epochs else {"steps": 3}))
+    buckets = make_buckets([corpus], count, MULTIPLES)
+    batcher = ClientBatcher(corpus, local, buckets, chunk_size, seed)
+    users = list(range(0, len(sizes), 2)) or [0]
+    met, work = [], []
+    for chunk, padding in batcher.chunks(users, round):
+        batches, num_steps = chunk.batches, chunk.num_steps
+        real = 0
+        shape = batches["mask"].shape
+        assert shape[0] == chunk_size == len(num_steps) == len(chunk.user) == len(chunk.weight)
+        assert shape[2] == batch
+        assert np.array_equal(chunk.weight, num_steps > 0)
+        clients = int((num_steps > 0).sum())
+        assert clients and np.all(num_steps[:clients] > 0)  # empty slots come last
+        frames, labels = batches["features"].shape[3], batches["labels"].shape[3]
+        bucket = {"features": frames, "labels": labels}
+        assert bucket in buckets
+        needed = 0
+        for slot in range(clients):
+            user = int(chunk.user[slot])
+            met.append(user)
+            plan = local.plan(sizes[user], seed, round, user)
+            assert num_steps[slot] == len(plan)
+            own = 0
+            for step in range(shape[1]):
+                indices = plan[step] if step < len(plan) else []
+                assert batches["mask"][slot, step].sum() == len(indices)
+                for position in range(batch):
+                    at = (slot, step, position)
+                    if position >= len(indices):
+                        assert not batches["mask"][at] and not batches["features"][at].any()
+                        assert not batches["labels"][at].any()
+                        assert batches["features_length"][at] == batches["labels_length"][at] == 0
+                        continue
+                    example = corpus.get(user, [int(indices[position])])[0]
+                    assert batches["mask"][at] and batches["id"][at] == example["id"]
+                    for name in bucket:
+                        length = batches[f"{name}_length"][at]
+                        assert length == len(example[name])
+                        assert np.array_equal(batches[name][at][:length], example[name])
+                        assert not batches[name][at][length:].any()
+                    real += len(example["features"])
+                    lengths = {name: len(example[name]) for name in bucket}
+                    own = max(own, fitting_bucket(buckets, lengths))
+            needed = max(needed, own)
+            work.append((own, len(plan)))
+        assert not batches["mask"][clients:].any()
+        assert bucket == buckets[needed]
+        assert padding.real == real
+        assert padding.computed == chunk_size * num_steps.max() * batch * frames
+        assert padding.fraction == pytest.approx(1 - real / padding.computed)
+    assert sorted(met) == users
+    assert work == sorted(work, reverse=True)  # the most work first
+
+
+def test_step_slots_are_few():
+    corpus = speech_corpus([1, 2, 3, 5, 6, 6])
+    batcher = ClientBatcher(corpus, LocalBatches(1, epochs=1), make_buckets([corpus]), 1, 0)
+    chunks = [chunk for chunk, _ in batcher.chunks(range(6), 0)]
+    assert [int(c.num_steps[0]) for c in chunks] == [6, 6, 5, 3, 2, 1]
+    assert [c.batches["mask"].shape[1] for c in chunks] == [16, 16, 16, 4, 4, 1]
+
+
+def test_only_the_kept_arrays_are_read():
+    corpus = speech_corpus([2])
+    batcher = ClientBatcher(
+        corpus, LocalBatches(1, steps=1), make_buckets([corpus]), 1, 0, keep=("features",)
+    )
+    chunk, padding = next(batcher.chunks([0], 0))
+    assert set(chunk.batches) == {"features", "features_length", "mask"}
+    assert padding.real == chunk.batches["features_length"].sum() > 0
+
+
+def test_chunk_size_must_be_positive():
+    with pytest.raises(UserError, match="chunk"):
+        ClientBatcher(speech_corpus([1]), LocalBatches(1, steps=1), (), 0, 0)
+
+
+def test_padding_adds_up():
+    total = Padding(3, 4) + Padding(1, 6)
+    assert total == Padding(4, 10) and total.fraction == pytest.approx(0.6)
+    assert Padding(0, 0).fraction == 0.0
+
+
+@given(sizes=sizes_strategy, batch=st.integers(1, 5), count=st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_evaluation_meets_each_example_once(sizes, batch, count):
+    corpus = speech_corpus(sizes)
+    buckets = make_buckets([corpus], count, MULTIPLES)
+    ids, shapes = [], set()
+    for batches in eval_batches(corpus, buckets, batch):
+        assert len(batches["mask"]) == batch and batches["mask"].any()
+        ids += batches["id"][batches["mask"]].tolist()
+        shapes.add(batches["features"].shape)
+        for i in np.flatnonzero(batches["mask"]):
+            user, index = divmod(int(batches["id"][i]), 1000)
+            example = corpus.get(user, [index])[0]
+            length = batches["features_length"][i]
+            assert np.array_equal(batches["features"][i, :length], example["features"])
+            assert not batches["features"][i, length:].any()
+    assert sorted(ids) == [1000 * u + i for u, size in enumerate(sizes) for i in range(size)]
+    assert len(shapes) <= count
+
+
+@given(sizes=sizes_strategy, batch=st.integers(1, 7), seed=st.integers(0, 100))
+@settings(deadline=None, max_examples=40)
+def test_a_pooled_pass_repeats_nothing(sizes, batch, seed):
+    corpus = speech_corpus(sizes)
+    buckets = make_buckets([corpus], 2, MULTIPLES)
+    total = sum(sizes)
+    full = min(batch, total)
+    per_pass = total // full
+    orders = []
+    for start in (0, per_pass):
+        batches = [
+            pooled_batch(corpus, buckets, batch, seed, step, slots=batch + 1)
+            for step in range(start, start + per_pass)
+        ]
+        for b in batches:
+            assert len(b["mask"]) == batch + 1 and b["mask"].sum() == full
+            need = {n: int(b[f"{n}_length"].max()) for n in MULTIPLES}
+            shape = {n: b[n].shape[1] for n in MULTIPLES}
+            assert shape == buckets[fitting_bucket(buckets, need)]
+        ids = [int(i) for b in batches for i in b["id"][b["mask"]]]
+        assert len(set(ids)) == len(ids) == per_pass * full
+        every = {1000 * u + i for u, size in enumerate(sizes) for i in range(size)}
+        assert set(ids) == every if total % full == 0 else set(ids) < every
+        orders.append(ids)
+    if total >= 12:
+        assert orders[0] != orders[1]  # passes are shuffled afresh
+    again = pooled_batch(corpus, buckets, batch, seed, 0, slots=batch + 1)
+    assert [int(i) for i in again["id"][again["mask"]]] == orders[0][:full]
+
+
+def test_prefetcher_keeps_the_order_and_transfers():
+    threads = Counter()
+
+    def transfer(x):
+        threads[threading.current_thread() is threading.main_thread()] += 1
+        return 10 * x
+
+    with Prefetcher(range(20), transfer=transfer) as items:
+        assert list(items) == [10 * i for i in range(20)]
+    assert threads == {False: 20}
+
+
+@pytest.mark.parametrize("where", ["items", "transfer"])
+def test_prefetcher_raises_in_place(where):
+    def numbers():
+        for i in range(5):
+            if where == "items" and i == 3:
+                raise OSError("broken record")
+            yield i
+
+    def transfer(i):
+        if where == "transfer" and i == 3:
+            raise OSError("broken record")
+        return i
+
+    seen = []
+    with pytest.raises(OSError, match="broken record"):
+        with Prefetcher(numbers(), transfer=transfer) as items:
+            for item in items:
+                seen.append(item)
+    assert seen == [0, 1, 2]
+
+
+def test_prefetcher_reads_only_a_few_items_ahead_and_stops_early():
+    read = []
+    before = set(threading.enumerate())
+
+    def endless():
+        i = 0
+        while True:
+            read.append(i)
+            yield i
+            i += 1
+
+    with Prefetcher(endless(), depth=2) as items:
+        assert next(iter(items)) == 0
+        deadline = time.monotonic() + 5
+        while len(read) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(read) == 4  # one taken, two waiting, one in the thread's hand
+    assert set(threading.enumerate()) == before

@@ -1,0 +1,103 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedasr.data.batching import make_buckets, pooled_batch
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.training.central import CentralTraining
+
+PARAMS = {"w": np.float32([0.5, -1.0])}
+BATCH, SEED = 3, 9  # three does not divide among two devices
+
+
+def noisy_squares(params, batch, key):
+    """Squared error of the frames' mean, with label noise of each slot's own key."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(batch["mask"])))
+    noise = jax.vmap(jax.random.normal)(keys)
+    mean = batch["x"].sum(1) / jnp.maximum(batch["x_length"], 1)[:, None]
+    error = mean @ params["w"] - batch["y"] + 0.1 * noise
+    count = jnp.maximum(batch["mask"].sum(), 1)
+    return jnp.sum(jnp.where(batch["mask"], error**2, 0.0)) / count, {}
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    rng = np.random.default_rng(0)
+    users = {
+        f"u{i}": [
+            {
+                "x": rng.normal(size=(length, 2)).astype(np.float32),
+                "y": np.float32(rng.normal()),
+                "unused": np.zeros(1),
+            }
+            for length in rng.integers(1, 12, size)
+        ]
+        for i, size in enumerate([3, 1, 4])
+    }
+    return InMemoryCorpus(users, ragged=("x",))
+
+
+def training(corpus, devices, per_report=3, buckets=2):
+    return CentralTraining(
+        corpus,
+        noisy_squares,
+        optax.adam(0.1),
+        BATCH,
+        seed=SEED,
+        buckets=make_buckets([corpus], buckets, {"x": 4}),
+        steps_per_report=per_report,
+        devices=jax.devices()[:devices],
+        keep=("x", "y"),
+    )
+
+
+@pytest.fixture(scope="module")
+def single(corpus):
+    return training(corpus, 1)
+
+
+def by_hand(corpus, steps):
+    buckets = make_buckets([corpus], 2, {"x": 4})
+    root = jax.random.fold_in(jax.random.key(SEED), 2)
+    optimizer = optax.adam(0.1)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state, losses = optimizer.init(params), []
+    gradient = jax.jit(jax.value_and_grad(noisy_squares, has_aux=True))
+    for step in range(steps):
+        batch = pooled_batch(corpus, buckets, BATCH, SEED, step, ("x", "y"))
+        (loss, _), grads = gradient(params, batch, jax.random.fold_in(root, step))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    return params, losses
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_training_equals_a_plain_loop(corpus, single, devices):
+    params, losses = by_hand(corpus, 7)
+    central = single if devices == 1 else training(corpus, 2)
+    reports = list(central.run(central.init(PARAMS), 7))
+    assert [done for _, done, _ in reports] == [3, 6, 7]
+    means = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
+    np.testing.assert_allclose([loss for _, _, loss in reports], means, rtol=1e-5)
+    state = reports[-1][0]
+    assert int(state.round) == 7
+    np.testing.assert_allclose(state.params["w"], params["w"], rtol=1e-5)
+
+
+def test_a_resumed_run_is_bit_identical(corpus, single):
+    *_, (whole, _, _) = single.run(single.init(PARAMS), 7)
+    *_, (half, done, _) = single.run(single.init(PARAMS), 4)
+    assert done == 4
+    saved = jax.tree.map(np.array, jax.device_get(half))
+    fresh = training(corpus, 1)
+    reports = list(fresh.run(fresh.place(saved), 3))
+    assert [done for _, done, _ in reports] == [6, 7]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), reports[-1][0])
+
+
+def test_it_learns(single):
+    losses = [loss for _, _, loss in single.run(single.init(PARAMS), 60)]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])

@@ -1,0 +1,58 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.models.recogniser import Recogniser
+from fedasr.text import CharTokenizer
+from fedasr.training.evaluation import Evaluator
+
+ENCODE = CharTokenizer().encode
+# What is said, and what the recogniser below will hear.
+USERS = {
+    "ann": [("turn on the light", "turn of the light"), ("stop", "stop")],
+    "bob": [("play some music", "play music"), ("louder", "loud er"), ("go", "")],
+}
+BUCKETS = ({"features": 8, "labels": 8}, {"features": 24, "labels": 24})
+
+
+def corpus():
+    return InMemoryCorpus(
+        {
+            user: [
+                {"features": ENCODE(heard).astype(np.float16)[:, None], "labels": ENCODE(said)}
+                for said, heard in pairs
+            ]
+            for user, pairs in USERS.items()
+        },
+        ragged=("features", "labels"),
+    )
+
+
+def fake(params, batch):
+    """Hears what the features spell, with a loss of one nat per frame; "go" cannot be aligned."""
+    lengths = batch["features_length"]
+    valid = batch["mask"] & (lengths > 0)
+    loss = jnp.where(valid, params * lengths, 0.0)
+    return batch["features"][..., 0].astype(jnp.int32), lengths, loss, valid
+
+
+RECOGNISER = Recogniser(init=lambda key: jnp.float32(1), loss=lambda *_: None, evaluate=fake)
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (1, 32), (2, 3)])
+def test_every_utterance_once_with_the_error_rates_by_hand(devices, batch_size):
+    evaluator = Evaluator(RECOGNISER, BUCKETS, batch_size, jax.devices()[:devices])
+    pairs = [pair for own in USERS.values() for pair in own]
+    references, hypotheses, loss = evaluator.transcripts(jnp.float32(1), corpus())
+    assert sorted(zip(references, hypotheses, strict=True)) == sorted(pairs)
+    heard = [len(hypothesis) for _, hypothesis in pairs]
+    assert loss == pytest.approx(sum(heard) / 4)
+    scores = evaluator(jnp.float32(1), corpus())
+    # Words: on -> of, "some" lost, louder -> "loud er" (two edits), "go" lost.
+    assert scores["wer"] == pytest.approx(100 * 5 / 10)
+    # Characters: n -> f, "some " lost, a space, "go" lost.
+    characters = sum(len(said) for said, _ in pairs)
+    assert scores["cer"] == pytest.approx(100 * (1 + 5 + 1 + 2) / characters)
+    assert scores["loss"] == loss
