@@ -47,6 +47,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.11",
             "scipy>=1.13",
+            "setuptools>=68",
         ],
     },
 )

@@ -1,3 +1,3 @@
-"""fedasr: simulated federated learning of speech recognisers with user-level differential privacy."""
+"""Simulated federated learning of speech recognisers with user-level differential privacy."""
 
 __version__ = "0.1.0"

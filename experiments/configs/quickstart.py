@@ -9,13 +9,13 @@ def get_config() -> ConfigDict:
     """A 0.9M-parameter CTC Transformer that two CPU cores train in minutes."""
     config = default_config()
     config.name = "quickstart"
-    config.rounds = 150
+    config.rounds = 120
     config.cohort = 8
     config.seed_training.steps = 250
     config.client.learning_rate = 0.3
     config.server.learning_rate = 0.01
-    config.server.decay_start = 100
-    config.server.decay_rounds = 40
+    config.server.decay_start = 80
+    config.server.decay_rounds = 30
     config.privacy.clip_norm = 0.4
     config.privacy.sigma = 4.5e-4
     return config
