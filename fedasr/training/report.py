@@ -689,7 +689,9 @@ def _draw_wer(axes: Any, curves: dict, summary: Record, annotate: bool = False) 
     top = max(float(y.max()) for _, y in curves.values())
     last = max(float(x.max()) for x, _ in curves.values())
     for color, (split, curve) in zip(_cycle(0), curves.items(), strict=False):
-        _line(axes, *curve, color=color, label=split, marker="o")
+        # A line between a first and a last point would claim what nobody measured.
+        style = {} if len(curve[0]) > 2 else {"linestyle": "none"}
+        _line(axes, *curve, color=color, label=split, marker="o", **style)
     if initial is not None:
         top = max(top, initial)
         axes.axhline(initial, color="#57606a", linestyle="--", linewidth=1.2)
@@ -705,7 +707,7 @@ def _draw_wer(axes: Any, curves: dict, summary: Record, annotate: bool = False) 
         top = max(top, wer)
         axes.plot([last], [wer], marker="*", markersize=13, color=color, clip_on=False)
         axes.annotate(
-            _escape_math(f"final, {_shorten(split, 16)}: {wer:.1f}%"), (last, wer), xytext=(-2, 12),
+            _escape_math(f"final, {_shorten(split, 16)}: {wer:.1f}%"), (last, wer), xytext=(-2, 24),
             textcoords="offset points", ha="right", va="bottom", color=color,
             fontsize=12 if annotate else 9, fontweight="bold" if annotate else None,
         )  # fmt: skip
