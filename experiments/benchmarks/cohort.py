@@ -27,6 +27,7 @@ from experiments import cli
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds timed for each figure.")
 _CLIENTS = flags.DEFINE_integer("clients", 32, "Clients in a round.")
 _DIM = flags.DEFINE_integer("dim", 144, "Width of the model; 144 gives 1.1M parameters.")
+_BLOCKS = flags.DEFINE_integer("blocks", 4, "Blocks of the model.")
 _FRAMES = flags.DEFINE_integer("frames", 200, "Frames of an utterance.")
 _CHUNKS = flags.DEFINE_list("chunks", ["1", "4", "8", "all"], "Clients vmapped on a device.")
 
@@ -92,7 +93,9 @@ def run() -> None:
     from fedasr.models.recogniser import make_recogniser
     from fedasr.privacy.mechanism import Mechanism
 
-    recogniser = make_recogniser("transformer", {"dim": _DIM.value, "mlp": 4 * _DIM.value})
+    recogniser = make_recogniser(
+        "transformer", {"dim": _DIM.value, "mlp": 4 * _DIM.value, "blocks": _BLOCKS.value}
+    )
     params = recogniser.init(jax.random.key(0))
     optimizer = optax.sgd(0.1)
     clip = optax.clip_by_global_norm(1.0)

@@ -35,7 +35,7 @@ from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, to_json, write_json_atomic
 from fedasr.training.report import write_report
 
-CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
+CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
 
 
 class Interrupted(Exception):
@@ -157,6 +157,7 @@ def _central(
         settings["batch_size"],
         seed=config["seed"],
         buckets=buckets,
+        steps_per_report=math.gcd(10, config["checkpoint"]["seed_every"]),  # saved when reported
         devices=devices,
         keep=ARRAYS,
     )
@@ -202,6 +203,35 @@ def make_simulation(
         devices=devices,
         keep=ARRAYS,
     )
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raises UserError for mistakes that would otherwise show late, or not at all."""
+    if config["algorithm"] not in ("federated", "central"):
+        raise UserError(
+            f"algorithm={config['algorithm']!r} is unknown: choose 'federated' or 'central'"
+        )
+    least = {
+        "rounds": 0,
+        "chunk": 0,
+        "devices": 0,
+        "data.buckets": 1,
+        "seed_training.steps": 0,
+        "seed_training.batch_size": 1,
+        "central.steps": 0,
+        "central.batch_size": 1,
+        "evaluation.every": 0,
+        "evaluation.batch_size": 1,
+        "checkpoint.every": 1,
+        "checkpoint.seed_every": 0,
+    }
+    flat = _flatten(config)
+    for name, bound in least.items():
+        if flat[name] < bound:
+            raise UserError(f"{name}={flat[name]} must be at least {bound}")
+    for section in ("seed_training", "central", "client", "server"):
+        settings = config[section]
+        make_optimizer(settings["optimizer"], 0.1, **settings.get("options", {}))
 
 
 def parameter_count(recogniser: Recogniser) -> int:
@@ -278,6 +308,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: as the run itself would.
     """
     config = to_json(config)
+    _check(config)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = parameter_count(recogniser)
@@ -327,12 +358,17 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     """
     config = to_json(config)
     workdir = Path(workdir)
-    _claim(workdir, config)
+    new = _is_new(workdir, config)
     summary_path = workdir / SUMMARY_FILE
     if (done := _read_json(summary_path)) and done.get("status") == "completed":
+        if not (workdir / REPORT_FILE).exists():  # killed between the two
+            write_report(workdir)
         return done
     with graceful_stop() as stop:
-        return _Run(config, workdir, stop).run()
+        this = _Run(config, workdir, stop)
+        if new:  # not before: a mistaken configuration must not claim the directory
+            write_json_atomic(workdir / CONFIG_FILE, config)
+        return this.run()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -341,16 +377,16 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes the configuration to a new work directory; refuses one of another configuration."""
+def _is_new(workdir: Path, config: Mapping[str, Any]) -> bool:
+    """Whether `workdir` holds no run yet; makes it if missing, refuses another configuration's."""
     existing = _read_json(workdir / CONFIG_FILE)
     if existing is None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
-        write_json_atomic(workdir / CONFIG_FILE, config)
-    elif existing != config:
+        return True
+    if existing != config:
         theirs, ours = _flatten(existing), _flatten(config)
         differing = sorted(
             key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
@@ -359,6 +395,7 @@ def _claim(workdir: Path, config: Mapping[str, Any]) -> None:
             f"--workdir={workdir} belongs to another configuration (differs in "
             f"{', '.join(differing[:5])}): choose another directory"
         )
+    return False
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -383,10 +420,7 @@ class _Run:
         self.began = time.monotonic()
         self.totals = Totals()
         self.initial: dict[str, Any] = {}
-        if config["algorithm"] not in ("federated", "central"):
-            raise UserError(
-                f"algorithm={config['algorithm']!r} is unknown: choose 'federated' or 'central'"
-            )
+        _check(config)
         self.recogniser = build_recogniser(config)
         every = jax.local_devices()
         if config["devices"] > len(every):
@@ -403,6 +437,9 @@ class _Run:
         self.evaluator = Evaluator(
             self.recogniser, self.whole_bucket, config["evaluation"]["batch_size"], self.devices
         )
+        self.simulation = None
+        if config["algorithm"] == "federated":
+            self.simulation = make_simulation(config, self.data, self.recogniser.loss, self.devices)
         self.checkpointer = Checkpointer(workdir / "checkpoints", config["checkpoint"]["keep"])
 
     def _message(self, text: str) -> None:
@@ -529,7 +566,7 @@ class _Run:
         if latest is None:
             self.initial = self._evaluate(like, list(self.data.evaluation))
             self._message("before: " + _wer_line(self.initial))
-        if self.config["algorithm"] == "central":
+        if self.simulation is None:
             trainer = _central(
                 self.config,
                 "central",
@@ -545,9 +582,8 @@ class _Run:
             self._save("main", total, state)
             mechanism = None
         else:
-            simulation = make_simulation(self.config, self.data, self.recogniser.loss, self.devices)
-            mechanism = simulation.mechanism
-            state = self._rounds(simulation, like, latest, units)
+            mechanism = self.simulation.mechanism
+            state = self._rounds(self.simulation, like, latest, units)
         self.checkpointer.wait()
         return self._summary(state, mechanism)
 
@@ -558,8 +594,9 @@ class _Run:
         state = simulation.init(params)
         names = clipping.layer_names(params, simulation.mechanism.layers)
         if latest is None:
-            self._save("main", 0, state)
+            # In this order: a run that resumes from this checkpoint does not log round 0 again.
             self.logger.round(0, {"eval": self.initial})
+            self._save("main", 0, state)
         else:
             restored, _ = self.checkpointer.restore(latest, jax.device_get(state))
             state = simulation.place(restored)

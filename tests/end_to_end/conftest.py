@@ -1,0 +1,152 @@
+"""A tiny prepared corpus of noise, and the programs under experiments/ as subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY_MODEL = (
+    "--config.model.options.dim=16",
+    "--config.model.options.blocks=1",
+    "--config.model.options.heads=2",
+    "--config.model.options.mlp=16",
+)
+TINY_RUN = (
+    *TINY_MODEL,
+    "--config.cohort=3",
+    "--config.client.steps=2",
+    "--config.client.batch_size=2",
+    "--config.seed_training.batch_size=4",
+    "--config.seed_training.steps=4",
+    "--config.rounds=6",
+    "--config.evaluation.every=3",
+    "--config.checkpoint.every=2",
+    "--config.checkpoint.seed_every=2",
+)
+
+
+def write_recordings(folder: Path) -> None:
+    """Half-second recordings of noise in four splits, and `speech.jsonl` that lists them."""
+    soundfile = pytest.importorskip("soundfile", reason="soundfile is needed to write recordings")
+    rng = np.random.default_rng(0)
+    words = ["one", "two", "three", "four", "five"]
+    lines = []
+    for split, users in {"seed": 2, "train": 6, "dev": 2, "test": 2}.items():
+        for user in range(users):
+            for i in range(3):
+                name = f"{split}-{user}-{i}.wav"
+                samples = 0.1 * rng.standard_normal(int(16_000 * rng.uniform(0.4, 0.6)))
+                soundfile.write(folder / name, samples, 16_000)
+                lines.append(
+                    {
+                        "audio_filepath": name,
+                        "text": " ".join(rng.choice(words, 2)),
+                        "user": f"{split} {user}",
+                        "split": split,
+                    }
+                )
+    manifest = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "speech.jsonl").write_text(manifest)
+
+
+def environment() -> dict[str, str]:
+    """Of a subprocess that imports this checkout; even the quickest compilation is cached."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {
+        "PYTHONPATH": path,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def launch(module: str, *flags: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs `python -m module flags...` to its end."""
+    command = [sys.executable, "-m", module, *map(str, flags)]
+    return subprocess.run(
+        command, cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.fixture(scope="session")
+def program():
+    """`launch`: (module, *flags, cwd) -> CompletedProcess."""
+    return launch
+
+
+@pytest.fixture(scope="session")
+def program_environment():
+    """The environment that `launch` gives."""
+    return environment()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): the folder that `make(folder)` fills, made by one xdist worker for all."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def get(name, make):
+        folder, ready = shared / name, shared / f"{name}.ready"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            deadline = time.monotonic() + 500
+            while not ready.exists():
+                assert time.monotonic() < deadline, f"another worker failed to make {name}"
+                time.sleep(0.1)
+        else:
+            make(folder)
+            ready.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def recordings(once):
+    """The manifest of a tiny corpus of noise."""
+    return once("recordings", write_recordings) / "speech.jsonl"
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(recordings, once):
+    """The folder of the tiny corpus, prepared: 6 training users, 2 each of seed, dev and test."""
+    from fedasr.data.manifest import manifest_fingerprint, read_manifest
+    from fedasr.data.prepare import prepare
+
+    fingerprint, _ = manifest_fingerprint(recordings)
+    return once(
+        "corpus",
+        lambda out: prepare(read_manifest(recordings), out, name="tiny", fingerprint=fingerprint),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(corpus_dir):
+    """Flags of a run of seconds on the tiny corpus."""
+    return (f"--config.data.dir={corpus_dir}", *TINY_RUN)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Flags of a model of 20,000 parameters."""
+    return TINY_MODEL
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_flags, once):
+    """An uninterrupted run: (work directory, its stdout)."""
+
+    def run(folder):
+        done = launch("experiments.train", *tiny_flags, f"--workdir={folder}/run", "--json")
+        assert done.returncode == 0, done.stderr
+        (folder / "stdout").write_text(done.stdout)
+
+    folder = once("finished", run)
+    return folder / "run", (folder / "stdout").read_text()

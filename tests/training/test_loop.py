@@ -1,0 +1,190 @@
+import contextlib
+import json
+
+import dp_accounting
+import jax
+import numpy as np
+import pytest
+from dp_accounting import pld
+
+from fedasr.data.prepare import Utterance, prepare
+from fedasr.errors import UserError
+from fedasr.training import loop
+from fedasr.training.checkpoint import Checkpointer, restore_params
+from fedasr.training.config import default_config
+from fedasr.training.interrupts import StopFlag
+from fedasr.training.logging import read_metrics, to_json
+
+pytest.importorskip("array_record")
+pytest.importorskip("tensorflow_datasets")
+
+
+@pytest.fixture(scope="module")
+def corpus_dir(tmp_path_factory):
+    """Noise in three splits without a seed: 4 training users, 1 each of dev and test."""
+
+    def noise(number):
+        return 0.1 * np.random.default_rng(number).standard_normal(8_000, np.float32), 16_000
+
+    utterances = [
+        Utterance(f"{split}-{user}-{i}", f"{split}-{user}", "one two", split, lambda i=i: noise(i))
+        for split, users in {"train": 4, "dev": 1, "test": 1}.items()
+        for user in range(users)
+        for i in range(2)
+    ]
+    out = tmp_path_factory.mktemp("loop") / "data"
+    prepare(utterances, out, name="noise")
+    return out
+
+
+def make_config(corpus_dir, changes):
+    config = default_config()
+    config.data.dir = str(corpus_dir)
+    config.model.options.update(dim=16, blocks=1, heads=2, mlp=16)
+    config.rounds, config.cohort = 1, 2
+    config.client.steps, config.client.batch_size = 1, 2
+    config.central.update(steps=4, batch_size=2)
+    config.checkpoint.seed_every = 2
+    config.evaluation.batch_size = 2
+    config.update_from_flattened_dict(changes)
+    return to_json(config.to_dict())
+
+
+@pytest.fixture
+def configure(corpus_dir):
+    """configure({"section.field": value}): a tiny configuration without a seed, as a dict."""
+    return lambda changes: make_config(corpus_dir, changes)
+
+
+MISTAKES = {
+    "algorithm": "gossip",
+    "rounds": -1,
+    "cohort": 5,  # of 4 users
+    "chunk": -1,
+    "devices": 999,
+    "data.train": "no_such_split",
+    "data.buckets": 0,
+    "model.name": "oracle",
+    "model.options.dim": 15,  # not a multiple of the heads
+    "client.optimizer": "magic",
+    "client.steps": 0,
+    "client.batch_size": 0,
+    "server.optimizer": "magic",
+    "seed_training.optimizer": "magic",
+    "central.optimizer": "magic",
+    "privacy.sampler": "systematic",
+    "privacy.budget": "lavish",
+    "privacy.clip_norm": -1.0,
+    "privacy.sigma": -1.0,
+    "privacy.slots": 1,
+    "evaluation.batch_size": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 0,
+}
+
+
+@pytest.mark.parametrize("field", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_the_directory_free(configure, tmp_path, field):
+    config = configure({field: MISTAKES[field]})
+    with pytest.raises(UserError) as caught:
+        loop.run(config, tmp_path / "run")
+    assert str(caught.value).count("\n") == 0
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("field", ["algorithm", "cohort", "model.name", "server.optimizer"])
+def test_dry_run_finds_the_same_mistakes(configure, field):
+    with pytest.raises(UserError):
+        loop.dry_run(configure({field: MISTAKES[field]}))
+
+
+def test_dry_run_extrapolates_as_dp_accounting_by_hand(configure):
+    config = configure(
+        {"rounds": 200, "privacy.sigma": 6e-4, "privacy.deployments": ((1000, 10**6),)}
+    )
+    privacy = loop.dry_run(config)["privacy"]
+    assert privacy["noise_multiplier"] == pytest.approx(6e-4 * 2)
+    assert sum(bound**2 for bound in privacy["layer_bounds"].values()) == pytest.approx(
+        config["privacy"]["clip_norm"] ** 2
+    )
+    (deployed,) = privacy["extrapolations"]
+    assert deployed["noise_multiplier"] == pytest.approx(6e-4 * 1000)
+    # Rounds that would overflow have a probability too small to matter: an ordinary Poisson event.
+    event = dp_accounting.SelfComposedDpEvent(
+        dp_accounting.PoissonSampledDpEvent(1e-3, dp_accounting.GaussianDpEvent(0.6)), 200
+    )
+    by_hand = pld.PLDAccountant().compose(event).get_epsilon(1e-9)
+    assert deployed["epsilon"] == pytest.approx(by_hand, rel=1e-2)
+    assert deployed["accountant"] == "PLD"
+
+
+def test_dry_run_without_privacy_spends_nothing(configure):
+    summary = loop.dry_run(configure({"privacy.enabled": False}))
+    assert summary["privacy"] == {"enabled": False, "epsilon": None, "extrapolations": []}
+
+
+@pytest.fixture(scope="module")
+def without_privacy(corpus_dir, tmp_path_factory):
+    """(work directory, summary) of one round without privacy."""
+    workdir = tmp_path_factory.mktemp("runs") / "plain"
+    config = make_config(corpus_dir, {"privacy.enabled": False})
+    return workdir, loop.run(config, workdir)
+
+
+def test_without_privacy(without_privacy):
+    workdir, summary = without_privacy
+    assert summary["status"] == "completed"
+    assert summary["privacy"] == {"enabled": False, "epsilon": None, "extrapolations": []}
+    (record,) = [r for r in read_metrics(workdir) if r.get("round") == 1]
+    assert sum(record["clipped_share"].values()) == 0
+    assert sum(record["update_norm"].values()) > 0
+
+    # A kill between the summary and the report loses neither.
+    (workdir / "report.html").unlink()
+    config = json.loads((workdir / "config.json").read_text())
+    assert loop.run(config, workdir) == summary
+    assert (workdir / "report.html").exists()
+
+
+def test_init_from_another_model_is_refused(configure, tmp_path):
+    with Checkpointer(tmp_path / "source" / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"params": {"output": {"kernel": np.zeros((2, 3))}}}, {})
+    config = configure({"init_from": str(tmp_path / "source")})
+    with pytest.raises(UserError, match="another model"):
+        loop.run(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_central_training_from_another_run_stopped_and_resumed(
+    configure, without_privacy, tmp_path, monkeypatch
+):
+    source, before = without_privacy
+    config = configure({"algorithm": "central", "init_from": str(source)})
+    whole = loop.run(config, tmp_path / "whole")
+    assert whole["initial_wer"] == before["wer"]
+    assert whole["central_steps"] == 4
+    assert whole["privacy"] == {"enabled": False, "epsilon": None, "extrapolations": []}
+
+    @contextlib.contextmanager
+    def stop_at_once():
+        stop = StopFlag()
+        stop.requested = True
+        yield stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "graceful_stop", stop_at_once)
+        with pytest.raises(loop.Interrupted, match="main at 2"):
+            loop.run(config, tmp_path / "stopped")
+    partial = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert partial["status"] == "interrupted"
+
+    resumed = loop.run(config, tmp_path / "stopped")
+    for key in whole.keys() - {"wall_seconds"}:
+        assert resumed[key] == whole[key], key
+    pairs = (restore_params(tmp_path / "stopped"), restore_params(tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, *pairs)
+    steps = [[r["step"], r["loss"]] for r in read_metrics(tmp_path / "stopped") if "step" in r]
+    assert steps == [
+        [r["step"], r["loss"]] for r in read_metrics(tmp_path / "whole") if "step" in r
+    ]
+    assert [step for step, _ in steps] == [2, 4]
