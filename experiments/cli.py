@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 
 from fedasr.errors import UserError
 
@@ -26,6 +26,7 @@ def fail(message: object, status: int = MISTAKE) -> int:
 def main(program: Callable[[], int | None]) -> None:
     """Parses the flags, runs `program` and exits: 0 done, 2 a user's mistake, 1 anything else."""
     logging.getLogger("absl").setLevel(logging.WARNING)
+    app.define_help_flags()
     try:
         rest = flags.FLAGS(sys.argv)
         if len(rest) > 1:
@@ -59,4 +60,6 @@ def configure_devices() -> None:
     """
     import jax
 
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", cores)

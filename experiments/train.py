@@ -69,6 +69,7 @@ def _describe(summary: dict) -> Iterator[str]:
                 f"{_number(case['epsilon'])} ({case['accountant']}), {case['cohort']:,} of "
                 f"{case['population']:,} users in each of {case['rounds']} rounds"
             )
+        yield f"not covered by these figures: {'; '.join(privacy['not_covered'])}"
     if skipped := summary["skipped_utterances"]:
         yield f"utterances skipped: {skipped}"
     if invalid := summary["invalid_client_updates"]:

@@ -161,6 +161,7 @@ class ClientBatcher:
       chunk_size: clients per chunk over all devices.
       seed: of the order of examples.
       keep: names of the arrays that the loss needs; default all.
+      devices: among which a chunk is divided; each computes the steps of its own longest client.
     """
 
     def __init__(
@@ -171,11 +172,13 @@ class ClientBatcher:
         chunk_size: int,
         seed: int,
         keep: Sequence[str] | None = None,
+        devices: int = 1,
     ) -> None:
         if chunk_size < 1:
             raise UserError(f"chunk must be at least 1 (got {chunk_size})")
         self._corpus, self._local, self._buckets = corpus, local, tuple(buckets)
         self._chunk_size, self._seed, self._keep = chunk_size, seed, keep
+        self._devices = devices
 
     def _client(self, user: int, round: int) -> _Client:
         plan = self._local.plan(int(self._corpus.sizes[user]), self._seed, round, user)
@@ -227,7 +230,9 @@ class ClientBatcher:
         user[: len(clients)] = [c.user for c in clients]
         weight = (num_steps > 0).astype(np.float32)
         unit = next(iter(bucket.values()), 1)
-        computed = slots * int(num_steps.max()) * self._local.batch_size * unit
+        longest = num_steps.reshape(self._devices, -1).max(axis=1)
+        trips = int(longest.sum()) * (slots // self._devices)
+        computed = trips * self._local.batch_size * unit
         return Chunk(batches, num_steps, user, weight), Padding(real, computed)
 
 

@@ -413,8 +413,9 @@ def _store(
                 raise _Skip("bad_split", repr(item.split))
             if item.id in seen:
                 raise _Skip("duplicate_id", "")
-            seen.add(item.id)
-            spool.add(item, *convert(item))
+            converted = convert(item)
+            seen.add(item.id)  # only now: an id that failed before may still come with good audio
+            spool.add(item, *converted)
         except _Skip as skip:
             reason, detail = skip.args
             skipped[reason] += 1

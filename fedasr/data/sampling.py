@@ -154,7 +154,8 @@ class FixedSizeSampler:
     """Every round has exactly `cohort_size` different users, drawn uniformly.
 
     The guarantee is for replacing one user's data (the population is public), where one user can
-    move the sum by twice the clip norm; dp_accounting's bound takes that into account.
+    move the sum by twice the clip norm. dp_accounting counts noise in units of that sensitivity,
+    so the event holds half the noise multiplier.
 
     Attributes:
       population: number of users.
@@ -211,5 +212,5 @@ class FixedSizeSampler:
         return dp_accounting.SampledWithoutReplacementDpEvent(
             source_dataset_size=self.population,
             sample_size=self.cohort_size,
-            event=dp_accounting.GaussianDpEvent(noise_multiplier),
+            event=dp_accounting.GaussianDpEvent(noise_multiplier / 2),
         )

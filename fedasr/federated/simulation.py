@@ -103,6 +103,7 @@ class Simulation:
             per_device * self.mesh.size,
             seed,
             keep,
+            self.mesh.size,
         )
         root = jax.random.key(seed)
         self._client_root = jax.random.fold_in(root, CLIENT_STREAM)

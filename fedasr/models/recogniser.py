@@ -76,7 +76,8 @@ def ctc_recogniser(
         tokens, counts = greedy_decode(logits, lengths)
         return tokens, counts, jnp.where(valid, values, 0.0), valid
 
-    return Recogniser(init, loss, evaluate)
+    # Op by op, the initialisation of a small model would take seconds.
+    return Recogniser(jax.jit(init), loss, evaluate)
 
 
 def make_recogniser(

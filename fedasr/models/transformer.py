@@ -22,7 +22,7 @@ class TransformerConfig:
     dtype: of the compute; parameters are float32.
 
     Raises:
-      UserError: dim is odd or no multiple of heads.
+      UserError: a size below 1, an unknown dtype, or a dim that is odd or no multiple of heads.
     """
 
     vocab: int = 30
@@ -41,6 +41,13 @@ class TransformerConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        sizes = ("vocab", "features", "dim", "heads", "mlp", "kernel", "stride")
+        if small := [name for name in sizes if getattr(self, name) < 1]:
+            raise UserError(f"the model's {', '.join(small)} must be at least 1")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(
+                f"the model's dtype must be float32, bfloat16 or float16: {self.dtype!r}"
+            )
         if self.dim % self.heads or self.dim % 2:
             raise UserError(
                 f"the model's dim must be even and a multiple of its heads, not {self.dim} with "

@@ -78,7 +78,8 @@ def default_config() -> ConfigDict:
 
     config.server = ConfigDict()
     config.server.optimizer = "lamb"
-    config.server.options = ConfigDict()  # optax's own for this optimiser, such as b1
+    # Optax's own for this optimiser, such as b1; set in a file, there is nothing to override here.
+    config.server.options = ConfigDict()
     config.server.learning_rate = 0.01
     config.server.decay_start = 1_000_000_000  # rounds at the constant rate, then
     config.server.decay_rounds = 500  # times decay_rate every so many rounds
@@ -104,6 +105,8 @@ def default_config() -> ConfigDict:
     config.checkpoint.every = 10  # rounds
     config.checkpoint.seed_every = 100  # steps of central training
     config.checkpoint.keep = 2
+    config.lock()  # a misspelt field in a file is then an error
+    config.server.options.unlock()
     return config
 
 

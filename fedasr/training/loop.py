@@ -5,12 +5,16 @@ checkpoint and ends with the same parameters, bit for bit, since everything rand
 (seed, round, user) and the noise counter is part of the state.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +22,9 @@ import numpy as np
 import optax
 
 from fedasr.audio.augment import SpecAugmentConfig
+from fedasr.audio.features import LogMelConfig
 from fedasr.data.batching import LocalBatches, Padding, make_buckets
-from fedasr.data.corpus import Corpus, open_corpus, read_metadata
+from fedasr.data.corpus import METADATA_FILE, Corpus, open_corpus, read_metadata
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from fedasr.errors import UserError
 from fedasr.federated.client import local_training
@@ -28,8 +33,10 @@ from fedasr.federated.simulation import RoundMetrics, Simulation
 from fedasr.models.recogniser import ARRAYS, Recogniser, make_recogniser
 from fedasr.privacy import accounting, clipping
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.text import CharTokenizer
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import Checkpointer, restore_params
+from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, to_json, write_json_atomic
@@ -72,6 +79,10 @@ def make_sampler(config: Mapping[str, Any], population: int) -> Sampler:
       UserError: for an unknown name or a cohort larger than the population.
     """
     name, cohort, seed = config["privacy"]["sampler"], config["cohort"], config["seed"]
+    if cohort > population:
+        raise UserError(
+            f"cohort={cohort} is more than the {population} users of the training split"
+        )
     if name == "poisson":
         return PoissonSampler(population, cohort, seed, slots=config["privacy"]["slots"] or None)
     if name == "fixed":
@@ -110,9 +121,8 @@ class Data:
     training; skipped {reason: count} of the preparation.
     """
 
-    def __init__(self, config: Mapping[str, Any], log: Any = print) -> None:
+    def __init__(self, directory: str | Path, config: Mapping[str, Any], log: Any = print) -> None:
         settings = config["data"]
-        directory = settings["dir"] or _synthetic(settings["task"])
         metadata = read_metadata(directory)
         splits = metadata["summary"]["splits"]
         self.train = open_corpus(directory, settings["train"])
@@ -128,11 +138,43 @@ class Data:
         }
         if missing := [split for split in settings["eval"] if split not in splits]:
             log(f"no split {missing} in {directory}: not evaluated")
+        _check_users(self, config["privacy"]["enabled"], log)
+        if (stride := config["model"]["options"].get("stride", 0)) > metadata["options"]["stride"]:
+            log(
+                f"the model's stride is {stride}, the data was prepared for "
+                f"{metadata['options']['stride']}: transcripts too long for it are left out"
+            )
         self.skipped = dict(metadata["summary"]["skipped"])
         multiples = {"features": 24, "labels": 4}
         self.buckets = make_buckets([self.train], settings["buckets"], multiples)
         others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
         self.other_buckets = make_buckets(others, 1, multiples) if others else ()
+
+
+def _check_users(data: Data, private: bool, log: Any) -> None:
+    """No epsilon for users whom the seed has seen without noise; no "unseen voices" that train."""
+    users = set(data.train.users)
+    if data.seed is not None and private and (shared := users & set(data.seed.users)):
+        raise UserError(
+            f"{len(shared)} users ({min(shared)}...) are in the seed's split and in the training "
+            "split: the seed is trained without noise, so they would have no privacy"
+        )
+    for split, corpus in data.evaluation.items():
+        if shared := users & set(corpus.users):
+            log(f"{len(shared)} users of the split {split!r} are training users too")
+
+
+def data_directory(config: Mapping[str, Any]) -> Path:
+    """The prepared corpus of a configuration; makes the synthetic one when first needed."""
+    if config["data"]["dir"]:
+        return Path(config["data"]["dir"])
+    return _synthetic(config["data"]["task"])
+
+
+def _identity(directory: Path) -> str:
+    """Names the prepared data: a run must not go on, or be taken for done, with other data."""
+    read_metadata(directory)  # a clear error if it is no corpus
+    return hashlib.sha256((directory / METADATA_FILE).read_bytes()).hexdigest()[:16]
 
 
 def _synthetic(task: str) -> Path:
@@ -185,23 +227,27 @@ def make_simulation(
         grad_clip=client["grad_clip"],
         proximal=client["proximal"],
     )
-    local = LocalBatches(
-        client["batch_size"],
-        steps=client["steps"] or None,
-        epochs=client["epochs"] or None,
-        max_steps=client["max_steps"] or None,
-    )
     return Simulation(
         data.train,
         make_mechanism(config, sampler),
         update,
         make_optimizer(server["optimizer"], schedule, **server["options"]),
-        local,
+        _local_batches(config),
         seed=config["seed"],
         chunk=config["chunk"],
         buckets=data.buckets,
         devices=devices,
         keep=ARRAYS,
+    )
+
+
+def _local_batches(config: Mapping[str, Any]) -> LocalBatches:
+    client = config["client"]
+    return LocalBatches(
+        client["batch_size"],
+        steps=client["steps"] or None,
+        epochs=client["epochs"] or None,
+        max_steps=client["max_steps"] or None,
     )
 
 
@@ -224,6 +270,8 @@ def _check(config: Mapping[str, Any]) -> None:
         "evaluation.batch_size": 1,
         "checkpoint.every": 1,
         "checkpoint.seed_every": 0,
+        "checkpoint.keep": 1,
+        "server.decay_rounds": 1,
     }
     flat = _flatten(config)
     for name, bound in least.items():
@@ -232,6 +280,20 @@ def _check(config: Mapping[str, Any]) -> None:
     for section in ("seed_training", "central", "client", "server"):
         settings = config[section]
         make_optimizer(settings["optimizer"], 0.1, **settings.get("options", {}))
+    _local_batches(config)
+    options = config["model"]["options"]
+    tokens, mels = CharTokenizer().vocab_size, LogMelConfig().num_mels
+    if options.get("vocab", tokens) != tokens or options.get("features", mels) != mels:
+        raise UserError(f"the data needs model.options.vocab={tokens} and features={mels}")
+    if not 0 < config["privacy"]["delta"] < 1:
+        raise UserError(f"privacy.delta={config['privacy']['delta']} must lie between 0 and 1")
+    for case in config["privacy"]["deployments"]:
+        if not isinstance(case, list) or len(case) != 2 or not 0 < case[0] <= case[1]:
+            raise UserError(f"privacy.deployments: {case} is not (cohort, population)")
+    if config["devices"] > len(jax.local_devices()):
+        raise UserError(f"devices={config['devices']}: only {len(jax.local_devices())} are here")
+    if config["init_from"]:
+        checkpoint_metadata(config["init_from"])
 
 
 def parameter_count(recogniser: Recogniser) -> int:
@@ -283,9 +345,20 @@ def describe_privacy(
         "noise_multiplier": mechanism.noise_multiplier,
         "delta": privacy["delta"],
         "layer_bounds": bounds,
+        "not_covered": _not_covered(config),
         **_figure(spent),
         "extrapolations": extrapolations,
     }
+
+
+def _not_covered(config: Mapping[str, Any]) -> list[str]:
+    """What the epsilons say nothing about."""
+    limits = ["choices made by looking at the metrics of this or other runs"]
+    if config["init_from"]:
+        limits.append(f"whatever init_from={config['init_from']} was trained on, and its rounds")
+    elif config["seed_training"]["steps"]:
+        limits.append("the seed's own training data")
+    return limits
 
 
 def _figure(epsilon: Any) -> dict[str, Any]:
@@ -357,23 +430,40 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
     config = to_json(config)
+    _check(config)
     workdir = Path(workdir)
+    directory = data_directory(config)
+    config["data"]["identity"] = _identity(directory)
     new = _is_new(workdir, config)
+    lock = _lock(workdir)  # held until this function's frame is gone, however it ends
     summary_path = workdir / SUMMARY_FILE
     if (done := _read_json(summary_path)) and done.get("status") == "completed":
         if not (workdir / REPORT_FILE).exists():  # killed between the two
             write_report(workdir)
         return done
     with graceful_stop() as stop:
-        this = _Run(config, workdir, stop)
+        this = _Run(config, directory, workdir, stop)
         if new:  # not before: a mistaken configuration must not claim the directory
             write_json_atomic(workdir / CONFIG_FILE, config)
-        return this.run()
+        summary = this.run()
+    lock.close()
+    return summary
+
+
+def _lock(workdir: Path) -> IO[str]:
+    """Keeps a second process out of a work directory; the system frees it when this one ends."""
+    file = (workdir / ".lock").open("w")
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir} is in use by another process") from error
+    return file
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    import json
-
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -415,18 +505,21 @@ def _device(devices: Sequence[jax.Device]) -> str:
 class _Run:
     """The state of one process's part of a run."""
 
-    def __init__(self, config: dict[str, Any], workdir: Path, stop: StopFlag) -> None:
+    def __init__(
+        self, config: dict[str, Any], directory: Path, workdir: Path, stop: StopFlag
+    ) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
         self.began = time.monotonic()
         self.totals = Totals()
         self.initial: dict[str, Any] = {}
-        _check(config)
+        self.final: dict[str, Any] | None = None
         self.recogniser = build_recogniser(config)
-        every = jax.local_devices()
-        if config["devices"] > len(every):
-            raise UserError(f"devices={config['devices']}: only {len(every)} are here")
-        self.devices = every[: config["devices"] or None]
-        self.data = Data(config, self._message)
+        self.start: Any = None
+        if config["init_from"]:
+            shapes = jax.eval_shape(self.recogniser.init, jax.random.key(0))
+            self.start = _loaded(config["init_from"], shapes)
+        self.devices = jax.local_devices()[: config["devices"] or None]
+        self.data = Data(directory, config, self._message)
         self.seed_steps = config["seed_training"]["steps"] if self.data.seed else 0
         evaluation_buckets = self.data.buckets + self.data.other_buckets
         biggest = {
@@ -446,8 +539,6 @@ class _Run:
         if logger := getattr(self, "logger", None):
             logger.message(text)
         else:
-            import sys
-
             print(text, file=sys.stderr, flush=True)
 
     # Checkpoints are numbered by the steps of the seed plus the units (rounds, or steps of the
@@ -477,8 +568,6 @@ class _Run:
         latest = self.checkpointer.latest_step()
         stage, units = "seed", 0
         if latest is not None:
-            from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
-
             metadata = checkpoint_metadata(self.workdir / "checkpoints" / str(latest))
             stage, units = metadata["stage"], metadata["units"]
             self.totals = Totals(**metadata["totals"])
@@ -513,9 +602,9 @@ class _Run:
     def _seed(self, latest: int | None, units: int) -> Any:
         """Central training on the seed's split; returns parameters to start the main stage."""
         config = self.config
+        if self.start is not None:
+            return self.start
         params = self.recogniser.init(jax.random.key(config["seed"]))
-        if config["init_from"]:
-            return _loaded(config["init_from"], params)
         if not self.seed_steps:
             return params
         trainer = _central(
@@ -609,7 +698,8 @@ class _Run:
             record = _record(metrics, names)
             last = metrics.round == total
             if last:
-                record["eval"] = self._evaluate(state.params, list(self.data.evaluation))
+                self.final = self._evaluate(state.params, list(self.data.evaluation))
+                record["eval"] = self.final
             elif every and metrics.round % every == 0:
                 splits = config["evaluation"]["while_training"]
                 record["eval"] = self._evaluate(state.params, splits)
@@ -633,7 +723,7 @@ class _Run:
 
     def _summary(self, state: ServerState, mechanism: Mechanism | None) -> dict[str, Any]:
         totals, config = self.totals, self.config
-        final = self._evaluate(state.params, list(self.data.evaluation))
+        final = self.final or self._evaluate(state.params, list(self.data.evaluation))
         self._message("after: " + _wer_line(final))
         padding = Padding(totals.real, totals.computed)
         federated = mechanism is not None

@@ -423,7 +423,8 @@ def _privacy(federated: Sequence[Record], summary: Record) -> str:
             _note(
                 "ε bounds how much the presence of one user can change what the training "
                 "reveals: likelihood ratios are at most e^ε, up to δ. Smaller is more "
-                "private. It grows with every round, and stopping earlier spends less."
+                "private. It grows with every round, and stopping earlier spends less. This curve "
+                "is by Rényi DP, which is quick; the figures above may be tighter."
             )
         )
     elif private:
@@ -466,6 +467,8 @@ def _privacy_tables(summary: Record, privacy: Record) -> str:
         "the cohort, population and rounds in that line. It assumes that users are sampled at "
         "random in that proportion and that the model learns there as it did here."
     )
+    if isinstance(privacy.get("not_covered"), list):
+        explanation += " Not covered: " + _text("; ".join(map(str, privacy["not_covered"]))) + "."
     how = f"Sampling: {_text(sampling)}. Accountant: {_text(accountant)}. δ = {delta}."
     return (
         _table(rows, header)

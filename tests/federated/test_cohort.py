@@ -268,10 +268,7 @@ def test_the_sum_of_a_recogniser_equals_a_python_loop(recogniser, speech):
     for chunk, _ in tight.chunks(range(5), 3):
         batches = {name: value[0] for name, value in chunk.batches.items()}
         if chunk.batches["mask"].shape[1] == 1:  # one shape, so that one program serves all
-            batches = {
-                name: np.concatenate([value, np.zeros_like(value)])
-                for name, value in batches.items()
-            }
+            batches = {name: np.concatenate([value] * 4) for name, value in batches.items()}
         clients.append((int(chunk.user[0]), int(chunk.num_steps[0]), batches))
     expected = python_loop(clients, params, round_key, alone)
 
@@ -282,7 +279,7 @@ def test_the_sum_of_a_recogniser_equals_a_python_loop(recogniser, speech):
     for chunk, _ in ClientBatcher(speech, LOCAL, (LARGE,), 4, seed=0).chunks([4, 2, 0, 1, 3], 3):
         batches = {
             name: np.pad(
-                value, [(0, 0), (0, 3 - value.shape[1]), (0, 1)] + [(0, 0)] * (value.ndim - 3)
+                value, [(0, 0), (0, 5 - value.shape[1]), (0, 1)] + [(0, 0)] * (value.ndim - 3)
             )
             for name, value in chunk.batches.items()
         }

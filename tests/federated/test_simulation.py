@@ -291,7 +291,7 @@ def test_one_compilation_per_shape_of_chunk():
             chunks += 1
         assert sim.compilations() <= len(shapes) + 2  # the next round's may be under way
     assert sim.compilations() == len(shapes) < chunks / 3
-    assert 4 <= len(shapes)
+    assert 3 <= len(shapes)
 
 
 def test_stopping_early_ends_the_reading_thread(noisy):

@@ -4,7 +4,7 @@ import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting import pld, rdp
-from scipy import stats
+from scipy import optimize, stats
 
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.errors import UserError
@@ -96,15 +96,33 @@ def test_the_renyi_bound_of_truncated_rounds_covers_the_exact_divergence():
 
 
 def test_known_figures():
-    """The published setting of 34,753 users: Poisson 7.2 (Rényi) or 6.8, fixed size 15.5."""
+    """The published setting of 34,753 users: Poisson 7.2 (Rényi) or 6.8, fixed size 43.7.
+
+    Fixed size would be 15.5 if replacing a user moved the sum by C instead of 2C.
+    """
     got = of_sampler(PoissonSampler(34753, 1024, seed=0), 1.43, 2000)
     np.testing.assert_allclose([got.epsilon_rdp, got.epsilon_pld], [7.2, 6.8], atol=0.05)
     fixed = of_sampler(FixedSizeSampler(34753, 1024, seed=0), 1.43, 2000)
-    np.testing.assert_allclose(fixed.epsilon, 15.5, atol=0.05)
+    np.testing.assert_allclose(fixed.epsilon, 43.7, atol=0.1)
+    doubled = of_sampler(FixedSizeSampler(34753, 1024, seed=0), 2 * 1.43, 2000)
+    np.testing.assert_allclose(doubled.epsilon, 15.5, atol=0.05)
     assert fixed.accountant == "RDP" and fixed.epsilon_pld is None
     by_hand = rdp.RdpAccountant(range(2, 65), REPLACE)
     by_hand.compose(FixedSizeSampler(34753, 1024, seed=0).event(1.43), 2000)
     np.testing.assert_allclose(fixed.epsilon_rdp, by_hand.get_epsilon(DELTA), rtol=1e-9)
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.0, 5.0])
+def test_everyone_in_one_round_is_the_gaussian_mechanism_at_sensitivity_two(noise):
+    """Balle and Wang, 2018, theorem 8: the exact delta of the Gaussian mechanism."""
+
+    def exact_delta(epsilon):
+        half, shift = 1 / noise, epsilon * noise / 2  # sensitivity 2 over noise z
+        return stats.norm.cdf(half - shift) - np.exp(epsilon) * stats.norm.cdf(-half - shift)
+
+    exact = optimize.brentq(lambda epsilon: exact_delta(epsilon) - 1e-6, 1e-3, 100)
+    got = of_sampler(FixedSizeSampler(100, 100, seed=0), noise, 1, delta=1e-6)
+    assert exact <= got.epsilon <= 1.15 * exact
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
 
 
+def noise(number=0):
+    return 0.1 * np.random.default_rng(number).standard_normal(8_000, np.float32), 16_000
+
+
 @pytest.fixture(scope="module")
 def corpus_dir(tmp_path_factory):
     """Noise in three splits without a seed: 4 training users, 1 each of dev and test."""
-
-    def noise(number):
-        return 0.1 * np.random.default_rng(number).standard_normal(8_000, np.float32), 16_000
-
     utterances = [
         Utterance(f"{split}-{user}-{i}", f"{split}-{user}", "one two", split, lambda i=i: noise(i))
         for split, users in {"train": 4, "dev": 1, "test": 1}.items()
@@ -80,6 +80,14 @@ MISTAKES = {
     "evaluation.batch_size": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "init_from": "no/such/run",
+    "server.decay_rounds": 0,
+    "model.options.vocab": 10,
+    "model.options.features": 40,
+    "model.options.heads": 0,
+    "model.options.dtype": "float7",
+    "privacy.delta": 0.0,
+    "privacy.deployments": ((10, 5),),
 }
 
 
@@ -92,10 +100,39 @@ def test_a_mistake_is_one_line_and_leaves_the_directory_free(configure, tmp_path
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("field", ["algorithm", "cohort", "model.name", "server.optimizer"])
+@pytest.mark.parametrize("field", sorted(MISTAKES.keys() - {"data.buckets"}))
 def test_dry_run_finds_the_same_mistakes(configure, field):
     with pytest.raises(UserError):
         loop.dry_run(configure({field: MISTAKES[field]}))
+
+
+def test_a_user_of_the_seed_cannot_be_promised_privacy(tmp_path):
+    utterances = [
+        Utterance(split, "same user", "one two", split, noise) for split in ("seed", "train")
+    ]
+    prepare(utterances, tmp_path / "data", name="shared")
+    changes = {"cohort": 1, "seed_training.steps": 1, "data.eval": ()}
+    with pytest.raises(UserError, match="same user"):
+        loop.run(make_config(tmp_path / "data", changes), tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path, configure):
+    def data(name):
+        utterances = [Utterance(name, "anna", "one two", "train", noise)]
+        prepare(utterances, tmp_path / "data", name=name, overwrite=True)
+        return make_config(tmp_path / "data", {"cohort": 1, "data.eval": (), "rounds": 0})
+
+    loop.run(data("first"), tmp_path / "run")
+    with pytest.raises(UserError, match="identity"):
+        loop.run(data("second"), tmp_path / "run")
+
+
+def test_two_processes_do_not_share_a_work_directory(configure, tmp_path):
+    (tmp_path / "run").mkdir()
+    held = loop._lock(tmp_path / "run")
+    with pytest.raises(UserError, match="in use"):
+        loop.run(configure({}), tmp_path / "run")
+    held.close()
 
 
 def test_dry_run_extrapolates_as_dp_accounting_by_hand(configure):
