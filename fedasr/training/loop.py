@@ -572,7 +572,8 @@ class _Run:
             stage, units = metadata["stage"], metadata["units"]
             self.totals = Totals(**metadata["totals"])
             self.initial = metadata["initial"]
-        rounds_done = units if stage == "main" else 0
+        # -1: in the seed, not even round 0 (the evaluation before the first round) is done.
+        rounds_done = units if stage == "main" else -1
         steps_done = units if stage == "seed" else self.seed_steps
         if self.config["algorithm"] == "central" and stage == "main":
             rounds_done, steps_done = 0, self.seed_steps + units
