@@ -139,7 +139,7 @@ def run() -> None:
     sims["ragged"] = simulation(ragged, LocalBatches(BATCH, epochs=1), 1)
     states = {name: sim.init(params) for name, sim in sims.items()}
 
-    some = next(iter(sims[_CHUNKS.value[0]]._batcher.chunks([0], 0)))[0]
+    some = next(iter(sims[_CHUNKS.value[0]].batcher.chunks([0], 0)))[0]
     batches = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x[0]), some.batches))
     singles = [jax.tree.map(lambda x: x[i], batches) for i in range(STEPS)]  # noqa: B023
 

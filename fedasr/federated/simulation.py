@@ -96,7 +96,7 @@ class Simulation:
         self.mesh = client_mesh(devices)
         per_device = chunk or -(-mechanism.sampler.slots // self.mesh.size)
         self.chunk = per_device
-        self._batcher = ClientBatcher(
+        self.batcher = ClientBatcher(
             corpus,
             local,
             make_buckets([corpus]) if buckets is None else buckets,
@@ -126,7 +126,7 @@ class Simulation:
         for round in range(first, last):
             total = Padding(0, 0)
             users = self.mechanism.sampler.cohort(round)
-            for chunk, padding in self._batcher.chunks(users, round):
+            for chunk, padding in self.batcher.chunks(users, round):
                 total += padding
                 yield chunk, padding, False
             yield None, total, True
