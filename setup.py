@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=["fedasr", "fedasr.*", "experiments", "experiments.*"]),
     install_requires=[
         "absl-py>=2.1",
+        "anyascii>=0.3.2",
         "array_record>=0.8",
         "chex>=0.1.88",
         "dp-accounting>=0.6",
@@ -42,9 +43,13 @@ setup(
         "test": [
             *QUICKSTART,
             "hypothesis>=6.100",
+            "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook
+            "nbclient>=0.10",
+            "nbformat>=5.10",
             "pytest>=8.0",
             "pytest-cov>=6.0",
             "pytest-xdist>=3.5",
+            "PyYAML>=6.0",  # reads the SkyPilot task that the sweep writes
             "ruff>=0.11",
             "scipy>=1.13",
             "setuptools>=68",

@@ -25,16 +25,19 @@ def run() -> None:
     cli.configure_devices()
     from fedasr.data.batching import make_buckets
     from fedasr.data.corpus import open_corpus
+    from fedasr.data.corpus import read_metadata as read_corpus_metadata
     from fedasr.training.checkpoint import read_metadata, restore_params
     from fedasr.training.evaluation import Evaluator
-    from fedasr.training.loop import build_recogniser
+    from fedasr.training.loop import build_recogniser, fitting_tokenizer
 
     corpus = open_corpus(_DATA.value, _SPLIT.value)
     metadata = read_metadata(_CHECKPOINT.value)
     params = restore_params(_CHECKPOINT.value)
     recogniser = build_recogniser(metadata["config"])
     buckets = make_buckets([corpus], 1, {"features": 24, "labels": 4})
-    rates = Evaluator(recogniser, buckets, _BATCH.value)(params, corpus)
+    tokenizer = fitting_tokenizer(metadata["config"], read_corpus_metadata(_DATA.value))
+    evaluator = Evaluator(recogniser, buckets, _BATCH.value, tokenizer=tokenizer)
+    rates = evaluator(params, corpus)
     cli.show(
         {
             **rates,

@@ -1,23 +1,42 @@
 """Prepares speech for training: features computed once, stored by user.
 
     python -m experiments.prepare_data --dataset=manifest --source=speech.jsonl --out=DIR
+    python -m experiments.prepare_data --dataset=librispeech --source=LibriSpeech --out=DIR
+    python -m experiments.prepare_data --dataset=common_voice --source=cv-corpus-13.0/en --out=DIR
 
-A manifest holds one JSON object a line with `audio_filepath`, `text` and `user`. The summary goes
-to stdout, everything else to stderr. Exit status: 0 when the corpus is ready, 2 for a mistake that
-the user can mend.
+A manifest holds one JSON object a line with `audio_filepath`, `text` and `user`. LibriSpeech and
+Common Voice are read as they are published: unpacked, or from their archives. The same command goes
+on with a preparation that was interrupted. The summary goes to stdout, everything else to stderr.
+Exit status: 0 when the corpus is ready, 2 for a mistake that the user can mend.
 """
+
+from typing import Any
 
 from absl import flags
 
 from experiments import cli
+from fedasr import text
 from fedasr.data import corpus, prepare
+from fedasr.data.conversion import STORES
 from fedasr.errors import UserError
 
-_DATASET = flags.DEFINE_enum(
-    "dataset", None, ["synthetic", "manifest"], "Where the speech comes from."
-)
-_SOURCE = flags.DEFINE_string("source", None, "The manifest, for --dataset=manifest.")
+_DATASETS = ["synthetic", "manifest", "librispeech", "common_voice"]
+_DATASET = flags.DEFINE_enum("dataset", None, _DATASETS, "Where the speech comes from.")
+_SOURCE = flags.DEFINE_string("source", None, "The manifest, or the folder or archive of a corpus.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the corpus: new, empty, or holding the same.")
+_LANGUAGE = flags.DEFINE_string(
+    "language",
+    None,
+    f"Of the transcripts: {', '.join(text.LANGUAGES)}. Default: en, or what Common Voice's folder "
+    "is named; needed where --source has several.",
+)
+_LETTERS = flags.DEFINE_bool(
+    "keep_letters", False, "Keep the language's own letters (é, ä, ß) instead of folding to a-z."
+)
+_STORE = flags.DEFINE_enum(
+    "store", "features", list(STORES), "audio: features are computed whenever they are read."
+)
+_WORKERS = flags.DEFINE_integer("workers", 0, "Processes that convert; 0: one for each core.")
 _TASK = flags.DEFINE_enum(
     "task", "digits", ["digits", "commands"], "What is said, for --dataset=synthetic."
 )
@@ -27,37 +46,65 @@ _TEST = flags.DEFINE_float("test_fraction", 0.1, "Share of undivided users held 
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace another corpus in --out.")
 
 
-def run() -> dict:
+def run() -> dict[str, Any]:
     """Prepares what the flags ask for and returns the summary of `prepare.prepare`."""
     if not _DATASET.value:
-        raise UserError("--dataset is missing: give synthetic or manifest")
+        raise UserError(f"--dataset is missing: give one of {', '.join(_DATASETS)}")
     if not _OUT.value:
         raise UserError("--out is missing: give the folder to write")
     if _DATASET.value == "synthetic":
-        from fedasr.data import synthetic
-
-        config = synthetic.SyntheticConfig(task=_TASK.value, seed=_SEED.value)
-        prepare.prepare_synthetic(config, _OUT.value, overwrite=_OVERWRITE.value)
-        return corpus.read_metadata(_OUT.value)["summary"]
-
-    from fedasr.data import manifest
-
+        return _synthetic()
     if not _SOURCE.value:
-        raise UserError("--source is missing: give the path of the manifest")
-    fingerprint, lines = manifest.manifest_fingerprint(_SOURCE.value)
+        raise UserError(f"--source is missing: give the speech of --dataset={_DATASET.value}")
+    source, facts = _opened(_DATASET.value, _SOURCE.value)
     with prepare.progress_bar("preparing speech") as progress:
         return prepare.prepare(
-            manifest.read_manifest(_SOURCE.value),
+            source,
             _OUT.value,
-            name=f"manifest {_SOURCE.value}",
-            fingerprint=fingerprint,
+            keep_letters=_LETTERS.value,
+            store=_STORE.value,
+            workers=_WORKERS.value,
             dev_fraction=_DEV.value,
             test_fraction=_TEST.value,
             seed=_SEED.value,
-            total=lines,
             progress=progress,
             overwrite=_OVERWRITE.value,
+            **facts,
         )
+
+
+def _opened(dataset: str, path: str) -> tuple[Any, dict[str, Any]]:
+    """Utterances of a data set, and what is known of them as arguments of `prepare.prepare`."""
+    if dataset == "manifest":
+        from fedasr.data import manifest
+
+        fingerprint, total = manifest.manifest_fingerprint(path)
+        facts = {"name": f"manifest {path}", "fingerprint": fingerprint, "total": total}
+        return manifest.read_manifest(path), {**facts, "language": _LANGUAGE.value or "en"}
+    if dataset == "librispeech":
+        from fedasr.data.librispeech import LibriSpeech
+
+        if (_LANGUAGE.value or "en") != "en":
+            raise UserError("LibriSpeech is English: leave --language out")
+        source: Any = LibriSpeech(path)
+        language = "en"
+    else:
+        from fedasr.data.common_voice import CommonVoice
+
+        source = CommonVoice(path, _LANGUAGE.value)
+        language = source.language
+    facts = {name: getattr(source, name) for name in ("name", "fingerprint", "total", "notes")}
+    return source, {**facts, "language": language}
+
+
+def _synthetic() -> dict[str, Any]:
+    from fedasr.data import synthetic
+
+    if _LETTERS.value or (_LANGUAGE.value or "en") != "en":
+        raise UserError("the synthetic speech is English: leave --language and --keep_letters out")
+    config = synthetic.SyntheticConfig(task=_TASK.value, seed=_SEED.value)
+    prepare.prepare_synthetic(config, _OUT.value, overwrite=_OVERWRITE.value, store=_STORE.value)
+    return corpus.read_metadata(_OUT.value)["summary"]
 
 
 def program() -> None:
@@ -71,13 +118,19 @@ def program() -> None:
         print(f"  {name}: {_describe(split)}")
     for reason, count in summary["skipped"].items():
         print(f"  skipped, {reason}: {count} (listed in {prepare.SKIPPED_FILE})")
-    for key in ("users_without_utterances", "users_in_several_splits"):
-        if summary[key]:
-            print(f"  {key.replace('_', ' ')}: {summary[key]}")
+    others = {key: summary[key] for key in ("users_without_utterances", "users_in_several_splits")}
+    for key, count in (others | summary["notes"]).items():
+        if count:
+            print(f"  {key.replace('_', ' ')}: {count}")
 
 
-def _describe(part: dict) -> str:
-    return f"{part['users']} users, {part['utterances']} utterances, {part['hours']:.2f} hours"
+def _describe(part: dict[str, Any]) -> str:
+    minutes = part["minutes_per_user"]
+    return (
+        f"{part['users']} users, {part['utterances']} utterances, {part['hours']:.2f} hours "
+        f"({minutes['mean']:.2f} minutes per user, std {minutes['std']:.2f}, "
+        f"{minutes['min']:.2f} to {minutes['max']:.2f})"
+    )
 
 
 if __name__ == "__main__":

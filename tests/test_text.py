@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.errors import UserError
-from fedasr.text import CHARACTERS, CharTokenizer, normalize_text
+from fedasr.text import (
+    CHARACTERS,
+    LANGUAGES,
+    CharTokenizer,
+    alphabet,
+    normalize_text,
+    tokenizer_for,
+)
 
 TOKENIZER = CharTokenizer()
 
@@ -89,3 +96,65 @@ def test_encode_refuses_other_characters(text):
 def test_decode_refuses_other_ids(ids):
     with pytest.raises(ValueError):
         TOKENIZER.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "text, language, folded, kept",
+    [
+        ("Größe, Übermaß, Ähre", "de", "grosse ubermass ahre", "größe übermaß ähre"),
+        ("„Schüler:innen“ \u2013 ja!", "de", "schulerinnen ja", "schülerinnen ja"),
+        ("STRAẞE", "de", "strasse", "straße"),
+        (
+            "L\u2019été, cœur naïf à Noël…",
+            "fr",
+            "l'ete coeur naif a noel",
+            "l'été cœur naïf à noël",
+        ),
+        ("e\u0301te\u0301", "fr", "ete", "été"),
+        ("« Aujourd\u2019hui »", "fr", "aujourd'hui", "aujourd'hui"),
+        ("Café über señor", "en", "cafe uber senor", "cafe uber senor"),
+        ("Café über señor", "de", "cafe uber senor", "cafe über senor"),
+        ("¿Año pingüino?", "es", "ano pinguino", "año pingüino"),
+    ],
+)
+def test_languages(text, language, folded, kept):
+    assert normalize_text(text, language) == (folded, 0)
+    assert normalize_text(text, language, keep_letters=True) == (kept, 0)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_alphabets(language):
+    letters = alphabet(language, keep_letters=True)
+    assert alphabet(language) == CHARACTERS == letters[:29]
+    assert letters == letters.lower() and len(set(letters)) == len(letters)
+    tokenizer = CharTokenizer(letters)
+    assert tokenizer.vocab_size == len(letters) + 1 and tokenizer.blank == 0
+    words = " ".join(letters[29:]).strip()
+    assert normalize_text(words.upper().replace("SS", "ß"), language, True) == (words, 0)
+    assert tokenizer.decode(tokenizer.encode(words)) == words
+    assert set(normalize_text(words, language)[0]) <= set(CHARACTERS)
+
+
+@given(st.text(max_size=40), st.sampled_from(LANGUAGES))
+@settings(deadline=None, max_examples=150)
+def test_kept_letters_are_in_the_alphabet_and_stable(text, language):
+    normal, _ = normalize_text(text, language, keep_letters=True)
+    assert set(normal) <= set(alphabet(language, keep_letters=True))
+    assert normalize_text(normal, language, keep_letters=True) == (normal, 0)
+
+
+def test_words_are_not_joined_where_a_sign_stood_between_them():
+    assert normalize_text("yes...no maybe\u2014so either/or wait\u2026what") == (
+        "yes no maybe so either or wait what",
+        0,
+    )
+
+
+def test_tokenizer_of_a_corpus():
+    assert tokenizer_for({"options": {"characters": "ab "}}).vocab_size == 4
+    for metadata in ({}, {"options": {}}):
+        with pytest.raises(UserError, match="alphabet"):
+            tokenizer_for(metadata)
+    for characters in ("", "aa"):
+        with pytest.raises(UserError, match="alphabet"):
+            CharTokenizer(characters)

@@ -16,13 +16,11 @@ All figures but the memory are client steps per second, the median of the rounds
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from experiments import cli
+from experiments.benchmarks.workload import RandomSpeech, peak_rss_mb
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds timed for each figure.")
 _CLIENTS = flags.DEFINE_integer("clients", 32, "Clients in a round.")
@@ -31,52 +29,7 @@ _BLOCKS = flags.DEFINE_integer("blocks", 4, "Blocks of the model.")
 _FRAMES = flags.DEFINE_integer("frames", 200, "Frames of an utterance.")
 _CHUNKS = flags.DEFINE_list("chunks", ["1", "4", "8", "all"], "Clients vmapped on a device.")
 
-STEPS, BATCH, LABELS, RAGGED = 4, 2, 20, 16
-
-
-class RandomSpeech:
-    """A corpus of random features that are made when read: its size costs no memory.
-
-    Args:
-      sizes: examples of each user. frames: of every example.
-    """
-
-    def __init__(self, sizes: Sequence[int], frames: int) -> None:
-        self.users = [f"user-{i}" for i in range(len(sizes))]
-        self.sizes = np.asarray(sizes, np.int64)
-        self._frames = frames
-
-    def lengths(self, user: int) -> dict[str, np.ndarray]:
-        """See `fedasr.data.corpus.Corpus`."""
-        count = int(self.sizes[user])
-        return {
-            "features": np.full(count, self._frames, np.int32),
-            "labels": np.full(count, LABELS, np.int32),
-        }
-
-    def get(self, user: int, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """See `fedasr.data.corpus.Corpus`."""
-        examples = []
-        for index in indices:
-            rng = np.random.default_rng([user, index])
-            features = rng.standard_normal((self._frames, 80), np.float32)
-            labels = rng.integers(1, 30, LABELS).astype(np.int32)
-            examples.append({"features": features.astype(np.float16), "labels": labels})
-        return examples
-
-
-def peak_rss_mb(action: Callable[[], object]) -> float:
-    """Peak resident memory during `action`, MB (outside Linux: since the process started)."""
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if clear.exists():
-        clear.write_text("5")  # resets the high-water mark
-        action()
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    import resource
-
-    action()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+STEPS, BATCH, RAGGED = 4, 2, 16
 
 
 def run() -> None:

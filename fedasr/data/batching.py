@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedasr.data.corpus import Corpus, Example
+from fedasr.data.corpus import Corpus, Example, all_lengths
 from fedasr.errors import UserError
 
 Bucket = Mapping[str, int]  # the padded length of axis 0 of every ragged array
@@ -26,7 +26,8 @@ class Chunk(NamedTuple):
     batches: {name: [clients, steps, batch, ...]}, with "<name>_length" int32
       [clients, steps, batch] for every ragged array, and "mask" bool, False for padding.
     num_steps: int32 [clients], how many of the steps are real; 0 for an empty slot.
-    user: int32 [clients], the user's index in the corpus. weight: float32 [clients], 0 if empty.
+    user: int32 [clients], the user's index in the corpus. weight: float32 [clients], 1 or the
+      user's number of examples; 0 if empty.
     """
 
     batches: Mapping[str, Any]
@@ -71,9 +72,8 @@ def make_buckets(
     """
     lengths: dict[str, list[np.ndarray]] = {}
     for corpus in corpora:
-        for user in range(len(corpus.users)):
-            for name, values in corpus.lengths(user).items():
-                lengths.setdefault(name, []).append(values)
+        for name, values in all_lengths(corpus).items():
+            lengths.setdefault(name, []).append(values)
     if not lengths:
         return ()
     joined = {name: np.concatenate(values) for name, values in lengths.items()}
@@ -107,32 +107,99 @@ def fitting_bucket(buckets: Sequence[Bucket], lengths: Mapping[str, int]) -> int
     raise UserError(f"an example of lengths {dict(lengths)} fits in none of the buckets {buckets}")
 
 
+def _fitting_buckets(
+    buckets: Sequence[Bucket], lengths: Mapping[str, np.ndarray], examples: int
+) -> np.ndarray:
+    """`fitting_bucket` of every example: int64 [examples]."""
+    if not buckets or not lengths:
+        return np.zeros(examples, np.int64)
+    fitting = np.full(examples, -1)
+    for index in reversed(range(len(buckets))):
+        inside = [lengths[name] <= size for name, size in buckets[index].items()]
+        fitting[np.logical_and.reduce(inside)] = index
+    if (fitting < 0).any():  # the first such example is named by the error
+        row = int(np.argmin(fitting))
+        fitting_bucket(buckets, {name: int(values[row]) for name, values in lengths.items()})
+    return fitting
+
+
+def pack(lengths: np.ndarray, frames: int) -> list[np.ndarray]:
+    """Cuts a sequence of examples into batches of about `frames` frames each.
+
+    Laid end to end, the examples that begin within one window of `frames` make a batch, which so
+    exceeds the window by less than one example.
+
+    Args:
+      lengths: frames of each example, in order.
+      frames: of a window.
+
+    Returns:
+      Positions in `lengths`, batch by batch, none empty.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    window = (ends - lengths) // frames
+    return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(window)) + 1)
+
+
+def rounded_slots(count: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that is at least `count`.
+
+    Batches measured in frames differ in their number of examples: few sizes are few compilations.
+    """
+    power = 1 << max(count - 1, 0).bit_length()
+    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
 @dataclass(frozen=True)
 class LocalBatches:
-    """How a client cuts its examples into batches in one round; set one of steps and epochs.
+    """How a client cuts its examples into batches in one round.
+
+    Set one of batch_size and frames, and one of steps and epochs.
 
     batch_size: examples per batch.
     steps: so many batches, from as many passes over shuffled data as that takes; batches are full
       unless the user has fewer examples than that.
     epochs: so many passes; each pass ends with a smaller batch where the size does not divide.
     max_steps: with epochs, a limit to the number of batches.
+    frames: a batch holds about so many frames (see `pack`), counted in the corpus's lengths of the
+      array that the buckets name first: batches measured in seconds of audio. The last batch of a
+      pass holds the rest.
     """
 
-    batch_size: int
+    batch_size: int | None = None
     steps: int | None = None
     epochs: int | None = None
     max_steps: int | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise UserError("set exactly one of the client's steps and epochs")
-        counts = (self.batch_size, self.steps, self.epochs, self.max_steps)
+        if (self.batch_size is None) == (self.frames is None):
+            raise UserError("set exactly one of the client's batch size and batch frames")
+        counts = (self.batch_size, self.steps, self.epochs, self.max_steps, self.frames)
         if any(count is not None and count < 1 for count in counts):
             raise UserError("the client's batch size, steps and epochs must be at least 1")
 
-    def plan(self, size: int, seed: int, round: int, user: int) -> list[np.ndarray]:
-        """Indices of the examples in each batch: a pure function of the arguments."""
+    def plan(
+        self, size: int, seed: int, round: int, user: int, lengths: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """Indices of the examples in each batch: a pure function of the arguments.
+
+        Args:
+          size: number of examples of the user.
+          seed, round, user: name the shuffle.
+          lengths: frames of the examples, for batches measured in frames.
+        """
         rng = np.random.default_rng(np.random.SeedSequence([_ORDER_TAG, seed, round, user]))
+        if self.frames is not None:
+            batches: list[np.ndarray] = []
+            for _ in range(self.epochs or self.steps or 0):
+                order = rng.permutation(size)
+                batches += [order[part] for part in pack(lengths[order], self.frames)]
+                if self.steps is not None and len(batches) >= self.steps:
+                    break
+            return batches[: self.steps or self.max_steps]
         if self.steps is not None:
             batch = min(self.batch_size, size)
             passes = -(-self.steps * batch // size)
@@ -162,6 +229,7 @@ class ClientBatcher:
       seed: of the order of examples.
       keep: names of the arrays that the loss needs; default all.
       devices: among which a chunk is divided; each computes the steps of its own longest client.
+      by_examples: weigh a client by its number of examples instead of by 1.
     """
 
     def __init__(
@@ -173,16 +241,22 @@ class ClientBatcher:
         seed: int,
         keep: Sequence[str] | None = None,
         devices: int = 1,
+        by_examples: bool = False,
     ) -> None:
         if chunk_size < 1:
             raise UserError(f"chunk must be at least 1 (got {chunk_size})")
         self._corpus, self._local, self._buckets = corpus, local, tuple(buckets)
         self._chunk_size, self._seed, self._keep = chunk_size, seed, keep
-        self._devices = devices
+        self._devices, self._by_examples = devices, by_examples
+        self._unit = next(iter(self._buckets[0]), None) if self._buckets else None
+        if local.frames is not None and self._unit is None:
+            raise UserError("batches measured in frames need examples whose lengths vary")
 
     def _client(self, user: int, round: int) -> _Client:
-        plan = self._local.plan(int(self._corpus.sizes[user]), self._seed, round, user)
         lengths = self._corpus.lengths(user)
+        size = int(self._corpus.sizes[user])
+        unit = None if self._local.frames is None else np.asarray(lengths[self._unit])
+        plan = self._local.plan(size, self._seed, round, user, unit)
         used = np.concatenate(plan)
         longest = {name: int(values[used].max()) for name, values in lengths.items()}
         return _Client(user, fitting_bucket(self._buckets, longest) if longest else 0, plan)
@@ -199,16 +273,22 @@ class ClientBatcher:
     def chunks(self, users: Iterable[int], round: int) -> Iterator[tuple[Chunk, Padding]]:
         """Reads and pads the data of a round's cohort, chunk by chunk (numpy arrays)."""
         clients = [self._client(int(user), round) for user in users]
-        clients.sort(key=lambda c: (-c.bucket, -len(c.plan), c.user))
+        clients.sort(key=lambda c: (-c.bucket, -self._slots([c]), -len(c.plan), c.user))
         for start in range(0, len(clients), self._chunk_size):
             yield self._build(clients[start : start + self._chunk_size])
+
+    def _slots(self, clients: list[_Client]) -> int:
+        """Examples that a batch of these clients must have room for."""
+        if self._local.batch_size is not None:
+            return self._local.batch_size
+        return rounded_slots(max(len(batch) for c in clients for batch in c.plan))
 
     def _build(self, clients: list[_Client]) -> tuple[Chunk, Padding]:
         slots = self._chunk_size
         bucket = self._buckets[max(c.bucket for c in clients)] if self._buckets else {}
         steps = self._step_slots(max(len(c.plan) for c in clients))
         batches: dict[str, np.ndarray] = {}
-        shape = (slots, steps, self._local.batch_size)
+        shape = (slots, steps, self._slots(clients))
         real = 0
         for position, client in enumerate(clients):
             wanted, where = np.unique(np.concatenate(client.plan), return_inverse=True)
@@ -229,10 +309,12 @@ class ClientBatcher:
         user = np.zeros(slots, np.int32)
         user[: len(clients)] = [c.user for c in clients]
         weight = (num_steps > 0).astype(np.float32)
+        if self._by_examples:
+            weight[: len(clients)] = [self._corpus.sizes[c.user] for c in clients]
         unit = next(iter(bucket.values()), 1)
         longest = num_steps.reshape(self._devices, -1).max(axis=1)
         trips = int(longest.sum()) * (slots // self._devices)
-        computed = trips * self._local.batch_size * unit
+        computed = trips * shape[2] * unit
         return Chunk(batches, num_steps, user, weight), Padding(real, computed)
 
 
@@ -273,57 +355,104 @@ def eval_batches(
     keep: Sequence[str] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example of a corpus once, each bucket's in batches of equal shape (see "mask")."""
-    groups: list[list[tuple[int, int]]] = [[] for _ in range(max(len(buckets), 1))]
-    for user in range(len(corpus.users)):
-        lengths = corpus.lengths(user)
-        for index in range(int(corpus.sizes[user])):
-            own = {name: int(values[index]) for name, values in lengths.items()}
-            groups[fitting_bucket(buckets, own) if own else 0].append((user, index))
-    for bucket, group in zip(buckets or ({},), groups, strict=True):
-        for start in range(0, len(group), batch_size):
+    sizes = np.asarray(corpus.sizes)
+    ends = np.cumsum(sizes)
+    fitting = _fitting_buckets(buckets, all_lengths(corpus), int(ends[-1]))
+    for number, bucket in enumerate(buckets or ({},)):
+        rows = np.flatnonzero(fitting == number)
+        for start in range(0, len(rows), batch_size):
             batches: dict[str, np.ndarray] = {}
-            for slot, (user, index) in enumerate(group[start : start + batch_size]):
-                example = corpus.get(user, [index])[0]
+            picked = rows[start : start + batch_size]
+            owners = np.searchsorted(ends, picked, side="right")
+            for slot, (user, row) in enumerate(zip(owners, picked, strict=True)):
+                example = corpus.get(int(user), [int(row - ends[user] + sizes[user])])[0]
                 place(batches, (slot,), (batch_size,), example, bucket, keep)
             yield batches
 
 
-def pooled_batch(
-    corpus: Corpus,
-    buckets: Sequence[Bucket],
-    batch_size: int,
-    seed: int,
-    step: int,
-    keep: Sequence[str] | None = None,
-    slots: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Batch number `step` of shuffled passes over all users' examples, for central training.
+class PooledBatcher:
+    """Batches of shuffled passes over all users' examples, for central training.
 
-    The batch is padded to the smallest bucket that holds it, and with masked examples to `slots`
-    (default `batch_size`). A pure function of (seed, step).
+    Args:
+      corpus: its users are forgotten.
+      buckets: a batch is padded to the smallest that holds it.
+      seed: of the order.
+      batch_size: examples in a batch; or
+      frames: a batch holds about so many frames (see `pack`), counted in the array that the
+        buckets name first.
+      multiple: batches are padded with masked examples to a multiple of this.
+      keep: names of the arrays that the loss needs; default all.
+
+    Raises:
+      UserError: neither or both of batch_size and frames, or a window too short for an example.
     """
-    ends = np.cumsum(corpus.sizes)
-    total = int(ends[-1])
-    batch = min(batch_size, total)
-    per_pass = total // batch
-    rng = np.random.default_rng(np.random.SeedSequence([_ORDER_TAG, seed, step // per_pass]))
-    first = (step % per_pass) * batch
-    picked = rng.permutation(total)[first : first + batch]
-    owners = np.searchsorted(ends, picked, side="right")
-    places = [
-        (int(user), int(index - (ends[user - 1] if user else 0)))
-        for user, index in zip(owners, picked, strict=True)
-    ]
-    need = [
-        fitting_bucket(buckets, {n: int(v[i]) for n, v in corpus.lengths(u).items()})
-        for u, i in places
-        if buckets
-    ]
-    bucket = buckets[max(need)] if need else {}
-    batches: dict[str, np.ndarray] = {}
-    for slot, (user, index) in enumerate(places):
-        place(batches, (slot,), (slots or batch_size,), corpus.get(user, [index])[0], bucket, keep)
-    return batches
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        buckets: Sequence[Bucket],
+        seed: int,
+        *,
+        batch_size: int | None = None,
+        frames: int | None = None,
+        multiple: int = 1,
+        keep: Sequence[str] | None = None,
+    ) -> None:
+        if (batch_size is None) == (frames is None):
+            raise UserError("set exactly one of the central batch size and batch frames")
+        self._corpus, self._buckets, self._seed, self._keep = corpus, tuple(buckets), seed, keep
+        self._frames, self._multiple = frames, multiple
+        self._ends = np.cumsum(corpus.sizes)
+        total = int(self._ends[-1])
+        self._batch = total if batch_size is None else min(batch_size, total)
+        self._slots = batch_size
+        self._per_pass = total // self._batch
+        if frames is not None:
+            if not buckets:
+                raise UserError("batches measured in frames need examples whose lengths vary")
+            self._lengths = all_lengths(corpus)[next(iter(buckets[0]))].astype(np.int64)
+            if frames < (longest := int(self._lengths.max())):
+                raise UserError(f"a batch of {frames} frames is shorter than an example: {longest}")
+            # Any order has at least so many batches; a short last one may be left out.
+            self._per_pass = (int(self._lengths.sum()) - longest) // frames + 1
+        self._order: tuple[int, np.ndarray, list[np.ndarray]] | None = None
+
+    def _pass(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The order of examples in a pass, and with `frames` its batches."""
+        if self._order is None or self._order[0] != number:
+            rng = np.random.default_rng(np.random.SeedSequence([_ORDER_TAG, self._seed, number]))
+            order = rng.permutation(int(self._ends[-1]))
+            parts = pack(self._lengths[order], self._frames) if self._frames else []
+            self._order = (number, order, parts)
+        return self._order[1:]
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Batch number `step`: a pure function of (seed, step)."""
+        number, first = divmod(step, self._per_pass)
+        order, parts = self._pass(number)
+        if self._frames is None:
+            picked = order[first * self._batch : (first + 1) * self._batch]
+        else:
+            picked = order[parts[first]]
+        owners = np.searchsorted(self._ends, picked, side="right")
+        places = [
+            (int(user), int(index - (self._ends[user - 1] if user else 0)))
+            for user, index in zip(owners, picked, strict=True)
+        ]
+        need = [
+            fitting_bucket(
+                self._buckets, {n: int(v[i]) for n, v in self._corpus.lengths(u).items()}
+            )
+            for u, i in places
+            if self._buckets
+        ]
+        bucket = self._buckets[max(need)] if need else {}
+        slots = round_up(self._slots or rounded_slots(len(places)), self._multiple)
+        batches: dict[str, np.ndarray] = {}
+        for slot, (user, index) in enumerate(places):
+            example = self._corpus.get(user, [index])[0]
+            place(batches, (slot,), (slots,), example, bucket, self._keep)
+        return batches
 
 
 class Prefetcher:

@@ -3,8 +3,8 @@
 On disk a corpus is a folder:
 
 * `corpus.json`: what the folder holds, written last (a folder without it is no corpus);
-* `index/SPLIT/`: user ids, examples per user and the lengths of ragged arrays, memory-mapped, so
-  that a million users open in about a second without touching an example;
+* `index/SPLIT/`: user ids, their hashes (see `fedasr.data.splits`), examples per user and the
+  lengths of ragged arrays, memory-mapped, so that a million users open at once;
 * `records/`: an ArrayRecord data set written by tfds, a user's examples next to each other.
 """
 
@@ -19,15 +19,38 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from fedasr.data import recordings
+from fedasr.data import splits as splits_lib
+from fedasr.data.splits import ReshuffledCorpus, all_lengths, shared_users, user_hashes
 from fedasr.errors import UserError
+
+if TYPE_CHECKING:
+    from fedasr.audio.features import LogMelConfig
+
+__all__ = [
+    "ArrayRecordCorpus",
+    "Corpus",
+    "Example",
+    "FeaturesFromAudio",
+    "InMemoryCorpus",
+    "ReshuffledCorpus",
+    "all_lengths",
+    "has_split",
+    "open_corpus",
+    "read_metadata",
+    "shared_users",
+    "user_hashes",
+    "valid_split_name",
+    "write_corpus",
+]
 
 Example = Mapping[str, np.ndarray]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_FILE = "corpus.json"
 _RECORDS = "records"
 _INDEX = "index"
@@ -37,6 +60,9 @@ _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 class Corpus(Protocol):
     """Examples grouped by user.
+
+    A corpus may also have `all_lengths()` and `user_hashes()`, which say for all users at once
+    what the functions of these names in `fedasr.data.splits` otherwise ask for one by one.
 
     Attributes:
       users: user ids, sorted. A user's index in it identifies the user everywhere else.
@@ -136,12 +162,11 @@ class ArrayRecordCorpus:
                 raise UserError(f"{path} {what}: prepare the corpus again")
 
         folder = self.directory / _INDEX / split
-        users_path, offsets_path = folder / "users.json", folder / "offsets.npy"
-        try:
-            self.users: tuple[str, ...] = tuple(json.loads(users_path.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{users_path} cannot be read ({error}): prepare again") from error
-        self._offsets = _load_index(offsets_path, len(self.users) + 1)
+        users, offsets_path = int(splits[split]["users"]), folder / "offsets.npy"
+        self._id_ends = _load_index(folder / "user_ends.npy", users)
+        self._ids = _map_ids(folder / "users.bin", self._id_ends)
+        self._hashes = _load_index(folder / "user_hashes.npy", users)
+        self._offsets = _load_index(offsets_path, users + 1)
         self.sizes = np.diff(self._offsets)
         if len(self.sizes) == 0 or self.sizes.min() < 1 or self._offsets[0] != 0:
             raise UserError(f"{offsets_path} is damaged: prepare the corpus again")
@@ -158,6 +183,23 @@ class ArrayRecordCorpus:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["directory"], state["split"])
 
+    @property
+    def users(self) -> splits_lib.LazyUsers:
+        """User ids, sorted; each is decoded when asked for."""
+        return splits_lib.LazyUsers(len(self.sizes), self._user)
+
+    def _user(self, user: int) -> str:
+        start = int(self._id_ends[user - 1]) if user else 0
+        return bytes(self._ids[start : int(self._id_ends[user])]).decode("utf-8", "surrogatepass")
+
+    def user_hashes(self) -> np.ndarray:
+        """See `user_hashes`."""
+        return np.asarray(self._hashes)
+
+    def all_lengths(self) -> dict[str, np.ndarray]:
+        """See `all_lengths`."""
+        return {key: np.asarray(values) for key, values in self._lengths.items()}
+
     def lengths(self, user: int) -> Mapping[str, np.ndarray]:
         """Length of axis 0 of each ragged array: int32 [sizes[user]] by key, from the index."""
         start, stop = self._range(user)
@@ -173,12 +215,13 @@ class ArrayRecordCorpus:
         return [self._read(start + _checked(i, stop - start, "example")) for i in indices]
 
     def _range(self, user: int) -> tuple[int, int]:
-        user = _checked(user, len(self.users), "user")
+        user = _checked(user, len(self.sizes), "user")
         return int(self._offsets[user]), int(self._offsets[user + 1])
 
     def _read(self, row: int) -> Example:
         source = self._open()
         try:
+            # One by one: array_record starts threads for every request of several.
             example = source[row]
         except Exception as error:
             raise UserError(
@@ -223,9 +266,95 @@ class ArrayRecordCorpus:
         return self.directory / list(split["files"])[shard]
 
 
-def open_corpus(directory: str | os.PathLike[str], split: str) -> ArrayRecordCorpus:
-    """Opens one split of a prepared corpus. Raises UserError as `ArrayRecordCorpus` does."""
-    return ArrayRecordCorpus(directory, split)
+class FeaturesFromAudio:
+    """A corpus of audio as one of features, which are computed when they are read.
+
+    Args:
+      corpus: holds "audio", int16 [samples] at the sample rate of `config`.
+      config: parameters of the features.
+    """
+
+    def __init__(self, corpus: ArrayRecordCorpus, config: LogMelConfig) -> None:
+        self._corpus, self._config = corpus, config
+        self.metadata = corpus.metadata
+        self.sizes = corpus.sizes
+
+    @property
+    def users(self) -> splits_lib.LazyUsers:
+        """User ids, sorted."""
+        return self._corpus.users
+
+    def user_hashes(self) -> np.ndarray:
+        """See `user_hashes`."""
+        return self._corpus.user_hashes()
+
+    def lengths(self, user: int) -> Mapping[str, np.ndarray]:
+        """Lengths of "features" (frames) and of the other ragged arrays: int32 [sizes[user]]."""
+        return self._with_frames(self._corpus.lengths(user))
+
+    def all_lengths(self) -> dict[str, np.ndarray]:
+        """See `all_lengths`."""
+        return self._with_frames(self._corpus.all_lengths())
+
+    def get(self, user: int, indices: Sequence[int]) -> list[Example]:
+        """The user's examples at `indices`: "features" float16 [frames, mels] for "audio"."""
+        return [self._with_features(example) for example in self._corpus.get(user, indices)]
+
+    def _with_frames(self, lengths: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        hop, frame = self._config.hop_samples, self._config.frame_samples
+        frames = np.maximum(0, 1 + (lengths["audio"] - frame) // hop).astype(np.int32)
+        others = {key: values for key, values in lengths.items() if key != "audio"}
+        return {"features": frames, **others}
+
+    def _with_features(self, example: Example) -> Example:
+        from fedasr.audio.features import INT16_SCALE
+
+        waveform = example["audio"].astype(np.float32) / np.float32(INT16_SCALE)
+        features = recordings.log_mel_on_cpu(waveform, self._config).astype(np.float16)
+        others = {key: value for key, value in example.items() if key != "audio"}
+        return {"features": features, **others}
+
+
+def open_corpus(directory: str | os.PathLike[str], split: str) -> Corpus:
+    """Opens a split of a prepared corpus, or a part made of its splits.
+
+    Args:
+      directory: folder written by `write_corpus` (or `fedasr.data.prepare.prepare`).
+      split: a stored split or an expression such as "train[:10%]" (see `fedasr.data.splits`).
+
+    Returns:
+      The corpus. Examples of prepared speech hold "features" and "labels" whether features or
+      audio are stored.
+
+    Raises:
+      UserError: as `ArrayRecordCorpus`, or an expression that makes no sense.
+    """
+    metadata = read_metadata(directory)
+
+    def open_split(name: str) -> Corpus:
+        corpus = ArrayRecordCorpus(directory, name)
+        options = metadata.get("options", {})
+        if options.get("store") != "audio":
+            return corpus
+        from fedasr.audio.features import LogMelConfig
+
+        return FeaturesFromAudio(corpus, LogMelConfig(**options["features"]))
+
+    return splits_lib.resolve(split, metadata["splits"], open_split, os.fspath(directory))
+
+
+def has_split(corpus: str | os.PathLike[str] | Mapping[str, Any], split: str) -> bool:
+    """Whether a prepared corpus has all that a split expression names.
+
+    Args:
+      corpus: its folder, or its metadata.
+      split: a stored split or an expression (see `fedasr.data.splits`).
+
+    Raises:
+      UserError: the folder is no corpus, or `split` is not an expression at all.
+    """
+    metadata = corpus if isinstance(corpus, Mapping) else read_metadata(corpus)
+    return splits_lib.can_open(split, metadata["splits"])
 
 
 def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -323,6 +452,14 @@ def _checked(index: int, size: int, what: str) -> int:
     return int(index)
 
 
+def _map_ids(path: Path, ends: np.ndarray) -> np.ndarray:
+    """The user ids behind one another in UTF-8: uint8 [bytes], of which `ends` says the parts."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None or not len(ends) or size != ends[-1]:
+        raise UserError(f"{path} is missing or damaged: prepare the corpus again")
+    return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -388,7 +525,7 @@ def _array_specs(splits: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
 def _shards(corpus: Corpus, arrays: Mapping[str, Any], shard_bytes: int) -> list[range]:
     """Consecutive rows (user, then example) cut where a shard reaches `shard_bytes`."""
     row_bytes = np.zeros(int(np.sum(corpus.sizes)), np.int64)
-    lengths = _all_lengths(corpus, [key for key, spec in arrays.items() if spec["ragged"]])
+    lengths = _ragged_lengths(corpus, arrays)
     for key, spec in arrays.items():
         item = np.dtype(spec["dtype"]).itemsize
         row_bytes += (
@@ -402,20 +539,22 @@ def _shards(corpus: Corpus, arrays: Mapping[str, Any], shard_bytes: int) -> list
     return [range(int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
 
 
-def _all_lengths(corpus: Corpus, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    by_user = [corpus.lengths(user) for user in range(len(corpus.users))]
-    for user, lengths in zip(corpus.users, by_user, strict=True):
-        if not set(keys) <= set(lengths):
-            raise UserError(f"user {user!r} gives no lengths of {sorted(set(keys) - set(lengths))}")
-    return {key: np.concatenate([x[key] for x in by_user]).astype(np.int32) for key in keys}
+def _ragged_lengths(corpus: Corpus, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    lengths = all_lengths(corpus)
+    ragged = [key for key, spec in arrays.items() if spec["ragged"]]
+    if missing := [key for key in ragged if key not in lengths]:
+        raise UserError(f"no user gives lengths of {missing}, which are ragged in another split")
+    return {key: np.asarray(lengths[key], np.int32) for key in ragged}
 
 
 def _write_index(folder: Path, corpus: Corpus, arrays: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True)
-    (folder / "users.json").write_text(json.dumps(list(corpus.users)))
+    ids = [user.encode("utf-8", "surrogatepass") for user in corpus.users]
+    (folder / "users.bin").write_bytes(b"".join(ids))
+    np.save(folder / "user_ends.npy", np.cumsum([len(user) for user in ids], dtype=np.int64))
+    np.save(folder / "user_hashes.npy", user_hashes(corpus))
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(corpus.sizes)]).astype(np.int64))
-    keys = [key for key, spec in arrays.items() if spec["ragged"]]
-    for key, lengths in _all_lengths(corpus, keys).items():
+    for key, lengths in _ragged_lengths(corpus, arrays).items():
         np.save(folder / f"lengths.{key}.npy", lengths)
 
 
@@ -466,6 +605,27 @@ def _builder_class() -> type:
 
         _log_download_done = _log_download_bytes
 
+        def _example_writer(self) -> Any:
+            """Writes the arrays of an example in a fixed order.
+
+            Protocol buffers order a map differently in every process, and files would differ.
+            """
+            from tensorflow_datasets.proto import tf_example_pb2
+
+            writer = super()._example_writer()
+            write = writer.write
+
+            def write_in_order(path: Any, examples: Any) -> Any:
+                parse = tf_example_pb2.Example.FromString
+                ordered = (
+                    (key, parse(content).SerializeToString(deterministic=True))
+                    for key, content in examples
+                )
+                return write(path, ordered)
+
+            writer.write = write_in_order
+            return writer
+
         def _info(self) -> Any:
             # Raw bytes are stored: tf.Example would turn float16 into a list of float32.
             features = {
@@ -497,15 +657,18 @@ def _rows(
     corpus: Corpus, arrays: Mapping[str, Any], rows: range
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     offsets = np.concatenate([[0], np.cumsum(corpus.sizes)])
+    dtypes = {key: np.dtype(spec["dtype"]) for key, spec in arrays.items()}
+    user = int(np.searchsorted(offsets, rows.start, side="right")) - 1
     for row in rows:
-        user = int(np.searchsorted(offsets, row, side="right")) - 1
+        if row >= offsets[user + 1]:
+            user += 1  # every user has an example
         example = corpus.get(user, [row - int(offsets[user])])[0]
         for key, spec in arrays.items():
             value = example.get(key)
             shape = None if value is None else list(value.shape)
             if shape is not None and spec["ragged"]:
                 shape[:1] = [None]
-            if value is None or shape != spec["shape"] or value.dtype.name != spec["dtype"]:
+            if value is None or shape != spec["shape"] or value.dtype != dtypes[key]:
                 raise UserError(
                     f"{key!r} of user {corpus.users[user]!r} does not fit {spec}: give all "
                     "examples the same arrays, dtypes and trailing shapes"

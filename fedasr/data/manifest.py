@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedasr.data.corpus import valid_split_name
 from fedasr.data.prepare import Rejected, Utterance
+from fedasr.data.recordings import read_audio
 from fedasr.errors import UserError
 
 
@@ -108,15 +107,5 @@ def _parse(line: bytes, where: str, folder: Path) -> Utterance | Rejected:
         user=entry["user"],
         text=entry["text"],
         split=split,
-        audio=functools.partial(_read_audio, folder / entry["audio_filepath"]),
+        audio=functools.partial(read_audio, folder / entry["audio_filepath"]),
     )
-
-
-def _read_audio(path: Path) -> tuple[np.ndarray, int]:
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:  # OSError: the package without its C library
-        raise UserError(
-            f"reading audio needs soundfile ({error}): install it (pip install soundfile)"
-        ) from error
-    return soundfile.read(path, dtype="float32")

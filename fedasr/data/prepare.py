@@ -11,65 +11,26 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedasr import text as text_lib
+from fedasr.data import conversion
 from fedasr.data import corpus as corpus_lib
+from fedasr.data.conversion import Converter, Progress, Rejected, Row, Skipped, Utterance
 from fedasr.errors import UserError
 
 if TYPE_CHECKING:  # numpy only at run time: features come from JAX, loaded when they are computed
     from fedasr.audio.features import LogMelConfig
     from fedasr.data.synthetic import SyntheticConfig
 
-Progress = Callable[[int, int | None], None]
-
 SKIPPED_FILE = "skipped.jsonl"
 _UNFINISHED = ".unfinished"
+_PARTS = "parts"  # in the folder of what is unfinished
 _LOCK = ".lock"
-_PREPARE_VERSION = 1  # part of the fingerprint: raise it when the same input gives other data
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One recording with its transcript.
-
-    Attributes:
-      id: unique within the corpus.
-      user: who speaks; privacy and federated learning are per user.
-      text: transcript as written; `fedasr.text` normalises it.
-      split: the split it belongs to, or None to leave the choice to `prepare`.
-      audio: returns (samples float32 [samples] or [samples, channels] in [-1, 1], rate in Hz).
-    """
-
-    id: str
-    user: str
-    text: str
-    split: str | None
-    audio: Callable[[], tuple[np.ndarray, int]]
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """An input that its source could not turn into an utterance; `prepare` counts it.
-
-    Attributes:
-      id: where it came from.
-      reason: the count it belongs to.
-      detail: one line for people.
-    """
-
-    id: str
-    reason: str
-    detail: str
-
-
-class _Skip(Exception):
-    """Leaves one utterance out: (reason, detail)."""
+_PREPARE_VERSION = 2  # part of the fingerprint: raise it when the same input gives other data
 
 
 def prepare(
@@ -78,9 +39,10 @@ def prepare(
     *,
     name: str,
     fingerprint: str | None = None,
-    tokenizer: text_lib.CharTokenizer | None = None,
     feature_config: LogMelConfig | None = None,
     language: str = "en",
+    keep_letters: bool = False,
+    store: str = "features",
     pad_space: bool = True,
     dev_fraction: float = 0.1,
     test_fraction: float = 0.1,
@@ -88,6 +50,8 @@ def prepare(
     stride: int = 3,
     min_frames: int = 7,
     max_seconds: float = 30.0,
+    workers: int = 1,
+    notes: Mapping[str, int] | None = None,
     total: int | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
@@ -102,14 +66,20 @@ def prepare(
     "non_finite_audio" (NaN or Inf), "too_long", "too_short" and "infeasible" (more labels than
     CTC can align with the model's output frames).
 
-    The corpus holds, per utterance, "features" float16 [frames, mels] and "labels" int32
+    The corpus gives, per utterance, "features" float16 [frames, mels] and "labels" int32
     [characters]; a user's utterances are ordered by id, so the order of the input does not matter.
+    With `store="audio"` it holds "audio" int16 [samples] at 16 kHz, twice the space of 80 mels;
+    `open_corpus` then computes the features when they are read. They are the same up to the
+    rounding of samples to int16, which 16-bit recordings at 16 kHz do not need.
     Users none of whose utterances names a split are divided among train, dev and test, whole users
     at a time, by a hash of the seed and the user. Other utterances without a split join the first
     split that their user names.
 
-    A finished corpus with the same fingerprint is left as it is; an interrupted preparation is
-    started afresh. Processes preparing the same folder wait for one another.
+    A finished corpus with the same fingerprint is left as it is; a preparation that was interrupted
+    goes on with what it had converted when it is asked for again with the same fingerprint.
+    The corpus is the same, byte for byte, for any number of workers and of interruptions. Processes
+    preparing the same folder wait for one another. While it works, the folder takes twice the disk
+    space of the corpus.
 
     Args:
       utterances: the input, read once. `audio()` may raise anything: the utterance is skipped,
@@ -117,10 +87,11 @@ def prepare(
       out: folder to write; absent, empty, or holding a corpus.
       name: of the corpus, for people.
       fingerprint: identifies the source and its contents; together with the options here it
-        decides whether a finished corpus can be used again. None: never.
-      tokenizer: writes labels; the default alphabet if None.
+        decides whether a finished corpus, or parts of one, can be used again. None: never.
       feature_config: parameters of the features; the paper's if None.
-      language: for `normalize_text`.
+      language: of the transcripts, one of `fedasr.text.LANGUAGES`.
+      keep_letters: write the language's own letters (é, ä, ß) instead of folding them to a-z.
+      store: "features" or "audio".
       pad_space: put a space on both sides of the labels, as in the paper's targets.
       dev_fraction: share of the undivided users held out for dev, at least one user of three.
       test_fraction: the same for test. 0 holds none out.
@@ -128,22 +99,25 @@ def prepare(
       stride: input frames per output frame of the model (outputs = ceil(frames / stride)).
       min_frames: fewest frames that the model's front end takes.
       max_seconds: longest audio stored.
+      workers: processes that convert, 0 for one a core; more than 1 need picklable utterances.
+      notes: counts that the source wants in the summary.
       total: number of inputs if known, for `progress`.
-      progress: called with (inputs done, total) after each input.
+      progress: called with (inputs done, total), after each input where there is one worker.
       overwrite: replace a finished corpus that differs.
 
     Returns:
-      {"users", "utterances", "hours", "skipped": {reason: count}, "users_without_utterances",
-      "users_in_several_splits", "splits": {split: {"users", "utterances", "hours"}}}.
+      {"users", "utterances", "hours", "minutes_per_user", "skipped": {reason: count},
+      "users_without_utterances", "users_in_several_splits", "notes", "splits": {split: {"users",
+      "utterances", "hours", "minutes_per_user"}}}. "minutes_per_user" is {"mean", "std" (of the
+      population), "min", "max"}; "notes" are those given and, with `store="audio"`,
+      "saturated_utterances": how many had samples beyond [-1, 1], which int16 cannot hold.
 
     Raises:
-      UserError: the folder holds something else, an option makes no sense, or no utterance at all
-        could be stored.
+      UserError: the folder holds something else, an option makes no sense, no utterance at all
+        could be stored, or one of the processes died.
     """
     from fedasr.audio import features as features_lib
 
-    feature_config = feature_config or features_lib.LogMelConfig()
-    tokenizer = tokenizer or text_lib.CharTokenizer()
     if min(dev_fraction, test_fraction) < 0 or dev_fraction + test_fraction >= 1:
         raise UserError(
             f"dev_fraction={dev_fraction} and test_fraction={test_fraction} must be at least 0 "
@@ -151,79 +125,68 @@ def prepare(
         )
     if stride < 1 or min_frames < 1 or not max_seconds > 0:
         raise UserError("stride, min_frames and max_seconds must be positive")
+    if store not in conversion.STORES:
+        raise UserError(f"store={store!r}: use one of {conversion.STORES}")
+    if workers < 0:
+        raise UserError(f"workers must be 0 (one a core) or more, not {workers}")
+    converter = conversion.Converter(
+        features=feature_config or features_lib.LogMelConfig(),
+        language=language,
+        keep_letters=keep_letters,
+        store=store,
+        pad_space=pad_space,
+        stride=stride,
+        min_frames=min_frames,
+        max_seconds=max_seconds,
+    )
     options = {
-        "characters": text_lib.CHARACTERS,
-        "features": dataclasses.asdict(feature_config),
-        "language": language,
-        "pad_space": pad_space,
+        **dataclasses.asdict(converter),
+        "characters": converter.characters,
         "dev_fraction": dev_fraction,
         "test_fraction": test_fraction,
         "seed": seed,
-        "stride": stride,
-        "min_frames": min_frames,
-        "max_seconds": max_seconds,
     }
     identity = None
     if fingerprint is not None:
         identity = _digest([_PREPARE_VERSION, corpus_lib.FORMAT_VERSION, fingerprint, options])
 
-    def convert(utterance: Utterance) -> tuple[np.ndarray, np.ndarray, float]:
-        """(features float16 [frames, mels], labels int32 [characters], seconds), or _Skip."""
-        normalised, unknown = text_lib.normalize_text(utterance.text, language)
-        if unknown:
-            raise _Skip("unknown_characters", f"{unknown} in {utterance.text!r}")
-        if not normalised:
-            raise _Skip("empty_text", repr(utterance.text))
-        labels = np.asarray(tokenizer.encode(normalised, pad_space=pad_space), np.int32)
-        try:
-            audio, rate = utterance.audio()
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:
-            raise _Skip("unreadable_audio", f"{type(error).__name__}: {error}") from error
-        audio = np.asarray(audio)
-        if not rate > 0:
-            raise _Skip("unreadable_audio", f"a sample rate of {rate}")
-        if not audio.size:
-            raise _Skip("unreadable_audio", "no samples")
-        seconds = len(audio) / rate
-        if seconds > max_seconds:
-            raise _Skip("too_long", f"{seconds:.2f} s, at most {max_seconds} s")
-        if not np.isfinite(audio).all():
-            raise _Skip("non_finite_audio", "NaN or Inf samples")
-        waveform = features_lib.to_mono_16k(audio, rate, feature_config)
-        frames = features_lib.num_frames(len(waveform), feature_config)
-        if frames < min_frames:
-            raise _Skip("too_short", f"{frames} frames, at least {min_frames}")
-        needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
-        if needed > -(-frames // stride):
-            raise _Skip(
-                "infeasible", f"{needed} output frames needed, {-(-frames // stride)} there"
-            )
-        features = np.asarray(features_lib.extract(waveform, feature_config))
-        if not np.isfinite(features).all():  # finite samples, but absurdly large ones
-            raise _Skip("non_finite_audio", "the features overflow")
-        return features.astype(np.float16), labels, seconds
-
     out = Path(out)
     with _prepared_folder(out, identity, overwrite) as finished:
         if finished is not None:
             return finished["summary"]
-        scratch = out / _UNFINISHED
-        with open(scratch / "spool", "w+b") as spool_file:
-            spool = _Spool(spool_file, feature_config.num_mels)
-            with open(out / SKIPPED_FILE, "w", encoding="utf-8") as skipped_file:
-                skipped = _store(utterances, convert, spool, skipped_file, total, progress)
-            if not spool.rows:
-                counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no input"
-                raise UserError(f"no utterance could be stored ({counts}): mend the source")
-            splits, several = _divide(spool, dev_fraction, test_fraction, seed)
-            summary = _summary(splits, spool, skipped, several)
-            corpus_lib.write_corpus(
-                out,
-                splits,
-                {"name": name, "identity": identity, "options": options, "summary": summary},
-            )
+        parts = out / _UNFINISHED / _PARTS
+        count = conversion.convert_all(
+            utterances, converter, parts, workers or _cores(), total, progress
+        )
+        with open(out / SKIPPED_FILE, "w", encoding="utf-8") as skipped_file:
+            rows, users, skipped = _accepted(conversion.read_rows(parts, count), skipped_file)
+        if not rows:
+            counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no input"
+            raise UserError(f"no utterance could be stored ({counts}): mend the source")
+        by_split, several = _divide(rows, dev_fraction, test_fraction, seed)
+        splits = {
+            split: _ConvertedCorpus(by_user, parts, converter)
+            for split, by_user in by_split.items()
+        }
+        notes = dict(notes or {})
+        if saturated := sum(row.saturated for row in rows):
+            notes["saturated_utterances"] = saturated
+        summary = {
+            **_extent(rows),
+            "skipped": skipped,
+            "users_without_utterances": len(users - {row.user for row in rows}),
+            "users_in_several_splits": several,
+            "notes": notes,
+            "splits": {
+                split: _extent(row for by_user in corpus.rows for row in by_user)
+                for split, corpus in splits.items()
+            },
+        }
+        corpus_lib.write_corpus(
+            out,
+            splits,
+            {"name": name, "identity": identity, "options": options, "summary": summary},
+        )
     return summary
 
 
@@ -237,6 +200,7 @@ def prepare_synthetic(
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    store: str = "features",
 ) -> Path:
     """Makes the synthetic corpus of `config` unless it is already there.
 
@@ -245,6 +209,7 @@ def prepare_synthetic(
       out: folder to write; a folder of the cache, named by the configuration, if None.
       progress: called with (utterances done, all); a progress bar on stderr if None.
       overwrite: as in `prepare`.
+      store: as in `prepare`.
 
     Returns:
       The folder of the corpus.
@@ -257,7 +222,8 @@ def prepare_synthetic(
     fingerprint = synthetic.fingerprint(config)
     cached = out is None  # what the cache holds may come from an older version
     if out is None:
-        out = cache_dir() / f"synthetic-{config.task}-{fingerprint[:16]}"
+        kind = "" if store == "features" else f"-{store}"
+        out = cache_dir() / f"synthetic-{config.task}-{fingerprint[:16]}{kind}"
     with progress_bar("preparing speech") if progress is None else _as_is(progress) as report:
         prepare(
             synthetic.synthetic_utterances(config),
@@ -267,6 +233,7 @@ def prepare_synthetic(
             total=synthetic.total_utterances(config),
             progress=report,
             overwrite=overwrite or cached,
+            store=store,
         )
     return Path(out)
 
@@ -346,13 +313,22 @@ def _prepared_folder(
         for path in out.iterdir():
             if path.name not in (_LOCK, _UNFINISHED):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _keep_parts(mark, identity)
         try:
             yield None
         finally:
             if metadata_path.exists():
                 shutil.rmtree(mark)
-            else:  # keep the mark, but not the disk space
-                (mark / "spool").unlink(missing_ok=True)
+            elif identity is None:  # keep the mark, but not the disk space
+                shutil.rmtree(mark / _PARTS, ignore_errors=True)
+
+
+def _keep_parts(mark: Path, identity: str | None) -> None:
+    """Removes parts that another preparation left, unless it was of the same input and options."""
+    path = mark / "identity"
+    if identity is None or not path.is_file() or path.read_text() != identity:
+        shutil.rmtree(mark / _PARTS, ignore_errors=True)
+        path.write_text(identity or "")
 
 
 def _usable(out: Path, identity: str | None, overwrite: bool) -> dict[str, Any] | None:
@@ -393,82 +369,42 @@ def _lock(file: IO[str], out: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _store(
-    utterances: Iterable[Utterance | Rejected],
-    convert: Callable[[Utterance], tuple[np.ndarray, np.ndarray, float]],
-    spool: _Spool,
-    skipped_file: IO[str],
-    total: int | None,
-    progress: Progress | None,
-) -> dict[str, int]:
-    """Puts each input into the spool or counts it; returns the counts by reason, sorted."""
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _accepted(
+    items: Iterable[Row | Skipped], skipped_file: IO[str]
+) -> tuple[list[Row], set[str], dict[str, int]]:
+    """Stored rows, all users named by the input, and the counts of what is left out, sorted."""
+    rows: list[Row] = []
+    users: set[str] = set()
     skipped: Counter[str] = Counter()
     seen: set[str] = set()
-    for done, item in enumerate(utterances, start=1):
-        try:
-            if isinstance(item, Rejected):
-                raise _Skip(item.reason, item.detail)
-            spool.seen_users.add(item.user)
-            if item.split is not None and not corpus_lib.valid_split_name(item.split):
-                raise _Skip("bad_split", repr(item.split))
-            if item.id in seen:
-                raise _Skip("duplicate_id", "")
-            converted = convert(item)
-            seen.add(item.id)  # only now: an id that failed before may still come with good audio
-            spool.add(item, *converted)
-        except _Skip as skip:
-            reason, detail = skip.args
-            skipped[reason] += 1
-            line = {"id": item.id, "reason": reason, "detail": " ".join(detail.split())[:300]}
-            skipped_file.write(json.dumps(line) + "\n")
-        if progress is not None:
-            progress(done, total)
-    return dict(sorted(skipped.items()))
+    for item in items:
+        if item.user is not None:
+            users.add(item.user)
+            # Only an id that was stored is taken: one that failed may still come with good audio.
+            if item.id in seen and getattr(item, "reason", None) != "bad_split":
+                item = Skipped(item.id, item.user, "duplicate_id", "")
+        if isinstance(item, Row):
+            seen.add(item.id)
+            rows.append(item)
+            continue
+        skipped[item.reason] += 1
+        line = {"id": item.id, "reason": item.reason, "detail": item.detail}
+        skipped_file.write(json.dumps(line) + "\n")
+    return rows, users, dict(sorted(skipped.items()))
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Where one utterance lies in the spool."""
+class _ConvertedCorpus:
+    """One split of what was converted, as a `Corpus`."""
 
-    id: str
-    user: str
-    split: str | None
-    offset: int
-    frames: int
-    characters: int
-    seconds: float
-
-
-class _Spool:
-    """Utterances on disk in order of arrival, so that memory stays small."""
-
-    def __init__(self, file: IO[bytes], mels: int) -> None:
-        self._file, self._mels = file, mels
-        self.rows: list[_Row] = []
-        self.seen_users: set[str] = set()
-
-    def add(
-        self, item: Utterance, features: np.ndarray, labels: np.ndarray, seconds: float
+    def __init__(
+        self, by_user: Mapping[str, Sequence[Row]], parts: Path, converter: Converter
     ) -> None:
-        offset = self._file.tell()
-        self._file.write(features.tobytes())
-        self._file.write(labels.tobytes())
-        self.rows.append(
-            _Row(item.id, item.user, item.split, offset, len(features), len(labels), seconds)
-        )
-
-    def read(self, row: _Row) -> dict[str, np.ndarray]:
-        self._file.seek(row.offset)
-        features = np.frombuffer(self._file.read(2 * row.frames * self._mels), np.float16)
-        labels = np.frombuffer(self._file.read(4 * row.characters), np.int32)
-        return {"features": features.reshape(row.frames, self._mels), "labels": labels}
-
-
-class _SpoolCorpus:
-    """One split of a spool as a `Corpus`."""
-
-    def __init__(self, spool: _Spool, by_user: Mapping[str, Sequence[_Row]]) -> None:
-        self._spool = spool
+        self._parts, self._converter = parts, converter
         self.users = tuple(sorted(by_user))
         self.rows = [sorted(by_user[user], key=lambda row: row.id) for user in self.users]
         self.sizes = np.asarray([len(rows) for rows in self.rows], np.int64)
@@ -476,21 +412,26 @@ class _SpoolCorpus:
     def lengths(self, user: int) -> dict[str, np.ndarray]:
         rows = self.rows[user]
         return {
-            "features": np.asarray([row.frames for row in rows], np.int32),
+            self._converter.store: np.asarray([row.length for row in rows], np.int32),
             "labels": np.asarray([row.characters for row in rows], np.int32),
         }
 
     def get(self, user: int, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        return [self._spool.read(self.rows[user][i]) for i in indices]
+        read = [
+            conversion.read_signal(self._parts, self.rows[user][i], self._converter)
+            for i in indices
+        ]
+        return [{self._converter.store: signal, "labels": labels} for signal, labels in read]
 
 
 def _divide(
-    spool: _Spool, dev_fraction: float, test_fraction: float, seed: int
-) -> tuple[dict[str, _SpoolCorpus], int]:
-    """Splits by name, train first, and the number of users who are in several of them."""
+    rows: Iterable[Row], dev_fraction: float, test_fraction: float, seed: int
+) -> tuple[dict[str, dict[str, list[Row]]], int]:
+    """Rows by split (train first) and user, and how many users are in several splits."""
+    rows = list(rows)
     named: dict[str, list[str]] = {}
     undivided: set[str] = set()
-    for row in spool.rows:
+    for row in rows:
         if row.split is None:
             undivided.add(row.user)
         elif row.split not in named.setdefault(row.user, []):
@@ -499,13 +440,13 @@ def _divide(
     default = {user: splits[0] for user, splits in named.items()}
     default |= held_out(undivided, dev_fraction, test_fraction, seed)
 
-    by_split: dict[str, dict[str, list[_Row]]] = {}
-    for row in spool.rows:
+    by_split: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
         split = default[row.user] if row.split is None else row.split
         by_split.setdefault(split, {}).setdefault(row.user, []).append(row)
     order = sorted(by_split, key=lambda split: (split != "train", split))
     several = sum(len(splits) > 1 for splits in named.values())
-    return {split: _SpoolCorpus(spool, by_split[split]) for split in order}, several
+    return {split: by_split[split] for split in order}, several
 
 
 def held_out(
@@ -529,30 +470,18 @@ def held_out(
     }
 
 
-def _summary(
-    splits: Mapping[str, _SpoolCorpus],
-    spool: _Spool,
-    skipped: Mapping[str, int],
-    several: int,
-) -> dict[str, Any]:
-    stored = {row.user for row in spool.rows}
+def _extent(rows: Iterable[Row]) -> dict[str, Any]:
+    """Users, utterances, hours, and minutes per user of some rows."""
+    seconds: dict[str, float] = {}
+    utterances = 0
+    for row in rows:
+        seconds[row.user] = seconds.get(row.user, 0.0) + row.seconds
+        utterances += 1
+    minutes = np.asarray(list(seconds.values())) / 60
+    statistics = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
     return {
-        "users": len(stored),
-        "utterances": len(spool.rows),
-        "hours": _hours(spool.rows),
-        "skipped": dict(skipped),
-        "users_without_utterances": len(spool.seen_users - stored),
-        "users_in_several_splits": several,
-        "splits": {
-            name: {
-                "users": len(corpus.users),
-                "utterances": int(corpus.sizes.sum()),
-                "hours": _hours([row for rows in corpus.rows for row in rows]),
-            }
-            for name, corpus in splits.items()
-        },
+        "users": len(seconds),
+        "utterances": utterances,
+        "hours": round(float(minutes.sum()) / 60, 6),
+        "minutes_per_user": {name: round(float(of(minutes)), 4) for name, of in statistics.items()},
     }
-
-
-def _hours(rows: Iterable[_Row]) -> float:
-    return round(sum(row.seconds for row in rows) / 3600, 6)

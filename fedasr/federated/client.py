@@ -2,7 +2,7 @@
 
 A *client update* is a pure function of one client,
 
-    delta, metrics = update(params, batches, num_steps, key, max_steps)
+    delta, metrics = update(params, batches, num_steps, key, max_steps, round)
 
 and `fedasr.federated.cohort` maps it over many. Write your own with this signature to change the
 local algorithm.
@@ -41,6 +41,7 @@ class ClientUpdate(Protocol):
         num_steps: jax.Array,
         key: jax.Array,
         max_steps: jax.Array | int | None = None,
+        round: jax.Array | int = 0,
     ) -> tuple[Params, ClientMetrics]:
         """Train on one client's batches.
 
@@ -51,6 +52,7 @@ class ClientUpdate(Protocol):
           key: the client's own key of this round.
           max_steps: bound of the loop, >= num_steps. Clients that are vmapped together share the
             largest of theirs, so that the loop's condition stays a scalar. Default: num_steps.
+          round: int32 scalar, rounds done so far, for schedules.
 
         Returns:
           `delta = theta - theta_local`, old minus new so that it acts as a gradient on the
@@ -64,6 +66,7 @@ def local_training(
     *,
     grad_clip: float | None = 1.0,
     proximal: float = 0.0,
+    schedule: optax.Schedule | None = None,
 ) -> ClientUpdate:
     """Local minibatch training with any optax optimiser, started afresh every round.
 
@@ -76,12 +79,15 @@ def local_training(
       grad_clip: each minibatch gradient's largest global L2 norm (C_loc of arXiv 2310.00098), or
         None.
       proximal: FedProx's mu (Li et al., 2020): adds mu/2 ||theta_local - theta||^2 to the loss.
+      schedule: rounds done -> factor of every local update of that round, that is of the learning
+        rate; None for 1. (A schedule within a round belongs to `optimizer`.)
     """
     if grad_clip is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), optimizer)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def update(params, batches, num_steps, key, max_steps=None):
+    def update(params, batches, num_steps, key, max_steps=None, round=0):
+        factor = None if schedule is None else schedule(round)
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
         aux_shape = jax.eval_shape(loss, params, first, key)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux_shape)
@@ -93,6 +99,8 @@ def local_training(
             if proximal:
                 grads = jax.tree.map(lambda g, a, b: g + proximal * (a - b), grads, local, params)
             updates, new_opt_state = optimizer.update(grads, opt_state, local)
+            if factor is not None:
+                updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
             new = (
                 optax.apply_updates(local, updates),
                 new_opt_state,

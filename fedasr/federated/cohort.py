@@ -24,6 +24,7 @@ class CohortSum(NamedTuple):
     """Sums over the clients of a round; the leaves of an accumulator have a leading device axis.
 
     delta: weighted sum of the clipped client updates, float32, shaped like the parameters.
+    weight: float32, sum of the weights of valid clients.
     clients, steps, invalid: int32 scalars: clients that took part, their optimiser steps, and the
       clients whose update was not finite (they contribute zero to `delta`).
     loss: float32, sum over valid clients of their mean training loss.
@@ -33,6 +34,7 @@ class CohortSum(NamedTuple):
     """
 
     delta: Params
+    weight: jax.Array
     clients: jax.Array
     steps: jax.Array
     invalid: jax.Array
@@ -60,13 +62,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 class Cohort(NamedTuple):
     """The jitted parts of a cohort's sum.
 
-    zeros(params, chunk) -> accumulator; add(accumulator, params, chunk, round_key) -> accumulator
-    (the accumulator is donated; one compilation per shape of chunk); total(accumulator) ->
-    CohortSum without the device axis.
+    zeros(params, chunk) -> accumulator; add(accumulator, params, chunk, round_key, round) ->
+    accumulator (it is donated; one compilation per shape of chunk; `round`, an int32 scalar, is for
+    schedules: all randomness comes from the key); total(accumulator) -> CohortSum without the
+    device axis.
     """
 
     zeros: Callable[[Params, Chunk], CohortSum]
-    add: Callable[[CohortSum, Params, Chunk, jax.Array], CohortSum]
+    add: Callable[[CohortSum, Params, Chunk, jax.Array, jax.Array], CohortSum]
     total: Callable[[CohortSum], CohortSum]
 
 
@@ -82,9 +85,9 @@ def make_cohort(
       mesh: from `client_mesh`; a chunk's client axis must be a multiple of its size.
     """
 
-    def one_client(params, batches, num_steps, weight, user, round_key, max_steps):
+    def one_client(params, batches, num_steps, weight, user, round_key, max_steps, round):
         key = jax.random.fold_in(round_key, user)
-        delta, metrics = client_update(params, batches, num_steps, key, max_steps)
+        delta, metrics = client_update(params, batches, num_steps, key, max_steps, round)
         delta, stats = clip.update(delta, clip.init(params))
         present = num_steps > 0
         valid = present & stats.finite
@@ -94,6 +97,7 @@ def make_cohort(
 
         return CohortSum(
             delta=jax.tree.map(lambda d: where_valid(d.astype(jnp.float32) * weight), delta),
+            weight=where_valid(weight),
             clients=present.astype(jnp.int32),
             steps=num_steps,
             invalid=(present & ~stats.finite).astype(jnp.int32),
@@ -103,15 +107,15 @@ def make_cohort(
             aux=jax.tree.map(where_valid, metrics.aux),
         )
 
-    def one_device(accumulator, params, chunk, round_key):
+    def one_device(accumulator, params, chunk, round_key, round):
         most = jnp.max(chunk.num_steps)
         args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user)
         if chunk.num_steps.shape[0] == 1:
             # A vmap of one would still turn every matrix product into a batched one.
-            sums = one_client(params, *jax.tree.map(lambda x: x[0], args), round_key, most)
+            sums = one_client(params, *jax.tree.map(lambda x: x[0], args), round_key, most, round)
         else:
-            mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, None, None))
-            sums = mapped(params, *args, round_key, most)
+            mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, None, None, None))
+            sums = mapped(params, *args, round_key, most, round)
             sums = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
         return jax.tree.map(lambda a, s: a + s[None], accumulator, sums)
 
@@ -120,7 +124,7 @@ def make_cohort(
     sharded = jax.shard_map(
         one_device,
         mesh=mesh,
-        in_specs=(clients, whole, clients, whole),
+        in_specs=(clients, whole, clients, whole, whole),
         out_specs=clients,
         check_vma=False,
     )
@@ -136,6 +140,7 @@ def make_cohort(
             first.user,
             jax.random.key(0),
             1,
+            0,
         )
         return jax.tree.map(lambda s: jnp.zeros((mesh.size, *s.shape), s.dtype), shapes)
 

@@ -104,6 +104,7 @@ class Simulation:
             seed,
             keep,
             self.mesh.size,
+            mechanism.weighting == "examples",
         )
         root = jax.random.key(seed)
         self._client_root = jax.random.fold_in(root, CLIENT_STREAM)
@@ -112,6 +113,15 @@ class Simulation:
         self._chain = optax.chain(mechanism.server_transform(noise_key), server_optimizer)
         self._step = jax.jit(functools.partial(server_step, chain=self._chain))
         self._round_key = jax.jit(jax.random.fold_in)
+        self._reweigh = None
+        if mechanism.weighting == "examples":
+            # The server divides by the expected cohort; this makes that a division by the weights.
+            expected = mechanism.sampler.expected_cohort
+            self._reweigh = jax.jit(
+                lambda total: jax.tree.map(
+                    lambda d: d * (expected / jnp.maximum(total.weight, 1.0)), total.delta
+                )
+            )
 
     def init(self, params: Params) -> ServerState:
         """The state before the first round, on every device."""
@@ -154,7 +164,7 @@ class Simulation:
                     key = self._round_key(self._client_root, round)
                     if sums is None:
                         sums = self._cohort.zeros(state.params, chunk)
-                    sums = self._cohort.add(sums, state.params, chunk, key)
+                    sums = self._cohort.add(sums, state.params, chunk, key, np.int32(round))
                     continue
                 # A Poisson round may be empty: the server still adds its noise and steps.
                 total = self._cohort.total(sums) if sums is not None else None
@@ -167,7 +177,7 @@ class Simulation:
 
     def _delta(self, state: ServerState, total: CohortSum | None) -> Params:
         if total is not None:
-            return total.delta
+            return self._reweigh(total) if self._reweigh else total.delta
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
         return jax.device_put(zeros, replicated(self.mesh))
 

@@ -1,4 +1,4 @@
-"""The CTC Transformer encoder of arXiv 2310.00098: pre-layer-norm blocks on a strided front end."""
+"""The CTC Transformer encoder of arXiv 2310.00098: Transformer blocks on a strided front end."""
 
 from dataclasses import dataclass
 
@@ -19,10 +19,13 @@ class TransformerConfig:
     a block, one draw per block and batch, without rescaling. cape_shift: largest global shift of
     the positions in training, seconds (CAPE, Likhomanenko et al., 2021); 0 for none.
     frame_seconds: duration of an encoder frame. position_scale: multiplies positions in seconds.
+    norm: "pre" for layer norms before each branch and at the end (the paper's), "post" for one
+    after each residual sum.
     dtype: of the compute; parameters are float32.
 
     Raises:
-      UserError: a size below 1, an unknown dtype, or a dim that is odd or no multiple of heads.
+      UserError: a size below 1, an unknown dtype or norm, or a dim that is odd or no multiple of
+        heads.
     """
 
     vocab: int = 30
@@ -39,6 +42,7 @@ class TransformerConfig:
     frame_seconds: float = 0.03
     position_scale: float = 30.0
     dtype: str = "float32"
+    norm: str = "pre"
 
     def __post_init__(self) -> None:
         sizes = ("vocab", "features", "dim", "heads", "mlp", "kernel", "stride")
@@ -48,6 +52,8 @@ class TransformerConfig:
             raise UserError(
                 f"the model's dtype must be float32, bfloat16 or float16: {self.dtype!r}"
             )
+        if self.norm not in ("pre", "post"):
+            raise UserError(f"the model's norm must be 'pre' or 'post': {self.norm!r}")
         if self.dim % self.heads or self.dim % 2:
             raise UserError(
                 f"the model's dim must be even and a multiple of its heads, not {self.dim} with "
@@ -56,7 +62,7 @@ class TransformerConfig:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)) (pre-layer-norm)."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); or norms of the sums (post)."""
 
     config: TransformerConfig
 
@@ -67,11 +73,14 @@ class Block(nn.Module):
         dtype = jnp.dtype(c.dtype)
         k = layers.split_keys(keys, 4)
         attend = layers.SelfAttention(c.heads, c.dropout, dtype, name="attention")
-        h = attend(nn.LayerNorm(1e-5, dtype=dtype, name="attention_norm")(x), mask, k[0])
-        x = x + layers.dropout(h, c.dropout, k[1])
         feed = layers.FeedForward(c.mlp, c.dropout, dtype, name="mlp")
-        h = feed(nn.LayerNorm(1e-5, dtype=dtype, name="mlp_norm")(x), k[2])
-        return x + layers.dropout(h, c.dropout, k[3])
+        attention_norm = nn.LayerNorm(1e-5, dtype=dtype, name="attention_norm")
+        mlp_norm = nn.LayerNorm(1e-5, dtype=dtype, name="mlp_norm")
+        if c.norm == "post":
+            x = attention_norm(x + layers.dropout(attend(x, mask, k[0]), c.dropout, k[1]))
+            return mlp_norm(x + layers.dropout(feed(x, k[2]), c.dropout, k[3]))
+        x = x + layers.dropout(attend(attention_norm(x), mask, k[0]), c.dropout, k[1])
+        return x + layers.dropout(feed(mlp_norm(x), k[2]), c.dropout, k[3])
 
 
 class CTCTransformer(nn.Module):
@@ -121,7 +130,8 @@ class CTCTransformer(nn.Module):
                 keep = jax.random.bernoulli(jax.random.fold_in(k[0], 4), 1.0 - c.layer_drop)
                 y = jnp.where(keep, y, x)
             x = y
-        x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
+        if c.norm == "pre":
+            x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         logits = nn.Dense(c.vocab, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="output")(
             x
         )

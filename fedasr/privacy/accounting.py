@@ -47,6 +47,8 @@ class Epsilon:
     epsilon_rdp: by Rényi DP.
     epsilon_pld: by privacy loss distributions, None where they cannot be computed.
     sampling: how the users of a round were chosen, in words.
+    rdp_order: the Rényi order that gives `epsilon_rdp`.
+    pld_interval: the grid of privacy losses behind `epsilon_pld`, None without it.
     """
 
     epsilon: float
@@ -55,6 +57,8 @@ class Epsilon:
     epsilon_rdp: float
     epsilon_pld: float | None
     sampling: str
+    rdp_order: float
+    pld_interval: float | None
 
 
 def compose(event: Any, rounds: int) -> Any:
@@ -77,7 +81,7 @@ def epsilon(event: Any, delta: float, neighboring_relation: Any, sampling: str =
       neighboring_relation: the `dp_accounting.NeighboringRelation` under which `event` holds.
       sampling: how users were chosen, in words, for the report.
     """
-    by_rdp = rdp_epsilon(event, delta, neighboring_relation)
+    by_rdp, order = _rdp_epsilon_and_order(event, delta, neighboring_relation)
     by_pld = pld_epsilon(event, delta, neighboring_relation)
     # PLD gives infinity, too, for a delta below the mass that its truncation gives up.
     use_pld = by_pld is not None and (math.isfinite(by_pld) or not math.isfinite(by_rdp))
@@ -88,7 +92,19 @@ def epsilon(event: Any, delta: float, neighboring_relation: Any, sampling: str =
         epsilon_rdp=by_rdp,
         epsilon_pld=by_pld,
         sampling=sampling,
+        rdp_order=order,
+        pld_interval=None if by_pld is None else _pld_interval(event),
     )
+
+
+def _pld_interval(event: Any) -> float | None:
+    """Spacing of the grid of losses for the least noise in `event`; None for too little noise."""
+    multipliers = [z for z in map(_noise_multiplier, _simple_events(event)) if z]
+    noise = min(multipliers, default=1.0)
+    if noise < MIN_PLD_NOISE:
+        return None
+    # One round's loss reaches about 1/(2 z^2) + 10/z within ten standard deviations.
+    return (0.5 / noise**2 + 10 / noise) / _PLD_POINTS
 
 
 def pld_epsilon(event: Any, delta: float, neighboring_relation: Any) -> float | None:
@@ -100,12 +116,8 @@ def pld_epsilon(event: Any, delta: float, neighboring_relation: Any) -> float | 
     from dp_accounting import pld
 
     _check_delta(delta)
-    multipliers = [z for z in map(_noise_multiplier, _simple_events(event)) if z]
-    noise = min(multipliers, default=1.0)
-    if noise < MIN_PLD_NOISE:
+    if (interval := _pld_interval(event)) is None:
         return None
-    # One round's loss reaches about 1/(2 z^2) + 10/z within ten standard deviations.
-    interval = (0.5 / noise**2 + 10 / noise) / _PLD_POINTS
     accountant = pld.PLDAccountant(neighboring_relation, interval)
     if not accountant.supports(event):
         return None
@@ -129,6 +141,12 @@ def rdp_epsilon(event: Any, delta: float, neighboring_relation: Any) -> float:
     Raises:
       UserError: if the event has no Rényi bound under this relation.
     """
+    return _rdp_epsilon_and_order(event, delta, neighboring_relation)[0]
+
+
+def _rdp_epsilon_and_order(
+    event: Any, delta: float, neighboring_relation: Any
+) -> tuple[float, float]:
     from dp_accounting import dp_event, rdp
 
     _check_delta(delta)
@@ -158,12 +176,13 @@ def rdp_epsilon(event: Any, delta: float, neighboring_relation: Any) -> float:
             raise UserError(f"{simple} has no Rényi bound under {neighboring_relation}.")
         return accountant.compose(simple, count).rdp
 
-    def convert(values, at):
-        return max(0.0, float(rdp.compute_epsilon(orders, values, at)[0]))
+    def convert(values, at, slack=0.0):
+        found, order = rdp.compute_epsilon(orders, values, at)
+        return max(0.0, float(found)) + slack, float(order)
 
     with _quiet():
         total = sum((curve(simple, count) for simple, count in plain), np.zeros(len(orders)))
-        candidates = [convert(total, delta - mass) + slack] if mass < delta else []
+        candidates = [convert(total, delta - mass, slack)] if mass < delta else []
         # Both exceed the ordinary bound: mixing cannot help once the first all but equals it.
         if mass > 1e-3 * delta:
             exponent = orders - 1

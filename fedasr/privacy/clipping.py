@@ -221,13 +221,19 @@ def _initial_state(params: Any, layers: Layers) -> ClipState:
 
 
 def clip_layers(
-    updates: Any, clip_norm: float, budget: Budget = "uniform", layers: Layers = None
+    updates: Any,
+    clip_norm: float,
+    budget: Budget = "uniform",
+    layers: Layers = None,
+    normalise: bool = False,
 ) -> tuple[Any, ClipState]:
     """Clips every layer h of `updates` to its own bound C_h (see `layer_bounds`).
 
     Args:
       updates: any pytree of floating-point arrays.
       clip_norm, budget, layers: see `layer_bounds`.
+      normalise: do as the public code of arXiv 2310.00098 does: an update within `clip_norm` is
+        left alone, any other has every layer brought to norm C_h, small ones scaled up.
 
     Returns:
       The clipped updates, of the same shapes and dtypes, and the `ClipState`.
@@ -239,6 +245,8 @@ def clip_layers(
     norms = _layer_norms(leaves, grouping)
     # A bound of zero admits nothing at all, not even what underflows in the norm.
     clipped = [(n.value() > bound) | (bound == 0) for n, bound in zip(norms, bounds, strict=True)]
+    if normalise:
+        clipped = [_joint_norm(norms).value() > np.float32(clip_norm)] * len(norms)
     state = _state(norms, jnp.stack(clipped))
     factors = [
         _factors(norm, bound * np.float32(1 - _MARGIN))
@@ -305,7 +313,11 @@ def _stateful(rule: Callable[[Any], tuple[Any, ClipState]], layers: Layers):
 
 
 def clip_by_layer(
-    clip_norm: float, budget: Budget = "uniform", *, layers: Layers = None
+    clip_norm: float,
+    budget: Budget = "uniform",
+    *,
+    layers: Layers = None,
+    normalise: bool = False,
 ) -> optax.GradientTransformation:
     """Per-layer clipping (`clip_layers`) as an optax transformation with state `ClipState`.
 
@@ -317,7 +329,9 @@ def clip_by_layer(
     """
     _check_clip_norm(clip_norm)
     _check_budget(budget)
-    return _stateful(lambda updates: clip_layers(updates, clip_norm, budget, layers), layers)
+    return _stateful(
+        lambda updates: clip_layers(updates, clip_norm, budget, layers, normalise), layers
+    )
 
 
 def clip_global(clip_norm: float, *, layers: Layers = None) -> optax.GradientTransformation:

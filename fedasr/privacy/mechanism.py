@@ -74,10 +74,14 @@ class Mechanism:
       noise_multiplier: z, standard deviation of the noise on the SUM of updates over C.
       sampler: who takes part.
       layers: None for one layer per array, or a function from path to layer name.
+      normalise: with a per-layer budget, rescale as the paper's public code does (see
+        `clipping.clip_layers`).
+      weighting: "uniform", or "examples" to weigh users by their number of examples; the mean is
+        then over the realised weights, which is possible without noise only.
 
     Raises:
-      UserError: if an argument is out of range, or noise is asked for without a clip norm (it
-        could not be scaled to what one user can change).
+      UserError: if an argument is out of range, or noise is asked for without a clip norm or with
+        weights (it could not be scaled to what one user can change).
     """
 
     clip_norm: float
@@ -85,6 +89,8 @@ class Mechanism:
     noise_multiplier: float
     sampler: Sampler
     layers: clipping.Layers = None
+    normalise: bool = False
+    weighting: str = "uniform"
 
     def __post_init__(self):
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -93,6 +99,15 @@ class Mechanism:
             )
         if self.clip_norm == math.inf and self.noise_multiplier > 0:
             raise UserError("Noise needs a finite clip_norm; set one, or noise_multiplier to 0.")
+        if self.weighting not in ("uniform", "examples"):
+            raise UserError(f"weighting must be 'uniform' or 'examples', not {self.weighting!r}.")
+        if self.weighting == "examples" and self.noise_multiplier > 0:
+            raise UserError(
+                "Weighting users by their examples has no bounded sensitivity: set weighting to "
+                "'uniform', or noise_multiplier to 0."
+            )
+        if self.normalise and (self.budget == "global" or self.clip_norm == math.inf):
+            raise UserError("normalise needs a per-layer budget and a finite clip_norm.")
         self.client_transform()  # raises for an unusable clip_norm or budget
 
     @property
@@ -111,7 +126,9 @@ class Mechanism:
             return clipping.no_clip(layers=self.layers)
         if self.budget == "global":
             return clipping.clip_global(self.clip_norm, layers=self.layers)
-        return clipping.clip_by_layer(self.clip_norm, self.budget, layers=self.layers)
+        return clipping.clip_by_layer(
+            self.clip_norm, self.budget, layers=self.layers, normalise=self.normalise
+        )
 
     def server_transform(self, key: chex.PRNGKey) -> optax.GradientTransformation:
         """From the SUM of clipped updates to the noised mean.

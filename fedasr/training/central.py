@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from fedasr.data.batching import Bucket, Prefetcher, pooled_batch
+from fedasr.data.batching import Bucket, PooledBatcher, Prefetcher
 from fedasr.data.corpus import Corpus
 from fedasr.federated.client import Loss, Params
 from fedasr.federated.cohort import client_mesh, client_sharding, replicated
@@ -22,8 +22,9 @@ class CentralTraining:
       corpus: its examples are shuffled over all users, pass by pass.
       loss: see `fedasr.federated.client.Loss`.
       optimizer: any optax transformation.
-      batch_size: examples per step over all devices.
+      batch_size: examples per step over all devices; None with `frames`.
       seed, buckets, devices, keep: as for `fedasr.federated.simulation.Simulation`.
+      frames: about so many frames per step over all devices (see `PooledBatcher`).
       steps_per_report: steps in one item of `run`.
     """
 
@@ -32,18 +33,26 @@ class CentralTraining:
         corpus: Corpus,
         loss: Loss,
         optimizer: optax.GradientTransformation,
-        batch_size: int,
+        batch_size: int | None,
         *,
         seed: int,
         buckets: Sequence[Bucket],
+        frames: int | None = None,
         steps_per_report: int = 10,
         devices: Sequence[jax.Device] | None = None,
         keep: Sequence[str] | None = None,
     ) -> None:
         self._mesh = client_mesh(devices)
         # Every device needs an equal share; the padding examples are masked.
-        slots = -(-batch_size // self._mesh.size) * self._mesh.size
-        self._args = (corpus, tuple(buckets), batch_size, slots, seed, keep)
+        self._batcher = PooledBatcher(
+            corpus,
+            buckets,
+            seed,
+            batch_size=batch_size,
+            frames=frames,
+            multiple=self._mesh.size,
+            keep=keep,
+        )
         self._optimizer = optimizer
         self._per_report = steps_per_report
         root = jax.random.fold_in(jax.random.key(seed), CENTRAL_STREAM)
@@ -74,11 +83,7 @@ class CentralTraining:
           and after the last.
         """
         first = int(state.round)
-        corpus, buckets, batch_size, slots, seed, keep = self._args
-        batches = (
-            pooled_batch(corpus, buckets, batch_size, seed, step, keep, slots)
-            for step in range(first, first + steps)
-        )
+        batches = map(self._batcher.batch, range(first, first + steps))
 
         def transfer(batch):
             return jax.device_put(batch, client_sharding(self._mesh))

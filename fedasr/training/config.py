@@ -39,6 +39,9 @@ def default_config() -> ConfigDict:
     config.data.train = "train"
     config.data.eval = ("dev", "test")
     config.data.buckets = 1
+    # IID control: utterances dealt out afresh over the users, whose numbers of them are kept.
+    config.data.iid = False
+    config.data.population = 0  # training users, for --dry_run before the data is there
 
     config.model = ConfigDict()
     config.model.name = "transformer"
@@ -47,6 +50,7 @@ def default_config() -> ConfigDict:
 
     config.augment = ConfigDict()
     config.augment.enabled = False
+    config.augment.start_round = 0  # federated rounds done before SpecAugment begins
     config.augment.options = ConfigDict(dataclasses.asdict(SpecAugmentConfig()))
 
     # Central training before the federated rounds, on its own split; steps 0: none.
@@ -54,27 +58,38 @@ def default_config() -> ConfigDict:
     config.seed_training.split = "seed"
     config.seed_training.steps = 0
     config.seed_training.batch_size = 16
+    config.seed_training.batch_seconds = 0.0  # audio in a batch; above 0 it replaces batch_size
     config.seed_training.optimizer = "adamw"
     config.seed_training.learning_rate = 1e-3
+    config.seed_training.decay_steps = 0  # every so many steps times decay_rate; 0: constant
+    config.seed_training.decay_rate = 0.5
     config.seed_training.grad_clip = 1.0
 
     # The central baseline, when algorithm is "central".
     config.central = ConfigDict()
     config.central.steps = 500
     config.central.batch_size = 16
+    config.central.batch_seconds = 0.0
     config.central.optimizer = "adamw"
     config.central.learning_rate = 1e-3
+    config.central.decay_steps = 0
+    config.central.decay_rate = 0.5
     config.central.grad_clip = 1.0
 
     config.client = ConfigDict()
     config.client.optimizer = "sgd"
     config.client.learning_rate = 0.3
+    config.client.decay_start = 1_000_000_000  # rounds at the constant rate, then
+    config.client.decay_rounds = 500  # times decay_rate every so many rounds
+    config.client.decay_rate = 0.6
     config.client.batch_size = 4
+    config.client.batch_seconds = 0.0  # audio in a batch; above 0 it replaces batch_size
     config.client.steps = 4  # 0: use epochs
     config.client.epochs = 0  # 0: use steps
     config.client.max_steps = 0  # with epochs, at most so many steps; 0: no limit
     config.client.grad_clip = 1.0
-    config.client.proximal = 0.0
+    config.client.proximal = 0.0  # FedProx's mu
+    config.client.weighting = "uniform"  # or "examples", without privacy only
 
     config.server = ConfigDict()
     config.server.optimizer = "lamb"
@@ -89,6 +104,8 @@ def default_config() -> ConfigDict:
     config.privacy.enabled = True  # False: no clipping of client updates, no noise
     config.privacy.clip_norm = 0.01
     config.privacy.budget = "uniform"  # per layer: "uniform" or "dim"; or one "global" clip
+    # False: clip; True: rescale every layer as the paper's public code does.
+    config.privacy.normalise = False
     config.privacy.sigma = 1e-5
     config.privacy.sampler = "poisson"  # or "fixed"
     config.privacy.slots = 0  # largest cohort; 0: mean + 7 standard deviations

@@ -22,6 +22,7 @@ class Evaluator:
       buckets: padded shapes; every utterance must fit in one.
       batch_size: utterances at a time, rounded up to a multiple of the devices.
       devices: default all local devices.
+      tokenizer: that wrote the labels; default that of the 29 characters.
     """
 
     def __init__(
@@ -30,13 +31,14 @@ class Evaluator:
         buckets: Sequence[Bucket],
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
+        tokenizer: CharTokenizer | None = None,
     ) -> None:
         mesh = client_mesh(devices)
         self._sharding = client_sharding(mesh)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._buckets = tuple(buckets)
         self._evaluate = jax.jit(recogniser.evaluate)
-        self._tokenizer = CharTokenizer()
+        self._tokenizer = tokenizer or CharTokenizer()
 
     def transcripts(self, params: Any, corpus: Corpus) -> tuple[list[str], list[str], float]:
         """References, hypotheses (in the same order) and the mean loss of alignable utterances."""

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +24,15 @@ import optax
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.audio.features import LogMelConfig
 from fedasr.data.batching import LocalBatches, Padding, make_buckets
-from fedasr.data.corpus import METADATA_FILE, Corpus, open_corpus, read_metadata
+from fedasr.data.corpus import (
+    METADATA_FILE,
+    Corpus,
+    ReshuffledCorpus,
+    has_split,
+    open_corpus,
+    read_metadata,
+    shared_users,
+)
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from fedasr.errors import UserError
 from fedasr.federated.client import local_training
@@ -33,7 +41,7 @@ from fedasr.federated.simulation import RoundMetrics, Simulation
 from fedasr.models.recogniser import ARRAYS, Recogniser, make_recogniser
 from fedasr.privacy import accounting, clipping
 from fedasr.privacy.mechanism import Mechanism
-from fedasr.text import CharTokenizer
+from fedasr.text import CharTokenizer, tokenizer_for
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import Checkpointer, restore_params
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
@@ -42,6 +50,7 @@ from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, to_json, write_json_atomic
 from fedasr.training.report import write_report
 
+_HOP_SECONDS = LogMelConfig().hop_ms / 1000
 CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
 
 
@@ -92,21 +101,32 @@ def make_sampler(config: Mapping[str, Any], population: int) -> Sampler:
 
 def make_mechanism(config: Mapping[str, Any], sampler: Sampler) -> Mechanism:
     """The privacy mechanism of a configuration; without privacy, neither clipping nor noise."""
-    privacy = config["privacy"]
+    privacy, weighting = config["privacy"], config["client"]["weighting"]
     if not privacy["enabled"]:
-        return Mechanism(math.inf, "global", 0.0, sampler)
+        return Mechanism(math.inf, "global", 0.0, sampler, weighting=weighting)
     multiplier = privacy["sigma"] * sampler.expected_cohort
-    return Mechanism(privacy["clip_norm"], privacy["budget"], multiplier, sampler)
+    return Mechanism(
+        privacy["clip_norm"],
+        privacy["budget"],
+        multiplier,
+        sampler,
+        normalise=privacy["normalise"],
+        weighting=weighting,
+    )
 
 
-def build_recogniser(config: Mapping[str, Any]) -> Recogniser:
+def build_recogniser(config: Mapping[str, Any], augmented: bool = True) -> Recogniser:
     """The recogniser of a configuration.
+
+    Args:
+      config: of the run.
+      augmented: whether its loss augments, if the configuration says so at all.
 
     Raises:
       UserError: for an unknown model or option.
     """
     augment = None
-    if config["augment"]["enabled"]:
+    if config["augment"]["enabled"] and augmented:
         try:
             augment = SpecAugmentConfig(**config["augment"]["options"])
         except TypeError as error:
@@ -114,29 +134,55 @@ def build_recogniser(config: Mapping[str, Any]) -> Recogniser:
     return make_recogniser(config["model"]["name"], config["model"]["options"], augment)
 
 
+def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> CharTokenizer:
+    """The tokenizer of prepared data, if the configured model writes its alphabet.
+
+    Args:
+      config: of the run.
+      metadata: of the corpus, from `fedasr.data.corpus.read_metadata`.
+
+    Raises:
+      UserError: the model has another number of tokens.
+    """
+    tokenizer = tokenizer_for(metadata)
+    vocab = config["model"]["options"].get("vocab", tokenizer.vocab_size)
+    if vocab != tokenizer.vocab_size:
+        raise UserError(
+            f"the data's alphabet has {tokenizer.vocab_size} tokens with the blank, the model "
+            f"{vocab}: set model.options.vocab={tokenizer.vocab_size} for it"
+        )
+    return tokenizer
+
+
 class Data:
     """The corpora of a run and the shapes that hold them.
 
     Attributes: train; seed (None if there is none); evaluation {split: corpus}; buckets for
-    training; skipped {reason: count} of the preparation.
+    training; tokenizer; skipped {reason: count} of the preparation.
     """
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any], log: Any = print) -> None:
         settings = config["data"]
         metadata = read_metadata(directory)
-        splits = metadata["summary"]["splits"]
+        self.tokenizer = fitting_tokenizer(config, metadata)
         self.train = open_corpus(directory, settings["train"])
+        if settings["iid"]:
+            self.train = ReshuffledCorpus(self.train, config["seed"])
+        if (published := settings["population"]) and published != len(self.train.users):
+            log(f"{published} training users were expected, there are {len(self.train.users)}")
         self.seed: Corpus | None = None
         seed_split = config["seed_training"]["split"]
         if config["seed_training"]["steps"] and not config["init_from"]:
-            if seed_split in splits:
+            if has_split(metadata, seed_split):
                 self.seed = open_corpus(directory, seed_split)
             else:
                 log(f"no split {seed_split!r} in {directory}: training starts from scratch")
         self.evaluation = {
-            split: open_corpus(directory, split) for split in settings["eval"] if split in splits
+            split: open_corpus(directory, split)
+            for split in settings["eval"]
+            if has_split(metadata, split)
         }
-        if missing := [split for split in settings["eval"] if split not in splits]:
+        if missing := [split for split in settings["eval"] if not has_split(metadata, split)]:
             log(f"no split {missing} in {directory}: not evaluated")
         _check_users(self, config["privacy"]["enabled"], log)
         if (stride := config["model"]["options"].get("stride", 0)) > metadata["options"]["stride"]:
@@ -153,14 +199,13 @@ class Data:
 
 def _check_users(data: Data, private: bool, log: Any) -> None:
     """No epsilon for users whom the seed has seen without noise; no "unseen voices" that train."""
-    users = set(data.train.users)
-    if data.seed is not None and private and (shared := users & set(data.seed.users)):
+    if data.seed is not None and private and (shared := shared_users(data.train, data.seed)):
         raise UserError(
-            f"{len(shared)} users ({min(shared)}...) are in the seed's split and in the training "
+            f"{len(shared)} users ({shared[0]}...) are in the seed's split and in the training "
             "split: the seed is trained without noise, so they would have no privacy"
         )
     for split, corpus in data.evaluation.items():
-        if shared := users & set(corpus.users):
+        if shared := shared_users(data.train, corpus):
             log(f"{len(shared)} users of the split {split!r} are training users too")
 
 
@@ -190,19 +235,36 @@ def _central(
     settings = config[section]
     optimizer = optax.chain(
         optax.clip_by_global_norm(settings["grad_clip"]),
-        make_optimizer(settings["optimizer"], settings["learning_rate"]),
+        make_optimizer(settings["optimizer"], _central_schedule(settings)),
     )
+    batch = _batch(settings)
     return CentralTraining(
         corpus,
         loss,
         optimizer,
-        settings["batch_size"],
+        batch["batch_size"],
+        frames=batch["frames"],
         seed=config["seed"],
         buckets=buckets,
         steps_per_report=math.gcd(10, config["checkpoint"]["seed_every"]),  # saved when reported
         devices=devices,
         keep=ARRAYS,
     )
+
+
+def _central_schedule(settings: Mapping[str, Any]) -> float | optax.Schedule:
+    if not settings["decay_steps"]:
+        return settings["learning_rate"]
+    return optax.exponential_decay(
+        settings["learning_rate"], settings["decay_steps"], settings["decay_rate"], staircase=True
+    )
+
+
+def _batch(settings: Mapping[str, Any]) -> dict[str, int | None]:
+    """How large a batch is: examples, or frames where it is given in seconds of audio."""
+    if not settings["batch_seconds"]:
+        return {"batch_size": settings["batch_size"], "frames": None}
+    return {"batch_size": None, "frames": round(settings["batch_seconds"] / _HOP_SECONDS)}
 
 
 def make_simulation(
@@ -221,11 +283,16 @@ def make_simulation(
         server["decay_rounds"],
         server["decay_rate"],
     )
+    decays = client["decay_start"] < config["rounds"]
+    factor = constant_then_exponential(
+        1.0, client["decay_start"], client["decay_rounds"], client["decay_rate"]
+    )
     update = local_training(
         loss,
         make_optimizer(client["optimizer"], client["learning_rate"]),
         grad_clip=client["grad_clip"],
         proximal=client["proximal"],
+        schedule=factor if decays else None,
     )
     return Simulation(
         data.train,
@@ -244,7 +311,7 @@ def make_simulation(
 def _local_batches(config: Mapping[str, Any]) -> LocalBatches:
     client = config["client"]
     return LocalBatches(
-        client["batch_size"],
+        **_batch(client),
         steps=client["steps"] or None,
         epochs=client["epochs"] or None,
         max_steps=client["max_steps"] or None,
@@ -272,6 +339,14 @@ def _check(config: Mapping[str, Any]) -> None:
         "checkpoint.seed_every": 0,
         "checkpoint.keep": 1,
         "server.decay_rounds": 1,
+        "client.decay_rounds": 1,
+        "client.batch_seconds": 0,
+        "central.batch_seconds": 0,
+        "central.decay_steps": 0,
+        "seed_training.batch_seconds": 0,
+        "seed_training.decay_steps": 0,
+        "augment.start_round": 0,
+        "data.population": 0,
     }
     flat = _flatten(config)
     for name, bound in least.items():
@@ -282,9 +357,9 @@ def _check(config: Mapping[str, Any]) -> None:
         make_optimizer(settings["optimizer"], 0.1, **settings.get("options", {}))
     _local_batches(config)
     options = config["model"]["options"]
-    tokens, mels = CharTokenizer().vocab_size, LogMelConfig().num_mels
-    if options.get("vocab", tokens) != tokens or options.get("features", mels) != mels:
-        raise UserError(f"the data needs model.options.vocab={tokens} and features={mels}")
+    mels = LogMelConfig().num_mels
+    if options.get("features", mels) != mels:
+        raise UserError(f"the data needs model.options.features={mels}")
     if not 0 < config["privacy"]["delta"] < 1:
         raise UserError(f"privacy.delta={config['privacy']['delta']} must lie between 0 and 1")
     for case in config["privacy"]["deployments"]:
@@ -354,6 +429,8 @@ def describe_privacy(
 def _not_covered(config: Mapping[str, Any]) -> list[str]:
     """What the epsilons say nothing about."""
     limits = ["choices made by looking at the metrics of this or other runs"]
+    if config["data"]["iid"]:
+        limits.append("anybody (data.iid: utterances were dealt out over users that do not exist)")
     if config["init_from"]:
         limits.append(f"whatever init_from={config['init_from']} was trained on, and its rounds")
     elif config["seed_training"]["steps"]:
@@ -386,8 +463,11 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = parameter_count(recogniser)
     settings = config["data"]
-    if settings["dir"]:
+    if settings["dir"] and settings["population"] and not Path(settings["dir"]).exists():
+        population = settings["population"]
+    elif settings["dir"]:
         population = len(open_corpus(settings["dir"], settings["train"]).users)
+        fitting_tokenizer(config, read_metadata(settings["dir"]))
     else:
         from fedasr.data.synthetic import SyntheticConfig
 
@@ -399,6 +479,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": count,
         "population": population,
         "device": _device(jax.devices()),
+        "config": config,
     }
     if config["algorithm"] == "federated":
         mechanism = make_mechanism(config, make_sampler(config, population))
@@ -528,11 +609,23 @@ class _Run:
         }
         self.whole_bucket = (biggest,)
         self.evaluator = Evaluator(
-            self.recogniser, self.whole_bucket, config["evaluation"]["batch_size"], self.devices
+            self.recogniser,
+            self.whole_bucket,
+            config["evaluation"]["batch_size"],
+            self.devices,
+            self.data.tokenizer,
         )
-        self.simulation = None
+        # (rounds until which it runs, simulation): SpecAugment may begin later than round 0.
+        self.simulations: list[tuple[int, Simulation]] = []
         if config["algorithm"] == "federated":
-            self.simulation = make_simulation(config, self.data, self.recogniser.loss, self.devices)
+            losses = [(config["rounds"], self.recogniser.loss)]
+            if config["augment"]["enabled"] and (start := config["augment"]["start_round"]):
+                plain = build_recogniser(config, augmented=False)
+                losses.insert(0, (min(start, config["rounds"]), plain.loss))
+            self.simulations = [
+                (until, make_simulation(config, self.data, loss, self.devices))
+                for until, loss in losses
+            ]
         self.checkpointer = Checkpointer(workdir / "checkpoints", config["checkpoint"]["keep"])
 
     def _message(self, text: str) -> None:
@@ -656,7 +749,7 @@ class _Run:
         if latest is None:
             self.initial = self._evaluate(like, list(self.data.evaluation))
             self._message("before: " + _wer_line(self.initial))
-        if self.simulation is None:
+        if not self.simulations:
             trainer = _central(
                 self.config,
                 "central",
@@ -672,15 +765,25 @@ class _Run:
             self._save("main", total, state)
             mechanism = None
         else:
-            mechanism = self.simulation.mechanism
-            state = self._rounds(self.simulation, like, latest, units)
+            mechanism = self.simulations[0][1].mechanism
+            state = self._rounds(like, latest, units)
         self.checkpointer.wait()
         return self._summary(state, mechanism)
 
-    def _rounds(
-        self, simulation: Simulation, params: Any, latest: int | None, units: int
-    ) -> ServerState:
+    def _train(
+        self, state: ServerState, done: int
+    ) -> Iterator[tuple[ServerState, RoundMetrics, bool]]:
+        """(state, metrics, whether something was compiled) of the rounds after the first `done`."""
+        for until, simulation in self.simulations:
+            compiled = 0
+            for state, metrics in simulation.run(state, max(until - done, 0)):
+                yield state, metrics, simulation.compilations() > compiled
+                compiled = simulation.compilations()
+            done = max(done, until)
+
+    def _rounds(self, params: Any, latest: int | None, units: int) -> ServerState:
         config, total = self.config, self.config["rounds"]
+        simulation = self.simulations[0][1]
         state = simulation.init(params)
         names = clipping.layer_names(params, simulation.mechanism.layers)
         if latest is None:
@@ -691,11 +794,9 @@ class _Run:
             restored, _ = self.checkpointer.restore(latest, jax.device_get(state))
             state = simulation.place(restored)
         self.logger.start(total, units)
-        compiled = simulation.compilations()
         every = config["evaluation"]["every"]
-        for state, metrics in simulation.run(state, total - units):
-            self.totals.add(metrics, simulation.compilations() > compiled)
-            compiled = simulation.compilations()
+        for state, metrics, compiled in self._train(state, units):
+            self.totals.add(metrics, compiled)
             record = _record(metrics, names)
             last = metrics.round == total
             if last:

@@ -12,12 +12,14 @@ from fedasr.data.batching import (
     ClientBatcher,
     LocalBatches,
     Padding,
+    PooledBatcher,
     Prefetcher,
     eval_batches,
     fitting_bucket,
     make_buckets,
-    pooled_batch,
+    pack,
     round_up,
+    rounded_slots,
 )
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.errors import UserError
@@ -286,14 +288,12 @@ def test_a_pooled_pass_repeats_nothing(sizes, batch, seed):
     total = sum(sizes)
     full = min(batch, total)
     per_pass = total // full
+    batcher = PooledBatcher(corpus, buckets, seed, batch_size=batch, multiple=3)
     orders = []
     for start in (0, per_pass):
-        batches = [
-            pooled_batch(corpus, buckets, batch, seed, step, slots=batch + 1)
-            for step in range(start, start + per_pass)
-        ]
+        batches = [batcher.batch(step) for step in range(start, start + per_pass)]
         for b in batches:
-            assert len(b["mask"]) == batch + 1 and b["mask"].sum() == full
+            assert len(b["mask"]) == -(-batch // 3) * 3 and b["mask"].sum() == full
             need = {n: int(b[f"{n}_length"].max()) for n in MULTIPLES}
             shape = {n: b[n].shape[1] for n in MULTIPLES}
             assert shape == buckets[fitting_bucket(buckets, need)]
@@ -304,7 +304,7 @@ def test_a_pooled_pass_repeats_nothing(sizes, batch, seed):
         orders.append(ids)
     if total >= 12:
         assert orders[0] != orders[1]  # passes are shuffled afresh
-    again = pooled_batch(corpus, buckets, batch, seed, 0, slots=batch + 1)
+    again = batcher.batch(0)
     assert [int(i) for i in again["id"][again["mask"]]] == orders[0][:full]
 
 
@@ -360,3 +360,94 @@ def test_prefetcher_reads_only_a_few_items_ahead_and_stops_early():
         time.sleep(0.05)
         assert len(read) == 4  # one taken, two waiting, one in the thread's hand
     assert set(threading.enumerate()) == before
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    frames=st.integers(50, 200),
+)
+@settings(deadline=None, max_examples=100)
+def test_packing_cuts_a_sequence_where_windows_begin(lengths, frames):
+    lengths = np.array(lengths)
+    parts = pack(lengths, frames)
+    assert np.array_equal(np.concatenate(parts), np.arange(len(lengths)))
+    totals = [int(lengths[part].sum()) for part in parts]
+    assert all(total < frames + 50 for total in totals)
+    total, longest = int(lengths.sum()), int(lengths.max())
+    assert (total - longest) // frames + 1 <= len(parts) <= -(-total // frames)
+
+
+def test_slots_are_few_and_enough():
+    sizes = [rounded_slots(n) for n in range(1, 200)]
+    assert all(n <= size <= 1.5 * n for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 16
+
+
+@pytest.mark.parametrize("how", [dict(steps=5), dict(epochs=2)])
+def test_batches_in_frames_hold_about_so_many(how):
+    lengths = np.random.default_rng(0).integers(20, 60, 30)
+    local = LocalBatches(frames=200, **how)
+    plan = local.plan(30, 1, 2, 3, lengths)
+    totals = [lengths[batch].sum() for batch in plan]
+    assert max(totals) < 260 and np.mean(totals) > 150
+    if "steps" in how:
+        assert len(plan) == 5
+    else:
+        assert sorted(np.concatenate(plan)) == sorted([*range(30), *range(30)])
+    again = local.plan(30, 1, 2, 3, lengths)
+    assert all(np.array_equal(a, b) for a, b in zip(plan, again, strict=True))
+    # A user with less than one batch makes every step of all that there is.
+    few = LocalBatches(frames=10_000, steps=3).plan(4, 1, 2, 3, lengths[:4])
+    assert [sorted(batch) for batch in few] == [[0, 1, 2, 3]] * 3
+
+
+def test_chunks_of_batches_in_frames_hold_every_example():
+    corpus = speech_corpus([6, 1, 3, 5])
+    buckets = make_buckets([corpus], 2, MULTIPLES)
+    batcher = ClientBatcher(corpus, LocalBatches(frames=30, epochs=1), buckets, 2, seed=0)
+    ids, padding = [], Padding(0, 0)
+    for chunk, part in batcher.chunks(range(4), 0):
+        mask = chunk.batches["mask"]
+        assert mask.shape[2] == rounded_slots(int(mask.sum(2).max()))
+        per_batch = np.where(mask, chunk.batches["features_length"], 0).sum(2)
+        assert per_batch.max() < 30 + 20
+        ids += chunk.batches["id"][mask].tolist()
+        padding += part
+    assert sorted(ids) == [1000 * u + i for u, size in enumerate(corpus.sizes) for i in range(size)]
+    assert padding.real == sum(int(corpus.lengths(u)["features"].sum()) for u in range(4))
+    assert padding.real <= padding.computed
+
+
+def test_clients_weigh_their_examples_if_asked():
+    corpus = speech_corpus([6, 1, 3])
+    buckets = make_buckets([corpus], 1, MULTIPLES)
+    local = LocalBatches(2, steps=1)
+    for by_examples, expected in ((False, [1, 1, 1, 0]), (True, [6, 1, 3, 0])):
+        batcher = ClientBatcher(corpus, local, buckets, 4, 0, by_examples=by_examples)
+        ((chunk, _),) = batcher.chunks([0, 1, 2], 0)
+        assert chunk.weight[np.argsort([*chunk.user[:3], 9])].tolist() == expected
+
+
+def test_a_pooled_pass_in_frames_repeats_nothing():
+    corpus = speech_corpus([6, 2, 9, 4], longest=12)
+    buckets = make_buckets([corpus], 2, MULTIPLES)
+    batcher = PooledBatcher(corpus, buckets, 0, frames=25, multiple=2)
+    total = int(sum(corpus.lengths(u)["features"].sum() for u in range(4)))
+    longest = max(int(corpus.lengths(u)["features"].max()) for u in range(4))
+    per_pass = (total - longest) // 25 + 1
+    for start in (0, per_pass):
+        batches = [batcher.batch(step) for step in range(start, start + per_pass)]
+        ids = [int(i) for b in batches for i in b["id"][b["mask"]]]
+        assert len(set(ids)) == len(ids) >= 21 - 12
+        assert all(len(b["mask"]) % 2 == 0 for b in batches)
+        assert all(np.where(b["mask"], b["features_length"], 0).sum() < 25 + 12 for b in batches)
+    with pytest.raises(UserError, match="shorter than an example"):
+        PooledBatcher(corpus, buckets, 0, frames=5)
+
+
+def test_a_batch_has_one_kind_of_size():
+    for sizes in ({}, {"batch_size": 2, "frames": 100}):
+        with pytest.raises(UserError, match="exactly one"):
+            LocalBatches(steps=1, **sizes)
+        with pytest.raises(UserError, match="exactly one"):
+            PooledBatcher(speech_corpus([2]), (), 0, **sizes)

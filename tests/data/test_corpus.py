@@ -10,11 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedasr.data.batching import make_buckets
 from fedasr.data.corpus import (
     ArrayRecordCorpus,
     InMemoryCorpus,
+    all_lengths,
     open_corpus,
     read_metadata,
+    shared_users,
+    user_hashes,
     write_corpus,
 )
 from fedasr.errors import UserError
@@ -34,6 +38,9 @@ def assert_same(a, b):
     assert list(a.users) == list(b.users)
     np.testing.assert_array_equal(a.sizes, b.sizes)
     assert a.sizes.dtype == b.sizes.dtype == np.int64
+    for key, values in all_lengths(a).items():
+        np.testing.assert_array_equal(values, all_lengths(b)[key])
+    np.testing.assert_array_equal(user_hashes(a), user_hashes(b))
     for user, size in enumerate(a.sizes):
         lengths, other = a.lengths(user), b.lengths(user)
         assert lengths.keys() == other.keys()
@@ -165,22 +172,32 @@ def test_a_million_users_open_quickly(tmp_path, stored):
     users = 1_000_000
     index = tmp_path / "index" / "train"
     index.mkdir(parents=True)
-    (index / "users.json").write_text(json.dumps([f"{i:032d}" for i in range(users)]))
+    (index / "users.bin").write_bytes(b"".join(b"%032d" % i for i in range(users)))
+    np.save(index / "user_ends.npy", np.arange(1, users + 1, dtype=np.int64) * 32)
+    hashes = np.random.default_rng(0).integers(0, 2**63, users).astype(np.uint64)
+    np.save(index / "user_hashes.npy", hashes)
     np.save(index / "offsets.npy", np.arange(users + 1, dtype=np.int64) * 3)
     np.save(index / "lengths.features.npy", np.full(users * 3, 7, np.int32))
     metadata = read_metadata(folder)
     metadata["arrays"] = {"features": metadata["arrays"]["features"]}
-    metadata["splits"]["train"]["files"] = {}
+    metadata["splits"]["train"] |= {"files": {}, "users": users}
     (tmp_path / "corpus.json").write_text(json.dumps(metadata))
     start = time.process_time()
     corpus = open_corpus(tmp_path, "train")
     assert corpus.lengths(999_999)["features"].tolist() == [7, 7, 7]
-    assert time.process_time() - start < 3
+    assert corpus.users[-1] == f"{999_999:032d}"
+    assert make_buckets([corpus]) == ({"features": 8},)
+    assert time.process_time() - start < 1
+    tenth = open_corpus(tmp_path, "train[:10%]")
+    assert len(tenth.users) == 100_000 and tenth.sizes.sum() == 300_000
+    assert not shared_users(tenth, open_corpus(tmp_path, "train[10%:]"))
+    assert time.process_time() - start < 5
 
 
 def test_no_tensorflow_and_no_jax():
     code = (
         "import sys, fedasr.data.corpus, fedasr.data.prepare, fedasr.data.manifest\n"
+        "import fedasr.data.librispeech, fedasr.data.common_voice, fedasr.data.splits\n"
         "bad = {'tensorflow', 'tensorflow_datasets', 'jax', 'soundfile', 'rich'}\n"
         "assert not bad & set(sys.modules), sys.modules"
     )
@@ -200,7 +217,10 @@ def test_folders_that_are_no_corpus(tmp_path, copied):
         open_corpus(copied, "train")
 
 
-@pytest.mark.parametrize("name", ["users.json", "offsets.npy", "lengths.features.npy"])
+@pytest.mark.parametrize(
+    "name",
+    ["users.bin", "user_ends.npy", "user_hashes.npy", "offsets.npy", "lengths.features.npy"],
+)
 @pytest.mark.parametrize("damage", ["absent", "cut"])
 def test_a_damaged_index_is_named(copied, name, damage):
     path = copied / "index" / "train" / name

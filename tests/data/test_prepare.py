@@ -1,5 +1,7 @@
+import functools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.audio.features import extract
+from fedasr.data import conversion
 from fedasr.data.corpus import open_corpus, read_metadata
 from fedasr.data.prepare import (
     Rejected,
@@ -22,8 +25,9 @@ from fedasr.data.prepare import (
     prepare,
     prepare_synthetic,
 )
+from fedasr.data.recordings import read_audio
 from fedasr.errors import UserError
-from fedasr.text import CharTokenizer, normalize_text
+from fedasr.text import CharTokenizer, normalize_text, tokenizer_for
 
 RATE = 16000
 
@@ -63,7 +67,17 @@ def test_features_and_labels_are_stored(tmp_path):
     assert second["labels"].dtype == np.int32
     np.testing.assert_array_equal(second["features"], extract(audio).astype(np.float16))
     assert summary["splits"] == {
-        "train": {"users": 1, "utterances": 2, "hours": pytest.approx(1.1 / 3600, abs=1e-6)}
+        "train": {
+            "users": 1,
+            "utterances": 2,
+            "hours": pytest.approx(1.1 / 3600, abs=1e-6),
+            "minutes_per_user": {
+                "mean": pytest.approx(1.1 / 60, abs=1e-4),
+                "std": 0.0,
+                "min": pytest.approx(1.1 / 60, abs=1e-4),
+                "max": pytest.approx(1.1 / 60, abs=1e-4),
+            },
+        }
     }
     assert summary == read_metadata(tmp_path)["summary"]
     assert read_metadata(tmp_path)["options"]["features"]["num_mels"] == 80
@@ -270,7 +284,7 @@ def test_a_damaged_corpus_is_made_again(tmp_path):
     open_corpus(tmp_path, "train").get(0, [0])
 
 
-def test_an_interrupted_preparation_is_redone(tmp_path):
+def test_an_interrupted_preparation_of_other_input_is_redone(tmp_path):
     def interrupted():
         yield from people(3)
         raise KeyboardInterrupt
@@ -279,8 +293,150 @@ def test_an_interrupted_preparation_is_redone(tmp_path):
         prepare(interrupted(), tmp_path, name="x", fingerprint="f")
     with pytest.raises(UserError, match="not a prepared corpus"):
         open_corpus(tmp_path, "train")
-    assert not list(tmp_path.rglob("spool"))
     assert prepare(people(5), tmp_path, name="x", fingerprint="f")["users"] == 5
+
+
+@pytest.mark.parametrize("change", [{}, {"fingerprint": "g"}, {"fingerprint": None}, {"stride": 2}])
+def test_an_interrupted_preparation_goes_on_if_it_is_the_same(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(conversion, "PART", 2)
+    heard = []
+
+    def inputs(stop=None):
+        for i in range(5):
+            if i == stop:
+                raise KeyboardInterrupt
+            audio = lambda i=i: (heard.append(i), (wave(seed=i), RATE))[1]  # noqa: E731
+            yield Utterance(str(i), f"user {i}", "hi", None, audio)
+
+    options = {"name": "x", "fingerprint": "f"} | change
+    with pytest.raises(KeyboardInterrupt):
+        prepare(inputs(stop=4), tmp_path / "a", name="x", fingerprint=options["fingerprint"])
+    assert heard == [0, 1, 2, 3]
+    calls = []
+    prepare(inputs(), tmp_path / "a", progress=lambda *call: calls.append(call), **options)
+    kept = change == {}
+    same = kept or change == {"fingerprint": "g"}
+    assert heard[4:] == ([4] if same else [0, 1, 2, 3, 4])
+    assert calls[-1] == (5, None) and len(calls) == (3 if same else 5)
+    prepare(inputs(), tmp_path / "b", **options)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_parts_of_other_input_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "PART", 2)
+
+    def failing(ids):
+        yield from (utterance(id, user=id) for id in ids)
+        raise UserError("the archive ends here")
+
+    for ids in ("abcd", "abxy"):
+        with pytest.raises(UserError, match="ends here"):
+            prepare(failing(ids), tmp_path, name="x", fingerprint="f")
+    prepare([utterance(id, user=id) for id in "abcd"], tmp_path, name="x", fingerprint="f")
+    found = [u for split in ("train", "dev", "test") for u in open_corpus(tmp_path, split).users]
+    assert sorted(found) == list("abcd")
+
+
+def recorded(folder, number):
+    """Utterances that other processes can read, some of them bad."""
+    soundfile = pytest.importorskip("soundfile", reason="soundfile is needed to write recordings")
+    for i in range(number):
+        path = folder / f"{i}.wav"
+        if i % 7 == 3:
+            path.touch()
+        else:
+            soundfile.write(path, wave(0.3 + 0.05 * (i % 5), seed=i), RATE)
+        audio = functools.partial(read_audio, path)
+        yield Utterance(str(i % 20), f"user {i % 4}", "7" if i % 11 == 5 else "hi", None, audio)
+
+
+def test_the_corpus_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "PART", 4)
+    (tmp_path / "wav").mkdir()
+    inputs = list(recorded(tmp_path / "wav", 22))
+    calls = []
+    for workers in (1, 2):
+        prepare(
+            inputs,
+            tmp_path / str(workers),
+            name="x",
+            fingerprint="f",
+            workers=workers,
+            progress=lambda *call: calls.append(call),
+            total=22,
+        )
+        assert calls[-1] == (22, 22)
+    one, two = (contents(tmp_path / name) for name in "12")
+    assert one == two
+    summary = read_metadata(tmp_path / "2")["summary"]
+    assert summary["skipped"].keys() == {"unreadable_audio", "unknown_characters", "duplicate_id"}
+    assert summary["utterances"] + sum(summary["skipped"].values()) == 22
+
+
+def test_what_cannot_be_sent_to_processes_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "PART", 2)
+    with pytest.raises(UserError, match="use workers=1"):
+        prepare(people(5), tmp_path, name="x", workers=2)
+
+
+def test_a_process_that_dies_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "PART", 2)
+    exits = functools.partial(os._exit, 1)
+    inputs = [Utterance(str(i), "u", "hi", None, exits) for i in range(5)]
+    with pytest.raises(UserError, match="goes on where it was"):
+        prepare(inputs, tmp_path, name="x", workers=2)
+
+
+def test_audio_can_be_stored_instead_of_features(tmp_path):
+    quantised = np.round(wave(0.5) * 32768) / np.float32(32768)
+    inputs = [utterance("a", audio=quantised), utterance("b", audio=3 * wave(0.4, seed=1))]
+    features = prepare(inputs, tmp_path / "f", name="x")
+    audio = prepare(inputs, tmp_path / "a", name="x", store="audio")
+    assert audio == features | {"notes": {"saturated_utterances": 1}}
+    assert read_metadata(tmp_path / "a")["arrays"]["audio"]["dtype"] == "int16"
+    stored, computed = (open_corpus(tmp_path / name, "train") for name in "fa")
+    assert list(computed.users) == list(stored.users)
+    for key, values in stored.lengths(0).items():
+        np.testing.assert_array_equal(computed.lengths(0)[key], values)
+        np.testing.assert_array_equal(computed.all_lengths()[key], values)
+    for a, b in zip(stored.get(0, [0, 1]), computed.get(0, [0, 1]), strict=True):
+        assert a.keys() == b.keys()
+        assert (
+            a["features"].dtype == b["features"].dtype
+            and a["features"].shape == b["features"].shape
+        )
+        np.testing.assert_array_equal(a["labels"], b["labels"])
+    first, again = (c.get(0, [0])[0]["features"] for c in (stored, computed))
+    np.testing.assert_array_equal(first, again)  # 16-bit recordings lose nothing
+    assert pickle.loads(pickle.dumps(computed)).get(0, [0])[0]["features"].shape == first.shape
+
+
+def test_audio_is_rounded_to_16_bits(tmp_path):
+    inputs = [utterance("a", audio=wave(0.5))]
+    prepare(inputs, tmp_path / "f", name="x")
+    prepare(inputs, tmp_path / "a", name="x", store="audio")
+    stored, computed = (open_corpus(tmp_path / name, "train") for name in "fa")
+    first, again = (c.get(0, [0])[0]["features"] for c in (stored, computed))
+    np.testing.assert_allclose(first, again, atol=0.02)
+
+
+def test_letters_of_the_language_can_be_kept(tmp_path):
+    for keep in (True, False):
+        out = tmp_path / str(keep)
+        options = {"name": "x", "language": "de", "keep_letters": keep}
+        prepare([utterance("a", text="Süßes Café", audio=wave(1))], out, **options)
+        (example,) = open_corpus(out, "train").get(0, [0])
+        text = tokenizer_for(read_metadata(out)).decode(example["labels"])
+        assert text == ("süßes cafe" if keep else "susses cafe")
+
+
+def contents(folder):
+    """Every file of a corpus but its lock, by name; tfds's own metadata says when it was made."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_a_failed_overwrite_leaves_no_corpus(tmp_path):
@@ -353,6 +509,9 @@ def test_progress_reports_every_input(tmp_path):
         {"stride": 0},
         {"min_frames": 0},
         {"max_seconds": 0},
+        {"store": "mp3"},
+        {"workers": -1},
+        {"language": "xx"},
     ],
 )
 def test_senseless_options_are_refused(tmp_path, options):

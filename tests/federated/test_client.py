@@ -167,3 +167,16 @@ def test_every_step_has_randomness_of_its_own():
     assert len(np.unique(np.round(draws, 3), axis=0)) == 4
     other = update(params, batches, 1, jax.random.key(2))[0]
     assert np.abs(other - sums[1]).max() > 0.1
+
+
+def test_the_schedule_scales_the_learning_rate_by_round():
+    rng = np.random.default_rng(5)
+    params, batches = jax.tree.map(jnp.asarray, (random_params(rng), random_batches(rng)))
+    scheduled = local_training(
+        mean_squares, optax.sgd(0.2), schedule=lambda count: 0.5 ** jnp.maximum(count - 2, 0)
+    )
+    for round, rate in ((0, 0.2), (2, 0.2), (4, 0.05)):
+        plain = local_training(mean_squares, optax.sgd(rate))
+        expected, _ = plain(params, batches, 3, jax.random.key(0), round=7)
+        delta, _ = scheduled(params, batches, 3, jax.random.key(0), round=jnp.int32(round))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), delta, expected)

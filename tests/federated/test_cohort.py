@@ -17,6 +17,7 @@ from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.clipping import clip_by_layer, layer_names
 
 STEPS, BATCH, SLOTS = 4, 2, 8
+ROUND = np.int32(5)
 CLIP = clip_by_layer(0.6)
 PARAMS = {
     "w1": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32),
@@ -115,7 +116,7 @@ def cohort_sum(cohort, devices, clients, params, round_key, per_device, steps=ST
         chunk = jax.device_put(chunk, mesh_sharding)
         if accumulator is None:
             accumulator = cohort.zeros(params, chunk)
-        accumulator = cohort.add(accumulator, params, chunk, round_key)
+        accumulator = cohort.add(accumulator, params, chunk, round_key, ROUND)
     return jax.device_get(cohort.total(accumulator))
 
 
@@ -210,7 +211,7 @@ def test_weights_scale_the_deltas_only():
         np.float32([0.5, 0.0, 2.0]),
     )
     cohort, key = mlp_cohort(1), jax.random.key(2)
-    result = cohort.total(cohort.add(cohort.zeros(PARAMS, chunk), PARAMS, chunk, key))
+    result = cohort.total(cohort.add(cohort.zeros(PARAMS, chunk), PARAMS, chunk, key, ROUND))
     alone = [python_loop([client], PARAMS, key) for client in clients]
     total = jax.tree.map(lambda a, b: 0.5 * a + 2.0 * b, alone[0][0], alone[2][0])
     assert_same_sum(result, (total, *python_loop(clients, PARAMS, key)[1:]))
@@ -286,9 +287,9 @@ def test_the_sum_of_a_recogniser_equals_a_python_loop(recogniser, speech):
         chunk = jax.device_put(chunk._replace(batches=batches), client_sharding(mesh))
         if accumulator is None:
             accumulator = cohort.zeros(params, chunk)
-            lowered = cohort.add.lower(accumulator, params, chunk, round_key)
+            lowered = cohort.add.lower(accumulator, params, chunk, round_key, ROUND)
             add = lowered.compile(compiler_options=COMPILER)
-        accumulator = add(accumulator, params, chunk, round_key)
+        accumulator = add(accumulator, params, chunk, round_key, ROUND)
     result = jax.device_get(cohort.total(accumulator))
     assert result.clipped.sum() > 0 and result.clients == 5
     assert len(result.norms) == len(layer_names(params))

@@ -13,7 +13,7 @@ from fedasr.data.batching import ClientBatcher, LocalBatches, Padding, make_buck
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.errors import UserError
-from fedasr.federated.client import local_training
+from fedasr.federated.client import ClientMetrics, local_training
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
 
@@ -334,3 +334,38 @@ def test_round_metrics_are_frozen(noisy):
     _, metrics = next(noisy.run(noisy.init(PARAMS), 1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         metrics.loss = 0.0
+
+
+def test_the_round_reaches_the_clients(corpus):
+    def update(params, batches, num_steps, key, max_steps=None, round=0):
+        del batches, num_steps, key, max_steps
+        return jax.tree.map(lambda p: jnp.ones_like(p) * round, params), ClientMetrics(0.0, {})
+
+    sampler = FixedSizeSampler(len(corpus.users), 3, seed=7)
+    mechanism = Mechanism(math.inf, "global", 0.0, sampler)
+    sim = Simulation(
+        corpus, mechanism, update, optax.sgd(1.0), LocalBatches(2, steps=1), devices=ONE
+    )
+    means = []
+    state = sim.init({"w": jnp.zeros(())})
+    for state, _ in sim.run(state, 3):
+        means.append(float(state.params["w"]))
+    assert means == [0.0, -1.0, -3.0]  # the first round counts as 0
+
+
+def test_weighting_by_examples_is_the_weighted_mean(corpus):
+    sampler = FixedSizeSampler(len(corpus.users), len(corpus.users), seed=0)
+    local = LocalBatches(8, epochs=1)
+    update = local_training(squares, optax.sgd(0.2), grad_clip=None)
+    mechanism = Mechanism(math.inf, "global", 0.0, sampler, weighting="examples")
+    sim = Simulation(corpus, mechanism, update, optax.sgd(1.0), local, devices=ONE)
+    ((state, _),) = sim.run(sim.init(PARAMS), 1)
+    # One full-batch step a client: the weighted mean is one step on all examples together.
+    examples = [e for u in range(len(SIZES)) for e in corpus.get(u, range(SIZES[u]))]
+    batch = {name: np.stack([e[name] for e in examples]) for name in ("x", "y")}
+    batch["mask"] = np.ones(len(examples), bool)
+    grads = jax.grad(squares, has_aux=True)(PARAMS, batch, None)[0]
+    expected = jax.tree.map(lambda p, g: p - 0.2 * g, PARAMS, grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), dict(state.params), expected
+    )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedasr.errors import UserError
 from fedasr.models.transformer import CTCTransformer, TransformerConfig
 
 TINY = TransformerConfig(vocab=6, features=8, dim=16, blocks=1, heads=2, mlp=16)
@@ -136,3 +137,20 @@ def test_bfloat16_computes_but_does_not_store(params, features, plain):
     assert logits.dtype == jnp.float32 and np.all(np.isfinite(logits))
     error = np.abs(logits - exact)[1].max()
     assert 0 < error < 0.1 * np.abs(exact).max()
+
+
+def test_post_norm_normalises_every_sum(params, features):
+    config = dataclasses.replace(TINY, norm="post")
+    module = CTCTransformer(config)
+    example = jnp.zeros((1, 16, 8)), jnp.full(1, 16)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+    assert set(params) - set(shapes) == {"final_norm"}
+    own = {name: value for name, value in params.items() if name in shapes}
+    # With scale 1 and bias 0 the encoder's output has mean 0 and variance 1: what the output layer
+    # sees is bounded, whatever the input.
+    own["output"] = {"kernel": jnp.eye(16, 6), "bias": jnp.zeros(6)}
+    logits, _ = jit(lambda p, x, n: module.apply({"params": p}, x, n))(own, 100 * features, LENGTHS)
+    assert np.abs(logits).max() <= 4.0  # sqrt(16): one of 16 features has all the variance
+    assert np.abs(logits).max() > 0.5
+    with pytest.raises(UserError, match="'pre' or 'post'"):
+        dataclasses.replace(TINY, norm="both")

@@ -329,3 +329,32 @@ def test_only_floating_point_updates_are_accepted():
         clipping.clip_global(1.0).init({"steps": jnp.zeros(3, jnp.int32)})
     with pytest.raises(UserError, match="no arrays"):
         clipping.clip_global(1.0).init({})
+
+
+@given(values=updates, budget=st.sampled_from(["uniform", "dim"]))
+@settings(deadline=None, max_examples=100)
+def test_normalising_is_all_or_nothing(values, budget):
+    tree = tree_of(values)
+    clipped, state = normalised(budget)(tree)
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+    norms = np.array([np.sqrt((x**2).sum()) for x in leaves])
+    after = np.array(
+        [np.sqrt((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(clipped)]
+    )
+    assert np.sqrt((after**2).sum()) <= SLACK
+    if np.sqrt((norms**2).sum()) <= 1 - 1e-6:
+        assert not np.any(state.clipped)
+        jax.tree.map(np.testing.assert_array_equal, clipped, tree)
+    elif np.sqrt((norms**2).sum()) >= 1 + 1e-6:
+        assert np.all(state.clipped)
+        bounds = clipping.layer_bounds(tree, 1.0, budget)
+        # Small layers are scaled up to their bound; what is nothing (to float32) stays nothing.
+        something = norms > 1e-30
+        np.testing.assert_allclose(after[something], bounds[something], rtol=1e-5)
+        assert not after[norms == 0].any()
+
+
+@functools.cache
+def normalised(budget):
+    rule = clipping.clip_by_layer(1.0, budget, normalise=True)
+    return jax.jit(lambda tree: rule.update(tree, rule.init(tree)))

@@ -173,3 +173,23 @@ def test_deployment_keeps_the_noise_on_the_mean():
 def test_mistakes_are_user_errors(arguments, match):
     with pytest.raises(UserError, match=match):
         mechanism(**arguments)
+
+
+def test_weights_and_noise_exclude_each_other():
+    sampler = PoissonSampler(100, 10, seed=0)
+    with pytest.raises(UserError, match="no bounded sensitivity"):
+        Mechanism(1.0, "uniform", 0.5, sampler, weighting="examples")
+    with pytest.raises(UserError, match="'uniform' or 'examples'"):
+        Mechanism(1.0, "uniform", 0.0, sampler, weighting="seconds")
+    assert Mechanism(math.inf, "global", 0.0, sampler, weighting="examples").noise_std == 0.0
+
+
+def test_normalising_needs_layers_with_bounds():
+    sampler = PoissonSampler(100, 10, seed=0)
+    for clip_norm, budget in ((1.0, "global"), (math.inf, "uniform")):
+        with pytest.raises(UserError, match="per-layer budget"):
+            Mechanism(clip_norm, budget, 0.0, sampler, normalise=True)
+    small, large = {"a": jnp.ones(1) * 0.1, "b": jnp.ones(1) * 5}, {"a": 0.7071, "b": 0.7071}
+    transform = Mechanism(1.0, "uniform", 0.0, sampler, normalise=True).client_transform()
+    clipped, _ = transform.update(small, transform.init(small))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, [y], rtol=1e-4), clipped, large)

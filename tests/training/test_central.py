@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data.batching import make_buckets, pooled_batch
+from fedasr.data.batching import PooledBatcher, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.training.central import CentralTraining
 
@@ -64,9 +64,10 @@ def by_hand(corpus, steps):
     optimizer = optax.adam(0.1)
     params = jax.tree.map(jnp.asarray, PARAMS)
     state, losses = optimizer.init(params), []
+    batcher = PooledBatcher(corpus, buckets, SEED, batch_size=BATCH, keep=("x", "y"))
     gradient = jax.jit(jax.value_and_grad(noisy_squares, has_aux=True))
     for step in range(steps):
-        batch = pooled_batch(corpus, buckets, BATCH, SEED, step, ("x", "y"))
+        batch = batcher.batch(step)
         (loss, _), grads = gradient(params, batch, jax.random.fold_in(root, step))
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)

@@ -88,6 +88,12 @@ MISTAKES = {
     "model.options.dtype": "float7",
     "privacy.delta": 0.0,
     "privacy.deployments": ((10, 5),),
+    "client.batch_seconds": -1.0,
+    "client.weighting": "examples",  # with noise
+    "central.decay_steps": -1,
+    "augment.start_round": -1,
+    "data.population": -1,
+    "model.options.norm": "both",
 }
 
 
@@ -225,3 +231,51 @@ def test_central_training_from_another_run_stopped_and_resumed(
         [r["step"], r["loss"]] for r in read_metrics(tmp_path / "whole") if "step" in r
     ]
     assert [step for step, _ in steps] == [2, 4]
+
+
+def test_augmentation_begins_at_its_round(configure, tmp_path):
+    changes = {"rounds": 2, "evaluation.every": 0, "client.batch_size": 2}
+    runs = {
+        "off": {},
+        "late": {"augment.enabled": True, "augment.start_round": 2},
+        "half": {"augment.enabled": True, "augment.start_round": 1},
+    }
+    params, losses = {}, {}
+    for name, more in runs.items():
+        loop.run(configure(changes | more), tmp_path / name)
+        params[name] = restore_params(tmp_path / name)
+        records = read_metrics(tmp_path / name)
+        losses[name] = [r["loss"] for r in records if r.get("round", 0) > 0]
+    jax.tree.map(np.testing.assert_array_equal, params["off"], params["late"])
+    assert losses["off"] == losses["late"]
+    assert losses["half"][0] == losses["off"][0] and losses["half"][1] != losses["off"][1]
+
+
+def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, tmp_path):
+    changes = {
+        "client.batch_seconds": 1.0,  # two of the half-second utterances
+        "client.steps": 0,
+        "client.epochs": 3,
+        "data.iid": True,
+        "client.decay_start": 0,
+        "client.decay_rounds": 1,
+        "seed_training.steps": 0,
+        "privacy.normalise": True,
+        "data.population": 9,
+    }
+    summary = loop.run(configure(changes), tmp_path / "run")
+    assert summary["status"] == "completed"
+    record = next(r for r in read_metrics(tmp_path / "run") if r.get("round") == 1)
+    assert record["client_steps"] == 3 * record["cohort"] > 0
+    assert any("data.iid" in limit for limit in summary["privacy"]["not_covered"])
+
+
+def test_central_training_in_seconds_with_decay(configure, tmp_path):
+    changes = {
+        "algorithm": "central",
+        "central.batch_seconds": 2.0,
+        "central.decay_steps": 2,
+        "central.optimizer": "lars",
+    }
+    summary = loop.run(configure(changes), tmp_path / "run")
+    assert summary["status"] == "completed" and summary["central_steps"] == 4

@@ -1,0 +1,202 @@
+"""What a large population costs: opening its corpus, and sampling and batching a round's cohort.
+
+    python -m experiments.benchmarks.population --users=1000000 --json
+
+A corpus of so many users is written to a temporary folder (or to --dir, where it is kept and used
+again): one utterance each, 8 to 24 frames of random features and a few labels, about 3 GB for a
+million users. Then:
+
+* write_seconds: writing it (0 where it was there);
+* open_seconds, rss_mb: `open_corpus` in a fresh process that has imported it, and that process's
+  resident memory afterwards, with the buckets computed; JAX is not loaded there;
+* sample_seconds, batch_seconds: drawing a cohort, and reading and padding its data, on their own;
+* round_seconds: whole rounds through `fedasr.federated.simulation.Simulation`, in which batching
+  runs in a thread beside the computation. The model is the quickstart's (about 1M parameters); a
+  client does one step on its one utterance, which is the least work that a client can have: a round
+  of real utterances and several steps takes many times longer, for the same sampling;
+* share: (sample_seconds + batch_seconds) / round_seconds.
+
+Seconds are medians over --rounds rounds; the first, which compiles, is left out.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from fedasr.data import corpus as corpus_lib
+from fedasr.errors import UserError
+
+_USERS = flags.DEFINE_integer("users", 1_000_000, "Users of the corpus.", lower_bound=1)
+_COHORT = flags.DEFINE_integer("cohort", 1024, "Users in a round.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds timed.", lower_bound=1)
+_CHUNK = flags.DEFINE_integer("chunk", 8, "Clients vmapped on a device.", lower_bound=0)
+_DIR = flags.DEFINE_string("dir", None, "Keep the corpus here; default: a temporary folder.")
+
+MELS, SHORTEST, LONGEST, LABELS, KINDS = 80, 8, 24, 2, 512
+
+_OPEN = """
+import json, sys, time
+from pathlib import Path
+from fedasr.data.batching import make_buckets
+from fedasr.data.corpus import open_corpus
+began = time.perf_counter()
+corpus = open_corpus(sys.argv[1], "train")
+seconds = time.perf_counter() - began
+make_buckets([corpus])
+status = Path("/proc/self/status")
+if status.exists():
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmRSS"))
+    rss = int(line.split()[1]) / 1024
+else:  # the peak, outside Linux
+    import resource
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps([seconds, rss]))
+"""
+
+
+class TinyPopulation:
+    """Many users with one tiny utterance each, one of a few hundred, made when read."""
+
+    def __init__(self, users: int) -> None:
+        rng = np.random.default_rng(0)
+        frames = rng.integers(SHORTEST, LONGEST + 1, KINDS)
+        labels = rng.integers(1, LABELS + 1, KINDS)
+        self._kinds = [
+            {
+                "features": rng.standard_normal((n, MELS), np.float32).astype(np.float16),
+                "labels": rng.integers(1, 27, m).astype(np.int32),
+            }
+            for n, m in zip(frames, labels, strict=True)
+        ]
+        self.users = [f"user-{i:08d}" for i in range(users)]
+        self.sizes = np.ones(users, np.int64)
+        self._lengths = {
+            "features": np.resize(frames, users).astype(np.int32),
+            "labels": np.resize(labels, users).astype(np.int32),
+        }
+
+    def lengths(self, user: int) -> dict[str, np.ndarray]:
+        """See `fedasr.data.corpus.Corpus`."""
+        return {key: values[user : user + 1] for key, values in self._lengths.items()}
+
+    def all_lengths(self) -> dict[str, np.ndarray]:
+        """See `fedasr.data.splits.all_lengths`."""
+        return self._lengths
+
+    def get(self, user: int, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """See `fedasr.data.corpus.Corpus`."""
+        return [self._kinds[user % KINDS] for _ in indices]
+
+
+def write(folder: Path, users: int) -> float:
+    """Writes the corpus unless the folder has it; returns the seconds that took.
+
+    Raises:
+      UserError: the folder holds another corpus.
+    """
+    if (folder / corpus_lib.METADATA_FILE).exists():
+        if corpus_lib.read_metadata(folder).get("population") != users:
+            raise UserError(f"{folder} holds another corpus: choose another --dir")
+        return 0.0
+    began = time.perf_counter()
+    corpus_lib.write_corpus(folder, {"train": TinyPopulation(users)}, {"population": users})
+    return time.perf_counter() - began
+
+
+def measure_opening(folder: Path) -> tuple[float, float]:
+    """(seconds to open, resident MB) in a fresh process."""
+    command = [sys.executable, "-c", _OPEN, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, rss = json.loads(done.stdout)
+    return seconds, rss
+
+
+def measure_rounds(folder: Path) -> dict[str, Any]:
+    """The figures of sampling, batching and whole rounds."""
+    import jax
+
+    from experiments.configs import quickstart
+    from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
+    from fedasr.data.sampling import FixedSizeSampler
+    from fedasr.federated.client import local_training
+    from fedasr.federated.server import make_optimizer
+    from fedasr.federated.simulation import Simulation
+    from fedasr.models.recogniser import ARRAYS, make_recogniser
+    from fedasr.privacy.mechanism import Mechanism
+
+    config = quickstart.get_config()
+    recogniser = make_recogniser(config.model.name, config.model.options.to_dict())
+    params = recogniser.init(jax.random.key(0))
+    corpus = corpus_lib.open_corpus(folder, "train")
+    sampler = FixedSizeSampler(len(corpus.users), min(_COHORT.value, len(corpus.users)), seed=0)
+    buckets, local = make_buckets([corpus]), LocalBatches(1, steps=1)
+    devices = jax.local_device_count()
+    chunk = _CHUNK.value or -(-sampler.slots // devices)
+
+    batcher = ClientBatcher(corpus, local, buckets, chunk * devices, 0, ARRAYS, devices)
+    sampling, batching = [], []
+    for round in range(_ROUNDS.value + 1):
+        began = time.perf_counter()
+        users = sampler.cohort(round)
+        sampled = time.perf_counter()
+        for _ in batcher.chunks(users, round):
+            pass
+        sampling.append(sampled - began)
+        batching.append(time.perf_counter() - sampled)
+
+    simulation = Simulation(
+        corpus,
+        Mechanism(0.1, "uniform", 0.01, sampler),
+        local_training(recogniser.loss, make_optimizer("sgd", 0.1), grad_clip=1.0),
+        make_optimizer(config.server.optimizer, config.server.learning_rate),
+        local,
+        chunk=chunk,
+        buckets=buckets,
+        keep=ARRAYS,
+    )
+    rounds = []
+    for _, metrics in simulation.run(simulation.init(params), _ROUNDS.value + 1):
+        rounds.append(metrics.seconds)
+    sample, batch, whole = (
+        statistics.median(values[1:]) for values in (sampling, batching, rounds)
+    )
+    return {
+        "sample_seconds": sample,
+        "batch_seconds": batch,
+        "round_seconds": whole,
+        "share": (sample + batch) / whole,
+        "cohort": sampler.slots,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+    }
+
+
+def run() -> None:
+    """Measures and prints."""
+    cli.configure_devices()
+    with tempfile.TemporaryDirectory(prefix="fedasr-population-") as temporary:
+        folder = Path(_DIR.value or temporary)
+        written = write(folder, _USERS.value)
+        opening, rss = measure_opening(folder)
+        cli.show(
+            {
+                "users": _USERS.value,
+                "write_seconds": written,
+                "open_seconds": opening,
+                "rss_mb": rss,
+                **measure_rounds(folder),
+            }
+        )
+
+
+if __name__ == "__main__":
+    cli.main(run)

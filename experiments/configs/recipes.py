@@ -1,0 +1,154 @@
+"""What the published settings share (arXiv 2310.00098): models, arguments, and their meaning.
+
+Figures are the paper's. Where it gives none, the choice is ours and the comment says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fedasr.errors import UserError
+from fedasr.training.config import default_config
+
+# The widths of "narrow" and "wide" are inferred from their sizes, 114M and 450M parameters.
+MODELS: dict[str, dict[str, Any]] = {
+    "base": {"dim": 768, "mlp": 3072, "blocks": 36, "layer_drop": 0.3},
+    "narrow": {"dim": 512, "mlp": 2048, "blocks": 36, "layer_drop": 0.1},
+    "wide": {"dim": 1024, "mlp": 4096, "blocks": 36, "layer_drop": 0.1},
+    "shallow": {"dim": 768, "mlp": 3072, "blocks": 16, "layer_drop": 0.1},
+    "deep": {"dim": 768, "mlp": 3072, "blocks": 72, "layer_drop": 0.1},
+}
+
+# What every published setting takes, beside its own arguments.
+ARGUMENTS: dict[str, Any] = {
+    "data": "",  # folder of the prepared corpus
+    "init_from": "",  # work directory of the seed's training
+    "training": "federated",  # or "central": seeds and baselines
+    "seed": "none",
+    "cohort": 16,
+    "rounds": 0,  # 0: as published
+    "model": "base",
+    "optimizer": "lamb",
+    "server_lr": 0.0,  # 0: as published
+    "clipping": "none",  # "global", "uniform", "dim"; "none" is training without privacy
+    "sigma": 0.0,
+    "normalise": False,
+    "fedprox": 0.0,
+    "specaugment": True,
+    "specaugment_start": 0,
+    "iid": False,
+    "chunk": 1,
+}
+
+
+def parse(arguments: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a --config=FILE.py:key=value,key=value, typed like their defaults.
+
+    Raises:
+      UserError: an unknown key or a value of another type.
+    """
+    values = dict(known)
+    for part in filter(None, (arguments or "").split(",")):
+        key, equals, text = part.partition("=")
+        if key not in known or not equals:
+            raise UserError(f"--config: no argument {part!r}; it takes {', '.join(sorted(known))}")
+        default = known[key]
+        try:
+            if isinstance(default, bool):
+                values[key] = {"true": True, "false": False}[text.lower()]
+            else:
+                values[key] = type(default)(text)
+        except (KeyError, ValueError) as error:
+            kind = type(default).__name__
+            raise UserError(f"--config: {key}={text!r} is not of type {kind}") from error
+    return values
+
+
+def choose(arguments: Mapping[str, Any], key: str, options: Mapping[str, Any]) -> Any:
+    """options[arguments[key]], or a UserError that lists the options."""
+    if arguments[key] not in options:
+        raise UserError(f"--config: {key}={arguments[key]!r}: choose one of {', '.join(options)}")
+    return options[arguments[key]]
+
+
+def base_config(name: str, arguments: Mapping[str, Any], batch_seconds: float) -> ConfigDict:
+    """The paper's model, augmentation, client and central settings.
+
+    Args:
+      name: of the run.
+      arguments: see `ARGUMENTS`.
+      batch_seconds: audio in a client's batch.
+    """
+    config = default_config()
+    config.name = name
+    config.rounds = arguments["rounds"] or 2000
+    config.cohort = arguments["cohort"]
+    config.chunk = arguments["chunk"]
+    config.algorithm = choose(
+        arguments, "training", {"federated": "federated", "central": "central"}
+    )
+    config.init_from = arguments["init_from"]
+    config.data.iid = arguments["iid"]
+    config.data.buckets = 8  # ours
+
+    config.model.options.update(choose(arguments, "model", MODELS))
+    config.model.options.update(
+        {"heads": 4, "dropout": 0.3, "cape_shift": 30.0, "dtype": "bfloat16"}
+    )
+    config.augment.enabled = arguments["specaugment"]
+    config.augment.start_round = arguments["specaugment_start"]
+
+    config.client.batch_seconds = batch_seconds
+    config.client.steps, config.client.epochs = 0, 10
+    config.client.proximal = arguments["fedprox"]
+    config.server.optimizer = arguments["optimizer"]
+    if arguments["optimizer"] == "lamb":
+        config.server.options = {"eps": 1e-6}
+
+    # 8 devices of about 240 s of audio each.
+    config.central.steps = 300_000
+    config.central.batch_seconds = 1920.0
+    config.central.optimizer = "lars"
+    config.central.learning_rate = 0.5
+    config.central.decay_steps, config.central.decay_rate = 50_000, 0.5
+    config.evaluation.every = 100  # ours
+    config.checkpoint.every = 50  # ours
+    config.checkpoint.seed_every = 1000  # ours
+
+    private = arguments["clipping"] != "none"
+    config.privacy.enabled = private
+    if private:
+        budgets = {"global": "global", "uniform": "uniform", "dim": "dim"}
+        config.privacy.budget = choose(arguments, "clipping", budgets)
+        config.privacy.normalise = arguments["normalise"]
+        config.privacy.clip_norm = 0.01
+        config.privacy.sigma = arguments["sigma"]
+        config.client.steps, config.client.epochs = 10, 0
+    elif arguments["sigma"]:
+        raise UserError("--config: sigma needs clipping=global, uniform or dim")
+    return config
+
+
+def set_rates(
+    config: ConfigDict, client: float, server: float, decay_start: int, decay_rounds: int
+) -> None:
+    """Learning rates and the server's schedule, constant and then times 0.6 every decay_rounds."""
+    config.client.learning_rate = client
+    config.server.learning_rate = server
+    config.server.decay_start = decay_start
+    config.server.decay_rounds = decay_rounds
+    config.server.decay_rate = 0.6
+
+
+def parameter_count(model: str) -> int:
+    """The parameters of a published model by the formula of its layers (vocabulary 30).
+
+    Front end 7 x 80 -> 2d with bias; blocks of 12 d^2 + 4d (attention 4 d^2, MLP 2 x 4 d^2, two
+    layer norms); final norm 2d; output 30 x d with bias; the input norm's 2.
+    """
+    d, blocks = MODELS[model]["dim"], MODELS[model]["blocks"]
+    front = 7 * 80 * 2 * d + 2 * d
+    return front + blocks * (12 * d * d + 4 * d) + 2 * d + 30 * d + 30 + 2

@@ -1,0 +1,299 @@
+"""What privacy a federated training would have, or what it would take.
+
+    python -m experiments.plan_privacy --cohort=S --population=K --rounds=T --delta=D
+        (--sigma=X | --noise_multiplier=Z | --target_epsilon=E) [--json]
+
+sigma is the noise's standard deviation on the mean client update over the clip norm, as in
+arXiv 2310.00098; noise_multiplier is that on the sum, sigma * cohort. Several cohorts or
+populations (--cohort=1024,204800) make a table, --plot=FILE.png draws it. With --workdir the
+rounds, delta and sigma are a finished run's, and with --target_epsilon too the answer is, for each
+cohort, the smallest population that gives it. Every figure protects one user with all their data:
+adding or removing the user under Poisson sampling, replacing the user under fixed-size sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
+from fedasr.errors import UserError
+from fedasr.privacy import accounting
+
+_COHORT = flags.DEFINE_list("cohort", [], "Users a round, expected; several make a table.")
+_POPULATION = flags.DEFINE_list("population", [], "Users in all; several make a table.")
+_ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds.", lower_bound=1)
+_DELTA = flags.DEFINE_float("delta", None, "Of (epsilon, delta).")
+_SIGMA = flags.DEFINE_float("sigma", None, "Noise on the mean over the clip norm.")
+_MULTIPLIER = flags.DEFINE_float("noise_multiplier", None, "Noise on the sum over the clip norm.")
+_TARGET = flags.DEFINE_float("target_epsilon", None, "Find the noise that gives this epsilon.")
+_SAMPLING = flags.DEFINE_enum("sampling", "poisson", ["poisson", "fixed"], "Of users.")
+_SLOTS = flags.DEFINE_integer("slots", 0, "Largest Poisson cohort; 0: mean + 7 deviations.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Extrapolate the run in this directory.")
+_PLOT = flags.DEFINE_string("plot", None, "PNG of epsilon against population, by cohort.")
+
+# Beyond the number of people there are, an answer is none.
+_MOST_USERS = 10_000_000_000
+_COHORTS = (1_024, 10_240, 51_200, 102_400, 204_800)
+
+
+def make_sampler(cohort: float, population: int, sampling: str, slots: int = 0) -> Sampler:
+    """The sampler that the flags name.
+
+    Raises:
+      UserError: for a cohort larger than the population, or slots below the cohort.
+    """
+    if sampling == "fixed":
+        if cohort != int(cohort):
+            raise UserError(f"--cohort={cohort} must be whole with --sampling=fixed")
+        return FixedSizeSampler(population, int(cohort), seed=0)
+    return PoissonSampler(population, cohort, seed=0, slots=slots or None)
+
+
+def plan(
+    cohort: float,
+    population: int,
+    rounds: int,
+    delta: float,
+    *,
+    sigma: float | None = None,
+    noise_multiplier: float | None = None,
+    target_epsilon: float | None = None,
+    sampling: str = "poisson",
+    slots: int = 0,
+) -> dict[str, Any]:
+    """One line of the plan: the privacy of a noise, or the noise of a privacy.
+
+    Args:
+      cohort: expected number of users a round. population: of all users. rounds, delta: as usual.
+      sigma, noise_multiplier, target_epsilon: exactly one of them.
+      sampling: "poisson" or "fixed". slots: largest Poisson cohort, 0 for the default.
+
+    Returns:
+      The inputs and `epsilon` (by `accountant`), `epsilon_rdp` at `rdp_order`, `epsilon_pld` on a
+      grid of `pld_interval`, `sigma`, `noise_multiplier`, `sampling` in words.
+
+    Raises:
+      UserError: for anything out of range, or a target that no noise reaches.
+    """
+    given = [x for x in (sigma, noise_multiplier, target_epsilon) if x is not None]
+    if len(given) != 1:
+        raise UserError("give exactly one of --sigma, --noise_multiplier and --target_epsilon")
+    if not given[0] > 0:
+        raise UserError(f"the noise or target must be above 0, not {given[0]}")
+    sampler = make_sampler(cohort, population, sampling, slots)
+    if target_epsilon is not None:
+        noise_multiplier = accounting.calibrate_noise(target_epsilon, delta, rounds, sampler)
+    elif sigma is not None:
+        noise_multiplier = sigma * cohort
+    event = accounting.compose(sampler.event(noise_multiplier), rounds)
+    figure = accounting.epsilon(event, delta, sampler.neighboring_relation, sampler.description)
+    return {
+        "cohort": cohort,
+        "population": population,
+        "rounds": rounds,
+        "delta": delta,
+        "sigma": noise_multiplier / cohort,
+        "noise_multiplier": noise_multiplier,
+        "epsilon": figure.epsilon,
+        "accountant": figure.accountant,
+        "epsilon_rdp": figure.epsilon_rdp,
+        "rdp_order": figure.rdp_order,
+        "epsilon_pld": figure.epsilon_pld,
+        "pld_interval": figure.pld_interval,
+        "sampling": figure.sampling,
+        "neighbours": str(sampler.neighboring_relation.name).lower().replace("_", " "),
+    }
+
+
+def smallest_population(
+    cohort: float, rounds: int, delta: float, sigma: float, target_epsilon: float
+) -> int | None:
+    """The smallest population (to 1%) of which Poisson cohorts give `target_epsilon` by Rényi DP.
+
+    None if even ten thousand million users do not.
+    """
+
+    def reached(population: int) -> bool:
+        sampler = PoissonSampler(population, cohort, seed=0)
+        event = accounting.compose(sampler.event(sigma * cohort), rounds)
+        relation = sampler.neighboring_relation
+        return accounting.rdp_epsilon(event, delta, relation) <= target_epsilon
+
+    low, high = math.ceil(cohort), _MOST_USERS
+    if not reached(high):
+        return None
+    while high > 1.01 * low and high > low + 1:
+        middle = round(math.sqrt(low * high))
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
+
+
+def read_run(workdir: str) -> dict[str, Any]:
+    """sigma, rounds, delta and word error rates of a finished run.
+
+    Raises:
+      UserError: if there is no finished private run.
+    """
+    try:
+        summary = json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--workdir={workdir} holds no finished run") from error
+    privacy = summary.get("privacy", {})
+    if not privacy.get("enabled") or not privacy.get("sigma"):
+        raise UserError(f"--workdir={workdir}: the run had no noise, there is nothing to plan")
+    return {
+        "sigma": privacy["sigma"],
+        "rounds": summary["rounds"],
+        "delta": privacy["delta"],
+        "wer": summary["wer"],
+    }
+
+
+def _numbers(values: Iterable[str], flag: str, kind: type) -> list[Any]:
+    try:
+        # 1e6 and 1_000_000 are as good as 1000000.
+        return [kind(float(v)) if kind is int else kind(v) for v in values]
+    except ValueError as error:
+        raise UserError(f"--{flag}: {error}") from error
+
+
+def _inputs() -> dict[str, Any]:
+    """The flags that every line shares; a run's figures stand in for those not given."""
+    run = read_run(_WORKDIR.value) if _WORKDIR.value else {}
+    rounds = _ROUNDS.value or run.get("rounds")
+    delta = _DELTA.value or run.get("delta")
+    if rounds is None or delta is None:
+        raise UserError("--rounds and --delta are needed")
+    return {"run": run, "rounds": rounds, "delta": delta}
+
+
+def run() -> dict[str, Any]:
+    """What the flags ask for: {"rows": [...]}, with `wer` of the run that is extrapolated."""
+    shared = _inputs()
+    run, rounds, delta = shared["run"], shared["rounds"], shared["delta"]
+    cohorts = _numbers(_COHORT.value, "cohort", float)
+    cohorts = [int(c) if c == int(c) else c for c in cohorts]
+    populations = _numbers(_POPULATION.value, "population", int)
+    sigma = _SIGMA.value
+    if run and sigma is None and _MULTIPLIER.value is None:
+        sigma = run["sigma"]
+    if run and _TARGET.value is not None:
+        rows = []
+        for cohort in cohorts or _COHORTS:
+            found = smallest_population(cohort, rounds, delta, sigma, _TARGET.value)
+            if found is None:
+                rows.append({"cohort": cohort, "population": None, "rounds": rounds})
+            else:
+                rows.append(plan(cohort, found, rounds, delta, sigma=sigma))
+        return {"target_epsilon": _TARGET.value, "wer": run["wer"], "rows": rows}
+    if not cohorts or not populations:
+        raise UserError("--cohort and --population are needed")
+    rows = [
+        plan(
+            cohort,
+            population,
+            rounds,
+            delta,
+            sigma=sigma,
+            noise_multiplier=_MULTIPLIER.value,
+            target_epsilon=_TARGET.value,
+            sampling=_SAMPLING.value,
+            slots=_SLOTS.value,
+        )
+        for cohort in cohorts
+        for population in populations
+        if len(cohorts) * len(populations) == 1 or cohort <= population
+    ]
+    if not rows:
+        raise UserError("every cohort is larger than every population")
+    return {"wer": run["wer"], "rows": rows} if run else {"rows": rows}
+
+
+def to_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The plan for people, aligned."""
+    head = ("cohort", "population", "noise multiplier", "sigma", "epsilon", "RDP (order)", "PLD")
+    lines = [head]
+    for row in rows:
+        if row["population"] is None:
+            lines.append((f"{row['cohort']:,}", "none is enough", "", "", "", "", ""))
+            continue
+        pld = row["epsilon_pld"]
+        lines.append(
+            (
+                f"{row['cohort']:,}",
+                f"{row['population']:,}",
+                f"{row['noise_multiplier']:.4g}",
+                f"{row['sigma']:.3g}",
+                f"{row['epsilon']:.4g}",
+                f"{row['epsilon_rdp']:.4g} ({row['rdp_order']:g})",
+                "-" if pld is None else f"{pld:.4g}",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def write_plot(result: Mapping[str, Any], path: str) -> None:
+    """Draws epsilon against population, a line for each cohort, with the run's error rates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    by_cohort: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["population"] is not None:
+            by_cohort.setdefault(row["cohort"], []).append(row)
+    for cohort, rows in by_cohort.items():
+        xs, ys = [r["population"] for r in rows], [r["epsilon"] for r in rows]
+        axes.plot(xs, ys, marker="o", label=f"{cohort:,} users a round")
+    axes.set(xscale="log", yscale="log", xlabel="population, users", ylabel="epsilon")
+    rates = ", ".join(f"{split} {wer:.1f}%" for split, wer in result.get("wer", {}).items())
+    one = next(row for row in result["rows"] if row["population"] is not None)
+    title = f"{one['rounds']:,} rounds, delta {one['delta']:g}"
+    axes.set_title(f"{title}; word error rate {rates}" if rates else title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def program() -> None:
+    """Plans and prints: one line, a table, or JSON."""
+    result = run()
+    rows = result["rows"]
+    if _PLOT.value:
+        write_plot(result, _PLOT.value)
+    if cli.JSON.value:
+        single = len(rows) == 1 and len(result) == 1
+        cli.show(_finite(rows[0] if single else result))
+        return
+    print(to_table(rows))
+    if known := [row for row in rows if row["population"] is not None]:
+        print(
+            f"rounds {known[0]['rounds']:,}, delta {known[0]['delta']:g}, "
+            f"{known[0]['sampling']}, neighbours: {known[0]['neighbours']}"
+        )
+    if "wer" in result:
+        print("word error rate of the run:", result["wer"])
+
+
+def _finite(tree: Any) -> Any:
+    """JSON has no infinity: null says that there is no guarantee."""
+    if isinstance(tree, Mapping):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+if __name__ == "__main__":
+    cli.main(program)

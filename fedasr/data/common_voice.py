@@ -1,0 +1,230 @@
+"""Common Voice (commonvoice.mozilla.org) as a source: a release's folder, or its archive as it is.
+
+    cv-corpus-VERSION/LANGUAGE/{train,dev,test}.tsv    client_id, path, sentence and more
+    cv-corpus-VERSION/LANGUAGE/clips/*.mp3
+
+The user is the `client_id`; the splits are train, dev and test.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedasr.data.prepare import Rejected, Utterance
+from fedasr.data.recordings import ARCHIVES, archive_files, file_state, is_archive, read_audio
+from fedasr.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+_COLUMNS = ("client_id", "path", "sentence")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One usable line of a split's TSV."""
+
+    user: str
+    sentence: str
+    split: str
+
+
+class CommonVoice:
+    """Iterable over the utterances of one language of a release, in the same order every time.
+
+    What cannot be used is a `Rejected`: "missing_clip" (a row whose clip is not there),
+    "duplicate_id" (a second row with the same clip, in any split: the first in the order train,
+    dev, test counts) and "malformed_row" (another number of columns than the header, an empty
+    client or path, a path with folders, or bytes that are no UTF-8).
+
+    An archive is read twice as a stream, for its TSVs and for its clips, and never unpacked.
+
+    Attributes:
+      name: for people. language: of the rows (their `locale`; the folder's name where they have
+      none), such as "en". fingerprint: of the TSVs and
+      of the sizes and times of change of the clips (of the archive, where it is the source).
+      total: number of items. notes: {"unlisted_clips": clips that no TSV of the release names, not
+      even validated.tsv or other.tsv}, if there are any.
+
+    Args:
+      path: the folder with the TSVs, a folder of language folders, or a release's archive.
+      language: which language; needed where there are several.
+
+    Raises:
+      UserError: the path is none of these, the language is not there or not clear, or the archive
+        is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], language: str | None = None) -> None:
+        path = Path(path).absolute()
+        self._archive = path if is_archive(path) else None
+        if self._archive:
+            self._root, tsvs, clips = _in_archive(path, language)
+            digest = hashlib.sha256(json.dumps([path.name, *file_state(path)]).encode())
+        else:
+            folder = _release_folder(path, language)
+            self._root, tsvs, clips = os.fspath(folder), _tsvs(folder), _clips(folder)
+            digest = hashlib.sha256()
+        self._rows: dict[str, _Row] = {}  # by clip
+        self._rejected: list[Rejected] = []
+        locales: set[str] = set()
+        for split in SPLITS:
+            if split in tsvs:
+                locales |= self._read(split, tsvs[split])
+        self.language = locales.pop() if len(locales) == 1 else posixpath.basename(self._root)
+        if language not in (None, self.language):
+            raise UserError(f"{path} holds {self.language!r}, not the language {language!r}")
+        self.name = f"Common Voice {self.language}"
+        named = {clip for content in tsvs.values() for clip in _named_clips(content)}
+        unlisted = len(clips - named - set(self._rows))
+        self.notes = {"unlisted_clips": unlisted} if unlisted else {}
+        for clip in [clip for clip in self._rows if clip not in clips]:
+            row = self._rows.pop(clip)
+            self._rejected.append(Rejected(clip, "missing_clip", f"{row.split}: {row.sentence}"))
+        if not self._archive:
+            for name in sorted(tsvs):
+                digest.update(json.dumps([name, hashlib.sha256(tsvs[name]).hexdigest()]).encode())
+            for clip in self._rows:
+                state = file_state(Path(self._root, "clips", clip))
+                digest.update(json.dumps([clip, *state]).encode())
+        self.fingerprint = digest.hexdigest()
+        self.total = len(self._rows) + len(self._rejected)
+
+    def __iter__(self) -> Iterator[Utterance | Rejected]:
+        """The rejected first, then the utterances; raises UserError for a damaged archive."""
+        yield from self._rejected
+        if self._archive is None:
+            for clip in self._rows:
+                yield self._utterance(clip, os.path.join(self._root, "clips", clip))
+            return
+        seen: set[str] = set()
+        for name, content in archive_files(self._archive, self._is_named):
+            clip = posixpath.basename(name)
+            if content is not None and clip not in seen:
+                seen.add(clip)  # tar allows a name twice
+                yield self._utterance(clip, content)
+
+    def _is_named(self, name: str) -> bool:
+        folder, clip = posixpath.split(name)
+        return folder == f"{self._root}/clips" and clip in self._rows
+
+    def _utterance(self, clip: str, file: str | bytes) -> Utterance:
+        row = self._rows[clip]
+        audio = functools.partial(read_audio, file)
+        return Utterance(clip, row.user, row.sentence, row.split, audio)
+
+    def _read(self, split: str, content: bytes) -> set[str]:
+        """Takes in the rows of a split; returns the languages that they say they are in."""
+        header, *lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        names = header.decode("utf-8", "replace").rstrip("\r").split("\t")
+        if missing := [name for name in _COLUMNS if name not in names]:
+            raise UserError(
+                f"{split}.tsv of {self._root} has no column {', '.join(missing)}: is it a release "
+                "of Common Voice?"
+            )
+        user, path, sentence = (names.index(name) for name in _COLUMNS)
+        locale = names.index("locale") if "locale" in names else None
+        locales: set[str] = set()
+        for number, line in enumerate(lines, start=2):
+            if not line.strip():
+                continue
+            where = f"{split}.tsv line {number}"
+            try:
+                # No quoting: a quotation mark is a character of the sentence.
+                fields = line.decode("utf-8").rstrip("\r").split("\t")
+            except UnicodeDecodeError as error:
+                self._rejected.append(Rejected(where, "malformed_row", str(error)))
+                continue
+            if len(fields) != len(names):
+                detail = f"{len(fields)} columns instead of {len(names)}"
+                self._rejected.append(Rejected(where, "malformed_row", detail))
+                continue
+            clip = fields[path].strip()
+            if not clip or not fields[user].strip() or Path(clip).name != clip:
+                detail = f"client_id {fields[user]!r}, path {fields[path]!r}"
+                self._rejected.append(Rejected(where, "malformed_row", detail))
+            elif clip in self._rows:
+                self._rejected.append(Rejected(clip, "duplicate_id", where))
+            else:
+                self._rows[clip] = _Row(fields[user].strip(), fields[sentence], split)
+                if locale is not None and fields[locale].strip():
+                    locales.add(fields[locale].strip())
+        return locales
+
+
+def _named_clips(content: bytes) -> set[str]:
+    """Clips that a TSV names in its column "path"; none where there is no such column."""
+    header, *lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    names = header.rstrip(b"\r").split(b"\t")
+    if b"path" not in names:
+        return set()
+    column = names.index(b"path")
+    rows = (line.rstrip(b"\r").split(b"\t") for line in lines)
+    return {row[column].decode("utf-8", "replace").strip() for row in rows if len(row) > column}
+
+
+def _is_release(folder: Path) -> bool:
+    return (folder / "clips").is_dir() and any((folder / f"{s}.tsv").is_file() for s in SPLITS)
+
+
+def _release_folder(path: Path, language: str | None) -> Path:
+    if not path.is_dir():
+        raise _not_common_voice(path)
+    if _is_release(path):
+        return path
+    found = {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and _is_release(p)}
+    return found[_chosen(list(found), language, path)]
+
+
+def _chosen(found: list[str], language: str | None, path: Path) -> str:
+    """The one language that is meant."""
+    if not found:
+        raise _not_common_voice(path)
+    if language is None and len(found) == 1:
+        return found[0]
+    if language not in found:
+        what = "which language?" if language is None else f"no language {language!r}:"
+        raise UserError(f"{path}: {what} Set the language to one of {', '.join(found)}")
+    return language
+
+
+def _tsvs(folder: Path) -> dict[str, bytes]:
+    """{name without .tsv: content}."""
+    return {p.stem: p.read_bytes() for p in sorted(folder.glob("*.tsv")) if p.name[0] != "."}
+
+
+def _clips(folder: Path) -> set[str]:
+    with os.scandir(folder / "clips") as entries:
+        return {entry.name for entry in entries if entry.name[0] != "." and entry.is_file()}
+
+
+def _in_archive(archive: Path, language: str | None) -> tuple[str, dict[str, bytes], set[str]]:
+    """(folder of the language within the archive, its TSVs, its clips)."""
+    tsvs: dict[str, dict[str, bytes]] = {}
+    clips: dict[str, set[str]] = {}
+    for name, content in archive_files(archive, lambda name: name.endswith(".tsv")):
+        folder, base = posixpath.split(name)
+        if content is not None:
+            tsvs.setdefault(folder, {})[base.removesuffix(".tsv")] = content
+        elif posixpath.basename(folder) == "clips":
+            clips.setdefault(posixpath.dirname(folder), set()).add(base)
+    roots = {
+        posixpath.basename(root): root
+        for root, files in tsvs.items()
+        if set(files) & set(SPLITS) and root in clips
+    }
+    root = roots[_chosen(sorted(roots), language, archive)]
+    return root, tsvs[root], clips[root]
+
+
+def _not_common_voice(path: Path) -> UserError:
+    return UserError(
+        f"{path} is not a release of Common Voice: give the folder of a language (with train.tsv, "
+        f"dev.tsv, test.tsv and clips/), its parent, or the release's archive "
+        f"({', '.join(ARCHIVES)})"
+    )
