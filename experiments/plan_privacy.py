@@ -156,19 +156,42 @@ def read_run(workdir: str) -> dict[str, Any]:
     }
 
 
-def _numbers(values: Iterable[str], flag: str, kind: type) -> list[Any]:
-    try:
-        # 1e6 and 1_000_000 are as good as 1000000.
-        return [kind(float(v)) if kind is int else kind(v) for v in values]
-    except ValueError as error:
-        raise UserError(f"--{flag}: {error}") from error
+def _numbers(values: Iterable[str], flag: str) -> list[Any]:
+    """Positive numbers, as integers where they are whole: 1e6 is as good as 1000000."""
+    numbers = []
+    for text in values:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number > 0):
+            raise UserError(f"--{flag}: {text!r} is not a positive number")
+        numbers.append(int(number) if number == int(number) else number)
+    return numbers
 
 
 def _inputs() -> dict[str, Any]:
-    """The flags that every line shares; a run's figures stand in for those not given."""
+    """The flags that every line shares; a run's figures stand in for those not given.
+
+    Raises:
+      UserError: for flags that contradict a run, whose error rates go with its own noise only.
+    """
     run = read_run(_WORKDIR.value) if _WORKDIR.value else {}
+    if run:
+        given = {"rounds": _ROUNDS, "sigma": _SIGMA, "noise_multiplier": _MULTIPLIER}
+        if taken := [name for name, flag in given.items() if flag.value is not None]:
+            raise UserError(f"--workdir gives the rounds and the noise: leave out --{taken[0]}")
+        if _TARGET.value is not None and (
+            _POPULATION.value or _SAMPLING.value != "poisson" or _SLOTS.value
+        ):
+            raise UserError(
+                "--workdir with --target_epsilon looks for the population, under Poisson sampling: "
+                "leave out --population, --sampling and --slots"
+            )
     rounds = _ROUNDS.value or run.get("rounds")
     delta = _DELTA.value or run.get("delta")
+    if delta is not None and not 0 < delta < 1:
+        raise UserError(f"--delta={delta} must lie between 0 and 1")
     if rounds is None or delta is None:
         raise UserError("--rounds and --delta are needed")
     return {"run": run, "rounds": rounds, "delta": delta}
@@ -178,12 +201,9 @@ def run() -> dict[str, Any]:
     """What the flags ask for: {"rows": [...]}, with `wer` of the run that is extrapolated."""
     shared = _inputs()
     run, rounds, delta = shared["run"], shared["rounds"], shared["delta"]
-    cohorts = _numbers(_COHORT.value, "cohort", float)
-    cohorts = [int(c) if c == int(c) else c for c in cohorts]
-    populations = _numbers(_POPULATION.value, "population", int)
-    sigma = _SIGMA.value
-    if run and sigma is None and _MULTIPLIER.value is None:
-        sigma = run["sigma"]
+    cohorts = _numbers(_COHORT.value, "cohort")
+    populations = _numbers(_POPULATION.value, "population")
+    sigma = run["sigma"] if run else _SIGMA.value
     if run and _TARGET.value is not None:
         rows = []
         for cohort in cohorts or _COHORTS:
@@ -247,23 +267,28 @@ def write_plot(result: Mapping[str, Any], path: str) -> None:
     """Draws epsilon against population, a line for each cohort, with the run's error rates."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
     by_cohort: dict[Any, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         if row["population"] is not None:
             by_cohort.setdefault(row["cohort"], []).append(row)
+    if not by_cohort:
+        raise UserError("--plot: there is nothing to draw, no population is enough")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
     for cohort, rows in by_cohort.items():
         xs, ys = [r["population"] for r in rows], [r["epsilon"] for r in rows]
         axes.plot(xs, ys, marker="o", label=f"{cohort:,} users a round")
     axes.set(xscale="log", yscale="log", xlabel="population, users", ylabel="epsilon")
     rates = ", ".join(f"{split} {wer:.1f}%" for split, wer in result.get("wer", {}).items())
-    one = next(row for row in result["rows"] if row["population"] is not None)
+    one = next(rows[0] for rows in by_cohort.values())
     title = f"{one['rounds']:,} rounds, delta {one['delta']:g}"
     axes.set_title(f"{title}; word error rate {rates}" if rates else title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot={path}: {error}") from error
 
 
 def program() -> None:

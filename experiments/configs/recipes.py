@@ -5,7 +5,7 @@ Figures are the paper's. Where it gives none, the choice is ours and the comment
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, Any] = {
     "specaugment_start": 0,
     "iid": False,
     "chunk": 1,
+    "max_steps": 0,  # of a client in a round; 0: no limit, as published
 }
 
 
@@ -103,6 +104,7 @@ def base_config(name: str, arguments: Mapping[str, Any], batch_seconds: float) -
 
     config.client.batch_seconds = batch_seconds
     config.client.steps, config.client.epochs = 0, 10
+    config.client.max_steps = arguments["max_steps"]
     config.client.proximal = arguments["fedprox"]
     config.server.optimizer = arguments["optimizer"]
     if arguments["optimizer"] == "lamb":
@@ -119,17 +121,32 @@ def base_config(name: str, arguments: Mapping[str, Any], batch_seconds: float) -
     config.checkpoint.seed_every = 1000  # ours
 
     private = arguments["clipping"] != "none"
+    if config.algorithm == "central":
+        unused = ("cohort", "rounds", "optimizer", "server_lr", "clipping", "fedprox", "iid")
+        _refuse(arguments, unused, "training=central")
+    if not private:
+        _refuse(arguments, ("sigma", "normalise"), "clipping=none")
+    if not arguments["specaugment"]:
+        _refuse(arguments, ("specaugment_start",), "specaugment=false")
     config.privacy.enabled = private
+    # The paper draws a fixed number of users, and accounts as if it were Poisson; we do what we
+    # account for.
+    config.privacy.sampler = "poisson" if private else "fixed"
     if private:
         budgets = {"global": "global", "uniform": "uniform", "dim": "dim"}
         config.privacy.budget = choose(arguments, "clipping", budgets)
         config.privacy.normalise = arguments["normalise"]
         config.privacy.clip_norm = 0.01
         config.privacy.sigma = arguments["sigma"]
-        config.client.steps, config.client.epochs = 10, 0
-    elif arguments["sigma"]:
-        raise UserError("--config: sigma needs clipping=global, uniform or dim")
+        config.client.steps, config.client.epochs, config.client.max_steps = 10, 0, 0
     return config
+
+
+def _refuse(arguments: Mapping[str, Any], keys: Sequence[str], why: str) -> None:
+    """Raises UserError for an argument that would be ignored."""
+    for key in keys:
+        if arguments[key] != ARGUMENTS[key]:
+            raise UserError(f"--config: {key}={arguments[key]} has no meaning with {why}")
 
 
 def set_rates(

@@ -5,6 +5,7 @@ A user's arrays are padded along axis 0 to the shape of a *bucket*; one bucket a
 steps make one compiled program.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from fedasr.data.corpus import Corpus, Example, all_lengths
 from fedasr.errors import UserError
 
 Bucket = Mapping[str, int]  # the padded length of axis 0 of every ragged array
+# A chunk holds every step of its clients, padded; beyond this a machine would be out of memory.
+MAX_ARRAY_BYTES = 16 << 30
 _ORDER_TAG = 0x0B47C4  # separates the order of examples from the other uses of a run's seed
 
 
@@ -330,6 +333,9 @@ def place(
 
     Returns:
       The example's length along axis 0 of the first array of `bucket` (1 without buckets).
+
+    Raises:
+      UserError: an array would be larger than `MAX_ARRAY_BYTES`.
     """
     for name, value in example.items():
         if keep is not None and name not in keep:
@@ -337,6 +343,13 @@ def place(
         value = np.asarray(value)
         tail = (bucket[name], *value.shape[1:]) if name in bucket else value.shape
         if name not in batches:
+            size = math.prod((*shape, *tail)) * value.dtype.itemsize
+            if size > MAX_ARRAY_BYTES:
+                raise UserError(
+                    f"{name!r} would take {size / 2**30:.0f} GiB for the clients that are trained "
+                    "together: limit the steps of users with much data (client.max_steps), or "
+                    "take a smaller chunk"
+                )
             batches[name] = np.zeros((*shape, *tail), value.dtype)
         if name in bucket:
             lengths = batches.setdefault(f"{name}_length", np.zeros(shape, np.int32))

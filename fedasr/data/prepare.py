@@ -98,7 +98,7 @@ def prepare(
       seed: of the division.
       stride: input frames per output frame of the model (outputs = ceil(frames / stride)).
       min_frames: fewest frames that the model's front end takes.
-      max_seconds: longest audio stored.
+      max_seconds: longest audio stored, except in splits that are named dev... or test...
       workers: processes that convert, 0 for one a core; more than 1 need picklable utterances.
       notes: counts that the source wants in the summary.
       total: number of inputs if known, for `progress`.

@@ -142,9 +142,14 @@ def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) ->
       metadata: of the corpus, from `fedasr.data.corpus.read_metadata`.
 
     Raises:
-      UserError: the model has another number of tokens.
+      UserError: the model has another number of tokens, or was trained for other characters.
     """
     tokenizer = tokenizer_for(metadata)
+    trained_for = config["data"].get("characters", tokenizer.characters)
+    if trained_for != tokenizer.characters:
+        raise UserError(
+            f"the model writes the characters {trained_for!r}, the data {tokenizer.characters!r}"
+        )
     vocab = config["model"]["options"].get("vocab", tokenizer.vocab_size)
     if vocab != tokenizer.vocab_size:
         raise UserError(
@@ -515,6 +520,8 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     directory = data_directory(config)
     config["data"]["identity"] = _identity(directory)
+    # What the model's outputs mean: of the checkpoints, too.
+    config["data"]["characters"] = tokenizer_for(read_metadata(directory)).characters
     new = _is_new(workdir, config)
     lock = _lock(workdir)  # held until this function's frame is gone, however it ends
     summary_path = workdir / SUMMARY_FILE
@@ -599,6 +606,13 @@ class _Run:
         if config["init_from"]:
             shapes = jax.eval_shape(self.recogniser.init, jax.random.key(0))
             self.start = _loaded(config["init_from"], shapes)
+            theirs = checkpoint_metadata(config["init_from"]).get("config", {}).get("data", {})
+            theirs = theirs.get("characters")
+            if theirs not in (None, config["data"]["characters"]):
+                raise UserError(
+                    f"init_from={config['init_from']} writes the characters {theirs!r}, the data "
+                    f"{config['data']['characters']!r}"
+                )
         self.devices = jax.local_devices()[: config["devices"] or None]
         self.data = Data(directory, config, self._message)
         self.seed_steps = config["seed_training"]["steps"] if self.data.seed else 0

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedasr.data import batching
 from fedasr.data.batching import (
     ClientBatcher,
     LocalBatches,
@@ -451,3 +452,14 @@ def test_a_batch_has_one_kind_of_size():
             LocalBatches(steps=1, **sizes)
         with pytest.raises(UserError, match="exactly one"):
             PooledBatcher(speech_corpus([2]), (), 0, **sizes)
+
+
+def test_a_chunk_beyond_any_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(batching, "MAX_ARRAY_BYTES", 1000)
+    corpus = speech_corpus([6])
+    buckets = make_buckets([corpus], 1, MULTIPLES)
+    few = ClientBatcher(corpus, LocalBatches(1, steps=1), buckets, 1, seed=0)
+    assert len(list(few.chunks([0], 0))) == 1
+    many = ClientBatcher(corpus, LocalBatches(2, epochs=50), buckets, 1, seed=0)
+    with pytest.raises(UserError, match=r"client\.max_steps"):
+        list(many.chunks([0], 0))

@@ -577,3 +577,15 @@ def test_synthetic_speech_in_a_folder_of_ones_own(fake_synthetic, tmp_path):
         prepare_synthetic(fake_synthetic.SyntheticConfig(users=5), out)
     prepare_synthetic(fake_synthetic.SyntheticConfig(users=5), out, overwrite=True)
     assert read_metadata(out)["summary"]["users"] == 5
+
+
+def test_a_test_set_keeps_its_long_utterances(tmp_path):
+    long = wave(1.5)
+    inputs = [
+        utterance(f"{split}-{n}", split, split=split, audio=audio)
+        for split in ("train", "test_other")
+        for n, audio in enumerate((wave(0.5), long))
+    ]
+    summary = prepare(inputs, tmp_path, name="x", max_seconds=1.0)
+    assert summary["skipped"] == {"too_long": 1}
+    assert summary["splits"]["test_other"]["utterances"] == 2

@@ -16,6 +16,8 @@ from fedasr.data.common_voice import CommonVoice
 from fedasr.data.corpus import open_corpus
 from fedasr.data.prepare import prepare
 
+DEV_CLEAN = ("dev_clean[:4]", "dev_clean[4:]")  # readers
+
 
 @pytest.fixture(scope="module")
 def recorded():
@@ -57,8 +59,34 @@ def common_voice_files(folder):
     return files
 
 
+def train_and_evaluate(program, tiny_model, data, train, held_out, workdir):
+    """A round on the users of `train`, and the error rates of `held_out` by both programs."""
+    flags = (
+        f"--config.data.dir={data}",
+        f"--config.data.train={train}",
+        f"--config.data.eval=('{held_out}',)",
+        "--config.rounds=1",
+        "--config.cohort=2",
+        "--config.client.batch_seconds=8",
+        "--config.client.steps=2",
+        "--config.seed_training.steps=0",
+        *tiny_model,
+    )
+    done = program("experiments.train", *flags, f"--workdir={workdir}", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["status"] == "completed" and summary["invalid_client_updates"] == 0
+    flags = (f"--checkpoint={workdir}", f"--data={data}", f"--split={held_out}")
+    done = program("experiments.evaluate", *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    rates = json.loads(done.stdout.splitlines()[-1])
+    assert rates["wer"] == summary["wer"][held_out]
+    assert rates["utterances"] == open_corpus(data, held_out).sizes.sum()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["librispeech", "common_voice"])
-def test_counts_and_hours_are_those_of_the_files(recorded, program, tmp_path, dataset):
+def test_counts_and_hours_are_those_of_the_files(recorded, program, tiny_model, tmp_path, dataset):
     soundfile = pytest.importorskip("soundfile", reason="soundfile is needed to read recordings")
     source = layout(recorded, dataset)
     if dataset == "librispeech":
@@ -82,6 +110,9 @@ def test_counts_and_hours_are_those_of_the_files(recorded, program, tmp_path, da
         corpus = open_corpus(tmp_path / "out", split)
         assert corpus.users == sorted(minutes)
         assert corpus.sizes.tolist() == [len(files[split, user]) for user in corpus.users]
+    train, held_out = ("train", "dev") if dataset == "common_voice" else DEV_CLEAN
+    data, workdir = tmp_path / "out", tmp_path / "run"
+    train_and_evaluate(program, tiny_model, data, train, held_out, workdir)
 
 
 def test_damaged_copies_are_counted_and_named(recorded, program, tmp_path):

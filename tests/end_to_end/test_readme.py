@@ -85,6 +85,7 @@ def test_console_lines_are_installations_or_programs():
         "experiments.train",
         "experiments.evaluate",
         "experiments.sweep",
+        "experiments.plan_privacy",
     }
     for line in console_lines():
         assert line.startswith(("python -m experiments.", "pip install "))

@@ -120,6 +120,8 @@ def test_a_published_row_has_its_published_setting(table, row):
     assert config["data"]["iid"] == ("iid=true" in row.arguments)
     assert (row.start != "") == (seed != "none")
     assert privacy["enabled"] == private
+    # Ours: the paper draws a fixed number with privacy too, and accounts as if it were Poisson.
+    assert privacy["sampler"] == ("poisson" if private else "fixed")
     if private:
         assert config["rounds"] == 2006 and (client["steps"], client["epochs"]) == (10, 0)
         assert privacy["clip_norm"] == 0.01 and privacy["delta"] == 1e-9
@@ -146,6 +148,10 @@ def test_the_tables_hold_the_published_figures():
     assert figures["published_optimizers_common_voice", "adagrad"] == {"dev": 84.3}
     assert figures["published_variations", "IID"] == {"test_other": 14.0}
     assert len([1 for name, _ in figures if name == "published_privacy"]) == 15
+    assert figures[cv, "seed ls100, cohort 256"] == {"test": 18.9}
+    assert figures[ls, "seed cv, cohort 16"] == {"test_clean": 3.8, "test_other": 9.4}
+    assert figures["published_privacy", "uniform, sigma 50e-6"] == {"dev": 27.1, "test": 31.3}
+    assert figures["published_optimizers_librispeech", "lars"] == {"dev_clean": 13.7}
     for table in (*published.TABLES.values(), *mini.TABLES.values()):
         names = [row.name for row in table.rows]
         assert len(set(names)) == len(names)
@@ -194,7 +200,9 @@ def test_a_dry_run_needs_no_data():
         ("iid=perhaps", "not of type bool"),
         ("seed=ls9", "choose one of"),
         ("clipping=soft", "choose one of"),
-        ("sigma=1e-6", "sigma needs clipping"),
+        ("sigma=1e-6", "no meaning with clipping=none"),
+        ("training=central,clipping=dim", "no meaning with training=central"),
+        ("specaugment=false,specaugment_start=5", "no meaning with specaugment=false"),
         ("model=huge", "choose one of"),
         ("training=alone", "choose one of"),
         ("split=none", "choose one of"),

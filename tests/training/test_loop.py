@@ -197,6 +197,13 @@ def test_init_from_another_model_is_refused(configure, tmp_path):
         loop.run(config, tmp_path / "run")
 
 
+@contextlib.contextmanager
+def stop_at_once():
+    stop = StopFlag()
+    stop.requested = True
+    yield stop
+
+
 @pytest.mark.slow
 def test_central_training_from_another_run_stopped_and_resumed(
     configure, without_privacy, tmp_path, monkeypatch
@@ -207,12 +214,6 @@ def test_central_training_from_another_run_stopped_and_resumed(
     assert whole["initial_wer"] == before["wer"]
     assert whole["central_steps"] == 4
     assert whole["privacy"] == {"enabled": False, "epsilon": None, "extrapolations": []}
-
-    @contextlib.contextmanager
-    def stop_at_once():
-        stop = StopFlag()
-        stop.requested = True
-        yield stop
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "graceful_stop", stop_at_once)
@@ -233,8 +234,8 @@ def test_central_training_from_another_run_stopped_and_resumed(
     assert [step for step, _ in steps] == [2, 4]
 
 
-def test_augmentation_begins_at_its_round(configure, tmp_path):
-    changes = {"rounds": 2, "evaluation.every": 0, "client.batch_size": 2}
+def test_augmentation_begins_at_its_round_whether_or_not_resumed(configure, tmp_path, monkeypatch):
+    changes = {"rounds": 2, "evaluation.every": 0, "client.batch_seconds": 1.0}
     runs = {
         "off": {},
         "late": {"augment.enabled": True, "augment.start_round": 2},
@@ -249,6 +250,16 @@ def test_augmentation_begins_at_its_round(configure, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params["off"], params["late"])
     assert losses["off"] == losses["late"]
     assert losses["half"][0] == losses["off"][0] and losses["half"][1] != losses["off"][1]
+
+    config = configure(changes | runs["half"])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "graceful_stop", stop_at_once)
+        with pytest.raises(loop.Interrupted, match="main at 1"):
+            loop.run(config, tmp_path / "stopped")
+    loop.run(config, tmp_path / "stopped")
+    jax.tree.map(
+        np.testing.assert_array_equal, params["half"], restore_params(tmp_path / "stopped")
+    )
 
 
 def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, tmp_path):
