@@ -70,6 +70,13 @@ def test_every_installation_names_extras_that_exist(defined_extras):
     assert set(named) <= defined_extras.keys()
 
 
+def test_pictures_exist():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert "docs/quickstart.png" in pictures
+    for picture in pictures:
+        assert (ROOT / picture).read_bytes().startswith(b"\x89PNG"), picture
+
+
 def test_python_snippets_run_in_order():
     namespace = {"__name__": "readme"}
     snippets = blocks("python")
