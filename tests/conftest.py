@@ -14,5 +14,42 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
+import numpy as np
+import pytest
+
+from fedasr.data.batching import Store
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+def dense_batches(batches):
+    """A chunk's batches as arrays [clients, steps, batch, ...], by a plain loop over a `Store`."""
+    if not isinstance(batches, Store):
+        return batches
+    index = batches.index
+    out = {"mask": index >= 0}
+    for name, values in batches.arrays.items():
+        if name in batches.offsets:
+            tail = (batches.spans[name].shape[1], *values.shape[2:])
+            out[f"{name}_length"] = np.zeros(index.shape, np.int32)
+        else:
+            tail = values.shape[2:]
+        out[name] = np.zeros((*index.shape, *tail), values.dtype)
+        for at in np.argwhere(index >= 0):
+            client, row = at[0], index[tuple(at)]
+            if name in batches.offsets:
+                first, length = (
+                    batches.offsets[name][client, row],
+                    batches.lengths[name][client, row],
+                )
+                out[name][tuple(at)][:length] = values[client, first : first + length]
+                out[f"{name}_length"][tuple(at)] = length
+            else:
+                out[name][tuple(at)] = values[client, row]
+    return out
+
+
+@pytest.fixture(scope="session")
+def dense():
+    """`dense_batches`."""
+    return dense_batches

@@ -18,22 +18,43 @@ from fedasr.data.corpus import Corpus, Example, all_lengths
 from fedasr.errors import UserError
 
 Bucket = Mapping[str, int]  # the padded length of axis 0 of every ragged array
-# A chunk holds every step of its clients, padded; beyond this a machine would be out of memory.
+# Of one array of a chunk; beyond this a machine would be out of memory.
 MAX_ARRAY_BYTES = 16 << 30
 _ORDER_TAG = 0x0B47C4  # separates the order of examples from the other uses of a run's seed
+
+
+class Store(NamedTuple):
+    """A client's examples, each once, and which of them make each batch (no client axis here).
+
+    `fedasr.federated.client.take_batch` gathers a batch on the device. However many epochs a client
+    makes, and however its examples differ in length, it needs little more memory than its data.
+
+    index: int32 [steps, batch], an example's number; -1 for padding.
+    arrays: {name: [frames, ...] for a ragged array, its examples laid end to end; [examples, ...]
+      for others}.
+    offsets, lengths: {ragged name: int32 [examples]}, where an example begins in `arrays` and ends.
+    spans: {ragged name: bool [padded length]}; only the shape is meant.
+    """
+
+    index: Any
+    arrays: Mapping[str, Any]
+    offsets: Mapping[str, Any]
+    lengths: Mapping[str, Any]
+    spans: Mapping[str, Any]
 
 
 class Chunk(NamedTuple):
     """Clients that are trained side by side; the leading axis is the client.
 
     batches: {name: [clients, steps, batch, ...]}, with "<name>_length" int32
-      [clients, steps, batch] for every ragged array, and "mask" bool, False for padding.
+      [clients, steps, batch] for every ragged array, and "mask" bool, False for padding; or a
+      `Store` whose arrays have a leading client axis.
     num_steps: int32 [clients], how many of the steps are real; 0 for an empty slot.
     user: int32 [clients], the user's index in the corpus. weight: float32 [clients], 1 or the
       user's number of examples; 0 if empty.
     """
 
-    batches: Mapping[str, Any]
+    batches: Mapping[str, Any] | Store
     num_steps: Any
     user: Any
     weight: Any
@@ -252,6 +273,8 @@ class ClientBatcher:
         self._chunk_size, self._seed, self._keep = chunk_size, seed, keep
         self._devices, self._by_examples = devices, by_examples
         self._unit = next(iter(self._buckets[0]), None) if self._buckets else None
+        # A fixed number of batches of a fixed size is as small dense, and one shape for everybody.
+        self._stored = local.steps is None or local.frames is not None
         if local.frames is not None and self._unit is None:
             raise UserError("batches measured in frames need examples whose lengths vary")
 
@@ -271,7 +294,7 @@ class ClientBatcher:
         """
         if self._local.steps is not None:
             return self._local.steps
-        return 4 ** -(-(steps - 1).bit_length() // 2)
+        return _power_of_four(steps)
 
     def chunks(self, users: Iterable[int], round: int) -> Iterator[tuple[Chunk, Padding]]:
         """Reads and pads the data of a round's cohort, chunk by chunk (numpy arrays)."""
@@ -290,8 +313,27 @@ class ClientBatcher:
         slots = self._chunk_size
         bucket = self._buckets[max(c.bucket for c in clients)] if self._buckets else {}
         steps = self._step_slots(max(len(c.plan) for c in clients))
-        batches: dict[str, np.ndarray] = {}
         shape = (slots, steps, self._slots(clients))
+        build = self._store if self._stored else self._dense
+        batches, real = build(clients, bucket, shape)
+        num_steps = np.zeros(slots, np.int32)
+        num_steps[: len(clients)] = [len(c.plan) for c in clients]
+        user = np.zeros(slots, np.int32)
+        user[: len(clients)] = [c.user for c in clients]
+        weight = (num_steps > 0).astype(np.float32)
+        if self._by_examples:
+            weight[: len(clients)] = [self._corpus.sizes[c.user] for c in clients]
+        unit = next(iter(bucket.values()), 1)
+        longest = num_steps.reshape(self._devices, -1).max(axis=1)
+        trips = int(longest.sum()) * (slots // self._devices)
+        computed = trips * shape[2] * unit
+        return Chunk(batches, num_steps, user, weight), Padding(real, computed)
+
+    def _dense(
+        self, clients: list[_Client], bucket: Bucket, shape: tuple[int, int, int]
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """Every batch of every client, padded, and the number of real frames."""
+        batches: dict[str, np.ndarray] = {}
         real = 0
         for position, client in enumerate(clients):
             wanted, where = np.unique(np.concatenate(client.plan), return_inverse=True)
@@ -307,18 +349,66 @@ class ClientBatcher:
                         bucket,
                         self._keep,
                     )
-        num_steps = np.zeros(slots, np.int32)
-        num_steps[: len(clients)] = [len(c.plan) for c in clients]
-        user = np.zeros(slots, np.int32)
-        user[: len(clients)] = [c.user for c in clients]
-        weight = (num_steps > 0).astype(np.float32)
-        if self._by_examples:
-            weight[: len(clients)] = [self._corpus.sizes[c.user] for c in clients]
-        unit = next(iter(bucket.values()), 1)
-        longest = num_steps.reshape(self._devices, -1).max(axis=1)
-        trips = int(longest.sum()) * (slots // self._devices)
-        computed = trips * shape[2] * unit
-        return Chunk(batches, num_steps, user, weight), Padding(real, computed)
+        return batches, real
+
+    def _store(
+        self, clients: list[_Client], bucket: Bucket, shape: tuple[int, int, int]
+    ) -> tuple[Store, int]:
+        """Every example of every client once (see `Store`), and the frames in all the batches."""
+        index = np.full(shape, -1, np.int32)
+        held: list[list[Example]] = []
+        uses = []
+        for position, client in enumerate(clients):
+            wanted, where = np.unique(np.concatenate(client.plan), return_inverse=True)
+            held.append(self._corpus.get(client.user, wanted.tolist()))
+            ends = np.cumsum([len(batch) for batch in client.plan])
+            for step, inverse in enumerate(np.split(where, ends[:-1])):
+                index[position, step, : len(inverse)] = inverse
+            uses.append(np.bincount(where, minlength=len(wanted)))
+        names = [n for n in held[0][0] if self._keep is None or n in self._keep]
+        room = _power_of_four(max(len(examples) for examples in held))
+        arrays, offsets, lengths, spans = {}, {}, {}, {}
+        for name in names:
+            first = np.asarray(held[0][0][name])
+            if name not in bucket:
+                arrays[name] = _zeros(name, (shape[0], room, *first.shape), first.dtype)
+                for position, examples in enumerate(held):
+                    arrays[name][position, : len(examples)] = [x[name] for x in examples]
+                continue
+            sizes = [np.array([len(x[name]) for x in examples]) for examples in held]
+            span = bucket[name]
+            longest = max(int(s.sum()) for s in sizes)
+            frames = span << (-(-longest // span) - 1).bit_length()
+            arrays[name] = _zeros(name, (shape[0], frames, *first.shape[1:]), first.dtype)
+            offsets[name] = np.zeros((shape[0], room), np.int32)
+            lengths[name] = np.zeros((shape[0], room), np.int32)
+            spans[name] = np.zeros((shape[0], span), np.bool_)
+            for position, (examples, size) in enumerate(zip(held, sizes, strict=True)):
+                joined = np.concatenate([x[name] for x in examples])
+                arrays[name][position, : len(joined)] = joined
+                offsets[name][position, : len(size)] = np.cumsum(size) - size
+                lengths[name][position, : len(size)] = size
+        unit = next(iter(bucket), None)
+        real = sum(
+            int(use.sum() if unit is None else use @ lengths[unit][position, : len(use)])
+            for position, use in enumerate(uses)
+        )
+        return Store(index, arrays, offsets, lengths, spans), real
+
+
+def _power_of_four(count: int) -> int:
+    """The smallest that is at least `count`: few shapes, for what costs little."""
+    return 4 ** -(-(count - 1).bit_length() // 2)
+
+
+def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size > MAX_ARRAY_BYTES:
+        raise UserError(
+            f"{name!r} would take {size / 2**30:.0f} GiB for clients that are trained together: "
+            "limit the steps of users with much data (client.max_steps), or take a smaller chunk"
+        )
+    return np.zeros(shape, dtype)
 
 
 def place(
@@ -343,14 +433,7 @@ def place(
         value = np.asarray(value)
         tail = (bucket[name], *value.shape[1:]) if name in bucket else value.shape
         if name not in batches:
-            size = math.prod((*shape, *tail)) * value.dtype.itemsize
-            if size > MAX_ARRAY_BYTES:
-                raise UserError(
-                    f"{name!r} would take {size / 2**30:.0f} GiB for the clients that are trained "
-                    "together: limit the steps of users with much data (client.max_steps), or "
-                    "take a smaller chunk"
-                )
-            batches[name] = np.zeros((*shape, *tail), value.dtype)
+            batches[name] = _zeros(name, (*shape, *tail), value.dtype)
         if name in bucket:
             lengths = batches.setdefault(f"{name}_length", np.zeros(shape, np.int32))
             lengths[position] = len(value)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedasr.data.batching import Store
+
 Params = Any
 Batch = Mapping[str, jax.Array]
 # loss(params, batch, key) -> (mean loss over the valid examples, {name: scalar to be summed})
@@ -37,7 +39,7 @@ class ClientUpdate(Protocol):
     def __call__(
         self,
         params: Params,
-        batches: Batch,
+        batches: Batch | Store,
         num_steps: jax.Array,
         key: jax.Array,
         max_steps: jax.Array | int | None = None,
@@ -47,7 +49,8 @@ class ClientUpdate(Protocol):
 
         Args:
           params: the server's parameters theta.
-          batches: named arrays [steps, batch, ...]; those from `num_steps` on are padding.
+          batches: named arrays [steps, batch, ...], those from `num_steps` on padding; or a
+            `Store` of examples. `take_batch` reads either.
           num_steps: int32 scalar, how many of the batches are real; 0 for an empty slot.
           key: the client's own key of this round.
           max_steps: bound of the loop, >= num_steps. Clients that are vmapped together share the
@@ -58,6 +61,36 @@ class ClientUpdate(Protocol):
           `delta = theta - theta_local`, old minus new so that it acts as a gradient on the
           server, in the parameters' dtypes (exactly zero for an empty slot), and metrics.
         """
+
+
+def take_batch(batches: Batch | Store, step: jax.Array | int) -> dict[str, jax.Array]:
+    """Batch number `step` of one client.
+
+    Args:
+      batches: arrays [steps, batch, ...], or a `fedasr.data.batching.Store`.
+      step: int32 scalar.
+
+    Returns:
+      {name: [batch, ...]}, "<name>_length" for ragged arrays and "mask"; zeros where padded.
+    """
+    if not isinstance(batches, Store):
+        return jax.tree.map(lambda x: x[step], dict(batches))
+    index = batches.index[step]
+    mask = index >= 0
+    row = jnp.maximum(index, 0)
+    batch = {"mask": mask}
+    for name, values in batches.arrays.items():
+        if name in batches.offsets:
+            frames = jnp.arange(batches.spans[name].shape[0])
+            length = jnp.where(mask, batches.lengths[name][row], 0)
+            batch[f"{name}_length"] = length
+            inside = frames < length[:, None]
+            picked = values[jnp.where(inside, batches.offsets[name][row][:, None] + frames, 0)]
+        else:
+            inside, picked = mask, values[row]
+        inside = inside.reshape(inside.shape + (1,) * (picked.ndim - inside.ndim))
+        batch[name] = jnp.where(inside, picked, jnp.zeros_like(picked))
+    return batch
 
 
 def local_training(
@@ -88,13 +121,13 @@ def local_training(
 
     def update(params, batches, num_steps, key, max_steps=None, round=0):
         factor = None if schedule is None else schedule(round)
-        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
+        first = jax.eval_shape(take_batch, batches, 0)
         aux_shape = jax.eval_shape(loss, params, first, key)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux_shape)
 
         def step(i, carry):
             local, opt_state, loss_sum, aux_sum = carry
-            batch = jax.tree.map(lambda x: x[i], batches)
+            batch = take_batch(batches, i)
             (value, aux), grads = value_and_grad(local, batch, jax.random.fold_in(key, i))
             if proximal:
                 grads = jax.tree.map(lambda g, a, b: g + proximal * (a - b), grads, local, params)

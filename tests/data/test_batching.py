@@ -175,7 +175,7 @@ def test_fitting_bucket_is_the_smallest():
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=60)
-def test_chunks_hold_exactly_the_plan(sizes, chunk_size, count, batch, epochs, round, seed):
+def test_chunks_hold_exactly_the_plan(dense, sizes, chunk_size, count, batch, epochs, round, seed):
     corpus = speech_corpus(sizes, seed)
     local = LocalBatches(batch, **({"epochs": 2} if epochs else {"steps": 3}))
     buckets = make_buckets([corpus], count, MULTIPLES)
@@ -183,7 +183,8 @@ def test_chunks_hold_exactly_the_plan(sizes, chunk_size, count, batch, epochs, r
     users = list(range(0, len(sizes), 2)) or [0]
     met, work = [], []
     for chunk, padding in batcher.chunks(users, round):
-        batches, num_steps = chunk.batches, chunk.num_steps
+        batches, num_steps = dense(chunk.batches), chunk.num_steps
+        assert isinstance(chunk.batches, batching.Store) == epochs
         real = 0
         shape = batches["mask"].shape
         assert shape[0] == chunk_size == len(num_steps) == len(chunk.user) == len(chunk.weight)
@@ -237,7 +238,7 @@ def test_step_slots_are_few():
     batcher = ClientBatcher(corpus, LocalBatches(1, epochs=1), make_buckets([corpus]), 1, 0)
     chunks = [chunk for chunk, _ in batcher.chunks(range(6), 0)]
     assert [int(c.num_steps[0]) for c in chunks] == [6, 6, 5, 3, 2, 1]
-    assert [c.batches["mask"].shape[1] for c in chunks] == [16, 16, 16, 4, 4, 1]
+    assert [c.batches.index.shape[1] for c in chunks] == [16, 16, 16, 4, 4, 1]
 
 
 def test_only_the_kept_arrays_are_read():
@@ -402,17 +403,18 @@ def test_batches_in_frames_hold_about_so_many(how):
     assert [sorted(batch) for batch in few] == [[0, 1, 2, 3]] * 3
 
 
-def test_chunks_of_batches_in_frames_hold_every_example():
+def test_chunks_of_batches_in_frames_hold_every_example(dense):
     corpus = speech_corpus([6, 1, 3, 5])
     buckets = make_buckets([corpus], 2, MULTIPLES)
     batcher = ClientBatcher(corpus, LocalBatches(frames=30, epochs=1), buckets, 2, seed=0)
     ids, padding = [], Padding(0, 0)
     for chunk, part in batcher.chunks(range(4), 0):
-        mask = chunk.batches["mask"]
+        batches = dense(chunk.batches)
+        mask = batches["mask"]
         assert mask.shape[2] == rounded_slots(int(mask.sum(2).max()))
-        per_batch = np.where(mask, chunk.batches["features_length"], 0).sum(2)
+        per_batch = np.where(mask, batches["features_length"], 0).sum(2)
         assert per_batch.max() < 30 + 20
-        ids += chunk.batches["id"][mask].tolist()
+        ids += batches["id"][mask].tolist()
         padding += part
     assert sorted(ids) == [1000 * u + i for u, size in enumerate(corpus.sizes) for i in range(size)]
     assert padding.real == sum(int(corpus.lengths(u)["features"].sum()) for u in range(4))
@@ -460,6 +462,21 @@ def test_a_chunk_beyond_any_memory_is_refused(monkeypatch):
     buckets = make_buckets([corpus], 1, MULTIPLES)
     few = ClientBatcher(corpus, LocalBatches(1, steps=1), buckets, 1, seed=0)
     assert len(list(few.chunks([0], 0))) == 1
-    many = ClientBatcher(corpus, LocalBatches(2, epochs=50), buckets, 1, seed=0)
+    many = ClientBatcher(corpus, LocalBatches(2, steps=50), buckets, 1, seed=0)
     with pytest.raises(UserError, match=r"client\.max_steps"):
         list(many.chunks([0], 0))
+
+
+def test_epochs_cost_no_memory():
+    corpus = speech_corpus([6, 3])
+    buckets = make_buckets([corpus], 1, MULTIPLES)
+
+    def features(epochs):
+        batcher = ClientBatcher(corpus, LocalBatches(2, epochs=epochs), buckets, 2, seed=0)
+        ((chunk, _),) = batcher.chunks([0, 1], 0)
+        return chunk.batches.arrays["features"]
+
+    once, often = features(1), features(50)
+    assert once.shape == often.shape
+    longest = max(int(corpus.lengths(user)["features"].sum()) for user in range(2))
+    assert once.shape[1] < 2 * (longest + buckets[0]["features"])

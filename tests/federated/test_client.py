@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.federated.client import local_training
+from fedasr.data.batching import ClientBatcher, LocalBatches
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.federated.client import local_training, take_batch
 
 STEPS, BATCH, FEATURES, OUTPUTS = 5, 3, 4, 2
 
@@ -180,3 +182,31 @@ def test_the_schedule_scales_the_learning_rate_by_round():
         expected, _ = plain(params, batches, 3, jax.random.key(0), round=7)
         delta, _ = scheduled(params, batches, 3, jax.random.key(0), round=jnp.int32(round))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), delta, expected)
+
+
+def test_a_batch_from_a_store_is_the_dense_batch(dense):
+    rng = np.random.default_rng(0)
+    users = {
+        f"u{i}": [
+            {
+                "x": rng.normal(size=(rng.integers(1, 9), 3)).astype(np.float16),
+                "y": rng.integers(1, 9, rng.integers(0, 4)).astype(np.int32),
+                "z": rng.normal(size=2).astype(np.float32),
+                "w": np.float32(rng.normal()),
+            }
+            for _ in range(size)
+        ]
+        for i, size in enumerate([5, 1, 3])
+    }
+    corpus = InMemoryCorpus(users, ragged=("x", "y"))
+    buckets = ({"x": 6, "y": 4}, {"x": 12, "y": 4})
+    batcher = ClientBatcher(corpus, LocalBatches(2, epochs=3), buckets, 4, seed=0)
+    gather = jax.jit(jax.vmap(take_batch, in_axes=(0, None)))
+    ((chunk, _),) = batcher.chunks(range(3), 0)
+    expected = dense(chunk.batches)
+    for step in range(chunk.num_steps.max()):
+        batch = jax.device_get(gather(chunk.batches, step))
+        assert batch.keys() == expected.keys()
+        for name, value in batch.items():
+            assert value.dtype == expected[name].dtype, name
+            np.testing.assert_array_equal(value, expected[name][:, step], err_msg=name)
