@@ -26,18 +26,6 @@ from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting
 
-_COHORT = flags.DEFINE_list("cohort", [], "Users a round, expected; several make a table.")
-_POPULATION = flags.DEFINE_list("population", [], "Users in all; several make a table.")
-_ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds.", lower_bound=1)
-_DELTA = flags.DEFINE_float("delta", None, "Of (epsilon, delta).")
-_SIGMA = flags.DEFINE_float("sigma", None, "Noise on the mean over the clip norm.")
-_MULTIPLIER = flags.DEFINE_float("noise_multiplier", None, "Noise on the sum over the clip norm.")
-_TARGET = flags.DEFINE_float("target_epsilon", None, "Find the noise that gives this epsilon.")
-_SAMPLING = flags.DEFINE_enum("sampling", "poisson", ["poisson", "fixed"], "Of users.")
-_SLOTS = flags.DEFINE_integer("slots", 0, "Largest Poisson cohort; 0: mean + 7 deviations.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Extrapolate the run in this directory.")
-_PLOT = flags.DEFINE_string("plot", None, "PNG of epsilon against population, by cohort.")
-
 # Beyond the number of people there are, an answer is none.
 _MOST_USERS = 10_000_000_000
 _COHORTS = (1_024, 10_240, 51_200, 102_400, 204_800)
@@ -176,20 +164,20 @@ def _inputs() -> dict[str, Any]:
     Raises:
       UserError: for flags that contradict a run, whose error rates go with its own noise only.
     """
-    run = read_run(_WORKDIR.value) if _WORKDIR.value else {}
+    run = read_run(flags.FLAGS.workdir) if flags.FLAGS.workdir else {}
     if run:
-        given = {"rounds": _ROUNDS, "sigma": _SIGMA, "noise_multiplier": _MULTIPLIER}
-        if taken := [name for name, flag in given.items() if flag.value is not None]:
+        given = ("rounds", "sigma", "noise_multiplier")
+        if taken := [name for name in given if flags.FLAGS[name].value is not None]:
             raise UserError(f"--workdir gives the rounds and the noise: leave out --{taken[0]}")
-        if _TARGET.value is not None and (
-            _POPULATION.value or _SAMPLING.value != "poisson" or _SLOTS.value
+        if flags.FLAGS.target_epsilon is not None and (
+            flags.FLAGS.population or flags.FLAGS.sampling != "poisson" or flags.FLAGS.slots
         ):
             raise UserError(
                 "--workdir with --target_epsilon looks for the population, under Poisson sampling: "
                 "leave out --population, --sampling and --slots"
             )
-    rounds = _ROUNDS.value or run.get("rounds")
-    delta = _DELTA.value or run.get("delta")
+    rounds = flags.FLAGS.rounds or run.get("rounds")
+    delta = flags.FLAGS.delta or run.get("delta")
     if delta is not None and not 0 < delta < 1:
         raise UserError(f"--delta={delta} must lie between 0 and 1")
     if rounds is None or delta is None:
@@ -201,18 +189,18 @@ def run() -> dict[str, Any]:
     """What the flags ask for: {"rows": [...]}, with `wer` of the run that is extrapolated."""
     shared = _inputs()
     run, rounds, delta = shared["run"], shared["rounds"], shared["delta"]
-    cohorts = _numbers(_COHORT.value, "cohort")
-    populations = _numbers(_POPULATION.value, "population")
-    sigma = run["sigma"] if run else _SIGMA.value
-    if run and _TARGET.value is not None:
+    cohorts = _numbers(flags.FLAGS.cohort, "cohort")
+    populations = _numbers(flags.FLAGS.population, "population")
+    sigma = run["sigma"] if run else flags.FLAGS.sigma
+    if run and flags.FLAGS.target_epsilon is not None:
         rows = []
         for cohort in cohorts or _COHORTS:
-            found = smallest_population(cohort, rounds, delta, sigma, _TARGET.value)
+            found = smallest_population(cohort, rounds, delta, sigma, flags.FLAGS.target_epsilon)
             if found is None:
                 rows.append({"cohort": cohort, "population": None, "rounds": rounds})
             else:
                 rows.append(plan(cohort, found, rounds, delta, sigma=sigma))
-        return {"target_epsilon": _TARGET.value, "wer": run["wer"], "rows": rows}
+        return {"target_epsilon": flags.FLAGS.target_epsilon, "wer": run["wer"], "rows": rows}
     if not cohorts or not populations:
         raise UserError("--cohort and --population are needed")
     rows = [
@@ -222,10 +210,10 @@ def run() -> dict[str, Any]:
             rounds,
             delta,
             sigma=sigma,
-            noise_multiplier=_MULTIPLIER.value,
-            target_epsilon=_TARGET.value,
-            sampling=_SAMPLING.value,
-            slots=_SLOTS.value,
+            noise_multiplier=flags.FLAGS.noise_multiplier,
+            target_epsilon=flags.FLAGS.target_epsilon,
+            sampling=flags.FLAGS.sampling,
+            slots=flags.FLAGS.slots,
         )
         for cohort in cohorts
         for population in populations
@@ -291,12 +279,26 @@ def write_plot(result: Mapping[str, Any], path: str) -> None:
         raise UserError(f"--plot={path}: {error}") from error
 
 
+def _define_flags() -> None:
+    flags.DEFINE_list("cohort", [], "Users a round, expected; several make a table.")
+    flags.DEFINE_list("population", [], "Users in all; several make a table.")
+    flags.DEFINE_integer("rounds", None, "Rounds.", lower_bound=1)
+    flags.DEFINE_float("delta", None, "Of (epsilon, delta).")
+    flags.DEFINE_float("sigma", None, "Noise on the mean over the clip norm.")
+    flags.DEFINE_float("noise_multiplier", None, "Noise on the sum over the clip norm.")
+    flags.DEFINE_float("target_epsilon", None, "Find the noise that gives this epsilon.")
+    flags.DEFINE_enum("sampling", "poisson", ["poisson", "fixed"], "Of users.")
+    flags.DEFINE_integer("slots", 0, "Largest Poisson cohort; 0: mean + 7 deviations.")
+    flags.DEFINE_string("workdir", None, "Extrapolate the run in this directory.")
+    flags.DEFINE_string("plot", None, "PNG of epsilon against population, by cohort.")
+
+
 def program() -> None:
     """Plans and prints: one line, a table, or JSON."""
     result = run()
     rows = result["rows"]
-    if _PLOT.value:
-        write_plot(result, _PLOT.value)
+    if flags.FLAGS.plot:
+        write_plot(result, flags.FLAGS.plot)
     if cli.JSON.value:
         single = len(rows) == 1 and len(result) == 1
         cli.show(_finite(rows[0] if single else result))
@@ -321,4 +323,6 @@ def _finite(tree: Any) -> Any:
 
 
 if __name__ == "__main__":
+    # Not when imported: other programs have flags of these names.
+    _define_flags()
     cli.main(program)

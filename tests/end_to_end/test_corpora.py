@@ -204,7 +204,8 @@ def test_a_killed_preparation_goes_on(recorded, program, program_environment, tm
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_population_benchmark_prints_its_figures(program):
+def test_population_benchmark_prints_its_figures(program, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
     flags = ("--users=500", "--cohort=8", "--rounds=1", "--chunk=1", "--json")
     done = program("experiments.benchmarks.population", *flags)
     assert done.returncode == 0, done.stderr
