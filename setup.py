@@ -25,6 +25,7 @@ setup(
         "flax>=0.12",
         "importlib_resources>=6.0",  # tensorflow-datasets imports it without declaring it
         "jax>=0.8",
+        "jax-privacy>=2.0",
         "matplotlib>=3.8",
         "ml_collections>=1.1",
         "numpy>=2.0",

@@ -8,11 +8,13 @@ arXiv 2310.00098; noise_multiplier is that on the sum, sigma * cohort. Several c
 populations (--cohort=1024,204800) make a table, --plot=FILE.png draws it. With --workdir the
 rounds, delta and sigma are a finished run's, and with --target_epsilon too the answer is, for each
 cohort, the smallest population that gives it. Every figure protects one user with all their data:
-adding or removing the user under Poisson sampling, replacing the user under fixed-size sampling.
+adding or removing the user under Poisson sampling, replacing the user by nothing under any other.
+--sampling, --cycle, --noise, --bands and --buffers are as in a run's configuration.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,26 +24,55 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
+from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting
+from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.settings import make_correlation, make_sampler
 
 # Beyond the number of people there are, an answer is none.
 _MOST_USERS = 10_000_000_000
 _COHORTS = (1_024, 10_240, 51_200, 102_400, 204_800)
 
 
-def make_sampler(cohort: float, population: int, sampling: str, slots: int = 0) -> Sampler:
-    """The sampler that the flags name.
+def make_mechanism(
+    cohort: float,
+    population: int,
+    rounds: int,
+    *,
+    sampling: str = "poisson",
+    slots: int = 0,
+    cycle: int = 1,
+    noise: str = "independent",
+    bands: int = 0,
+    buffers: int = 2,
+) -> Mechanism:
+    """The mechanism that the flags name, with a noise multiplier of 1.
 
     Raises:
-      UserError: for a cohort larger than the population, or slots below the cohort.
+      UserError: for numbers out of range, or sampling and noise that no accountant knows together.
     """
-    if sampling == "fixed":
+    settings = {
+        "seed": 0,
+        "cohort": cohort,
+        "rounds": rounds,
+        "privacy": {
+            "sampler": sampling,
+            "slots": slots,
+            "cycle": cycle,
+            "noise": noise,
+            "bands": bands,
+            "buffers": buffers,
+        },
+    }
+    if sampling != "poisson":
         if cohort != int(cohort):
-            raise UserError(f"--cohort={cohort} must be whole with --sampling=fixed")
-        return FixedSizeSampler(population, int(cohort), seed=0)
-    return PoissonSampler(population, cohort, seed=0, slots=slots or None)
+            raise UserError(f"--cohort={cohort} must be whole with --sampling={sampling}")
+        if slots:
+            raise UserError(f"--slots are of Poisson sampling, not of --sampling={sampling}")
+    sampler = make_sampler(settings, population)
+    correlation = make_correlation(settings, sampler)
+    return Mechanism(1.0, "global", 1.0, sampler, correlation=correlation)
 
 
 def plan(
@@ -53,15 +84,14 @@ def plan(
     sigma: float | None = None,
     noise_multiplier: float | None = None,
     target_epsilon: float | None = None,
-    sampling: str = "poisson",
-    slots: int = 0,
+    **kind: Any,
 ) -> dict[str, Any]:
     """One line of the plan: the privacy of a noise, or the noise of a privacy.
 
     Args:
       cohort: expected number of users a round. population: of all users. rounds, delta: as usual.
       sigma, noise_multiplier, target_epsilon: exactly one of them.
-      sampling: "poisson" or "fixed". slots: largest Poisson cohort, 0 for the default.
+      kind: of sampling and noise, see `make_mechanism`.
 
     Returns:
       The inputs and `epsilon` (by `accountant`), `epsilon_rdp` at `rdp_order`, `epsilon_pld` on a
@@ -75,13 +105,14 @@ def plan(
         raise UserError("give exactly one of --sigma, --noise_multiplier and --target_epsilon")
     if not given[0] > 0:
         raise UserError(f"the noise or target must be above 0, not {given[0]}")
-    sampler = make_sampler(cohort, population, sampling, slots)
+    mechanism = make_mechanism(cohort, population, rounds, **kind)
     if target_epsilon is not None:
-        noise_multiplier = accounting.calibrate_noise(target_epsilon, delta, rounds, sampler)
-    elif sigma is not None:
-        noise_multiplier = sigma * cohort
-    event = accounting.compose(sampler.event(noise_multiplier), rounds)
-    figure = accounting.epsilon(event, delta, sampler.neighboring_relation, sampler.description)
+        mechanism = mechanism.calibrated(target_epsilon, delta, rounds)
+    else:
+        multiplier = noise_multiplier if sigma is None else sigma * cohort
+        mechanism = dataclasses.replace(mechanism, noise_multiplier=multiplier)
+    noise_multiplier = mechanism.noise_multiplier
+    figure = mechanism.epsilon(rounds, delta)
     return {
         "cohort": cohort,
         "population": population,
@@ -96,7 +127,7 @@ def plan(
         "epsilon_pld": figure.epsilon_pld,
         "pld_interval": figure.pld_interval,
         "sampling": figure.sampling,
-        "neighbours": str(sampler.neighboring_relation.name).lower().replace("_", " "),
+        "neighbours": mechanism.sampler.neighbours,
     }
 
 
@@ -110,7 +141,7 @@ def smallest_population(
 
     def reached(population: int) -> bool:
         sampler = PoissonSampler(population, cohort, seed=0)
-        event = accounting.compose(sampler.event(sigma * cohort), rounds)
+        event = Mechanism(1.0, "global", sigma * cohort, sampler).event(rounds)
         relation = sampler.neighboring_relation
         return accounting.rdp_epsilon(event, delta, relation) <= target_epsilon
 
@@ -169,12 +200,11 @@ def _inputs() -> dict[str, Any]:
         given = ("rounds", "sigma", "noise_multiplier")
         if taken := [name for name in given if flags.FLAGS[name].value is not None]:
             raise UserError(f"--workdir gives the rounds and the noise: leave out --{taken[0]}")
-        if flags.FLAGS.target_epsilon is not None and (
-            flags.FLAGS.population or flags.FLAGS.sampling != "poisson" or flags.FLAGS.slots
-        ):
+        plain = all(flags.FLAGS[name].using_default_value for name in _kind())
+        if flags.FLAGS.target_epsilon is not None and (flags.FLAGS.population or not plain):
             raise UserError(
-                "--workdir with --target_epsilon looks for the population, under Poisson sampling: "
-                "leave out --population, --sampling and --slots"
+                "--workdir with --target_epsilon looks for the population, under Poisson sampling "
+                "with independent noise: leave out --population and the flags of other kinds"
             )
     rounds = flags.FLAGS.rounds or run.get("rounds")
     delta = flags.FLAGS.delta or run.get("delta")
@@ -183,6 +213,12 @@ def _inputs() -> dict[str, Any]:
     if rounds is None or delta is None:
         raise UserError("--rounds and --delta are needed")
     return {"run": run, "rounds": rounds, "delta": delta}
+
+
+def _kind() -> dict[str, Any]:
+    """The flags that say what kind of sampling and noise it is."""
+    names = ("sampling", "slots", "cycle", "noise", "bands", "buffers")
+    return {name: flags.FLAGS[name].value for name in names}
 
 
 def run() -> dict[str, Any]:
@@ -212,8 +248,7 @@ def run() -> dict[str, Any]:
             sigma=sigma,
             noise_multiplier=flags.FLAGS.noise_multiplier,
             target_epsilon=flags.FLAGS.target_epsilon,
-            sampling=flags.FLAGS.sampling,
-            slots=flags.FLAGS.slots,
+            **_kind(),
         )
         for cohort in cohorts
         for population in populations
@@ -287,8 +322,14 @@ def _define_flags() -> None:
     flags.DEFINE_float("sigma", None, "Noise on the mean over the clip norm.")
     flags.DEFINE_float("noise_multiplier", None, "Noise on the sum over the clip norm.")
     flags.DEFINE_float("target_epsilon", None, "Find the noise that gives this epsilon.")
-    flags.DEFINE_enum("sampling", "poisson", ["poisson", "fixed"], "Of users.")
+    flags.DEFINE_enum(
+        "sampling", "poisson", ["poisson", "fixed", "shuffled", "everyone"], "Of users."
+    )
     flags.DEFINE_integer("slots", 0, "Largest Poisson cohort; 0: mean + 7 deviations.")
+    flags.DEFINE_integer("cycle", 1, "Groups of users that Poisson sampling takes in turn.")
+    flags.DEFINE_enum("noise", "independent", ["independent", "banded", "buffered"], "Of rounds.")
+    flags.DEFINE_integer("bands", 0, "Of banded noise; 0: the rounds between turns, at most 32.")
+    flags.DEFINE_integer("buffers", 2, "Of buffered linear Toeplitz noise.")
     flags.DEFINE_string("workdir", None, "Extrapolate the run in this directory.")
     flags.DEFINE_string("plot", None, "PNG of epsilon against population, by cohort.")
 

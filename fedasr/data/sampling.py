@@ -6,6 +6,7 @@ epsilon cannot be claimed for another one.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,9 +16,11 @@ from fedasr.errors import UserError
 
 # Keeps the samplers' random numbers apart from any others made from the same seed.
 _STREAM = 0x5A3B1E
+_ORDER_STREAM = 0x0DE7
 # Standard deviations above the mean cohort that get a slot: truncation then is so rare that it
 # costs no privacy at delta 1e-9 (at 5.6 it would add about 2% to epsilon).
 _SLOT_DEVIATIONS = 7.0
+_ZERO_OUT = "replace one user by nothing"
 
 
 @runtime_checkable
@@ -28,8 +31,11 @@ class Sampler(Protocol):
       population: number of users to choose from.
       expected_cohort: mean number of users per round: what the server divides by.
       slots: largest number of users that any round can have.
+      separation: a user who takes part in round t can next take part in round t + separation.
+      amplifies: whether chance decides who takes part, so that `event` is a subsampled one.
       description: the sampling in words, for reports.
-      neighboring_relation: the `dp_accounting.NeighboringRelation` under which `event` holds.
+      neighbours: what epsilon compares, in words: how one user's part is taken away.
+      neighboring_relation: the `dp_accounting.NeighboringRelation` that `event` is given with.
     """
 
     population: int
@@ -37,7 +43,16 @@ class Sampler(Protocol):
     slots: int
 
     @property
+    def separation(self) -> int: ...
+
+    @property
+    def amplifies(self) -> bool: ...
+
+    @property
     def description(self) -> str: ...
+
+    @property
+    def neighbours(self) -> str: ...
 
     @property
     def neighboring_relation(self) -> Any: ...
@@ -47,12 +62,29 @@ class Sampler(Protocol):
         ...
 
     def event(self, noise_multiplier: float) -> Any:
-        """The `dp_accounting.DpEvent` of one round with Gaussian noise on the sum.
+        """The `dp_accounting.DpEvent`, for one user, of one round that the user may be in.
 
         Args:
           noise_multiplier: standard deviation of the noise on the sum over the clip norm.
         """
         ...
+
+    def participations(self, rounds: int) -> int:
+        """Most of the first `rounds` rounds that one user may be in."""
+        ...
+
+    def deployed(self, cohort: float, population: int) -> "Sampler":
+        """The same kind of sampling of another size, to account for a deployment."""
+        ...
+
+
+@functools.lru_cache(maxsize=4)
+def _order(population: int, seed: int) -> np.ndarray:
+    """A fixed random order of the users, int64 [population]; shared, so read-only."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _ORDER_STREAM])))
+    order = rng.permutation(population)
+    order.setflags(write=False)
+    return order
 
 
 def _generator(seed: int, round: int) -> np.random.Generator:
@@ -86,6 +118,8 @@ class PoissonSampler:
       expected_cohort: mean cohort size, in (0, population]; need not be whole.
       seed: non-negative integer; rounds are independent for one seed.
       slots: bound on a round's users; None for mean + 7 standard deviations (at most population).
+      cycle: 1, or b to deal the users into b fixed groups that take turns: round t samples from
+        group t mod b (cyclic Poisson sampling, arXiv 2306.08153), as banded noise needs it.
 
     Raises:
       UserError: if an argument is out of range.
@@ -95,18 +129,25 @@ class PoissonSampler:
     expected_cohort: float
     seed: int
     slots: int | None = None
+    cycle: int = 1
 
     def __post_init__(self):
         _check_counts(self.population, self.seed)
-        if not 0 < self.expected_cohort <= self.population:
+        if self.cycle != int(self.cycle) or not 1 <= self.cycle <= self.population:
             raise UserError(
-                f"expected_cohort must be above 0 and at most the population of {self.population}, "
-                f"not {self.expected_cohort}."
+                f"cycle must be a whole number of groups of users, 1 to {self.population}, "
+                f"not {self.cycle}."
+            )
+        if not 0 < self.expected_cohort <= self.population / self.cycle:
+            of = f" in {self.cycle} groups" if self.cycle > 1 else ""
+            raise UserError(
+                f"expected_cohort must be above 0 and at most the population of {self.population}"
+                f"{of}, not {self.expected_cohort}."
             )
         if self.slots is None:
             deviation = math.sqrt(self.expected_cohort * (1 - self.sampling_probability))
             slots = math.ceil(self.expected_cohort + _SLOT_DEVIATIONS * deviation)
-            object.__setattr__(self, "slots", min(self.population, slots))
+            object.__setattr__(self, "slots", min(self._largest_group, slots))
         if self.slots != int(self.slots) or not self.expected_cohort <= self.slots:
             raise UserError(
                 f"slots must be a whole number, at least the expected cohort of "
@@ -115,11 +156,28 @@ class PoissonSampler:
 
     @property
     def sampling_probability(self) -> float:
-        return self.expected_cohort / self.population
+        return self.expected_cohort * self.cycle / self.population
+
+    @property
+    def _largest_group(self) -> int:
+        return -(-self.population // self.cycle)
+
+    @property
+    def separation(self) -> int:
+        return self.cycle
+
+    @property
+    def amplifies(self) -> bool:
+        return True
 
     @property
     def description(self) -> str:
-        return f"Poisson, at most {self.slots} users"
+        cyclic = f" from one of {self.cycle} groups in turn" if self.cycle > 1 else ""
+        return f"Poisson{cyclic}, at most {self.slots} users"
+
+    @property
+    def neighbours(self) -> str:
+        return "add or remove one user"
 
     @property
     def neighboring_relation(self) -> Any:
@@ -130,10 +188,23 @@ class PoissonSampler:
     def cohort(self, round: int) -> np.ndarray:
         """User indices of a round, int64 [<= slots], sorted; empty in an unlucky small round."""
         rng = _generator(self.seed, round)
-        drawn = rng.binomial(self.population, self.sampling_probability)
+        group = None
+        if self.cycle > 1:
+            group = _order(self.population, self.seed)[round % self.cycle :: self.cycle]
+        size = self.population if group is None else len(group)
+        drawn = rng.binomial(size, self.sampling_probability)
         # Given their number, the users drawn are a uniform subset, and so is what truncation keeps.
         kept = min(int(drawn), self.slots)
-        return np.sort(rng.choice(self.population, kept, replace=False, shuffle=False))
+        chosen = rng.choice(size, kept, replace=False, shuffle=False)
+        return np.sort(chosen if group is None else group[chosen])
+
+    def participations(self, rounds: int) -> int:
+        """Rounds in which the user's group is sampled from."""
+        return -(-rounds // self.cycle)
+
+    def deployed(self, cohort: float, population: int) -> "PoissonSampler":
+        """See `Sampler`; with the default number of slots, whose truncation is in the event."""
+        return PoissonSampler(population, cohort, seed=0, cycle=self.cycle)
 
     def event(self, noise_multiplier: float) -> Any:
         """`TruncatedSubsampledGaussianDpEvent` of one round (`NonPrivateDpEvent` without noise)."""
@@ -142,7 +213,7 @@ class PoissonSampler:
         if not _is_noisy(noise_multiplier):
             return dp_accounting.NonPrivateDpEvent()
         return dp_accounting.dp_event.TruncatedSubsampledGaussianDpEvent(
-            dataset_size=self.population,
+            dataset_size=self._largest_group,
             sampling_probability=self.sampling_probability,
             truncated_batch_size=self.slots,
             noise_multiplier=noise_multiplier,
@@ -153,9 +224,9 @@ class PoissonSampler:
 class FixedSizeSampler:
     """Every round has exactly `cohort_size` different users, drawn uniformly.
 
-    The guarantee is for replacing one user's data (the population is public), where one user can
-    move the sum by twice the clip norm. dp_accounting counts noise in units of that sensitivity,
-    so the event holds half the noise multiplier.
+    The guarantee is for replacing one user's contributions by nothing while the population and the
+    cohort stay (zero-out), which moves the sum by the clip norm. Replacing them by any others moves
+    it by twice that: for such a guarantee account for half the noise multiplier.
 
     Attributes:
       population: number of users.
@@ -189,11 +260,24 @@ class FixedSizeSampler:
         return self.cohort_size
 
     @property
+    def separation(self) -> int:
+        return 1
+
+    @property
+    def amplifies(self) -> bool:
+        return True
+
+    @property
     def description(self) -> str:
         return f"{self.cohort_size} users without replacement"
 
     @property
+    def neighbours(self) -> str:
+        return _ZERO_OUT
+
+    @property
     def neighboring_relation(self) -> Any:
+        """Data sets of one size that differ in one entry; here one of the two is empty."""
         import dp_accounting
 
         return dp_accounting.NeighboringRelation.REPLACE_ONE
@@ -202,6 +286,14 @@ class FixedSizeSampler:
         """User indices of a round, int64 [cohort_size], sorted."""
         rng = _generator(self.seed, round)
         return np.sort(rng.choice(self.population, self.cohort_size, replace=False, shuffle=False))
+
+    def participations(self, rounds: int) -> int:
+        """All of them."""
+        return rounds
+
+    def deployed(self, cohort: float, population: int) -> PoissonSampler:
+        """Poisson sampling: a deployment has no reason for cohorts of one size."""
+        return PoissonSampler(population, cohort, seed=0)
 
     def event(self, noise_multiplier: float) -> Any:
         """`SampledWithoutReplacementDpEvent` of one round (`NonPrivateDpEvent` without noise)."""
@@ -212,5 +304,94 @@ class FixedSizeSampler:
         return dp_accounting.SampledWithoutReplacementDpEvent(
             source_dataset_size=self.population,
             sample_size=self.cohort_size,
-            event=dp_accounting.GaussianDpEvent(noise_multiplier / 2),
+            event=dp_accounting.GaussianDpEvent(noise_multiplier),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffledSampler:
+    """Users take turns in one fixed random order: everyone is met equally often, evenly spaced.
+
+    Round t takes the next `cohort_size` users of the order, round and round. No chance decides who
+    takes part, so nothing is amplified; what limits a user is the number of participations, and
+    their separation makes correlated noise worth its while (arXiv 2306.08153). With a cohort of
+    everybody it is full participation, every round. The guarantee is for replacing one user's
+    contributions by nothing (the order and its length are public).
+
+    Attributes:
+      population: number of users.
+      cohort_size: users per round, in [1, population].
+      seed: non-negative integer, of the order.
+
+    Raises:
+      UserError: if an argument is out of range.
+    """
+
+    population: int
+    cohort_size: int
+    seed: int
+
+    def __post_init__(self):
+        _check_counts(self.population, self.seed)
+        if self.cohort_size != int(self.cohort_size) or not 1 <= self.cohort_size <= (
+            self.population
+        ):
+            raise UserError(
+                f"cohort_size must be a whole number from 1 to the population of "
+                f"{self.population}, not {self.cohort_size}."
+            )
+
+    @property
+    def expected_cohort(self) -> float:
+        return float(self.cohort_size)
+
+    @property
+    def slots(self) -> int:
+        return self.cohort_size
+
+    @property
+    def separation(self) -> int:
+        return self.population // self.cohort_size
+
+    @property
+    def amplifies(self) -> bool:
+        return False
+
+    @property
+    def description(self) -> str:
+        if self.cohort_size == self.population:
+            return "everyone in every round"
+        return f"{self.cohort_size} users in turn, {self.separation} rounds apart"
+
+    @property
+    def neighbours(self) -> str:
+        return _ZERO_OUT
+
+    @property
+    def neighboring_relation(self) -> Any:
+        import dp_accounting
+
+        return dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+
+    def cohort(self, round: int) -> np.ndarray:
+        """User indices of a round, int64 [cohort_size], sorted."""
+        if round < 0:
+            raise UserError(f"round must be 0 or more, not {round}.")
+        places = (round * self.cohort_size + np.arange(self.cohort_size)) % self.population
+        return np.sort(_order(self.population, self.seed)[places])
+
+    def participations(self, rounds: int) -> int:
+        """Turns of the users that come first."""
+        return -(-rounds * self.cohort_size // self.population)
+
+    def deployed(self, cohort: float, population: int) -> "ShuffledSampler":
+        """See `Sampler`."""
+        return ShuffledSampler(population, int(cohort), seed=0)
+
+    def event(self, noise_multiplier: float) -> Any:
+        """`GaussianDpEvent` of one participation (`NonPrivateDpEvent` without noise)."""
+        import dp_accounting
+
+        if not _is_noisy(noise_multiplier):
+            return dp_accounting.NonPrivateDpEvent()
+        return dp_accounting.GaussianDpEvent(noise_multiplier)

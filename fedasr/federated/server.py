@@ -72,8 +72,11 @@ def init_server(params: Params, chain: optax.GradientTransformation) -> ServerSt
 
 
 def server_step(
-    state: ServerState, total: Params, chain: optax.GradientTransformation
+    state: ServerState, total: Params, chain: optax.GradientTransformation, **extra: jax.Array
 ) -> ServerState:
-    """One server update from the cohort's sum of client deltas (old minus new, so a gradient)."""
-    updates, opt_state = chain.update(total, state.opt_state, state.params)
+    """One server update from the cohort's sum of client deltas (old minus new, so a gradient).
+
+    `extra` are extra arguments of the chain: none, or what adaptive clipping needs of the round.
+    """
+    updates, opt_state = chain.update(total, state.opt_state, state.params, **extra)
     return ServerState(optax.apply_updates(state.params, updates), opt_state, state.round + 1)

@@ -27,6 +27,8 @@ from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Params
 from fedasr.federated.cohort import CohortSum, client_mesh, client_sharding, make_cohort, replicated
 from fedasr.federated.server import ServerState, init_server, server_step
+from fedasr.privacy.adaptive import ClientView, scales_of
+from fedasr.privacy.clipping import layer_names
 from fedasr.privacy.mechanism import Mechanism
 
 # Streams of the root key: what is drawn for clients and for the noise never meets.
@@ -51,6 +53,7 @@ class RoundMetrics:
     invalid: int
     norms: np.ndarray
     clipped: np.ndarray
+    clip_scales: np.ndarray
     aux: dict[str, Any]
     padding: Padding
     seconds: float
@@ -108,6 +111,9 @@ class Simulation:
         )
         root = jax.random.key(seed)
         self._client_root = jax.random.fold_in(root, CLIENT_STREAM)
+        self._adaptive = mechanism.adaptive is not None
+        if self._adaptive:
+            client_update = _without_scales(client_update)
         self._cohort = make_cohort(client_update, mechanism.client_transform(), self.mesh)
         noise_key = jax.random.fold_in(root, NOISE_STREAM)
         self._chain = optax.chain(mechanism.server_transform(noise_key), server_optimizer)
@@ -162,18 +168,37 @@ class Simulation:
                 waiting += time.perf_counter() - asked
                 if not last:
                     key = self._round_key(self._client_root, round)
+                    view = self._view(state)
                     if sums is None:
-                        sums = self._cohort.zeros(state.params, chunk)
-                    sums = self._cohort.add(sums, state.params, chunk, key, np.int32(round))
+                        sums = self._cohort.zeros(view, chunk)
+                    sums = self._cohort.add(sums, view, chunk, key, np.int32(round))
                     continue
                 # A Poisson round may be empty: the server still adds its noise and steps.
                 total = self._cohort.total(sums) if sums is not None else None
-                state = self._step(state, self._delta(state, total))
+                scales = self._view(state).scales if self._adaptive else np.zeros(0, np.float32)
+                state = self._step(state, self._delta(state, total), **self._votes(state, total))
                 jax.block_until_ready(state.params)
                 seconds = time.perf_counter() - began
-                yield state, _metrics(round + 1, total, padding, seconds, waiting)
+                scales = jax.device_get(scales)
+                yield state, _metrics(round + 1, total, scales, padding, seconds, waiting)
                 round, sums = round + 1, None
                 began, waiting = time.perf_counter(), 0.0  # the caller's time is not the round's
+
+    def _view(self, state: ServerState) -> Any:
+        """What clients get: the parameters, with the bounds' scales where those adapt."""
+        if not self._adaptive:
+            return state.params
+        return ClientView(state.params, scales_of(state.opt_state))
+
+    def _votes(self, state: ServerState, total: CohortSum | None) -> dict[str, Any]:
+        """What adaptive bounds need to know of a round."""
+        if not self._adaptive:
+            return {}
+        if total is None:
+            layers = len(layer_names(state.params, self.mechanism.layers))
+            return {"clipped": jnp.zeros(layers), "clients": jnp.float32(0)}
+        valid = (total.clients - total.invalid).astype(jnp.float32)
+        return {"clipped": total.clipped, "clients": valid}
 
     def _delta(self, state: ServerState, total: CohortSum | None) -> Params:
         if total is not None:
@@ -186,13 +211,27 @@ class Simulation:
         return self._cohort.add._cache_size()
 
 
+def _without_scales(client_update: ClientUpdate) -> ClientUpdate:
+    """The same client update for a `ClientView`: local training knows nothing of bounds."""
+
+    def update(view, *args, **kwargs):
+        return client_update(view.params, *args, **kwargs)
+
+    return update
+
+
 def _metrics(
-    round: int, total: CohortSum | None, padding: Padding, seconds: float, waiting: float
+    round: int,
+    total: CohortSum | None,
+    scales: np.ndarray,
+    padding: Padding,
+    seconds: float,
+    waiting: float,
 ) -> RoundMetrics:
     if total is None:
         empty = np.zeros(0, np.float32)
         return RoundMetrics(
-            round, float("nan"), 0, 0, 0, empty, empty, {}, padding, seconds, waiting
+            round, float("nan"), 0, 0, 0, empty, empty, scales, {}, padding, seconds, waiting
         )
     host = jax.device_get(total._replace(delta=None))
     valid = max(int(host.clients - host.invalid), 1)
@@ -204,6 +243,7 @@ def _metrics(
         invalid=int(host.invalid),
         norms=host.norms / valid,
         clipped=host.clipped / valid,
+        clip_scales=scales,
         aux=jax.tree.map(lambda x: x.item(), host.aux),
         padding=padding,
         seconds=seconds,

@@ -9,7 +9,7 @@ none: sampling without replacement, noise multipliers below `MIN_PLD_NOISE`.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -198,7 +198,12 @@ def _rdp_epsilon_and_order(
     return min(candidates)
 
 
-def calibrate_noise(target_epsilon: float, delta: float, rounds: int, sampler: Any) -> float:
+def calibrate_noise(
+    target_epsilon: float,
+    delta: float,
+    event_of: Callable[[float], Any],
+    neighboring_relation: Any,
+) -> float:
     """Smallest noise multiplier (to 0.01%) whose epsilon by Rényi DP is at most the target.
 
     The final epsilon, by PLD, is then a little below the target.
@@ -206,8 +211,8 @@ def calibrate_noise(target_epsilon: float, delta: float, rounds: int, sampler: A
     Args:
       target_epsilon: epsilon of the whole run, positive.
       delta: in (0, 1).
-      rounds: number of rounds.
-      sampler: a `fedasr.data.sampling.Sampler`; its event is what is calibrated.
+      event_of: from a noise multiplier to the `dp_accounting.DpEvent` of the whole run.
+      neighboring_relation: under which the events hold.
 
     Returns:
       The noise multiplier, at least 1e-3.
@@ -219,8 +224,7 @@ def calibrate_noise(target_epsilon: float, delta: float, rounds: int, sampler: A
         raise UserError(f"target_epsilon must be above 0, not {target_epsilon}.")
 
     def reached(noise):
-        event = compose(sampler.event(noise), rounds)
-        return rdp_epsilon(event, delta, sampler.neighboring_relation) <= target_epsilon
+        return rdp_epsilon(event_of(noise), delta, neighboring_relation) <= target_epsilon
 
     low = high = 1.0
     while not reached(high):

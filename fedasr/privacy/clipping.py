@@ -91,6 +91,12 @@ def layer_names(params: Any, layers: Layers = None) -> list[str]:
     return list(_grouping(params, layers).names)
 
 
+def layer_index(params: Any, layers: Layers = None) -> tuple[tuple[int, ...], int]:
+    """The layer of every leaf of `params`, in the order of `ClipState.norms`, and their number."""
+    grouping = _grouping(params, layers)
+    return grouping.index, len(grouping.names)
+
+
 def layer_bounds(
     params: Any, clip_norm: float, budget: Budget = "uniform", layers: Layers = None
 ) -> np.ndarray:

@@ -13,52 +13,72 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedasr.data.sampling import PoissonSampler, Sampler
+from fedasr.data.sampling import Sampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting, clipping
+from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales, clip_scaled
+from fedasr.privacy.correlated import Correlation, sensitivity
+
+# Folded into the noise's key for the noise on counts of clipped users; updates are never so many.
+_COUNTS = 0xFFFFFFFF
 
 
 class NoiseState(NamedTuple):
-    """Number of updates noised so far: an int32 scalar, which is all that a resume needs."""
+    """count: int32 scalar, updates noised so far. buffers: of correlated noise, else empty."""
 
     count: chex.Array
+    buffers: Any = ()
 
 
-def add_gaussian_noise(std: float, key: chex.PRNGKey) -> optax.GradientTransformation:
-    """Adds N(0, std^2) to every element, once per update, fresh for every update.
+def add_gaussian_noise(
+    std: float, key: chex.PRNGKey, correlation: Correlation | None = None
+) -> optax.GradientTransformation:
+    """Adds Gaussian noise to every element, once per update, fresh for every update.
 
-    The noise of update t on leaf i has key fold_in(fold_in(key, t), i): it depends on nothing but
-    the key and the state, so a run resumed from a saved state draws what it would have drawn. It
-    is drawn and added in float32.
+    The fresh noise of update t on leaf i, N(0, std^2), has key fold_in(fold_in(key, t), i): it
+    depends on nothing but the key and the state, so a run resumed from a saved state draws what it
+    would have drawn. It is drawn and added in float32.
 
     Args:
-      std: standard deviation; 0 adds nothing.
+      std: standard deviation of the fresh noise z; 0 adds nothing.
       key: a JAX random key, used for nothing else.
+      correlation: None adds z itself, otherwise the rows of C^-1 z (see `Correlation`).
 
     Returns:
       A transformation whose state is `NoiseState`.
     """
     if not (math.isfinite(std) and std >= 0):
         raise UserError(f"The noise's standard deviation must be finite and >= 0, not {std}.")
+    inverse = correlation.inverse() if correlation is not None and std > 0 else None
 
     def init(params):
-        del params
-        return NoiseState(jnp.zeros((), jnp.int32))
+        buffers = ()
+        if inverse is not None:
+            like = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in jax.tree.leaves(params)]
+            buffers = inverse.init_multiply(like)
+        return NoiseState(jnp.zeros((), jnp.int32), buffers)
 
     def update(updates, state, params=None):
         del params
+        buffers = state.buffers
         if std > 0:
             round_key = jax.random.fold_in(key, state.count)
             leaves, treedef = jax.tree.flatten(updates)
-            noisy = [
-                leaf.astype(jnp.float32)
-                + std * jax.random.normal(jax.random.fold_in(round_key, i), leaf.shape, jnp.float32)
+            noise = [
+                std * jax.random.normal(jax.random.fold_in(round_key, i), leaf.shape, jnp.float32)
                 for i, leaf in enumerate(leaves)
             ]
+            if inverse is not None:
+                # The accelerators' faster products are not exact enough to take noise back.
+                with jax.default_matmul_precision("highest"):
+                    noise, buffers = inverse.multiply_next(noise, buffers)
             updates = treedef.unflatten(
-                [new.astype(old.dtype) for new, old in zip(noisy, leaves, strict=True)]
+                [
+                    (leaf.astype(jnp.float32) + z).astype(leaf.dtype)
+                    for leaf, z in zip(leaves, noise, strict=True)
+                ]
             )
-        return updates, NoiseState(optax.safe_increment(state.count))
+        return updates, NoiseState(optax.safe_increment(state.count), buffers)
 
     return optax.GradientTransformation(init, update)
 
@@ -78,10 +98,15 @@ class Mechanism:
         `clipping.clip_layers`).
       weighting: "uniform", or "examples" to weigh users by their number of examples; the mean is
         then over the realised weights, which is possible without noise only.
+      correlation: None for fresh noise every round, or how the rounds' noise hangs together; the
+        noise multiplier is then that of the fresh noise it is made from.
+      adaptive: None for fixed bounds, or how they follow the updates' norms (`clip_norm` and
+        `budget` are then where they begin).
 
     Raises:
-      UserError: if an argument is out of range, or noise is asked for without a clip norm or with
-        weights (it could not be scaled to what one user can change).
+      UserError: if an argument is out of range, noise is asked for without a clip norm or with
+        weights (it could not be scaled to what one user can change), or no accountant knows the
+        combination of sampler and correlation.
     """
 
     clip_norm: float
@@ -91,6 +116,8 @@ class Mechanism:
     layers: clipping.Layers = None
     normalise: bool = False
     weighting: str = "uniform"
+    correlation: Correlation | None = None
+    adaptive: AdaptiveClip | None = None
 
     def __post_init__(self):
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -108,7 +135,34 @@ class Mechanism:
             )
         if self.normalise and (self.budget == "global" or self.clip_norm == math.inf):
             raise UserError("normalise needs a per-layer budget and a finite clip_norm.")
+        if self.adaptive is not None and (self.normalise or self.clip_norm == math.inf):
+            raise UserError("Adaptive clipping needs a finite clip_norm, and not normalise.")
+        if (
+            self.adaptive is not None
+            and self.noise_multiplier
+            and not (self.adaptive.noise_multiplier)
+        ):
+            raise UserError("The counts that adapt the clipping need noise of their own.")
+        self._check_correlation()
         self.client_transform()  # raises for an unusable clip_norm or budget
+
+    def _check_correlation(self) -> None:
+        """Amplification by sampling is known for bands no wider than the users' separation."""
+        correlation, sampler = self.correlation, self.sampler
+        if correlation is None or not sampler.amplifies:
+            return
+        nearest = "take users in turn, without amplification (ShuffledSampler, 'shuffled')"
+        if correlation.bands is None:
+            raise UserError(
+                f"No accountant knows {correlation.description} noise under {sampler.description} "
+                f"sampling: {nearest}, or use banded noise with cyclic Poisson sampling."
+            )
+        if correlation.bands > sampler.separation:
+            raise UserError(
+                f"{correlation.description} noise needs users at least {correlation.bands} rounds "
+                f"apart, {sampler.description} sampling has them {sampler.separation} apart: use "
+                f"Poisson sampling with cycle={correlation.bands}, or {nearest}."
+            )
 
     @property
     def sigma(self) -> float:
@@ -120,15 +174,30 @@ class Mechanism:
         """Standard deviation C * sigma_DP of the noise on every element of the mean."""
         return self.clip_norm * self.sigma if self.noise_multiplier else 0.0
 
+    @property
+    def description(self) -> str:
+        """Sampling, and noise where it is correlated, in words."""
+        if self.correlation is None:
+            return self.sampler.description
+        return f"{self.sampler.description}; {self.correlation.description} noise"
+
     def client_transform(self) -> optax.GradientTransformation:
-        """Clipping of one client's update, with state `clipping.ClipState`."""
+        """Clipping of one client's update, with state `clipping.ClipState`.
+
+        With adaptive bounds `init` takes an `adaptive.ClientView` and the state has their scales;
+        the clipped update is in units of the scales (see `adaptive.clip_scaled`).
+        """
         if self.clip_norm == math.inf:
             return clipping.no_clip(layers=self.layers)
         if self.budget == "global":
-            return clipping.clip_global(self.clip_norm, layers=self.layers)
-        return clipping.clip_by_layer(
-            self.clip_norm, self.budget, layers=self.layers, normalise=self.normalise
-        )
+            clip = clipping.clip_global(self.clip_norm, layers=self.layers)
+        else:
+            clip = clipping.clip_by_layer(
+                self.clip_norm, self.budget, layers=self.layers, normalise=self.normalise
+            )
+        if self.adaptive is None:
+            return clip
+        return clip_scaled(clip, self.layers)
 
     def server_transform(self, key: chex.PRNGKey) -> optax.GradientTransformation:
         """From the SUM of clipped updates to the noised mean.
@@ -136,17 +205,59 @@ class Mechanism:
         The sum is divided by the EXPECTED cohort size: dividing by the realised one would make the
         sensitivity depend on who takes part. Noise of std C * sigma_DP follows, exactly once.
 
+        Adaptive bounds are moved last, by the extra arguments `clipped` and `clients` of `update`
+        (see `adaptive.adapt_scales`).
+
         Args:
           key: a JAX random key for the noise of the whole run, used for nothing else.
         """
-        return optax.chain(
+        steps = [
             optax.scale(1 / self.sampler.expected_cohort),
-            add_gaussian_noise(self.noise_std, key),
-        )
+            add_gaussian_noise(self.noise_std, key, self.correlation),
+        ]
+        if self.adaptive is not None:
+            steps.append(
+                adapt_scales(
+                    self.adaptive,
+                    self.sampler.expected_cohort,
+                    jax.random.fold_in(key, _COUNTS),
+                    self.layers,
+                    shared=self.budget == "global",
+                )
+            )
+        return optax.chain(*steps)
 
     def event(self, rounds: int) -> Any:
-        """The `dp_accounting.DpEvent` of the whole run."""
-        return accounting.compose(self.sampler.event(self.noise_multiplier), rounds)
+        """The `dp_accounting.DpEvent` of the whole run.
+
+        Counts of clipped users, where they are taken, are answered about the same users as the sum:
+        the two are one Gaussian query whose squared sensitivities add up. Correlated noise is
+        either a subsampled event for every turn of a user (bands no wider than the separation
+        keep the turns apart, arXiv 2306.08153) or, without chance, one Gaussian event for all of
+        a user's turns together.
+        """
+        turns = self.sampler.participations(rounds)
+        sum_noise = self.noise_multiplier
+        count_noise = math.inf if self.adaptive is None else self.adaptive.noise_multiplier
+        if self.correlation is None or self.sampler.amplifies or rounds == 0:
+            event = self.sampler.event(_joint(sum_noise, count_noise))
+            return accounting.compose(event, turns)
+        changed = sensitivity(self.correlation, rounds, self.sampler.separation, turns)
+        return self.sampler.event(_joint(sum_noise / changed, count_noise / math.sqrt(turns)))
+
+    def calibrated(self, target_epsilon: float, delta: float, rounds: int) -> "Mechanism":
+        """The same mechanism with the noise that gives `target_epsilon` by Rényi DP.
+
+        Raises:
+          UserError: if no noise does.
+        """
+        noise = accounting.calibrate_noise(
+            target_epsilon,
+            delta,
+            lambda z: dataclasses.replace(self, noise_multiplier=z).event(rounds),
+            self.sampler.neighboring_relation,
+        )
+        return dataclasses.replace(self, noise_multiplier=noise)
 
     def epsilon(self, rounds: int, delta: float) -> accounting.Epsilon:
         """Epsilon of the whole run at `delta` (see `accounting.epsilon`)."""
@@ -154,22 +265,36 @@ class Mechanism:
             self.event(rounds),
             delta,
             self.sampler.neighboring_relation,
-            self.sampler.description,
+            self.description,
         )
 
     def deployed(self, cohort: float, population: int) -> "Mechanism":
         """The deployment that a small simulation stands for: same sigma_DP and clip, larger cohort.
 
         The mean of `cohort` clients gets the noise that the simulation's mean got, so that training
-        goes alike, while the noise multiplier grows to sigma_DP * cohort. Sampling is Poisson with
-        the default number of slots, whose truncation is part of the event.
+        goes alike, while the noise multiplier grows to sigma_DP * cohort. See `Sampler.deployed`
+        for the sampling.
 
         Args:
           cohort: expected number of users per round.
           population: number of users.
         """
+        adaptive = self.adaptive
+        if adaptive is not None:
+            growth = cohort / self.sampler.expected_cohort
+            adaptive = dataclasses.replace(
+                adaptive, noise_multiplier=adaptive.noise_multiplier * growth
+            )
         return dataclasses.replace(
             self,
             noise_multiplier=self.sigma * cohort,
-            sampler=PoissonSampler(population, cohort, seed=0),
+            sampler=self.sampler.deployed(cohort, population),
+            adaptive=adaptive,
         )
+
+
+def _joint(*noise_multipliers: float) -> float:
+    """The noise multiplier of several Gaussian queries about the same user, answered together."""
+    if min(noise_multipliers) == 0:
+        return 0.0
+    return 1 / math.sqrt(sum(z**-2 for z in noise_multipliers))

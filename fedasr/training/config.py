@@ -107,8 +107,20 @@ def default_config() -> ConfigDict:
     # False: clip; True: rescale every layer as the paper's public code does.
     config.privacy.normalise = False
     config.privacy.sigma = 1e-5
-    config.privacy.sampler = "poisson"  # or "fixed"
-    config.privacy.slots = 0  # largest cohort; 0: mean + 7 standard deviations
+    # "poisson"; "fixed": so many without replacement; "shuffled": in turn; "everyone": cohort=0.
+    config.privacy.sampler = "poisson"
+    config.privacy.slots = 0  # largest Poisson cohort; 0: mean + 7 standard deviations
+    config.privacy.cycle = 1  # groups of users that Poisson sampling takes in turn
+    # "independent" from round to round, or correlated: "banded" or "buffered" (linear Toeplitz).
+    config.privacy.noise = "independent"
+    config.privacy.bands = 0  # 0: as many as rounds lie between a user's turns, at most 32
+    config.privacy.buffers = 2
+    config.privacy.adaptive = ConfigDict()  # bounds that follow a quantile of the update norms
+    config.privacy.adaptive.enabled = False
+    config.privacy.adaptive.quantile = 0.5
+    config.privacy.adaptive.rate = 0.2
+    # Noise on the mean of the users' votes over what one user changes in their sum.
+    config.privacy.adaptive.sigma = 0.1
     config.privacy.delta = 1e-9
     # Deployments that the run stands for: (cohort, population) with the same sigma.
     config.privacy.deployments = ((1024, 1_000_000),)

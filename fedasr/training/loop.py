@@ -33,7 +33,6 @@ from fedasr.data.corpus import (
     read_metadata,
     shared_users,
 )
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from fedasr.errors import UserError
 from fedasr.federated.client import local_training
 from fedasr.federated.server import ServerState, constant_then_exponential, make_optimizer
@@ -41,6 +40,7 @@ from fedasr.federated.simulation import RoundMetrics, Simulation
 from fedasr.models.recogniser import ARRAYS, Recogniser, make_recogniser
 from fedasr.privacy import accounting, clipping
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.settings import make_mechanism, make_sampler
 from fedasr.text import CharTokenizer, tokenizer_for
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import Checkpointer, restore_params
@@ -79,40 +79,6 @@ class Totals:
         if not compiled:
             self.timed_steps += metrics.steps
             self.timed_seconds += metrics.seconds
-
-
-def make_sampler(config: Mapping[str, Any], population: int) -> Sampler:
-    """The sampler that `config["privacy"]["sampler"]` names, over `population` users.
-
-    Raises:
-      UserError: for an unknown name or a cohort larger than the population.
-    """
-    name, cohort, seed = config["privacy"]["sampler"], config["cohort"], config["seed"]
-    if cohort > population:
-        raise UserError(
-            f"cohort={cohort} is more than the {population} users of the training split"
-        )
-    if name == "poisson":
-        return PoissonSampler(population, cohort, seed, slots=config["privacy"]["slots"] or None)
-    if name == "fixed":
-        return FixedSizeSampler(population, cohort, seed)
-    raise UserError(f"privacy.sampler={name!r} is unknown: choose 'poisson' or 'fixed'")
-
-
-def make_mechanism(config: Mapping[str, Any], sampler: Sampler) -> Mechanism:
-    """The privacy mechanism of a configuration; without privacy, neither clipping nor noise."""
-    privacy, weighting = config["privacy"], config["client"]["weighting"]
-    if not privacy["enabled"]:
-        return Mechanism(math.inf, "global", 0.0, sampler, weighting=weighting)
-    multiplier = privacy["sigma"] * sampler.expected_cohort
-    return Mechanism(
-        privacy["clip_norm"],
-        privacy["budget"],
-        multiplier,
-        sampler,
-        normalise=privacy["normalise"],
-        weighting=weighting,
-    )
 
 
 def build_recogniser(config: Mapping[str, Any], augmented: bool = True) -> Recogniser:
@@ -424,11 +390,25 @@ def describe_privacy(
         "sigma": mechanism.sigma,
         "noise_multiplier": mechanism.noise_multiplier,
         "delta": privacy["delta"],
+        **_noise(mechanism, params),
         "layer_bounds": bounds,
         "not_covered": _not_covered(config),
         **_figure(spent),
         "extrapolations": extrapolations,
     }
+
+
+def _noise(mechanism: Mechanism, params: Any) -> dict[str, Any]:
+    """How the noise hangs together over rounds, what remembering it costs, and adaptive bounds."""
+    correlation, adaptive = mechanism.correlation, mechanism.adaptive
+    size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    described = {
+        "noise": "independent" if correlation is None else correlation.description,
+        "noise_state_bytes": 0 if correlation is None else correlation.buffers * size,
+    }
+    if adaptive is not None:
+        described["adaptive"] = dataclasses.asdict(adaptive)
+    return described
 
 
 def _not_covered(config: Mapping[str, Any]) -> list[str]:
@@ -492,7 +472,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         size = sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(shapes))
         summary |= {
             "rounds": config["rounds"],
-            "cohort": config["cohort"],
+            "cohort": config["cohort"] or population,
             "chunk": config["chunk"],
             "bytes_per_client": {"down": size, "up": size},
             "privacy": describe_privacy(mechanism, config, config["rounds"], shapes),
@@ -852,7 +832,7 @@ class _Run:
                 "algorithm": config["algorithm"],
                 "rounds": int(state.round) if federated else 0,
                 "central_steps": self.seed_steps + (0 if federated else int(state.round)),
-                "cohort": config["cohort"] if federated else None,
+                "cohort": config["cohort"] or len(self.data.train.users) if federated else None,
                 "population": len(self.data.train.users),
                 "parameters": sum(x.size for x in leaves),
                 "wer": {split: rates["wer"] for split, rates in final.items()},
@@ -887,9 +867,21 @@ def _record(metrics: RoundMetrics, names: Sequence[str]) -> dict[str, Any]:
         "client_steps": metrics.steps,
         "update_norm": dict(zip(names, norms, strict=True)),
         "clipped_share": dict(zip(names, clipped, strict=True)),
+        **_scales(metrics, names),
         "seconds": {"round": metrics.seconds, "data": metrics.waiting},
         "padding_fraction": metrics.padding.fraction,
         "invalid_client_updates": metrics.invalid,
+    }
+
+
+def _scales(metrics: RoundMetrics, names: Sequence[str]) -> dict[str, Any]:
+    scales = metrics.clip_scales
+    if not len(scales):
+        return {}
+    return {
+        "clip_scale": dict(
+            zip(names, scales, strict=True) if len(scales) > 1 else [("all", scales[0])]
+        )
     }
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 import time
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 from fedasr.errors import UserError
 
 SAMPLERS = [PoissonSampler(50, 10, seed=3), FixedSizeSampler(50, 10, seed=3)]
@@ -121,7 +122,7 @@ def test_events_state_the_sampling():
     assert fixed.event(1.5) == dp_accounting.SampledWithoutReplacementDpEvent(
         1000,
         50,
-        dp_accounting.GaussianDpEvent(0.75),  # replacing a user moves the sum by 2C
+        dp_accounting.GaussianDpEvent(1.5),  # a user replaced by nothing moves the sum by C
     )
     relation = dp_accounting.NeighboringRelation
     assert poisson.neighboring_relation == relation.ADD_OR_REMOVE_ONE
@@ -131,6 +132,70 @@ def test_events_state_the_sampling():
         with pytest.raises(UserError, match="noise_multiplier"):
             sampler.event(-1.0)
     assert "70" in poisson.description and "without replacement" in fixed.description
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.data(), st.integers(0, 5), st.integers(0, 40))
+def test_shuffled_users_take_turns_as_far_apart_as_stated(population, data, seed, rounds):
+    cohort = data.draw(st.integers(1, population))
+    sampler = ShuffledSampler(population, cohort, seed)
+    turns = {user: [] for user in range(population)}
+    for round in range(rounds):
+        users = sampler.cohort(round).tolist()
+        assert users == sorted(set(users)) and len(users) == cohort == sampler.slots
+        for user in users:
+            turns[user].append(round)
+    assert max(map(len, turns.values())) == sampler.participations(rounds)
+    assert max(map(len, turns.values())) - min(map(len, turns.values())) <= 1
+    gaps = [b - a for rounds in turns.values() for a, b in itertools.pairwise(rounds)]
+    assert min(gaps, default=sampler.separation) >= sampler.separation
+    if rounds > 2 * (population // cohort + 1):
+        assert min(gaps) == sampler.separation  # no more is claimed than is needed
+
+
+def test_shuffled_order_is_the_seeds_and_everyone_is_everyone():
+    orders = [
+        np.concatenate([ShuffledSampler(40, 4, seed=s).cohort(r) for r in range(10)]).tolist()
+        for s in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == list(range(40)) != orders[0]
+    everyone = ShuffledSampler(7, 7, seed=3)
+    assert everyone.cohort(5).tolist() == list(range(7))
+    assert everyone.separation == 1 and everyone.participations(5) == 5
+    assert everyone.description == "everyone in every round"
+
+
+def test_cyclic_poisson_samples_each_user_in_its_own_turn_only():
+    sampler = PoissonSampler(50, 6, seed=0, cycle=4)  # 50 users in groups of 12 and 13
+    rounds = 4000
+    seen = np.zeros((4, 50), int)
+    for round in range(rounds):
+        users = sampler.cohort(round)
+        assert len(set(users.tolist())) == len(users)
+        seen[round % 4, users] += 1
+    groups = (seen > 0).sum(axis=0)
+    assert groups.tolist() == [1] * 50  # everybody in exactly one of the groups
+    assert sorted((seen > 0).sum(axis=1).tolist()) == [12, 12, 13, 13]
+    q = sampler.sampling_probability
+    assert q == 6 * 4 / 50
+    opportunities = rounds / 4
+    frequencies = seen.sum(axis=0) / opportunities
+    assert np.abs(frequencies - q).max() < 5 * math.sqrt(q * (1 - q) / opportunities)
+    assert sampler.separation == 4
+    assert [sampler.participations(t) for t in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert sampler.event(1.5).dataset_size == 13
+    assert sampler.event(1.5).sampling_probability == q
+    plain = PoissonSampler(50, 6, seed=0)
+    assert plain.separation == 1 and plain.participations(9) == 9
+
+
+def test_deployments_keep_the_kind_of_sampling():
+    assert PoissonSampler(50, 6, 1, cycle=4).deployed(100, 10**4) == PoissonSampler(
+        10**4, 100, 0, cycle=4
+    )
+    assert ShuffledSampler(50, 6, 1).deployed(100, 10**4) == ShuffledSampler(10**4, 100, 0)
+    assert FixedSizeSampler(50, 6, 1).deployed(100, 10**4) == PoissonSampler(10**4, 100, 0)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +208,12 @@ def test_events_state_the_sampling():
         (lambda: PoissonSampler(10, math.nan, seed=0), "expected_cohort"),
         (lambda: PoissonSampler(10, 5, seed=-1), "seed"),
         (lambda: PoissonSampler(10, 5, seed=0, slots=4), "slots"),
+        (lambda: PoissonSampler(10, 5, seed=0, cycle=3), "3 groups"),
+        (lambda: PoissonSampler(10, 1, seed=0, cycle=0), "cycle"),
+        (lambda: PoissonSampler(10, 1, seed=0, cycle=1.5), "cycle"),
+        (lambda: ShuffledSampler(10, 11, seed=0), "cohort_size"),
+        (lambda: ShuffledSampler(10, 0, seed=0), "cohort_size"),
+        (lambda: ShuffledSampler(10, 2, seed=0).cohort(-1), "round"),
         (lambda: FixedSizeSampler(10, 11, seed=0), "cohort_size"),
         (lambda: FixedSizeSampler(10, 0, seed=0), "cohort_size"),
         (lambda: FixedSizeSampler(10, 2.5, seed=0), "cohort_size"),

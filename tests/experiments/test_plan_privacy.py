@@ -109,5 +109,5 @@ def test_the_smallest_population_is_enough_and_less_is_not():
 def test_mistakes(how, message):
     with pytest.raises(UserError, match=message):
         plan_privacy.plan(100, 1000, 10, 1e-6, **how)
-    with pytest.raises(UserError, match="at most the population"):
+    with pytest.raises(UserError, match="cohort=100 is more than the 50 users"):
         plan_privacy.plan(100, 50, 10, 1e-6, sigma=1e-3)

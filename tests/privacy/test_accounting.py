@@ -6,9 +6,10 @@ import pytest
 from dp_accounting import pld, rdp
 from scipy import optimize, stats
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting
+from fedasr.privacy.mechanism import Mechanism
 
 ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 REPLACE = dp_accounting.NeighboringRelation.REPLACE_ONE
@@ -96,16 +97,18 @@ def test_the_renyi_bound_of_truncated_rounds_covers_the_exact_divergence():
 
 
 def test_known_figures():
-    """The published setting of 34,753 users: Poisson 7.2 (Rényi) or 6.8, fixed size 43.7.
+    """The published setting of 34,753 users: Poisson 7.2 (Rényi) or 6.8, fixed size 15.5.
 
-    Fixed size would be 15.5 if replacing a user moved the sum by C instead of 2C.
+    Against replacing a user by any other, which moves the sum by 2C, fixed size has 43.7.
     """
     got = of_sampler(PoissonSampler(34753, 1024, seed=0), 1.43, 2000)
     np.testing.assert_allclose([got.epsilon_rdp, got.epsilon_pld], [7.2, 6.8], atol=0.05)
     fixed = of_sampler(FixedSizeSampler(34753, 1024, seed=0), 1.43, 2000)
-    np.testing.assert_allclose(fixed.epsilon, 43.7, atol=0.1)
-    doubled = of_sampler(FixedSizeSampler(34753, 1024, seed=0), 2 * 1.43, 2000)
-    np.testing.assert_allclose(doubled.epsilon, 15.5, atol=0.05)
+    np.testing.assert_allclose(fixed.epsilon, 15.5, atol=0.05)
+    halved = of_sampler(FixedSizeSampler(34753, 1024, seed=0), 1.43 / 2, 2000)
+    np.testing.assert_allclose(halved.epsilon, 43.7, atol=0.1)
+    cramped = of_sampler(PoissonSampler(34753, 1024, seed=0, slots=1050), 1.43, 2000)
+    assert cramped.epsilon > 1.5 * got.epsilon
     assert fixed.accountant == "RDP" and fixed.epsilon_pld is None
     by_hand = rdp.RdpAccountant(range(2, 65), REPLACE)
     by_hand.compose(FixedSizeSampler(34753, 1024, seed=0).event(1.43), 2000)
@@ -113,16 +116,18 @@ def test_known_figures():
 
 
 @pytest.mark.parametrize("noise", [1.0, 2.0, 5.0])
-def test_everyone_in_one_round_is_the_gaussian_mechanism_at_sensitivity_two(noise):
+def test_everyone_in_one_round_is_the_gaussian_mechanism(noise):
     """Balle and Wang, 2018, theorem 8: the exact delta of the Gaussian mechanism."""
 
     def exact_delta(epsilon):
-        half, shift = 1 / noise, epsilon * noise / 2  # sensitivity 2 over noise z
+        half, shift = 1 / (2 * noise), epsilon * noise  # sensitivity 1 over noise z
         return stats.norm.cdf(half - shift) - np.exp(epsilon) * stats.norm.cdf(-half - shift)
 
     exact = optimize.brentq(lambda epsilon: exact_delta(epsilon) - 1e-6, 1e-3, 100)
     got = of_sampler(FixedSizeSampler(100, 100, seed=0), noise, 1, delta=1e-6)
     assert exact <= got.epsilon <= 1.15 * exact
+    got = of_sampler(ShuffledSampler(100, 100, seed=0), noise, 1, delta=1e-6)
+    assert got.epsilon == got.epsilon_pld == pytest.approx(exact, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -169,22 +174,23 @@ def test_epsilon_falls_with_noise_and_rises_with_rounds():
     "sampler", [PoissonSampler(10**6, 1024, seed=0), FixedSizeSampler(10**4, 20, seed=0)]
 )
 def test_calibration_meets_the_target(sampler):
-    z = accounting.calibrate_noise(8.0, DELTA, 100, sampler)
+    def event(noise):
+        return accounting.compose(sampler.event(noise), 100)
 
     def at(noise):
-        event = accounting.compose(sampler.event(noise), 100)
-        return accounting.rdp_epsilon(event, DELTA, sampler.neighboring_relation)
+        return accounting.rdp_epsilon(event(noise), DELTA, sampler.neighboring_relation)
 
+    z = accounting.calibrate_noise(8.0, DELTA, event, sampler.neighboring_relation)
     assert at(z) <= 8.0 < at(z * (1 - 2e-4))
 
 
 def test_calibration_gives_up_with_advice(monkeypatch):
     monkeypatch.setattr(accounting, "_MAX_NOISE", 16.0)
-    cramped = PoissonSampler(100, 50, seed=0, slots=50)
+    cramped = Mechanism(1.0, "global", 1.0, PoissonSampler(100, 50, seed=0, slots=50))
     with pytest.raises(UserError, match="slots"):
-        accounting.calibrate_noise(1e-9, 1e-12, 1000, cramped)
+        cramped.calibrated(1e-9, 1e-12, 1000)
     with pytest.raises(UserError, match="target_epsilon"):
-        accounting.calibrate_noise(0.0, 1e-9, 10, cramped)
+        cramped.calibrated(0.0, 1e-9, 10)
 
 
 def test_mistakes_are_user_errors():

@@ -1,0 +1,87 @@
+"""From the fields of a configuration to the objects that run and account for it."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
+from fedasr.errors import UserError
+from fedasr.privacy.adaptive import AdaptiveClip
+from fedasr.privacy.correlated import BandedNoise, BufferedNoise, Correlation
+from fedasr.privacy.mechanism import Mechanism
+
+
+def make_sampler(config: Mapping[str, Any], population: int) -> Sampler:
+    """The sampler that `config["privacy"]["sampler"]` names, over `population` users.
+
+    Raises:
+      UserError: for an unknown name or a cohort larger than the population.
+    """
+    privacy, cohort, seed = config["privacy"], config["cohort"], config["seed"]
+    name = privacy["sampler"]
+    if privacy["cycle"] != 1 and name != "poisson":
+        raise UserError(f"privacy.cycle is of sampler 'poisson', not of {name!r}")
+    if name == "everyone":
+        if cohort not in (0, population):
+            raise UserError(f"privacy.sampler='everyone' has cohort=0 or {population}, all users")
+        return ShuffledSampler(population, population, seed)
+    if cohort > population:
+        raise UserError(
+            f"cohort={cohort} is more than the {population} users of the training split"
+        )
+    if name == "poisson":
+        slots = privacy["slots"] or None
+        return PoissonSampler(population, cohort, seed, slots, privacy["cycle"])
+    if name == "fixed":
+        return FixedSizeSampler(population, cohort, seed)
+    if name == "shuffled":
+        return ShuffledSampler(population, cohort, seed)
+    raise UserError(
+        f"privacy.sampler={name!r} is unknown: choose 'poisson', 'fixed', 'shuffled' or 'everyone'"
+    )
+
+
+def make_correlation(config: Mapping[str, Any], sampler: Sampler) -> Correlation | None:
+    """The correlation of the noise that `config["privacy"]["noise"]` names.
+
+    Raises:
+      UserError: for an unknown name, or bands or buffers out of range.
+    """
+    privacy, rounds = config["privacy"], config["rounds"]
+    name = privacy["noise"]
+    if name == "independent":
+        return None
+    if name == "banded":
+        bands = privacy["bands"] or min(sampler.separation, 32, rounds)
+        return BandedNoise(bands, rounds)
+    if name == "buffered":
+        turns = sampler.participations(rounds)
+        return BufferedNoise(privacy["buffers"], rounds, sampler.separation, turns)
+    raise UserError(
+        f"privacy.noise={name!r} is unknown: choose 'independent', 'banded' or 'buffered'"
+    )
+
+
+def make_mechanism(config: Mapping[str, Any], sampler: Sampler) -> Mechanism:
+    """The privacy mechanism of a configuration; without privacy, neither clipping nor noise."""
+    privacy, weighting = config["privacy"], config["client"]["weighting"]
+    if not privacy["enabled"]:
+        return Mechanism(math.inf, "global", 0.0, sampler, weighting=weighting)
+    multiplier = privacy["sigma"] * sampler.expected_cohort
+    return Mechanism(
+        privacy["clip_norm"],
+        privacy["budget"],
+        multiplier,
+        sampler,
+        normalise=privacy["normalise"],
+        weighting=weighting,
+        correlation=make_correlation(config, sampler),
+        adaptive=_adaptive(privacy["adaptive"], sampler),
+    )
+
+
+def _adaptive(settings: Mapping[str, Any], sampler: Sampler) -> AdaptiveClip | None:
+    if not settings["enabled"]:
+        return None
+    noise = settings["sigma"] * sampler.expected_cohort
+    return AdaptiveClip(noise, settings["quantile"], settings["rate"])
