@@ -1,0 +1,144 @@
+"""No random key is used twice: not by two rounds, leaves, devices, clients, nor after a resume.
+
+The keys are those that the code under test really uses: `jax.random.normal` is replaced by a
+function that returns the key's own 64 bits, as four numbers below 2^16, and a client's update is
+made of the key that it gets and of those that its loss gets.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedasr.data.batching import LocalBatches
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.data.sampling import FixedSizeSampler
+from fedasr.federated.client import local_training, take_batch
+from fedasr.federated.simulation import Simulation
+from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
+
+SEED, USERS, STEPS = 5, 4, 3
+
+
+def digits(key):
+    """The bits of a key as float32 [4], exactly."""
+    data = jax.random.key_data(key)
+    return jnp.concatenate([data & 0xFFFF, data >> 16]).astype(jnp.float32)
+
+
+def distinct(keys):
+    keys = np.asarray(keys).reshape(-1, 4)
+    assert np.all((keys == np.round(keys)) & (keys >= 0) & (keys < 2**16))
+    return len(keys) == len(np.unique(keys, axis=0))
+
+
+@pytest.fixture
+def noise_shows_its_key(monkeypatch):
+    def normal(key, shape, dtype):
+        return jnp.broadcast_to(digits(key), shape).astype(dtype)
+
+    monkeypatch.setattr(jax.random, "normal", normal)
+
+
+def test_no_two_rounds_or_leaves_share_a_key(noise_shows_its_key):
+    """220 rounds times 50 leaves of one shape, at the beginning and at the end of all rounds."""
+    transform = add_gaussian_noise(1.0, jax.random.key(SEED))
+    zeros = {f"leaf{i:02d}": jnp.zeros(4) for i in range(50)}
+    state = transform.init(zeros)
+    counts = jnp.concatenate([jnp.arange(200), 2**31 - 2 - jnp.arange(20)]).astype(jnp.int32)
+
+    def drawn(count):
+        out, after = transform.update(zeros, state._replace(count=count))
+        return jnp.stack(jax.tree.leaves(out)), after.count
+
+    keys, after = jax.vmap(drawn)(counts)
+    assert keys.shape == (220, 50, 4)
+    np.testing.assert_array_equal(after, counts + 1)
+    assert distinct(keys)
+
+
+def gradient_is_the_key(params, batch, key):
+    """Each example has a row of its own: a client's every step shows its key there."""
+    return params["steps"][batch["row"][0]] @ digits(key), {}
+
+
+local = local_training(gradient_is_the_key, optax.sgd(1.0), grad_clip=None)
+
+
+def update_of_keys(params, batches, num_steps, key, max_steps=None, round=0):
+    delta, metrics = local(params, batches, num_steps, key, max_steps, round)
+    user = take_batch(batches, 0)["row"][0] // STEPS
+    return delta | {"users": delta["users"].at[user].set(digits(key))}, metrics
+
+
+def key_simulation(devices):
+    """Updates that hold keys are long: the bound is 1e10, the noise has deviation 1 on the mean."""
+    rows = itertools.count()
+    corpus = InMemoryCorpus({
+        str(user): [{"row": np.int32(next(rows))} for _ in range(STEPS)] for user in range(USERS)
+    })  # fmt: skip
+    mechanism = Mechanism(1e10, "global", USERS * 1e-10, FixedSizeSampler(USERS, USERS, seed=0))
+    return Simulation(
+        corpus,
+        mechanism,
+        update_of_keys,
+        optax.sgd(1.0),
+        LocalBatches(1, epochs=1),
+        seed=SEED,
+        devices=jax.devices()[:devices],
+    )
+
+
+# Beside the rows of users and of their examples there is one that holds noise only.
+KEY_PARAMS = {
+    "steps": np.zeros((USERS * STEPS + 1, 4), np.float32),
+    "twin": np.zeros((1, 4), np.float32),
+    "users": np.zeros((USERS + 1, 4), np.float32),
+}
+
+
+def keys_of(simulation, state, rounds):
+    """Keys of all clients and their steps, and of all noise, by rounds; and the last state."""
+    clients, noise = [], []
+    for _ in range(rounds):
+        ((state, _),) = simulation.run(simulation.place(state._replace(params=KEY_PARAMS)), 1)
+        mean = [-np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
+        noise.append([np.round(leaf[-1]) for leaf in mean])
+        clients.append(np.concatenate([leaf[:-1] - leaf[-1] for leaf in mean]) * USERS)
+    return np.round(clients), np.array(noise), state
+
+
+def test_clients_and_noise_never_share_a_key(noise_shows_its_key):
+    rounds = 4
+    one = key_simulation(1)
+    clients, noise, _ = keys_of(one, one.init(KEY_PARAMS), rounds)
+    assert clients.shape == (rounds, USERS * (STEPS + 1), 4) and noise.shape == (rounds, 3, 4)
+    assert distinct(np.concatenate([clients.reshape(-1, 4), noise.reshape(-1, 4)]))
+
+    # A resumed run, though on two devices, draws what would have come; the noise is added once.
+    *_, state = keys_of(one, one.init(KEY_PARAMS), 1)
+    saved = jax.tree.map(np.array, jax.device_get(state))
+    rest = keys_of(key_simulation(2), saved, rounds - 1)
+    np.testing.assert_array_equal(rest[0], clients[1:])
+    np.testing.assert_array_equal(rest[1], noise[1:])
+
+
+def test_noise_has_the_same_bits_on_one_and_two_devices():
+    corpus = InMemoryCorpus({str(i): [{"x": np.float32(0)}] for i in range(USERS)})
+    mechanism = Mechanism(0.5, "global", 2.0, FixedSizeSampler(USERS, USERS, seed=0))
+    # Updates of zero: the parameters move by the noise only.
+    update = local_training(lambda p, b, k: (0.0 * p["a"].sum(), {}), optax.sgd(1.0))
+    params = {"a": np.zeros((300, 4), np.float32)}
+    results = []
+    for devices in (1, 2):
+        simulation = Simulation(
+            corpus, mechanism, update, optax.sgd(1.0), LocalBatches(1, steps=1), seed=SEED,
+            devices=jax.devices()[:devices],
+        )  # fmt: skip
+        ((state, _),) = simulation.run(simulation.init(params), 1)
+        results.append(np.asarray(state.params["a"]))
+    np.testing.assert_array_equal(*results)
+    assert np.std(results[0]) == pytest.approx(0.25, rel=0.1)  # C z / expected cohort, once
