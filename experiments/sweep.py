@@ -50,6 +50,7 @@ from fedasr.training.logging import write_json_atomic
 
 # Every one of these in a run's folder is the sweep's; the rest is the launcher's.
 LOG_FILE, RECORD_FILE, TABLE_FILE = "sweep.log", "sweep.json", "table.json"
+_DONE = (tables.COMPLETED, tables.DIVERGED)
 _ROOT = Path(__file__).parents[1]
 _REGISTRIES = ("experiments.configs.published", "experiments.configs.mini")
 _PHASES = {tables.STARTS: "starts", tables.FIRST: "phase1", tables.SECOND: "phase2"}
@@ -195,7 +196,7 @@ def read_outcome(folder: Path) -> Outcome:
         if status == tables.DIVERGED and not record.get("refused"):
             return Outcome(tables.DIVERGED, summary)
         return Outcome(tables.FAILED, {}, record["error"])
-    if status in (tables.COMPLETED, tables.DIVERGED):
+    if status in _DONE:
         return Outcome(status, summary)
     return Outcome(tables.UNFINISHED if (folder / "config.json").exists() else tables.MISSING)
 
@@ -217,9 +218,26 @@ def settled(table: Table, place: Place) -> Outcomes:
         outcome = read_outcome(folder)
         record = _read_json(folder / RECORD_FILE)
         same = not record or record.get("of") == _identity(place.flags(table, run))
-        if same and outcome.status in (tables.COMPLETED, tables.DIVERGED):
+        if same and outcome.status in _DONE:
             kept[run.name] = outcome
     return kept
+
+
+def outdated(table: Table, place: Place) -> list[str]:
+    """Finished runs by another command, or by configuration files that have changed since.
+
+    Fields that were fixed by --set then need not be given again.
+    """
+    found = []
+    for run in tables.possible(table):
+        record = _read_json(place.workdir(run) / RECORD_FILE).get("of")
+        if not record or read_outcome(place.workdir(run)).status not in _DONE:
+            continue
+        now = _identity(place.flags(table, run))
+        same_files = record["config_sha256"] == now["config_sha256"]
+        if not same_files or not set(now["flags"]) <= set(record["flags"]):
+            found.append(run.name)
+    return found
 
 
 def _identity(run_flags: Sequence[str]) -> dict[str, Any]:
@@ -406,7 +424,7 @@ def _finish(child: _Child, place: Place) -> Outcome:
     error = ""
     if status:
         error = _last_line(child.log, child.offset) or f"exit status {status}"
-    elif _read_json(summary).get("status") not in (tables.COMPLETED, tables.DIVERGED):
+    elif _read_json(summary).get("status") not in _DONE:
         error = "exit status 0 without a result"
     record = {
         "of": _identity(place.flags(child.table, child.run)),
@@ -745,8 +763,15 @@ def program() -> int | None:
     else:
         for one in results.values():
             print(Path(one["markdown"]).read_text(encoding="utf-8"))
-    for one in results.values():
-        print(f"results: {one['markdown']}", file=sys.stderr)
+    for table in chosen:
+        if old := outdated(table, place):
+            which = f"{', '.join(old[:3])}{' ...' if len(old) > 3 else ''}"
+            print(
+                f"warning: {table.name}: {len(old)} runs are of another command or of older "
+                f"configuration files than the table has now: {which}",
+                file=sys.stderr,
+            )
+        print(f"results: {results[table.name]['markdown']}", file=sys.stderr)
     complete = not any(one["runs"]["failed"] for one in results.values())
     return None if complete or values.action == "collect" else cli.FAILED
 
