@@ -126,8 +126,8 @@ def audit_users(
 
     if config["algorithm"] != "federated" or config["data"]["iid"]:
         raise UserError("--canaries=users audits federated users: algorithm='federated', not iid")
-    if config["client"]["optimizer"] == "adamw":
-        raise UserError("client.optimizer='adamw' moves users without data: choose another")
+    if (optimizer := config["client"]["optimizer"]) in ("adamw", "yogi"):
+        raise UserError(f"client.optimizer={optimizer!r} moves users without data: choose another")
     if config["augment"]["enabled"] and config["augment"]["start_round"]:
         raise UserError("--canaries=users has SpecAugment from the start: augment.start_round=0")
     directory = loop.data_directory(config)
@@ -331,7 +331,11 @@ def _define_flags() -> None:
     flags.DEFINE_integer("trials", None, "Independent runs.", lower_bound=1)
     flags.DEFINE_integer("canary_count", None, "Canaries in each run.", lower_bound=1)
     flags.DEFINE_integer("rounds", None, "Instead of the configuration's.", lower_bound=1)
-    flags.DEFINE_float("delta", None, "Instead of the configuration's; larger ones show more.")
+    flags.DEFINE_float(
+        "delta",
+        None,
+        "Instead of the configuration's; larger ones show more, up to a hundredth of the sampling.",
+    )
     flags.DEFINE_float("confidence", 0.95, "Of the bound.")
     flags.DEFINE_integer("seed", None, "Instead of the configuration's.", lower_bound=0)
     flags.DEFINE_string("plot", None, "Picture of the ROC curves.")

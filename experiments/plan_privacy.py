@@ -8,7 +8,8 @@ arXiv 2310.00098; noise_multiplier is that on the sum, sigma * cohort. Several c
 populations (--cohort=1024,204800) make a table, --plot=FILE.png draws it. With --workdir the
 rounds, delta and sigma are a finished run's, and with --target_epsilon too the answer is, for each
 cohort, the smallest population that gives it. Every figure protects one user with all their data:
-adding or removing the user under Poisson sampling, replacing the user by nothing under any other.
+adding or removing the user under Poisson sampling, replacing the user by any other under fixed-size
+sampling, by nothing where users take turns.
 --sampling, --cycle, --noise, --bands and --buffers are as in a run's configuration.
 """
 
@@ -167,6 +168,16 @@ def read_run(workdir: str) -> dict[str, Any]:
     privacy = summary.get("privacy", {})
     if not privacy.get("enabled") or not privacy.get("sigma"):
         raise UserError(f"--workdir={workdir}: the run had no noise, there is nothing to plan")
+    if privacy.get("noise", "independent") != "independent" or "adaptive" in privacy:
+        raise UserError(
+            f"--workdir={workdir}: only runs with independent noise and fixed bounds are "
+            "extrapolated; the summary's privacy.extrapolations have this run's"
+        )
+    sampling = privacy.get("sampling", "")
+    if "in turn" in sampling or "everyone" in sampling:
+        raise UserError(
+            f"--workdir={workdir}: extrapolations are for Poisson sampling, that run had {sampling}"
+        )
     return {
         "sigma": privacy["sigma"],
         "rounds": summary["rounds"],

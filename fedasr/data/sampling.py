@@ -119,7 +119,8 @@ class PoissonSampler:
       seed: non-negative integer; rounds are independent for one seed.
       slots: bound on a round's users; None for mean + 7 standard deviations (at most population).
       cycle: 1, or b to deal the users into b fixed groups that take turns: round t samples from
-        group t mod b (cyclic Poisson sampling, arXiv 2306.08153), as banded noise needs it.
+        group t mod b (cyclic Poisson sampling, arXiv 2306.08153), as banded noise needs it. Who is
+        in which group is taken to be public and not to depend on who else is there.
 
     Raises:
       UserError: if an argument is out of range.
@@ -224,9 +225,10 @@ class PoissonSampler:
 class FixedSizeSampler:
     """Every round has exactly `cohort_size` different users, drawn uniformly.
 
-    The guarantee is for replacing one user's contributions by nothing while the population and the
-    cohort stay (zero-out), which moves the sum by the clip norm. Replacing them by any others moves
-    it by twice that: for such a guarantee account for half the noise multiplier.
+    The guarantee is for replacing one user by any other, which moves the sum by up to twice the
+    clip norm: a user who is drawn takes the place of another. dp_accounting counts noise in units
+    of that sensitivity, so the event holds half the noise multiplier. (A user replaced by nothing
+    still displaces others, so that no more can be claimed for that by the same theorem.)
 
     Attributes:
       population: number of users.
@@ -273,11 +275,10 @@ class FixedSizeSampler:
 
     @property
     def neighbours(self) -> str:
-        return _ZERO_OUT
+        return "replace one user by any other"
 
     @property
     def neighboring_relation(self) -> Any:
-        """Data sets of one size that differ in one entry; here one of the two is empty."""
         import dp_accounting
 
         return dp_accounting.NeighboringRelation.REPLACE_ONE
@@ -304,7 +305,7 @@ class FixedSizeSampler:
         return dp_accounting.SampledWithoutReplacementDpEvent(
             source_dataset_size=self.population,
             sample_size=self.cohort_size,
-            event=dp_accounting.GaussianDpEvent(noise_multiplier),
+            event=dp_accounting.GaussianDpEvent(noise_multiplier / 2),
         )
 
 

@@ -196,7 +196,8 @@ class Simulation:
             return {}
         if total is None:
             layers = len(layer_names(state.params, self.mechanism.layers))
-            return {"clipped": jnp.zeros(layers), "clients": jnp.float32(0)}
+            nobody = {"clipped": jnp.zeros(layers), "clients": jnp.float32(0)}
+            return jax.device_put(nobody, replicated(self.mesh))
         valid = (total.clients - total.invalid).astype(jnp.float32)
         return {"clipped": total.clipped, "clients": valid}
 

@@ -161,4 +161,9 @@ def adapt_scales(
 
 def scales_of(opt_state: optax.OptState) -> chex.Array:
     """The scales in a server's optimiser state."""
-    return optax.tree.get(opt_state, "scales")
+
+    def ours(path, value):
+        del value
+        return getattr(path[-1], "tuple_name", "") == AdaptiveState.__name__
+
+    return optax.tree.get(opt_state, "scales", filtering=ours)

@@ -6,17 +6,21 @@ publishes, and from how well the guesses do follows a *lower* bound on the epsil
 lower bound above the claimed epsilon proves that the code is not the mechanism (or bad luck, with
 probability 1 - confidence); one below proves nothing.
 
-The attack is the strongest that the claim allows. All other users are known (they contribute zero),
-every round's noisy mean is published, and a canary's update is enormous along a direction of its
-own, so that clipping brings it to exactly the clip norm: one coordinate of every layer belongs to a
-canary, which makes canaries' scores independent and any layer that escapes clipping glaring. Every
-fifth canary has a hundred examples, so that weights would show. Sampling, batching, the cohort's
-sum, clipping, division and noise are those of `fedasr.federated.simulation.Simulation`.
+The attack is a strong one. All other users are known (they contribute zero), every round's noisy
+mean is published, and a canary's update is enormous along a direction of its own, so that clipping
+brings it to exactly the clip norm: one coordinate of every layer belongs to a canary, which makes
+canaries' scores independent and any layer that escapes clipping glaring. Every fifth canary has a
+hundred examples, so that weights would show. Sampling, batching, the cohort's sum, clipping,
+division and noise are those of `fedasr.federated.simulation.Simulation`.
 
-An absent canary is a user whose update is zero. That is how samplers of a fixed number of users
-count absence, and where users are added or removed it comes to the same: the sum is that without
-the user, it is divided by the expected cohort, and the noise does not depend on who is there. (With
-fewer slots than users the absent one still takes a slot, which can only make the audit see less.)
+It is not the strongest: other users could oppose the canary, which matters where a user displaces
+another (fixed-size sampling, few slots), and an attacker could know the turns of users in turn and
+undo the correlation of noise. Nothing of that makes a bound too high.
+
+An absent canary is a user whose update is zero. Where users are added or removed that comes to the
+same as absence: the sum is that without the user, it is divided by the expected cohort, and the
+noise does not depend on who is there. (With fewer slots than users the absent one still takes a
+slot, which can only make the audit see less.) Where they are replaced it is one replacement.
 
 Two ways to bound epsilon, both by jax_privacy:
 
@@ -27,8 +31,9 @@ Two ways to bound epsilon, both by jax_privacy:
   present (Steinke et al., 2023, arXiv 2305.08846). That bound, `strict`, assumes nothing and is
   loose. The one reported takes the trade-off curve to be that of a Gaussian mechanism (Mahloujifar
   et al., 2024, arXiv 2410.22235). That is exact without sampling; with sampling it is an
-  approximation, on the safe side but at false positive rates that few canaries cannot resolve.
-  Several runs with canaries of their own are one larger run.
+  approximation that is wrong where delta comes near the sampling probability q, so delta must be at
+  most q / 100 (at q / 250 it never exceeded the claim of correct code in twenty audits). Several
+  runs with canaries of their own are one larger run.
 
 jax_privacy's `epsilon_from_gdp` is not used: version 2.0.0 takes the absolute value of a negative
 lower bound, and reports an epsilon where there is none.
@@ -341,6 +346,15 @@ def audit_updates(
     _check(method, trials, rounds, delta, confidence)
     if mechanism.noise_multiplier == 0:
         raise UserError("a mechanism without noise claims no epsilon: there is nothing to audit")
+    if mechanism.adaptive is not None:
+        # A canary's zero would vote, too, and scores would change units from round to round.
+        raise UserError("crafted canaries audit fixed bounds: set privacy.adaptive.enabled=False")
+    probability = mechanism.sampler.expected_cohort / mechanism.sampler.population
+    if method == "one_run" and mechanism.sampler.amplifies and delta > probability / 100:
+        raise UserError(
+            f"delta={delta:g} is too near the sampling probability of {probability:.3g} for "
+            f"one_run: choose at most {probability / 100:.2g}, or many_runs"
+        )
     if canaries is None:
         canaries = 1 if method == "many_runs" else min(mechanism.sampler.population, 1000)
     if method == "many_runs" and canaries != 1:

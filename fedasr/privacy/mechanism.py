@@ -49,7 +49,9 @@ def add_gaussian_noise(
     """
     if not (math.isfinite(std) and std >= 0):
         raise UserError(f"The noise's standard deviation must be finite and >= 0, not {std}.")
-    inverse = correlation.inverse() if correlation is not None and std > 0 else None
+    # One band is no correlation, and orbax does not save its empty buffers.
+    correlated = correlation is not None and correlation.bands != 1 and std > 0
+    inverse = correlation.inverse() if correlated else None
 
     def init(params):
         buffers = ()
@@ -238,6 +240,8 @@ class Mechanism:
         """
         turns = self.sampler.participations(rounds)
         sum_noise = self.noise_multiplier
+        if self.correlation is not None and rounds > 0 and self.sampler.amplifies:
+            sum_noise /= sensitivity(self.correlation, rounds, self.sampler.separation, 1)
         count_noise = math.inf if self.adaptive is None else self.adaptive.noise_multiplier
         if self.correlation is None or self.sampler.amplifies or rounds == 0:
             event = self.sampler.event(_joint(sum_noise, count_noise))
@@ -295,6 +299,7 @@ class Mechanism:
 
 def _joint(*noise_multipliers: float) -> float:
     """The noise multiplier of several Gaussian queries about the same user, answered together."""
-    if min(noise_multipliers) == 0:
+    least = min(noise_multipliers)
+    if least == 0:
         return 0.0
-    return 1 / math.sqrt(sum(z**-2 for z in noise_multipliers))
+    return least / math.sqrt(sum((least / z) ** 2 for z in noise_multipliers))

@@ -21,6 +21,8 @@ def make_sampler(config: Mapping[str, Any], population: int) -> Sampler:
     name = privacy["sampler"]
     if privacy["cycle"] != 1 and name != "poisson":
         raise UserError(f"privacy.cycle is of sampler 'poisson', not of {name!r}")
+    if privacy["slots"] and name != "poisson":
+        raise UserError(f"privacy.slots is of sampler 'poisson', not of {name!r}")
     if name == "everyone":
         if cohort not in (0, population):
             raise UserError(f"privacy.sampler='everyone' has cohort=0 or {population}, all users")
@@ -53,6 +55,12 @@ def make_correlation(config: Mapping[str, Any], sampler: Sampler) -> Correlation
         return None
     if name == "banded":
         bands = privacy["bands"] or min(sampler.separation, 32, rounds)
+        if not privacy["bands"] and bands == 1:
+            raise UserError(
+                f"privacy.noise='banded' has nothing to gain: {sampler.description} sampling has "
+                "users one round apart. Set privacy.cycle (Poisson) or sampler='shuffled', or "
+                "privacy.bands"
+            )
         return BandedNoise(bands, rounds)
     if name == "buffered":
         turns = sampler.participations(rounds)

@@ -374,6 +374,7 @@ def describe_privacy(
                 "rounds": rounds,
                 "noise_multiplier": deployed.noise_multiplier,
                 **_figure(figure),
+                "neighbours": deployed.sampler.neighbours,
             }
         )
     bounds = {}
@@ -394,6 +395,7 @@ def describe_privacy(
         "layer_bounds": bounds,
         "not_covered": _not_covered(config),
         **_figure(spent),
+        "neighbours": mechanism.sampler.neighbours,
         "extrapolations": extrapolations,
     }
 
@@ -404,7 +406,7 @@ def _noise(mechanism: Mechanism, params: Any) -> dict[str, Any]:
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     described = {
         "noise": "independent" if correlation is None else correlation.description,
-        "noise_state_bytes": 0 if correlation is None else correlation.buffers * size,
+        "noise_state_bytes": correlation.buffers * size if correlation and mechanism.sigma else 0,
     }
     if adaptive is not None:
         described["adaptive"] = dataclasses.asdict(adaptive)
@@ -620,6 +622,10 @@ class _Run:
                 (until, make_simulation(config, self.data, loss, self.devices))
                 for until, loss in losses
             ]
+            if config["privacy"]["enabled"]:
+                for case in config["privacy"]["deployments"]:
+                    # Raises for one that cannot be, before anything is trained.
+                    self.simulations[0][1].mechanism.deployed(*case)
         self.checkpointer = Checkpointer(workdir / "checkpoints", config["checkpoint"]["keep"])
 
     def _message(self, text: str) -> None:

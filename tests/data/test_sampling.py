@@ -122,7 +122,7 @@ def test_events_state_the_sampling():
     assert fixed.event(1.5) == dp_accounting.SampledWithoutReplacementDpEvent(
         1000,
         50,
-        dp_accounting.GaussianDpEvent(1.5),  # a user replaced by nothing moves the sum by C
+        dp_accounting.GaussianDpEvent(0.75),  # replacing a user moves the sum by 2C
     )
     relation = dp_accounting.NeighboringRelation
     assert poisson.neighboring_relation == relation.ADD_OR_REMOVE_ONE

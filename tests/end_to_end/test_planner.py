@@ -29,5 +29,9 @@ def test_the_program(program, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "1,024" in done.stdout and "9.5" in done.stdout
+    summary["privacy"]["noise"] = "banded, 8 bands"
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    done = program("experiments.plan_privacy", f"--workdir={tmp_path}", "--target_epsilon=3")
+    assert done.returncode == 2 and "independent noise" in done.stderr
     done = program("experiments.plan_privacy", "--workdir=nowhere")
     assert done.returncode == 2 and "no finished run" in done.stderr

@@ -13,6 +13,7 @@ from scipy import stats
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy import auditing
+from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
@@ -30,7 +31,8 @@ def claimed_to_be(cls=Mechanism, *, budget="uniform", sampler=None):
 
 def audit(mechanism, **options):
     options = {"trials": TRIALS, "canaries": CANARIES, "seed": 5, **options}
-    return auditing.audit_updates(mechanism, ROUNDS, DELTA, devices=ONE, **options)
+    delta = options.pop("delta", DELTA)
+    return auditing.audit_updates(mechanism, ROUNDS, delta, devices=ONE, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -287,11 +289,18 @@ def test_roc_curve(tmp_path):
         ({"confidence": 1.0}, "confidence"),
         ({"canaries": 2000}, "do not fit"),
         ({"canaries": 1, "trials": 1}, "by chance"),
+        ({"delta": 0.01}, "too near"),
     ],
 )
 def test_mistakes(options, message):
     with pytest.raises(UserError, match=message):
         audit(claimed_to_be(), **options)
+
+
+def test_adaptive_bounds_are_not_audited():
+    adaptive = dataclasses.replace(claimed_to_be(), adaptive=AdaptiveClip(1.0))
+    with pytest.raises(UserError, match="fixed bounds"):
+        audit(adaptive)
 
 
 def test_without_noise_or_delta_there_is_nothing_to_audit():

@@ -141,8 +141,13 @@ def test_events_without_amplification():
 def test_event_with_amplification_is_that_of_cyclic_sampling():
     sampler = PoissonSampler(300, 10, seed=0, cycle=3)
     event = mechanism(sampler).event(ROUNDS)
-    assert event == dp_accounting.SelfComposedDpEvent(sampler.event(2.0), 3)
-    assert event.event.sampling_probability == 0.1
+    assert event.count == 3
+    assert event.event.noise_multiplier == pytest.approx(2.0)
+    by_hand = sampler.event(event.event.noise_multiplier)
+    assert event.event == by_hand and by_hand.sampling_probability == 0.1
+    half = dataclasses.replace(BANDED)
+    object.__setattr__(half, "coefficients", lambda rounds: 2 * BANDED.coefficients(rounds))
+    assert mechanism(sampler, half).event(ROUNDS).event.noise_multiplier == pytest.approx(1.0)
     assert "banded, 3 bands noise" in mechanism(sampler).epsilon(ROUNDS, 1e-5).sampling
 
 
@@ -184,6 +189,12 @@ def test_calibration_and_deployment_keep_the_correlation():
 def test_mistakes_are_user_errors(make, match):
     with pytest.raises(UserError, match=match):
         make()
+
+
+def test_one_band_is_independent_noise_without_a_memory():
+    one = add_gaussian_noise(1.0, jax.random.key(3), BandedNoise(1, ROUNDS))
+    assert one.init({"a": jnp.zeros(5)}).buffers == ()
+    np.testing.assert_array_equal(noise_of(BandedNoise(1, ROUNDS), 5), noise_of(None, 5))
 
 
 def test_they_can_be_replaced_and_compared():
