@@ -8,7 +8,7 @@ import numpy as np
 
 from fedasr.data.batching import Bucket, eval_batches
 from fedasr.data.corpus import Corpus
-from fedasr.federated.cohort import client_mesh, client_sharding
+from fedasr.federated.cohort import client_mesh, client_sharding, replicated
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.text import CharTokenizer
 from fedasr.training.metrics import ErrorRate, char_errors, word_errors
@@ -34,7 +34,7 @@ class Evaluator:
         tokenizer: CharTokenizer | None = None,
     ) -> None:
         mesh = client_mesh(devices)
-        self._sharding = client_sharding(mesh)
+        self._sharding, self._whole = client_sharding(mesh), replicated(mesh)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._buckets = tuple(buckets)
         self._evaluate = jax.jit(recogniser.evaluate)
@@ -43,6 +43,7 @@ class Evaluator:
     def transcripts(self, params: Any, corpus: Corpus) -> tuple[list[str], list[str], float]:
         """References, hypotheses (in the same order) and the mean loss of alignable utterances."""
         references, hypotheses, losses, count = [], [], 0.0, 0
+        params = jax.device_put(params, self._whole)  # placed otherwise they would compile again
         for batch in eval_batches(corpus, self._buckets, self._batch_size, ARRAYS):
             on_device = jax.device_put(batch, self._sharding)
             tokens, lengths, loss, valid = jax.device_get(self._evaluate(params, on_device))

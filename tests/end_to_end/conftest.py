@@ -56,12 +56,9 @@ def write_recordings(folder: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of a subprocess that imports this checkout; even the quickest compilation is cached."""
+    """Of a subprocess that imports this checkout."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {
-        "PYTHONPATH": path,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    return os.environ | {"PYTHONPATH": path}
 
 
 def launch(module: str, *flags: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -78,9 +75,9 @@ def program():
     return launch
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def program_environment():
-    """The environment that `launch` gives."""
+    """The environment that `launch` gives now: a test may have changed it."""
     return environment()
 
 

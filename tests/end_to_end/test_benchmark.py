@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.slow
 def test_cohort_benchmark_prints_its_figures(program):
@@ -30,7 +32,6 @@ def test_cohort_benchmark_prints_its_figures(program):
 @pytest.mark.slow
 def test_large_benchmark_shrinks_without_an_accelerator(program, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
     done = program("experiments.benchmarks.large", "--steps=1", "--cohort=1", "--json")
     assert done.returncode == 0, done.stderr
     assert "shrunken model" in done.stderr

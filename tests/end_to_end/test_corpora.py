@@ -16,6 +16,8 @@ from fedasr.data.common_voice import CommonVoice
 from fedasr.data.corpus import open_corpus
 from fedasr.data.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DEV_CLEAN = ("dev_clean[:4]", "dev_clean[4:]")  # readers
 
 
@@ -204,8 +206,7 @@ def test_a_killed_preparation_goes_on(recorded, program, program_environment, tm
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_population_benchmark_prints_its_figures(program, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
+def test_population_benchmark_prints_its_figures(program):
     flags = ("--users=500", "--cohort=8", "--rounds=1", "--chunk=1", "--json")
     done = program("experiments.benchmarks.population", *flags)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,6 @@ MOMENTS = {
 def start(monkeypatch):
     """start(config, workdir): `loop.run` in a fresh process, forked from one that has imported."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedasr.training.loop", "orbax.checkpoint", "tensorboardX"])
     processes = []

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NOTEBOOK = Path(__file__).parents[2] / "experiments" / "notebooks" / "quickstart.ipynb"
 
 
@@ -25,7 +27,6 @@ def test_notebook_runs(corpus_dir, program_environment, tmp_path, monkeypatch):
     pytest.importorskip("ipykernel", reason="ipykernel is needed to run the notebook")
     for name, value in program_environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
     monkeypatch.setenv("FEDASR_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("FEDASR_NOTEBOOK_DATA", str(corpus_dir))
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):

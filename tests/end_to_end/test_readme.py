@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {
@@ -93,6 +95,7 @@ def test_console_lines_are_installations_or_programs():
         "experiments.evaluate",
         "experiments.sweep",
         "experiments.plan_privacy",
+        "experiments.audit_privacy",
     }
     for line in console_lines():
         assert line.startswith(("python -m experiments.", "pip install "))
@@ -108,7 +111,9 @@ def test_programs_run(program, recordings, tmp_path):
     manifest = tmp_path / "speech.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    for number, line in enumerate(console_lines()):
+    small = [f"{key}={value}" for key, value in SMALL.items()]  # the last value of a flag counts
+    variations = []  # flags of the lines that change the quickstart
+    for line in console_lines():
         if not line.startswith("python -m experiments."):
             continue
         module, *flags = shlex.split(line)[2:]
@@ -118,14 +123,20 @@ def test_programs_run(program, recordings, tmp_path):
             expected = 2
         elif module == "experiments.sweep" and "--action" not in line:
             flags.append("--action=list")  # what would be run: the runs themselves take minutes
+        elif module == "experiments.audit_privacy":
+            flags.append("--trials=2")
         elif module == "experiments.train" and "--dry_run" not in flags:
-            given = {flag.split("=")[0] for flag in flags}
-            flags += [f"{key}={value}" for key, value in SMALL.items()]  # the last value counts
-            if "--workdir" not in given:
-                flags += ["--config.data.dir=data/mine", f"--workdir=run-{number}"]
+            if any(flag.startswith("--workdir=") for flag in flags):
+                flags += small
+            else:  # checked as it is, then run small with the others
+                variations += flags
+                flags.append("--dry_run")
         done = program(module, *flags, cwd=tmp_path)
         assert done.returncode == expected, f"{line}\n{done.stderr}"
         source = next((flag.split("=")[1] for flag in flags if flag.startswith("--source=")), "")
         assert done.stdout if expected == 0 else source in done.stderr
+    flags = [*variations, *small, "--config.data.dir=data/mine", "--workdir=runs/varied"]
+    done = program("experiments.train", *flags, cwd=tmp_path)
+    assert variations and done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "mine").is_dir()
     assert (tmp_path / "runs" / "mine" / "report.html").exists()

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TABLES = """
 from experiments.tables import Row, Table
 
@@ -43,8 +45,7 @@ if not (workdir / "saved").exists():
 
 
 @pytest.mark.slow
-def test_a_table_of_real_runs(program, tiny_flags, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
+def test_a_table_of_real_runs(program, tiny_flags, tmp_path):
     (tmp_path / "tables.py").write_text(TABLES)
     fields = [flag.removeprefix("--config.") for flag in tiny_flags]
     fixed = [field for field in fields if not field.startswith("rounds=")]
@@ -76,6 +77,14 @@ def test_a_table_of_real_runs(program, tiny_flags, tmp_path, monkeypatch):
     assert collected.returncode == 0, collected.stderr
     assert collected.stdout.startswith("# A tiny table\n")
     assert "one seed, not judged" in (out / "tiny.md").read_text()
+    assert "warning" not in collected.stderr
+
+    # A run of another configuration file is shown, but not without a word.
+    record = out / "tiny" / "loud__seed-0" / "sweep.json"
+    record.write_text(record.read_text().replace('"config_sha256": "', '"config_sha256": "0'))
+    collected = program("experiments.sweep", f"--out={out}", "--action=collect")
+    assert "tiny: 1 runs are of another" in collected.stderr
+    assert "loud__seed-0" in collected.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -168,6 +168,7 @@ def test_evaluate_agrees_with_the_summary(program, finished, corpus_dir):
     assert (rates["utterances"], rates["users"], rates["rounds"]) == (6, 2, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_resumable_run(
     program, program_environment, finished, tiny_flags, tmp_path, number

@@ -17,6 +17,7 @@ from fedasr.training.logging import read_metrics, to_json
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def noise(number=0):
@@ -51,6 +52,12 @@ def make_config(corpus_dir, changes):
 
 
 @pytest.fixture
+def no_report(monkeypatch):
+    """Plots take seconds; these tests do not look at them."""
+    monkeypatch.setattr(loop, "write_report", lambda workdir: None)
+
+
+@pytest.fixture
 def configure(corpus_dir):
     """configure({"section.field": value}): a tiny configuration without a seed, as a dict."""
     return lambda changes: make_config(corpus_dir, changes)
@@ -77,6 +84,9 @@ MISTAKES = {
     "privacy.clip_norm": -1.0,
     "privacy.sigma": -1.0,
     "privacy.slots": 1,
+    "privacy.cycle": 0,
+    "privacy.noise": "pink",
+    "privacy.adaptive": {"enabled": True, "rate": 0.0, "quantile": 0.5, "sigma": 0.1},
     "evaluation.batch_size": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
@@ -167,7 +177,7 @@ def test_dry_run_without_privacy_spends_nothing(configure):
 
 
 @pytest.fixture(scope="module")
-def without_privacy(corpus_dir, tmp_path_factory):
+def without_privacy(corpus_dir, tmp_path_factory, quick_compilation):
     """(work directory, summary) of one round without privacy."""
     workdir = tmp_path_factory.mktemp("runs") / "plain"
     config = make_config(corpus_dir, {"privacy.enabled": False})
@@ -206,7 +216,7 @@ def stop_at_once():
 
 @pytest.mark.slow
 def test_central_training_from_another_run_stopped_and_resumed(
-    configure, without_privacy, tmp_path, monkeypatch
+    configure, without_privacy, no_report, tmp_path, monkeypatch
 ):
     source, before = without_privacy
     config = configure({"algorithm": "central", "init_from": str(source)})
@@ -234,8 +244,10 @@ def test_central_training_from_another_run_stopped_and_resumed(
     assert [step for step, _ in steps] == [2, 4]
 
 
-def test_augmentation_begins_at_its_round_whether_or_not_resumed(configure, tmp_path, monkeypatch):
-    changes = {"rounds": 2, "evaluation.every": 0, "client.batch_seconds": 1.0}
+def test_augmentation_begins_at_its_round_whether_or_not_resumed(
+    configure, no_report, tmp_path, monkeypatch
+):
+    changes = {"rounds": 2, "data.eval": (), "client.batch_seconds": 1.0}
     runs = {
         "off": {},
         "late": {"augment.enabled": True, "augment.start_round": 2},
@@ -262,7 +274,7 @@ def test_augmentation_begins_at_its_round_whether_or_not_resumed(configure, tmp_
     )
 
 
-def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, tmp_path):
+def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, no_report, tmp_path):
     changes = {
         "client.batch_seconds": 1.0,  # two of the half-second utterances
         "client.steps": 0,
@@ -270,7 +282,7 @@ def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, tmp_path):
         "data.iid": True,
         "client.decay_start": 0,
         "client.decay_rounds": 1,
-        "seed_training.steps": 0,
+        "data.eval": (),
         "privacy.normalise": True,
         "data.population": 9,
     }
@@ -281,12 +293,55 @@ def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, tmp_path):
     assert any("data.iid" in limit for limit in summary["privacy"]["not_covered"])
 
 
-def test_central_training_in_seconds_with_decay(configure, tmp_path):
+def test_central_training_in_seconds_with_decay(configure, no_report, tmp_path):
     changes = {
         "algorithm": "central",
         "central.batch_seconds": 2.0,
         "central.decay_steps": 2,
         "central.optimizer": "lars",
+        "data.eval": (),
     }
     summary = loop.run(configure(changes), tmp_path / "run")
     assert summary["status"] == "completed" and summary["central_steps"] == 4
+
+
+def test_correlated_noise_and_adaptive_bounds_survive_a_stop(
+    configure, no_report, tmp_path, monkeypatch
+):
+    changes = {
+        "rounds": 3,
+        "data.eval": (),
+        "privacy.sampler": "shuffled",
+        "privacy.noise": "banded",
+        "privacy.adaptive.enabled": True,
+        "privacy.deployments": ((10, 100),),
+    }
+    config = configure(changes)
+    whole = loop.run(config, tmp_path / "whole")
+    privacy = whole["privacy"]
+    assert privacy["noise"] == "banded, 2 bands"  # 4 users, 2 a round: turns 2 apart
+    assert privacy["noise_state_bytes"] == 4 * whole["parameters"]
+    assert privacy["adaptive"]["noise_multiplier"] == pytest.approx(0.2)
+    assert privacy == loop.dry_run(config)["privacy"]
+    records = [r for r in read_metrics(tmp_path / "whole") if r.get("round", 0) > 0]
+    scales = [list(r["clip_scale"].values()) for r in records]
+    assert set(scales[0]) == {1.0} and scales[0] != scales[1] != scales[2]
+    assert records[0]["clip_scale"].keys() == records[0]["update_norm"].keys()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "graceful_stop", stop_at_once)
+        with pytest.raises(loop.Interrupted, match="main at 1"):
+            loop.run(config, tmp_path / "stopped")
+    loop.run(config, tmp_path / "stopped")
+    pairs = (restore_params(tmp_path / "stopped"), restore_params(tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, *pairs)
+
+
+def test_everyone_every_round(configure):
+    summary = loop.dry_run(configure({"privacy.sampler": "everyone", "cohort": 0}))
+    assert summary["cohort"] == 4 == summary["population"]
+    assert summary["privacy"]["sampling"] == "everyone in every round"
+    with pytest.raises(UserError, match="cohort=0 or 4"):
+        loop.dry_run(configure({"privacy.sampler": "everyone", "cohort": 3}))
+    with pytest.raises(UserError, match="cycle=3"):
+        loop.dry_run(configure({"rounds": 5, "privacy.noise": "banded", "privacy.bands": 3}))
