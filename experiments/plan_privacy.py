@@ -4,7 +4,8 @@
         (--sigma=X | --noise_multiplier=Z | --target_epsilon=E) [--json]
 
 sigma is the noise's standard deviation on the mean client update over the clip norm, as in
-arXiv 2310.00098; noise_multiplier is that on the sum, sigma * cohort. Several cohorts or
+arXiv 2310.00098; noise_multiplier is that on the sum over what one user can change in it: sigma *
+cohort, half of that under fixed-size sampling, where it is two clip norms. Several cohorts or
 populations (--cohort=1024,204800) make a table, --plot=FILE.png draws it. With --workdir the
 rounds, delta and sigma are a finished run's, and with --target_epsilon too the answer is, for each
 cohort, the smallest population that gives it. Every figure protects one user with all their data:
@@ -110,17 +111,16 @@ def plan(
     if target_epsilon is not None:
         mechanism = mechanism.calibrated(target_epsilon, delta, rounds)
     else:
-        multiplier = noise_multiplier if sigma is None else sigma * cohort
-        mechanism = dataclasses.replace(mechanism, noise_multiplier=multiplier)
-    noise_multiplier = mechanism.noise_multiplier
+        over_clip = sigma * cohort if sigma else noise_multiplier * mechanism.sampler.sensitivity
+        mechanism = dataclasses.replace(mechanism, noise_multiplier=over_clip)
     figure = mechanism.epsilon(rounds, delta)
     return {
         "cohort": cohort,
         "population": population,
         "rounds": rounds,
         "delta": delta,
-        "sigma": noise_multiplier / cohort,
-        "noise_multiplier": noise_multiplier,
+        "sigma": mechanism.sigma,
+        "noise_multiplier": mechanism.noise_multiplier / mechanism.sampler.sensitivity,
         "epsilon": figure.epsilon,
         "accountant": figure.accountant,
         "epsilon_rdp": figure.epsilon_rdp,
@@ -331,7 +331,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("rounds", None, "Rounds.", lower_bound=1)
     flags.DEFINE_float("delta", None, "Of (epsilon, delta).")
     flags.DEFINE_float("sigma", None, "Noise on the mean over the clip norm.")
-    flags.DEFINE_float("noise_multiplier", None, "Noise on the sum over the clip norm.")
+    flags.DEFINE_float("noise_multiplier", None, "Noise on the sum over a user's part in it.")
     flags.DEFINE_float("target_epsilon", None, "Find the noise that gives this epsilon.")
     flags.DEFINE_enum(
         "sampling", "poisson", ["poisson", "fixed", "shuffled", "everyone"], "Of users."

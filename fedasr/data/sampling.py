@@ -32,6 +32,7 @@ class Sampler(Protocol):
       expected_cohort: mean number of users per round: what the server divides by.
       slots: largest number of users that any round can have.
       separation: a user who takes part in round t can next take part in round t + separation.
+      sensitivity: how far one user can move the sum of clipped updates, in clip norms.
       amplifies: whether chance decides who takes part, so that `event` is a subsampled one.
       description: the sampling in words, for reports.
       neighbours: what epsilon compares, in words: how one user's part is taken away.
@@ -44,6 +45,9 @@ class Sampler(Protocol):
 
     @property
     def separation(self) -> int: ...
+
+    @property
+    def sensitivity(self) -> float: ...
 
     @property
     def amplifies(self) -> bool: ...
@@ -168,6 +172,10 @@ class PoissonSampler:
         return self.cycle
 
     @property
+    def sensitivity(self) -> float:
+        return 1.0
+
+    @property
     def amplifies(self) -> bool:
         return True
 
@@ -266,6 +274,10 @@ class FixedSizeSampler:
         return 1
 
     @property
+    def sensitivity(self) -> float:
+        return 2.0
+
+    @property
     def amplifies(self) -> bool:
         return True
 
@@ -305,7 +317,7 @@ class FixedSizeSampler:
         return dp_accounting.SampledWithoutReplacementDpEvent(
             source_dataset_size=self.population,
             sample_size=self.cohort_size,
-            event=dp_accounting.GaussianDpEvent(noise_multiplier / 2),
+            event=dp_accounting.GaussianDpEvent(noise_multiplier / self.sensitivity),
         )
 
 
@@ -353,6 +365,10 @@ class ShuffledSampler:
     @property
     def separation(self) -> int:
         return self.population // self.cohort_size
+
+    @property
+    def sensitivity(self) -> float:
+        return 1.0
 
     @property
     def amplifies(self) -> bool:

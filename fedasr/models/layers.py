@@ -5,9 +5,99 @@ time as the leading axis: JAX's counter-based generator then gives an utterance 
 however far it is padded.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from fedasr.errors import UserError
+
+
+def check_options(config: Any, sizes: Sequence[str]) -> None:
+    """Checks what the models' configurations have in common.
+
+    Args:
+      config: has `dtype`, `remat` and the fields named by `sizes`, which must be at least 1.
+
+    Raises:
+      UserError: a size below 1, an unknown dtype or an unknown `remat`.
+    """
+    if small := [name for name in sizes if getattr(config, name) < 1]:
+        raise UserError(f"the model's {', '.join(small)} must be at least 1")
+    if config.dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"the model's dtype must be float32, bfloat16 or float16: {config.dtype!r}")
+    if config.remat not in ("none", "block"):
+        raise UserError(f"the model's remat must be 'none' or 'block': {config.remat!r}")
+
+
+def checkpoint(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Gradient checkpointing: the backward pass computes `function` again (arXiv 1604.06174).
+
+    Only the arguments are kept, at the price of a second forward pass. That is what
+    `jax.checkpoint` does, too, but XLA drops its barriers on CPUs, merges both passes and saves
+    nothing. Here what is computed again depends on the incoming gradient, so that no compiler can
+    do it earlier, or only once.
+
+    Args:
+      function: (params, x, *rest) -> array. Gradients flow to `params`, any pytree of floats, and
+        `x`, not to the rest.
+
+    Returns:
+      The same function, with equal gradients up to the order of float operations.
+    """
+
+    @jax.custom_vjp
+    def wrapped(params, x, *rest):
+        return function(params, x, *rest)
+
+    def forward(*args):
+        return function(*args), args
+
+    def backward(args, gradient):
+        first = gradient.ravel()[0]
+        # Always true of what is finite; what is not comes out as not finite either way.
+        usual = first <= jnp.finfo(first.dtype).max
+        params, x, *rest = jax.tree.map(lambda a: jnp.where(usual, a, jnp.zeros_like(a)), args)
+        _, pull = jax.vjp(lambda p, x: function(p, x, *rest), params, x)
+        return *pull(gradient), *[None] * len(rest)
+
+    wrapped.defvjp(forward, backward)
+    return wrapped
+
+
+def apply_block(block: nn.Module, remat: str, x: jax.Array, *rest: Any) -> jax.Array:
+    """block(x, *rest), with `checkpoint` around it where `remat` is "block".
+
+    Args:
+      block: a submodule of the module that is being called. remat: "none" or "block"; parameters,
+        their paths, outputs and random numbers are the same. x: [b, t, d]. rest: arrays, keys or
+        None.
+    """
+    if remat == "none" or block.is_initializing():
+        return block(x, *rest)
+    alone = block.clone(parent=None)
+    function = checkpoint(lambda params, *args: alone.apply({"params": params}, *args))
+    return function(block.variables["params"], x, *rest)
+
+
+def drop_block(
+    new: jax.Array, old: jax.Array, rate: float, keys: jax.Array | None, index: int
+) -> jax.Array:
+    """Layer drop: a block's output `new`, or with probability `rate` its input `old`.
+
+    One draw for the whole batch, without rescaling. The batch's first utterance draws for all:
+    padding utterances come last.
+
+    Args:
+      new, old: [b, t, d]. keys: the block's [b], or None for evaluation. index: of the stream of
+        the block's keys to draw from; those below it are the block's own.
+    """
+    if not rate or keys is None:
+        return new
+    keep = jax.random.bernoulli(jax.random.fold_in(keys[0], index), 1.0 - rate)
+    return jnp.where(keep, new, old)
 
 
 def uniform_fan_in(scale: float = 1.0 / 3.0) -> nn.initializers.Initializer:
@@ -65,6 +155,82 @@ def sinusoidal_positions(positions: jax.Array, features: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def rotary(x: jax.Array) -> jax.Array:
+    """Rotates queries or keys by angles that grow with their frame (RoFormer, arXiv 2104.09864).
+
+    The product of a rotated query and a rotated key depends on the distance of their frames, not
+    on where they are.
+
+    Args:
+      x: [b, t, heads, e], e even. Feature i turns with feature e/2 + i.
+
+    Returns:
+      The same shape and dtype; computed in float32.
+    """
+    frames = jnp.arange(x.shape[1], dtype=jnp.float32)
+    sines = sinusoidal_positions(frames[:, None], x.shape[-1])  # [t, 1, e]
+    sin, cos = jnp.split(sines, 2, axis=-1)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def depthwise_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution over time, each feature with its own filter ("same" padding by zeros).
+
+    out[:, i] = sum_j x[:, i + j - (width - 1) // 2] * kernel[j], as a sum over shifted inputs.
+    Under a vmap over clients `lax.conv` becomes a grouped convolution with clients x features
+    groups, which took 70 times as long on a CPU (width 32, forward and backward). The derivatives
+    are written out for the same reason: automatic ones pad and add an array for every tap (4 to 7
+    times as long, 13 times the memory).
+
+    Args:
+      x: [b, t, d], zero beyond each utterance's length.
+      kernel: [width, d].
+
+    Returns:
+      [b, t, d] in x's dtype; sums are float32.
+    """
+    left = (kernel.shape[0] - 1) // 2
+    return _shifted_sum(x, kernel, left)
+
+
+def _shifted_sum(x: jax.Array, kernel: jax.Array, left: int) -> jax.Array:
+    width, frames = kernel.shape[0], x.shape[1]
+    padded = _padded(x, left, width)
+    taps = [padded[:, j : j + frames] * kernel[j].astype(jnp.float32) for j in range(width)]
+    return sum(taps).astype(x.dtype)
+
+
+def _padded(x: jax.Array, left: int, width: int) -> jax.Array:
+    """x as float32 with `left` zero frames before it and width - 1 in all."""
+    return jnp.pad(x.astype(jnp.float32), ((0, 0), (left, width - 1 - left), (0, 0)))
+
+
+def _depthwise_forward(x, kernel):
+    return depthwise_convolution(x, kernel), (x, kernel)
+
+
+def _depthwise_backward(saved, gradient):
+    x, kernel = saved
+    width, frames = kernel.shape[0], x.shape[1]
+    left = (width - 1) // 2
+    padded, float_gradient = _padded(x, left, width), gradient.astype(jnp.float32)
+
+    def tap(j):
+        return jnp.sum(
+            jax.lax.dynamic_slice_in_dim(padded, j, frames, 1) * float_gradient, axis=(0, 1)
+        )
+
+    # One tap after the other: side by side they would each hold a copy of the input.
+    kernel_gradient = jax.lax.map(tap, jnp.arange(width)).astype(kernel.dtype)
+    return _shifted_sum(gradient, kernel[::-1], width - 1 - left), kernel_gradient
+
+
+depthwise_convolution.defvjp(_depthwise_forward, _depthwise_backward)
+
+
 class MaskedNorm(nn.Module):
     """Zero mean and unit variance over the true frames of each utterance, scalar scale and bias."""
 
@@ -85,11 +251,15 @@ class MaskedNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention without biases; padding frames are never attended to."""
+    """Multi-head self-attention without biases; padding frames are never attended to.
+
+    rotary_positions: whether scores depend on the distance between frames (see `rotary`).
+    """
 
     heads: int
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    rotary_positions: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -99,6 +269,8 @@ class SelfAttention(nn.Module):
             3 * d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="qkv"
         )(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
+        if self.rotary_positions:
+            q, k = rotary(q), rotary(k)
         scores = jnp.einsum("bqhe,bkhe->bhqk", q, k) * (d // self.heads) ** -0.5
         scores = jnp.where(mask[:, None, None, :], scores.astype(jnp.float32), -1e30)
         weights = jax.nn.softmax(scores, axis=-1)
@@ -116,15 +288,16 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two bias-free dense layers around a ReLU."""
+    """Two bias-free dense layers around an activation, ReLU if not told otherwise."""
 
     hidden: int
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """x: [b, t, d] -> [b, t, d]; keys: [b] or None."""
         options = {"use_bias": False, "kernel_init": uniform_fan_in(), "dtype": self.dtype}
-        hidden = jax.nn.relu(nn.Dense(self.hidden, name="up", **options)(x))
+        hidden = self.activation(nn.Dense(self.hidden, name="up", **options)(x))
         return nn.Dense(x.shape[-1], name="down", **options)(dropout(hidden, self.dropout, keys))

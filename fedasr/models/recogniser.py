@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fedasr.audio.augment import SpecAugmentConfig, spec_augment
 from fedasr.ctc import ctc_loss, greedy_decode
 from fedasr.errors import UserError
+from fedasr.models.conformer import ConformerConfig, CTCConformer
 from fedasr.models.layers import split_keys
 from fedasr.models.transformer import CTCTransformer, TransformerConfig
 
@@ -86,8 +87,9 @@ def make_recogniser(
     """Builds a recogniser by name.
 
     Args:
-      name: "transformer".
-      options: fields of the model's configuration (`TransformerConfig`); the rest keep defaults.
+      name: "transformer" or "conformer".
+      options: fields of the model's configuration (`TransformerConfig`, `ConformerConfig`); the
+        rest keep defaults.
       augment: see `ctc_recogniser`.
 
     Raises:
@@ -104,5 +106,6 @@ def make_recogniser(
 
 
 MODELS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "conformer": (ConformerConfig, CTCConformer),
     "transformer": (TransformerConfig, CTCTransformer),
 }

@@ -22,10 +22,12 @@ class TransformerConfig:
     norm: "pre" for layer norms before each branch and at the end (the paper's), "post" for one
     after each residual sum.
     dtype: of the compute; parameters are float32.
+    remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
+    "none" to keep everything.
 
     Raises:
-      UserError: a size below 1, an unknown dtype or norm, or a dim that is odd or no multiple of
-        heads.
+      UserError: a size below 1, an unknown dtype, norm or remat, or a dim that is odd or no
+        multiple of heads.
     """
 
     vocab: int = 30
@@ -43,15 +45,10 @@ class TransformerConfig:
     position_scale: float = 30.0
     dtype: str = "float32"
     norm: str = "pre"
+    remat: str = "none"
 
     def __post_init__(self) -> None:
-        sizes = ("vocab", "features", "dim", "heads", "mlp", "kernel", "stride")
-        if small := [name for name in sizes if getattr(self, name) < 1]:
-            raise UserError(f"the model's {', '.join(small)} must be at least 1")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(
-                f"the model's dtype must be float32, bfloat16 or float16: {self.dtype!r}"
-            )
+        layers.check_options(self, ("vocab", "features", "dim", "heads", "mlp", "kernel", "stride"))
         if self.norm not in ("pre", "post"):
             raise UserError(f"the model's norm must be 'pre' or 'post': {self.norm!r}")
         if self.dim % self.heads or self.dim % 2:
@@ -124,12 +121,8 @@ class CTCTransformer(nn.Module):
         x = layers.dropout(x, c.dropout, k_input)
         mask = frames < out_lengths[:, None]
         for i, k in enumerate(k_blocks):
-            y = Block(c, name=f"block_{i}")(x, mask, k)
-            if c.layer_drop and k is not None:
-                # The batch's first utterance draws for all: padding utterances come last.
-                keep = jax.random.bernoulli(jax.random.fold_in(k[0], 4), 1.0 - c.layer_drop)
-                y = jnp.where(keep, y, x)
-            x = y
+            y = layers.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k)
+            x = layers.drop_block(y, x, c.layer_drop, k, 4)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         logits = nn.Dense(c.vocab, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="output")(

@@ -372,7 +372,7 @@ def describe_privacy(
                 "cohort": cohort,
                 "population": population,
                 "rounds": rounds,
-                "noise_multiplier": deployed.noise_multiplier,
+                "noise_multiplier": deployed.noise_multiplier / deployed.sampler.sensitivity,
                 **_figure(figure),
                 "neighbours": deployed.sampler.neighbours,
             }
@@ -389,7 +389,7 @@ def describe_privacy(
         "clip_norm": mechanism.clip_norm,
         "budget": privacy["budget"],
         "sigma": mechanism.sigma,
-        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_multiplier": mechanism.noise_multiplier / mechanism.sampler.sensitivity,
         "delta": privacy["delta"],
         **_noise(mechanism, params),
         "layer_bounds": bounds,

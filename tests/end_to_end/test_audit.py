@@ -11,6 +11,9 @@ import pytest
 
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 KEYS = {
     "epsilon_lower",
     "confidence",

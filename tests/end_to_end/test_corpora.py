@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedasr.data.common_voice import CommonVoice
 from fedasr.data.corpus import open_corpus
-from fedasr.data.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -112,7 +110,7 @@ def test_counts_and_hours_are_those_of_the_files(recorded, program, tiny_model, 
         corpus = open_corpus(tmp_path / "out", split)
         assert corpus.users == sorted(minutes)
         assert corpus.sizes.tolist() == [len(files[split, user]) for user in corpus.users]
-    train, held_out = ("train", "dev") if dataset == "common_voice" else DEV_CLEAN
+    train, held_out = ("train", "test") if dataset == "common_voice" else DEV_CLEAN
     data, workdir = tmp_path / "out", tmp_path / "run"
     train_and_evaluate(program, tiny_model, data, train, held_out, workdir)
 
@@ -200,9 +198,7 @@ def test_a_killed_preparation_goes_on(recorded, program, program_environment, tm
     assert not (tmp_path / "a" / "corpus.json").exists()
     assert list((tmp_path / "a" / ".unfinished" / "parts").glob("*.json"))
     prepared(program, "common_voice", source, tmp_path / "a")
-    voice = CommonVoice(source)
-    facts = {key: getattr(voice, key) for key in ("name", "fingerprint", "notes")}
-    prepare(voice, tmp_path / "b", workers=1, **facts)
+    prepared(program, "common_voice", source, tmp_path / "b", "--workers=1")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 

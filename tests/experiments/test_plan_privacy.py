@@ -79,6 +79,23 @@ def test_the_misprint():
     assert row["sigma"] == pytest.approx(100e-6)
 
 
+def test_fixed_size_counts_noise_by_its_own_sensitivity():
+    """The often quoted 15.5 (a user replaced moves the sum by 2C), and the noise it needs."""
+    setting = (1024, 34_753, 2000, 1e-9)
+    row = plan_privacy.plan(*setting, noise_multiplier=1.43, sampling="fixed")
+    assert row["epsilon"] == pytest.approx(15.5, abs=0.05)
+    assert row["neighbours"] == "replace one user by any other"
+    assert row["sigma"] == pytest.approx(2 * 1.43 / 1024)
+    same_noise = plan_privacy.plan(*setting, sigma=1.43 / 1024, sampling="fixed")
+    assert same_noise["epsilon"] == pytest.approx(43.7, abs=0.1)
+    assert same_noise["noise_multiplier"] == pytest.approx(1.43 / 2)
+    poisson = plan_privacy.plan(*setting, noise_multiplier=1.43)
+    assert poisson["epsilon_rdp"] == pytest.approx(7.2, abs=0.05)
+    assert poisson["epsilon"] == poisson["epsilon_pld"] == pytest.approx(6.8, abs=0.05)
+    cramped = plan_privacy.plan(*setting, noise_multiplier=1.43, slots=1050)
+    assert cramped["epsilon"] > 2 * poisson["epsilon"]
+
+
 def test_noise_for_a_target_gives_the_target():
     row = plan_privacy.plan(1024, 1_000_000, 500, 1e-8, target_epsilon=4.0)
     assert row["epsilon_rdp"] == pytest.approx(4.0, rel=1e-3) and row["epsilon"] < 4.0

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,11 +7,17 @@ import pytest
 
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.errors import UserError
+from fedasr.models import layers
 from fedasr.models import recogniser as recogniser_module
 from fedasr.models.recogniser import ctc_recogniser, make_recogniser
 from fedasr.models.transformer import TransformerConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 OPTIONS = {"vocab": 6, "features": 8, "dim": 16, "blocks": 1, "heads": 2, "mlp": 16}
+# Compiling is what takes the time here.
+COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Echo:
@@ -118,10 +126,54 @@ def test_a_recogniser_by_name_has_the_options_given():
 
 
 def test_unknown_model_and_option():
-    with pytest.raises(UserError, match=r"'conformer'.*transformer"):
-        make_recogniser("conformer", {})
+    with pytest.raises(UserError, match=r"'listener'.*conformer.*transformer"):
+        make_recogniser("listener", {})
     with pytest.raises(UserError, match=r"no option \['depth'\].*blocks"):
         make_recogniser("transformer", {"depth": 3})
+
+
+@pytest.mark.parametrize("name", ["transformer", "conformer"])
+def test_gradient_checkpointing_saves_memory_and_changes_nothing_else(name):
+    config_type, module = recogniser_module.MODELS[name]
+    config = config_type(**OPTIONS | {"blocks": 2, "mlp": 64, "dropout": 0.2})
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(3, 400, 8)).astype(np.float32)
+    lengths = np.int32([400, 300, 50])
+    # The cheapest generator to compile.
+    keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 3)
+    shapes, memory, results = {}, {}, {}
+    for remat in ("none", "block"):
+        model = module(dataclasses.replace(config, remat=remat))
+
+        def total(params, keys):
+            logits, _ = model.apply({"params": params}, features, lengths, keys)  # noqa: B023
+            return jnp.mean(logits * jnp.sin(jnp.arange(logits.size)).reshape(logits.shape))
+
+        shapes[remat] = jax.eval_shape(model.init, jax.random.key(0), features, lengths)["params"]
+        if not results:
+            params = jax.tree.map(
+                lambda x: np.float32(rng.uniform(-0.3, 0.3, x.shape)), shapes[remat]
+            )
+        gradient = jax.jit(jax.value_and_grad(total), compiler_options=COMPILER)
+        compiled = gradient.lower(params, keys).compile()
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+        results[remat] = compiled(params, keys)
+    assert shapes["none"] == shapes["block"]
+    assert memory["block"] < 0.8 * memory["none"]
+    # The second forward pass draws what the first did, or these would differ.
+    value, gradients = results["none"]
+    assert value == pytest.approx(float(results["block"][0]), rel=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (gradients, results["block"][1])), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * np.abs(one).max())
+
+
+def test_checkpointing_keeps_what_is_not_finite():
+    checkpointed = layers.checkpoint(lambda w, x, scale: jnp.tanh(w * x) * scale)
+    w, x = jnp.float32(0.5), jnp.ones(3)
+    gradient = jax.jit(jax.grad(lambda w, scale: jnp.sum(checkpointed(w, x, scale))))
+    assert gradient(w, 2.0) == pytest.approx(6 / np.cosh(0.5) ** 2, rel=1e-5)
+    for scale in (np.nan, np.inf):
+        assert not np.isfinite(gradient(w, scale))
 
 
 @pytest.mark.parametrize("sizes", [{"dim": 10, "heads": 4}, {"dim": 9, "heads": 3}])

@@ -9,6 +9,9 @@ import pytest
 from fedasr.errors import UserError
 from fedasr.models.transformer import CTCTransformer, TransformerConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 TINY = TransformerConfig(vocab=6, features=8, dim=16, blocks=1, heads=2, mlp=16)
 RANDOM = dataclasses.replace(TINY, dropout=0.3, layer_drop=0.2, cape_shift=1.0)
 # Compiling is what takes the time here.
@@ -154,3 +157,5 @@ def test_post_norm_normalises_every_sum(params, features):
     assert np.abs(logits).max() > 0.5
     with pytest.raises(UserError, match="'pre' or 'post'"):
         dataclasses.replace(TINY, norm="both")
+    with pytest.raises(UserError, match="'none' or 'block'"):
+        dataclasses.replace(TINY, remat="layer")

@@ -14,6 +14,9 @@ from fedasr.privacy import correlated
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise, sensitivity
 from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 ROUNDS = 9
 BANDED = BandedNoise(3, ROUNDS)
 
