@@ -163,7 +163,7 @@ def test_training_does_not_depend_on_padding(trained, random, params, features):
         (_, long), gradient = trained(params, clean, lengths, keys(seed, 4))
         assert_invariant(random(params, features, LENGTHS, keys(seed)), long)
         (_, same), same_gradient = trained(params, dirty, lengths, keys(seed, 4))
-        assert_invariant(long, same)
+        np.testing.assert_array_equal(long[0], same[0])
         jax.tree.map(np.testing.assert_array_equal, gradient, same_gradient)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
         seen.append(np.asarray(long[0][0, :4]))
