@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
 QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
+FUSION = ["evosax>=0.2", "scikit-learn>=1.4"]
 
 setup(
     name="fedasr",
@@ -39,10 +40,12 @@ setup(
     extras_require={
         "speech": SPEECH,
         "quickstart": QUICKSTART,
+        "fusion": FUSION,
         "cuda": ["jax[cuda12]>=0.8"],
         "tpu": ["jax[tpu]>=0.8"],
         "test": [
             *QUICKSTART,
+            *FUSION,
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook
             "nbclient>=0.10",

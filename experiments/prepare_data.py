@@ -38,7 +38,7 @@ _STORE = flags.DEFINE_enum(
 )
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes that convert; 0: one for each core.")
 _TASK = flags.DEFINE_enum(
-    "task", "digits", ["digits", "commands"], "What is said, for --dataset=synthetic."
+    "task", "digits", ["digits", "commands", "fresh"], "What is said, for --dataset=synthetic."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the synthetic speech, or of the dev and test users.")
 _DEV = flags.DEFINE_float("dev_fraction", 0.1, "Share of undivided users held out for dev.")

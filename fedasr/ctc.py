@@ -76,8 +76,20 @@ def greedy_decode(logits: jax.Array, logit_lengths: jax.Array) -> tuple[jax.Arra
     previous = jnp.pad(best[:, :-1], ((0, 0), (1, 0)), constant_values=BLANK)
     inside = jnp.arange(frames) < logit_lengths[:, None]
     keep = (best != BLANK) & (best != previous) & inside
-    # A stable sort of "dropped" moves the kept tokens to the front in their order.
+    return compact(best, keep)
+
+
+def compact(tokens: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moves the tokens to keep to the front, in their order.
+
+    Args:
+      tokens: int [b, n]. keep: bool [b, n].
+
+    Returns:
+      tokens int32 [b, n], padded with 0, and their number int32 [b].
+    """
+    # A stable sort of "dropped".
     order = jnp.argsort(~keep, axis=1, stable=True)
     lengths = keep.sum(axis=1, dtype=jnp.int32)
-    tokens = jnp.take_along_axis(best, order, axis=1)
-    return jnp.where(jnp.arange(frames) < lengths[:, None], tokens, BLANK), lengths
+    tokens = jnp.take_along_axis(tokens, order, axis=1).astype(jnp.int32)
+    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, BLANK), lengths

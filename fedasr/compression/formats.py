@@ -31,12 +31,14 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedasr.errors import UserError
 
 # float32 itself.
 _MANTISSA, _BIAS = 23, 127
 _SIZE, _INFINITY, _QUIET_NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
+_WORD = 32  # bits of the integers that packed codes are kept in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +71,19 @@ class FloatFormat:
 
     @classmethod
     def parse(cls, name: str, *, ieee: bool = False, saturate: bool = True) -> "FloatFormat":
-        """The format called `name`, such as "S1E3M7".
+        """The format called `name`: such as "S1E3M7", or "float16" or "bfloat16" (IEEE's).
 
         Raises:
           UserError: if it is no such name, or the format is out of range.
         """
+        if name in _NAMED:
+            return _NAMED[name]
         match = re.fullmatch(r"S1E(\d+)M(\d+)", name)
         if match is None:
-            raise UserError(f"{name!r} is no float format: write S1E<exponent>M<mantissa bits>.")
+            raise UserError(
+                f"{name!r} is no float format: write S1E<exponent>M<mantissa bits>, "
+                "float16 or bfloat16."
+            )
         return cls(int(match[1]), int(match[2]), ieee, saturate)
 
     def __str__(self) -> str:
@@ -128,11 +135,52 @@ class FloatFormat:
 
 HALF = FloatFormat(5, 10, ieee=True, saturate=False)
 BFLOAT16 = FloatFormat(8, 7, ieee=True, saturate=False)
+_NAMED = {"float16": HALF, "bfloat16": BFLOAT16}
 
 
 def packed_bytes(count: int, fmt: FloatFormat) -> int:
     """Bytes of `count` codes laid bit to bit (arrays of codes take `fmt.dtype` for each)."""
     return -(-count * fmt.bits // 8)
+
+
+def pack(codes: chex.Array, fmt: FloatFormat) -> chex.Array:
+    """Codes laid bit to bit, as a device keeps and sends them.
+
+    Args:
+      codes: unsigned integers of any shape, from `encode`.
+      fmt: their format.
+
+    Returns:
+      uint32 [fmt.bits, ceil(codes / 32)]: column g holds the codes g, g + columns, ... of the
+      flattened array, so that packing is a few operations on whole rows.
+    """
+    columns = -(-codes.size // _WORD)
+    flat = jnp.pad(codes.reshape(-1).astype(jnp.uint32), (0, columns * _WORD - codes.size))
+    rows = flat.reshape(_WORD, columns)
+    word, shift, rest = _places(fmt)
+    words = jnp.zeros((fmt.bits + 1, columns), jnp.uint32).at[word].add(rows << shift)
+    # What does not fit goes on in the next word; in two shifts, for one by all 32 is undefined.
+    words = words.at[word + 1].add(rows >> rest >> 1)
+    return words[: fmt.bits]
+
+
+def unpack(words: chex.Array, fmt: FloatFormat, shape: tuple[int, ...]) -> chex.Array:
+    """The codes that `pack` was given: `fmt.dtype`, of the given shape."""
+    word, shift, rest = _places(fmt)
+    following = jnp.minimum(word + 1, fmt.bits - 1)  # the last code has no bits beyond
+    rows = (words[word] >> shift) | (words[following] << rest << 1)
+    codes = (rows & jnp.uint32(2**fmt.bits - 1)).astype(fmt.dtype)
+    return codes.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def _places(fmt: FloatFormat) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the 32 codes of a column: the word where each begins [32], and shifts [32, 1].
+
+    The second shift is one less than what remains of that word.
+    """
+    word, shift = np.divmod(np.arange(_WORD) * fmt.bits, _WORD)
+    shift = shift[:, None].astype(np.uint32)
+    return word, shift, (_WORD - 1 - shift).astype(np.uint32)
 
 
 @functools.partial(jax.jit, static_argnames="fmt")

@@ -16,22 +16,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from fedasr.compression.formats import FloatFormat, decode, encode, packed_bytes
+from fedasr.compression.formats import FloatFormat, decode, encode
 from fedasr.errors import UserError
-from fedasr.federated.client import ClientUpdate, Loss
+from fedasr.federated.client import ClientUpdate
 
 # select(path, leaf) -> whether this variable may be compressed; the path's keys joined by "/"
 Select = Callable[[str, Any], bool]
 
 # Folded into a client's key; local training folds in its steps, which stay below 2^31.
 _SUBSET_STREAM = 0x8F4D4301
-_FLOAT32_BYTES = 4
 # Aligned variables begin here at most: formats that reach higher are wide enough below it, and
 # scales stay far from the ends of float32.
 _MAX_TOP = 15
@@ -54,12 +53,9 @@ class Compressed:
     fmt: FloatFormat = dataclasses.field(metadata={"static": True})
 
 
-class Transport(NamedTuple):
-    """Expected bytes per client and round: sent to it, sent back by it; `full`: all in float32."""
-
-    down: float
-    up: float
-    full: int
+def flags(params: Any, select: Select) -> list[bool]:
+    """select(path, leaf) for each leaf of `params`, in order."""
+    return jax.tree.leaves(_map_selected(lambda path, leaf, selected: selected, params, select))
 
 
 def weight_matrices(path: str, leaf: Any) -> bool:
@@ -128,38 +124,6 @@ def decompress_variable(stored: Compressed) -> chex.Array:
     return stored.scale * decode(stored.codes, stored.fmt) + stored.bias
 
 
-def compress(
-    params: Any, fmt: FloatFormat, select: Select = weight_matrices, *, align: bool = False
-) -> Any:
-    """The parameters as they are kept between uses: `Compressed` where selected.
-
-    Args:
-      params: any pytree of arrays.
-      fmt: format of the codes.
-      select: which variables are compressed; they must be float32. (Memory does not shrink by a
-        subset that is only known on the device: leave variables out here.)
-      align: see `compress_variable`.
-
-    Returns:
-      The tree with `Compressed` in place of the selected arrays.
-
-    Raises:
-      UserError: if a selected variable is not float32.
-    """
-
-    def leaf(path, value, selected):
-        return _compress(path, value, fmt, align) if selected else value
-
-    return _map_selected(leaf, params, select)
-
-
-def decompress(stored: Any) -> Any:
-    """The parameters of `compress`: arrays in place of `Compressed`, the rest untouched."""
-    return jax.tree.map(
-        lambda x: decompress_variable(x) if _is_compressed(x) else x, stored, is_leaf=_is_compressed
-    )
-
-
 def compress_params(
     params: Any,
     fmt: FloatFormat,
@@ -186,8 +150,7 @@ def compress_params(
     Raises:
       UserError: for a share out of range, or a selected variable that is not float32.
     """
-    count = sum(jax.tree.leaves(_map_selected(lambda p, v, s: s, params, select)))
-    chosen = iter(choose(key, count, share))
+    chosen = iter(choose(key, sum(flags(params, select)), share))
 
     def leaf(path, value, selected):
         if not selected:
@@ -210,7 +173,7 @@ def choose(key: chex.PRNGKey, count: int, share: float) -> chex.Array:
     Raises:
       UserError: if the share is out of [0, 1].
     """
-    _check_share(share)
+    check_share(share)
     whole = math.floor(share * count)
     draws = jax.random.uniform(key, (count + 1,))
     size = whole + (draws[count] < share * count - whole)
@@ -222,7 +185,7 @@ def choose(key: chex.PRNGKey, count: int, share: float) -> chex.Array:
 
 def as_client_update(
     client_update: ClientUpdate,
-    fmt: FloatFormat,
+    fmt: FloatFormat | None,
     share: float = 0.9,
     select: Select = weight_matrices,
     *,
@@ -241,7 +204,8 @@ def as_client_update(
     Args:
       client_update: any `ClientUpdate`. It is given the client's own key as ever; the subset is
         drawn by that key with a constant folded in.
-      fmt, share, select, align: see `compress_params`.
+      fmt: format of what it receives, None for float32.
+      share, select, align: see `compress_params`.
       upload: format for the delta's way back, None for float32. It is compressed with `align`,
         whatever the download does (deltas are far below most formats' numbers), and for the same
         subset. Clipping comes after it, so its bound holds; as it scales whole variables, what
@@ -254,11 +218,13 @@ def as_client_update(
       UserError: for a share out of range; when first used, for selected variables that are not
         float32.
     """
-    _check_share(share)
+    check_share(share)
 
     def update(params, batches, num_steps, key, max_steps=None, round=0):
         subset = jax.random.fold_in(key, _SUBSET_STREAM)
-        start = compress_params(params, fmt, subset, share, select, align=align)
+        start = params
+        if fmt is not None:
+            start = compress_params(params, fmt, subset, share, select, align=align)
         # One set of values: computed twice, in different loops, they could differ in the last bit.
         start = jax.lax.optimization_barrier(start)
         delta, metrics = client_update(start, batches, num_steps, key, max_steps, round)
@@ -269,69 +235,8 @@ def as_client_update(
     return update
 
 
-def wrap_loss(loss: Loss) -> Loss:
-    """A loss of compressed parameters: decompressed when used, and again for the backward pass.
-
-    Only the outputs of matrix products are kept between the passes (the paper's decompression on
-    the fly); the rest, decompressed matrices among it, is computed again.
-
-    Args:
-      loss: see `fedasr.federated.client.Loss`.
-
-    Returns:
-      loss(stored, batch, key) of what `compress` returns. It can be differentiated by
-      `jax.grad(..., allow_int=True)`: uncompressed leaves, scales and biases have gradients.
-    """
-    policy = jax.checkpoint_policies.dots_saveable
-    return jax.checkpoint(
-        lambda stored, batch, key: loss(decompress(stored), batch, key), policy=policy
-    )
-
-
-def transport_bytes(
-    params: Any,
-    fmt: FloatFormat,
-    share: float = 0.9,
-    select: Select = weight_matrices,
-    *,
-    upload: FloatFormat | None = None,
-) -> Transport:
-    """Expected bytes that a client of `as_client_update` receives and sends in a round.
-
-    A compressed variable costs its packed codes and 8 bytes of scale and bias. The subset costs
-    nothing: it follows from a key.
-
-    Args:
-      params: any pytree of arrays or of their shapes (`jax.ShapeDtypeStruct`).
-      fmt, share, select, upload: see `as_client_update`.
-
-    Returns:
-      `Transport`.
-
-    Raises:
-      UserError: if the share is out of [0, 1].
-    """
-    _check_share(share)
-
-    def total(fmt):
-        def leaf(path, value, selected):
-            size = math.prod(value.shape)
-            whole = size * jnp.dtype(value.dtype).itemsize
-            if fmt is None or not selected:
-                return whole
-            part = packed_bytes(size, fmt) + 2 * _FLOAT32_BYTES
-            return share * part + (1 - share) * whole
-
-        return sum(jax.tree.leaves(_map_selected(leaf, params, select)))
-
-    return Transport(float(total(fmt)), float(total(upload)), total(None))
-
-
-def _is_compressed(x: Any) -> bool:
-    return isinstance(x, Compressed)
-
-
-def _check_share(share: float) -> None:
+def check_share(share: float) -> None:
+    """Raises UserError if the share is out of [0, 1]."""
     if not 0 <= share <= 1:
         raise UserError(f"share={share} must lie between 0 and 1.")
 

@@ -50,8 +50,8 @@ class Chunk(NamedTuple):
       [clients, steps, batch] for every ragged array, and "mask" bool, False for padding; or a
       `Store` whose arrays have a leading client axis.
     num_steps: int32 [clients], how many of the steps are real; 0 for an empty slot.
-    user: int32 [clients], the user's index in the corpus. weight: float32 [clients], 1 or the
-      user's number of examples; 0 if empty.
+    user: int32 [clients], the user's index in the corpus. weight: float32 [clients], 1, the user's
+      number of examples, or a weight of the user's own; 0 if empty.
     """
 
     batches: Mapping[str, Any] | Store
@@ -253,7 +253,7 @@ class ClientBatcher:
       seed: of the order of examples.
       keep: names of the arrays that the loss needs; default all.
       devices: among which a chunk is divided; each computes the steps of its own longest client.
-      by_examples: weigh a client by its number of examples instead of by 1.
+      weights: of the users, [users], such as their numbers of examples; None for 1.
     """
 
     def __init__(
@@ -265,13 +265,13 @@ class ClientBatcher:
         seed: int,
         keep: Sequence[str] | None = None,
         devices: int = 1,
-        by_examples: bool = False,
+        weights: np.ndarray | None = None,
     ) -> None:
         if chunk_size < 1:
             raise UserError(f"chunk must be at least 1 (got {chunk_size})")
         self._corpus, self._local, self._buckets = corpus, local, tuple(buckets)
         self._chunk_size, self._seed, self._keep = chunk_size, seed, keep
-        self._devices, self._by_examples = devices, by_examples
+        self._devices, self._weights = devices, weights
         self._unit = next(iter(self._buckets[0]), None) if self._buckets else None
         # A fixed number of batches of a fixed size is as small dense, and one shape for everybody.
         self._stored = local.steps is None or local.frames is not None
@@ -321,8 +321,8 @@ class ClientBatcher:
         user = np.zeros(slots, np.int32)
         user[: len(clients)] = [c.user for c in clients]
         weight = (num_steps > 0).astype(np.float32)
-        if self._by_examples:
-            weight[: len(clients)] = [self._corpus.sizes[c.user] for c in clients]
+        if self._weights is not None:
+            weight[: len(clients)] = [self._weights[c.user] for c in clients]
         unit = next(iter(bucket.values()), 1)
         longest = num_steps.reshape(self._devices, -1).max(axis=1)
         trips = int(longest.sum()) * (slots // self._devices)

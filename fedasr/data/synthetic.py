@@ -3,7 +3,8 @@
 Every user has a voice of its own (accent, pitch, vocal tract, rate, microphone tone) and a mix of
 words or topics of its own. Two domains differ in accent and in voice: split "seed" (low voices,
 General American and Received Pronunciation) and splits "train", "dev" and "test" (higher voices,
-eight other accents). All splits are disjoint in users and in sentences.
+eight other accents). Task "fresh" has one domain of all voices; there the splits differ in words:
+`FRESH_WORDS` are in all but "seed". All splits are disjoint in users and in sentences.
 
 A recording is a pure function of (text, voice) for one version of eSpeak NG: bit for bit the same
 in any process and after any other synthesis.
@@ -52,7 +53,8 @@ class SyntheticConfig:
     """What to generate.
 
     Attributes:
-      task: "digits" (3 to 5 spoken digits) or "commands" (short home commands, about 100 words).
+      task: "digits" (3 to 5 spoken digits), "commands" (short home commands, about 100 words) or
+        "fresh" (errands of four words: 48 general ones and the `FRESH_WORDS`, absent from "seed").
       seed_users, train_users, dev_users, test_users: number of users of each split.
       seed_utterances, train_utterances, dev_utterances, test_utterances: least and greatest number
         of utterances of a user; users draw theirs uniformly.
@@ -237,10 +239,57 @@ def _command(generator: random.Random, mix: tuple[float, ...]) -> str:
     return " ".join(words)
 
 
+# Task "fresh": the general nouns offer the sounds and spellings that the fresh ones are made of.
+_VERBS = ("buy", "bring", "find", "sell", "paint", "wash", "move", "count")
+_NOUNS = (
+    *("candles", "lanterns", "baskets", "windows", "carpets", "mirrors", "pillows", "buttons"),
+    *("ladders", "hammers", "blankets", "bottles", "carrots", "peppers", "onions", "bananas"),
+    *("cherries", "kettles", "jackets", "gloves", "umbrellas", "tomatoes", "shelves", "flowers"),
+)
+_WHEN = ("today", "tomorrow", "tonight", "again", "please", "instead")
+COMMON_FRESH_WORDS = (
+    *("mangoes", "curtains", "sandals", "trumpets", "pancakes", "marbles", "tablets", "cushions"),
+)
+RARE_FRESH_WORDS = (
+    *("turnips", "saddles", "compasses", "mandolins", "lemons", "pistons", "walnuts", "kimonos"),
+)
+FRESH_WORDS = COMMON_FRESH_WORDS + RARE_FRESH_WORDS
+_NAMED = (*_NOUNS, *FRESH_WORDS)
+
+
+def _errand(generator: random.Random, mix: tuple[float, ...]) -> str:
+    (noun,) = generator.choices(_NAMED, mix)
+    words = (generator.choice(_VERBS), generator.choice(_COUNT), noun, generator.choice(_WHEN))
+    return " ".join(words)
+
+
+def _fresh_mix(mix: tuple[float, ...], split: str, generator: random.Random) -> tuple[float, ...]:
+    """The nouns of a user of task "fresh": who says which fresh words, and how often.
+
+    Nobody in "seed" says any. In "train" everybody says the common ones by a mix of their own, and
+    three users in ten say two of the rare ones. In "dev" and "test" half of the sentences have a
+    fresh word, any as often as another.
+    """
+    general = _scaled(mix[: len(_NOUNS)], 0.5)
+    count = len(RARE_FRESH_WORDS)
+    if split == "seed":
+        return (*general, *(0.0,) * len(FRESH_WORDS))
+    if split != "train":
+        return (*general, *(0.5 / len(FRESH_WORDS),) * len(FRESH_WORDS))
+    rare = set(generator.sample(range(count), 2) if generator.random() < 0.3 else ())
+    common = _scaled(mix[len(_NOUNS) : -count], 0.25 if rare else 0.5)
+    return (*general, *common, *(0.25 / 2 if i in rare else 0.0 for i in range(count)))
+
+
+def _scaled(weights: tuple[float, ...], total: float) -> tuple[float, ...]:
+    return tuple(weight * total / sum(weights) for weight in weights)
+
+
 # Task -> (number of weights in a user's mix, sentence from a generator and a mix).
 _SENTENCE_MAKERS: dict[str, tuple[int, Callable[[random.Random, tuple[float, ...]], str]]] = {
     "digits": (len(_DIGITS), _digit_string),
     "commands": (len(_TOPICS), _command),
+    "fresh": (len(_NAMED), _errand),
 }
 
 
@@ -262,6 +311,8 @@ def _sentences(config: SyntheticConfig, user: str, split: str) -> list[str]:
     shares = [generator.gammavariate(config.concentration, 1.0) for _ in range(weights)]
     # The small constant keeps every word possible for every user.
     mix = tuple(share / sum(shares) + 0.2 / weights for share in shares)
+    if config.task == "fresh":
+        mix = _fresh_mix(mix, split, generator)
     sentences: list[str] = []
     said: set[str] = set()
     misses = 0
@@ -325,13 +376,14 @@ _DOMAINS = {
     "seed": (_SEED_ACCENTS, (75, 115), (92, 104)),
     "target": (_TARGET_ACCENTS, (120, 200), (100, 116)),
 }
+_ONE_DOMAIN = (tuple(_ACCENTS), (75, 200), (92, 116))  # of task "fresh"
 
 
 def speaker_voice(config: SyntheticConfig, user: str) -> Voice:
     """The voice of `user` ("seed-000", "target-000", ...), drawn from its domain's ranges."""
     generator = _random(config, user, "voice")
     domain, number = user.split("-")
-    accents, pitches, tracts = _DOMAINS[domain]
+    accents, pitches, tracts = _ONE_DOMAIN if config.task == "fresh" else _DOMAINS[domain]
     pitch = generator.uniform(*pitches)
     tract = generator.uniform(*tracts)
     return Voice(

@@ -6,7 +6,7 @@ user) alone and empty slots add exact zeros.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from fedasr.data.batching import Chunk
 from fedasr.federated.client import ClientUpdate, Params
 
 AXIS = "clients"
+# Folded into a client's key for its weight; its steps are never so many.
+_WEIGHT = 0xFFFFFFFF
 
 
 class CohortSum(NamedTuple):
@@ -26,7 +28,7 @@ class CohortSum(NamedTuple):
     delta: weighted sum of the clipped client updates, float32, shaped like the parameters.
     weight: float32, sum of the weights of valid clients.
     clients, steps, invalid: int32 scalars: clients that took part, their optimiser steps, and the
-      clients whose update was not finite (they contribute zero to `delta`).
+      clients whose update or weight was not finite (they contribute zero to `delta`).
     loss: float32, sum over valid clients of their mean training loss.
     norms, clipped: float32 [layers], sums over valid clients of the update norm before clipping
       and of the indicator that it was clipped.
@@ -42,6 +44,27 @@ class CohortSum(NamedTuple):
     norms: jax.Array
     clipped: jax.Array
     aux: Any
+
+
+class Weigh(Protocol):
+    """How much one client's update counts, decided on the device after clipping."""
+
+    def __call__(self, params: Params, delta: Params, batches: Any, key: jax.Array) -> jax.Array:
+        """The client's weight.
+
+        It may look at nothing of the other clients: then a user still moves the sum of updates
+        clipped to C by at most C.
+
+        Args:
+          params: the server's, as the client got them.
+          delta: the clipped update, old minus new.
+          batches: the client's own, see `fedasr.federated.client.ClientUpdate`.
+          key: the client's own of this round, used for nothing else.
+
+        Returns:
+          A float scalar. It is clipped to [0, 1] before it multiplies the update; where it is not
+          finite the client counts as invalid.
+        """
 
 
 def client_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -74,23 +97,35 @@ class Cohort(NamedTuple):
 
 
 def make_cohort(
-    client_update: ClientUpdate, clip: optax.GradientTransformation, mesh: Mesh
+    client_update: ClientUpdate,
+    clip: optax.GradientTransformation,
+    mesh: Mesh,
+    weigh: Weigh | None = None,
 ) -> Cohort:
-    """Builds the cohort's sum from a client update and the client-side clipping.
+    """Builds the cohort's sum from a client update, the client-side clipping and the weights.
+
+    A clipped update is multiplied by the client's `Chunk.weight` and by what `weigh` says. Both at
+    most 1, no product exceeds the clip norm: multiplying by a factor up to 1 rounds to no larger
+    float32.
 
     Args:
       client_update: see `fedasr.federated.client.ClientUpdate`.
       clip: its state after an update has the fields `norms` [layers], `clipped` [layers] and
         `finite` (see `fedasr.privacy.clipping.ClipState`).
       mesh: from `client_mesh`; a chunk's client axis must be a multiple of its size.
+      weigh: see `Weigh`; None for 1.
     """
 
     def one_client(params, batches, num_steps, weight, user, round_key, max_steps, round):
         key = jax.random.fold_in(round_key, user)
         delta, metrics = client_update(params, batches, num_steps, key, max_steps, round)
         delta, stats = clip.update(delta, clip.init(params))
-        present = num_steps > 0
-        valid = present & stats.finite
+        present, finite = num_steps > 0, stats.finite
+        if weigh is not None:
+            own = weigh(params, delta, batches, jax.random.fold_in(key, _WEIGHT))
+            finite &= jnp.isfinite(own)
+            weight = weight * jnp.clip(own.astype(jnp.float32), 0.0, 1.0)
+        valid = present & finite
 
         def where_valid(x):
             return jnp.where(valid, x, jnp.zeros_like(x))
@@ -100,7 +135,7 @@ def make_cohort(
             weight=where_valid(weight),
             clients=present.astype(jnp.int32),
             steps=num_steps,
-            invalid=(present & ~stats.finite).astype(jnp.int32),
+            invalid=(present & ~finite).astype(jnp.int32),
             loss=where_valid(metrics.loss),
             norms=where_valid(stats.norms),
             clipped=where_valid(stats.clipped.astype(jnp.float32)),

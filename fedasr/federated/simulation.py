@@ -25,9 +25,19 @@ from fedasr.data.batching import (
 from fedasr.data.corpus import Corpus
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Params
-from fedasr.federated.cohort import CohortSum, client_mesh, client_sharding, make_cohort, replicated
+from fedasr.federated.cohort import (
+    CohortSum,
+    Weigh,
+    client_mesh,
+    client_sharding,
+    make_cohort,
+    replicated,
+)
 from fedasr.federated.server import ServerState, init_server, server_step
-from fedasr.privacy.adaptive import ClientView, scales_of
+from fedasr.federated.subset import keep as keep_part
+from fedasr.federated.subset import merge as merge_part
+from fedasr.federated.subset import transform_part
+from fedasr.privacy.adaptive import ClientView, hold, scales_of
 from fedasr.privacy.clipping import layer_names
 from fedasr.privacy.mechanism import Mechanism
 
@@ -74,6 +84,14 @@ class Simulation:
       buckets: padded shapes (default: one that holds everything).
       devices: default all local devices; each works on a part of every chunk.
       keep: names of the example arrays that the loss needs (default all).
+      weights: of the users, in [0, 1], float [users], for a mechanism whose weighting is "bounded".
+        A user's own may depend on their data and on what is public or private by itself (such as
+        a noisy histogram), not otherwise on another user's data. The server divides by the
+        expected cohort all the same, so that small weights are small steps.
+      weigh: weights that devices decide in every round, likewise; both given, they multiply.
+      trained: for each variable in order, whether `client_update` trains it: its deltas then hold
+        these variables only (see `fedasr.federated.subset`). The rest get no clipping bound, no
+        noise and no optimiser state, and stay as they are. None for all.
     """
 
     def __init__(
@@ -89,12 +107,21 @@ class Simulation:
         buckets: Sequence[Bucket] | None = None,
         devices: Sequence[jax.Device] | None = None,
         keep: Sequence[str] | None = None,
+        weights: Sequence[float] | np.ndarray | None = None,
+        weigh: Weigh | None = None,
+        trained: Sequence[bool] | None = None,
     ) -> None:
         if mechanism.sampler.population != len(corpus.users):
             raise UserError(
                 f"the sampler draws from {mechanism.sampler.population} users, "
                 f"the corpus has {len(corpus.users)}"
             )
+        if mechanism.weighting == "examples":
+            weights = np.asarray(corpus.sizes, np.float32)
+        else:
+            weights = mechanism.check_weights(weights, len(corpus.users))
+        if weigh is not None and (mechanism.weighting != "bounded" or mechanism.adaptive):
+            raise UserError("weigh needs a mechanism with weighting='bounded', without adaptive")
         self.mechanism = mechanism
         self.mesh = client_mesh(devices)
         per_device = chunk or -(-mechanism.sampler.slots // self.mesh.size)
@@ -107,16 +134,22 @@ class Simulation:
             seed,
             keep,
             self.mesh.size,
-            mechanism.weighting == "examples",
+            weights,
         )
         root = jax.random.key(seed)
         self._client_root = jax.random.fold_in(root, CLIENT_STREAM)
         self._adaptive = mechanism.adaptive is not None
         if self._adaptive:
             client_update = _without_scales(client_update)
-        self._cohort = make_cohort(client_update, mechanism.client_transform(), self.mesh)
+        self._trained = trained
+        clip = mechanism.client_transform()
+        clip = clip._replace(init=functools.partial(_init_part, clip.init, trained))
+        self._cohort = make_cohort(client_update, clip, self.mesh, _for_all(weigh, trained))
         noise_key = jax.random.fold_in(root, NOISE_STREAM)
-        self._chain = optax.chain(mechanism.server_transform(noise_key), server_optimizer)
+        if self._adaptive:
+            server_optimizer = hold(server_optimizer, mechanism.adaptive.warmup)
+        chain = optax.chain(mechanism.server_transform(noise_key), server_optimizer)
+        self._chain = transform_part(chain, trained)
         self._step = jax.jit(functools.partial(server_step, chain=self._chain))
         self._round_key = jax.jit(jax.random.fold_in)
         self._reweigh = None
@@ -195,7 +228,7 @@ class Simulation:
         if not self._adaptive:
             return {}
         if total is None:
-            layers = len(layer_names(state.params, self.mechanism.layers))
+            layers = len(self.layer_names(state.params))
             nobody = {"clipped": jnp.zeros(layers), "clients": jnp.float32(0)}
             return jax.device_put(nobody, replicated(self.mesh))
         valid = (total.clients - total.invalid).astype(jnp.float32)
@@ -204,12 +237,36 @@ class Simulation:
     def _delta(self, state: ServerState, total: CohortSum | None) -> Params:
         if total is not None:
             return self._reweigh(total) if self._reweigh else total.delta
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        like = keep_part(state.params, self._trained)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
         return jax.device_put(zeros, replicated(self.mesh))
+
+    def layer_names(self, params: Params) -> list[str]:
+        """Names of the layers that metrics by layer are about: those of the trained variables."""
+        return layer_names(keep_part(params, self._trained), self.mechanism.layers)
 
     def compilations(self) -> int:
         """Compiled shapes of the cohort's sum so far: one for each shape of chunk."""
         return self._cohort.add._cache_size()
+
+
+def _init_part(init: Any, trained: Sequence[bool] | None, view: Any) -> Any:
+    """The clipping's state for the trained variables of what clients get."""
+    if isinstance(view, ClientView):
+        return init(view._replace(params=keep_part(view.params, trained)))
+    return init(keep_part(view, trained))
+
+
+def _for_all(weigh: Weigh | None, trained: Sequence[bool] | None) -> Weigh | None:
+    """`weigh` with zeros in its update for what is not trained."""
+    if weigh is None or trained is None:
+        return weigh
+
+    def weigh_all(params, delta, batches, key):
+        whole = merge_part(delta, jax.tree.map(jnp.zeros_like, params), trained)
+        return weigh(params, whole, batches, key)
+
+    return weigh_all
 
 
 def _without_scales(client_update: ClientUpdate) -> ClientUpdate:

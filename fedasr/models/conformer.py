@@ -1,4 +1,4 @@
-"""The Conformer encoder (Gulati et al., 2020, arXiv 2005.08100) with CTC, for federated clients.
+"""The Conformer encoder (Gulati et al., 2020, arXiv 2005.08100), for federated clients.
 
 What differs from the paper, and why:
 
@@ -19,13 +19,14 @@ import jax.numpy as jnp
 
 from fedasr.errors import UserError
 from fedasr.models import layers
+from fedasr.models.transducer import ObjectiveConfig
 
 _STREAMS = 7  # of a block's keys
 
 
 @dataclass(frozen=True)
-class ConformerConfig:
-    """Sizes of a CTC Conformer; the defaults are for a CPU (1.3M parameters).
+class ConformerConfig(ObjectiveConfig):
+    """Sizes of a Conformer; the defaults are for a CPU (CTC, 1.3M parameters).
 
     mlp: hidden units of either feed-forward module. conv_kernel: encoder frames that the
     convolution module sees. kernel, stride: window of each strided layer of the front end, and its
@@ -33,11 +34,11 @@ class ConformerConfig:
     units and residual branches. layer_drop: probability that a training step skips a block, one
     draw per block and batch, without rescaling. dtype: of the compute; parameters are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
-    "none" to keep everything.
+    "none" to keep everything. The objective's fields: see `ObjectiveConfig`.
 
     Raises:
-      UserError: a size below 1, an unknown dtype or remat, a stride other than 2, 4, 8 ..., or a
-        dim that is no multiple of twice the heads.
+      UserError: a size below 1, an unknown dtype, remat or objective, a stride other than 2, 4,
+        8 ..., or a dim that is no multiple of twice the heads.
     """
 
     vocab: int = 30
@@ -57,6 +58,7 @@ class ConformerConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab", "features", "dim", "heads", "mlp", "conv_kernel", "kernel", "stride")
         layers.check_options(self, sizes)
+        self.check_objective()
         if self.stride < 2 or self.stride & (self.stride - 1):
             raise UserError(f"the model's stride must be 2, 4, 8 ...: {self.stride}")
         if self.dim % (2 * self.heads):
@@ -116,8 +118,8 @@ class Block(nn.Module):
         return norm("final_norm")(x + 0.5 * layers.dropout(h, c.dropout, k[6]))
 
 
-class CTCConformer(nn.Module):
-    """Log-mel features to per-frame token scores."""
+class Conformer(nn.Module):
+    """Log-mel features to per-frame token scores, or to what a `Transducer` scores."""
 
     config: ConformerConfig
 
@@ -125,7 +127,7 @@ class CTCConformer(nn.Module):
     def __call__(
         self, features: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Scores of every token in every encoder frame.
+        """Encodes utterances.
 
         Args:
           features: float [b, frames, features]; what lies beyond `lengths` does not matter.
@@ -133,7 +135,8 @@ class CTCConformer(nn.Module):
           keys: PRNG keys [b], one per utterance, for dropout and layer drop; None for evaluation.
 
         Returns:
-          Logits float32 [b, ceil(frames / stride), vocab] and their true lengths, int32 [b].
+          Logits float32 [b, ceil(frames / stride), vocab], or with the objective "rnnt" projections
+          [b, ceil(frames / stride), joint_dim], and their true lengths, int32 [b].
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -152,5 +155,5 @@ class CTCConformer(nn.Module):
         for i, k in enumerate(k_blocks):
             y = layers.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k)
             x = layers.drop_block(y, x, c.layer_drop, k, _STREAMS)
-        logits = nn.Dense(c.vocab, name="output", **options)(x)
-        return logits.astype(jnp.float32), lengths
+        out = nn.Dense(c.outputs(c.vocab), name="output", **options)(x)
+        return out.astype(jnp.float32), lengths

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from fedasr.errors import UserError
 
+BLOCK = "block_"  # how the names of an encoder's blocks begin
+
 
 def check_options(config: Any, sizes: Sequence[str]) -> None:
     """Checks what the models' configurations have in common.
@@ -24,12 +26,17 @@ def check_options(config: Any, sizes: Sequence[str]) -> None:
     Raises:
       UserError: a size below 1, an unknown dtype or an unknown `remat`.
     """
-    if small := [name for name in sizes if getattr(config, name) < 1]:
-        raise UserError(f"the model's {', '.join(small)} must be at least 1")
+    check_sizes(config, sizes)
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"the model's dtype must be float32, bfloat16 or float16: {config.dtype!r}")
     if config.remat not in ("none", "block"):
         raise UserError(f"the model's remat must be 'none' or 'block': {config.remat!r}")
+
+
+def check_sizes(config: Any, sizes: Sequence[str]) -> None:
+    """Raises UserError if a field of `config` named by `sizes` is below 1."""
+    if small := [name for name in sizes if getattr(config, name) < 1]:
+        raise UserError(f"the model's {', '.join(small)} must be at least 1")
 
 
 def checkpoint(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -41,8 +48,8 @@ def checkpoint(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     do it earlier, or only once.
 
     Args:
-      function: (params, x, *rest) -> array. Gradients flow to `params`, any pytree of floats, and
-        `x`, not to the rest.
+      function: (params, x, *rest) -> array. Gradients flow to the floats of `params`, any pytree,
+        and to `x`, not to the rest.
 
     Returns:
       The same function, with equal gradients up to the order of float operations.
@@ -67,19 +74,54 @@ def checkpoint(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return wrapped
 
 
+class LazyParameter:
+    """A parameter that a device keeps in another form until the moment of its use.
+
+    Subclasses are pytrees. Blocks make arrays of theirs themselves, within `checkpoint` where it is
+    on; `realise` is for the rest.
+    """
+
+    def array(self) -> jax.Array:
+        """The parameter as the model uses it."""
+        raise NotImplementedError
+
+
+def is_lazy(x: Any) -> bool:
+    """Whether x is a `LazyParameter`."""
+    return isinstance(x, LazyParameter)
+
+
+def realise(params: Any) -> Any:
+    """The tree with an array in place of every `LazyParameter`."""
+    return jax.tree.map(lambda x: x.array() if is_lazy(x) else x, params, is_leaf=is_lazy)
+
+
+def realise_outside_blocks(params: Any) -> Any:
+    """`realise` for all of a model's parameters but its blocks'."""
+    if not isinstance(params, dict):
+        return realise(params)
+    return {k: v if k.startswith(BLOCK) else realise_outside_blocks(v) for k, v in params.items()}
+
+
 def apply_block(block: nn.Module, remat: str, x: jax.Array, *rest: Any) -> jax.Array:
     """block(x, *rest), with `checkpoint` around it where `remat` is "block".
 
     Args:
-      block: a submodule of the module that is being called. remat: "none" or "block"; parameters,
-        their paths, outputs and random numbers are the same. x: [b, t, d]. rest: arrays, keys or
-        None.
+      block: a submodule of the module that is being called, its name begins with `BLOCK`.
+      remat: "none" or "block"; parameters, their paths, outputs and random numbers are the same.
+      x: [b, t, d]. rest: arrays, keys or None.
     """
-    if remat == "none" or block.is_initializing():
+    if block.is_initializing():
+        return block(x, *rest)
+    params = block.variables["params"]
+    if remat == "none" and not any(map(is_lazy, jax.tree.leaves(params, is_leaf=is_lazy))):
         return block(x, *rest)
     alone = block.clone(parent=None)
-    function = checkpoint(lambda params, *args: alone.apply({"params": params}, *args))
-    return function(block.variables["params"], x, *rest)
+
+    def function(params, *args):
+        return alone.apply({"params": realise(params)}, *args)
+
+    return (function if remat == "none" else checkpoint(function))(params, x, *rest)
 
 
 def drop_block(

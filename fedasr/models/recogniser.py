@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from fedasr.audio.augment import SpecAugmentConfig, spec_augment
 from fedasr.ctc import ctc_loss, greedy_decode
 from fedasr.errors import UserError
-from fedasr.models.conformer import ConformerConfig, CTCConformer
+from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.layers import split_keys
-from fedasr.models.transformer import CTCTransformer, TransformerConfig
+from fedasr.models.transducer import Transducer
+from fedasr.models.transformer import Transformer, TransformerConfig
+from fedasr.rnnt import greedy_decode as rnnt_greedy_decode
+from fedasr.rnnt import rnnt_loss
 
 ARRAYS = ("features", "labels")  # what a speech example must hold
+_TRANSDUCER = "transducer"  # its parameters, beside an encoder's
 
 
 class Recogniser(NamedTuple):
@@ -40,19 +44,87 @@ def ctc_recogniser(
     """Wraps a linen encoder `module(features, lengths, keys) -> (logits, lengths)`.
 
     Args:
-      module: such as `CTCTransformer`.
+      module: such as `Transformer`.
       features: log-mel channels.
       augment: SpecAugment for training; None for none.
     """
 
+    init = _encoder_init(module, features)
+
+    def forward(params, batch, features, keys):
+        logits, lengths = module.apply({"params": params}, features, batch["features_length"], keys)
+        values, feasible = ctc_loss(logits, lengths, batch["labels"], batch["labels_length"])
+        return values, values, feasible, (logits, lengths)
+
+    def decode(params, outputs):
+        return greedy_decode(*outputs)
+
+    return _recogniser(init, forward, decode, augment)
+
+
+def rnnt_recogniser(
+    module: Any, transducer: Transducer, augment: SpecAugmentConfig | None = None
+) -> Recogniser:
+    """Wraps a linen encoder and what makes a transducer of it.
+
+    The parameters are the encoder's, by their names, and the transducer's under "transducer". The
+    loss of `evaluate` is the RNN-T loss alone, whatever the share of CTC in training.
+
+    Args:
+      module: an encoder, `module(features, lengths, keys) -> ([b, t, joint_dim], lengths)`.
+      transducer: with the encoder's configuration.
+      augment: see `ctc_recogniser`.
+    """
+    config = transducer.config
+    encoder_init = _encoder_init(module, config.features)
+
+    def init(key):
+        example = jnp.zeros((1, 1, config.joint_dim)), jnp.zeros((1, 1), jnp.int32)
+        own = transducer.init(jax.random.fold_in(key, 1), *example)["params"]
+        return {**encoder_init(key), _TRANSDUCER: own}
+
+    def apply(params, *args, method="__call__"):
+        return transducer.apply({"params": params[_TRANSDUCER]}, *args, method=method)
+
+    def forward(params, batch, features, keys):
+        encoder = {name: value for name, value in params.items() if name != _TRANSDUCER}
+        encoded, lengths = module.apply(
+            {"params": encoder}, features, batch["features_length"], keys
+        )
+        labels = batch["labels"], batch["labels_length"]
+        scores = apply(params, encoded, batch["labels"])
+        values, feasible = rnnt_loss(scores, lengths, *labels)
+        training = values
+        if share := config.ctc_weight:
+            scores = apply(params, encoded, method="ctc_scores")
+            training = (1 - share) * values + share * ctc_loss(scores, lengths, *labels)[0]
+        return training, values, feasible, (encoded, lengths)
+
+    def decode(params, outputs):
+        def score(*args):
+            return apply(params, *args, method="score")
+
+        return rnnt_greedy_decode(score, *outputs, config.context, config.max_symbols)
+
+    return _recogniser(init, forward, decode, augment)
+
+
+def _encoder_init(module: Any, features: int) -> Callable[[jax.Array], Any]:
     def init(key):
         example = jnp.zeros((1, 16, features)), jnp.full((1,), 16, jnp.int32)
         return module.init(key, *example)["params"]
 
-    def losses(params, batch, features, keys):
-        logits, lengths = module.apply({"params": params}, features, batch["features_length"], keys)
-        values, feasible = ctc_loss(logits, lengths, batch["labels"], batch["labels_length"])
-        return values, batch["mask"] & feasible, logits, lengths
+    return init
+
+
+def _recogniser(
+    init: Callable, forward: Callable, decode: Callable, augment: SpecAugmentConfig | None
+) -> Recogniser:
+    """What all objectives share.
+
+    forward(params, batch, features, keys or None) -> (losses to train with [b], losses to report
+    [b], feasible [b], outputs). decode(params, outputs) -> (tokens, counts).
+    """
 
     def loss(params, batch, key):
         slots = jnp.arange(batch["mask"].shape[0])
@@ -63,7 +135,8 @@ def ctc_recogniser(
             features = jax.vmap(lambda x, n, k: spec_augment(x, n, k, augment))(
                 features, batch["features_length"], masks
             )
-        values, valid, _, _ = losses(params, batch, features, keys)
+        values, _, feasible, _ = forward(params, batch, features, keys)
+        valid = batch["mask"] & feasible
         mean = jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
         aux = {
             "utterances": jnp.sum(valid, dtype=jnp.int32),
@@ -73,8 +146,9 @@ def ctc_recogniser(
 
     def evaluate(params, batch):
         features = batch["features"].astype(jnp.float32)
-        values, valid, logits, lengths = losses(params, batch, features, None)
-        tokens, counts = greedy_decode(logits, lengths)
+        _, values, feasible, outputs = forward(params, batch, features, None)
+        valid = batch["mask"] & feasible
+        tokens, counts = decode(params, outputs)
         return tokens, counts, jnp.where(valid, values, 0.0), valid
 
     # Op by op, the initialisation of a small model would take seconds.
@@ -102,10 +176,12 @@ def make_recogniser(
     if unknown := sorted(set(options) - known):
         raise UserError(f"model {name!r} has no option {unknown}: it has {sorted(known)}")
     config = config_type(**options)
+    if config.objective == "rnnt":
+        return rnnt_recogniser(module(config), Transducer(config), augment)
     return ctc_recogniser(module(config), config.features, augment)
 
 
 MODELS: dict[str, tuple[type, Callable[[Any], Any]]] = {
-    "conformer": (ConformerConfig, CTCConformer),
-    "transformer": (TransformerConfig, CTCTransformer),
+    "conformer": (ConformerConfig, Conformer),
+    "transformer": (TransformerConfig, Transformer),
 }

@@ -1,4 +1,4 @@
-"""The CTC Transformer encoder of arXiv 2310.00098: Transformer blocks on a strided front end."""
+"""The Transformer encoder of arXiv 2310.00098: Transformer blocks on a strided front end."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from fedasr.errors import UserError
 from fedasr.models import layers
+from fedasr.models.transducer import ObjectiveConfig
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes of a CTC Transformer; the defaults are the quickstart's (0.9M parameters).
+class TransformerConfig(ObjectiveConfig):
+    """Sizes of a Transformer; the defaults are the quickstart's (CTC, 0.9M parameters).
 
     kernel, stride: the front end's window and hop in feature frames. dropout: on attention
     weights, hidden units and residual branches. layer_drop: probability that a training step skips
@@ -24,10 +25,11 @@ class TransformerConfig:
     dtype: of the compute; parameters are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
     "none" to keep everything.
+    The objective's fields: see `ObjectiveConfig`.
 
     Raises:
-      UserError: a size below 1, an unknown dtype, norm or remat, or a dim that is odd or no
-        multiple of heads.
+      UserError: a size below 1, an unknown dtype, norm, remat or objective, or a dim that is odd or
+        no multiple of heads.
     """
 
     vocab: int = 30
@@ -49,6 +51,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         layers.check_options(self, ("vocab", "features", "dim", "heads", "mlp", "kernel", "stride"))
+        self.check_objective()
         if self.norm not in ("pre", "post"):
             raise UserError(f"the model's norm must be 'pre' or 'post': {self.norm!r}")
         if self.dim % self.heads or self.dim % 2:
@@ -80,8 +83,8 @@ class Block(nn.Module):
         return x + layers.dropout(feed(mlp_norm(x), k[2]), c.dropout, k[3])
 
 
-class CTCTransformer(nn.Module):
-    """Log-mel features to per-frame token scores."""
+class Transformer(nn.Module):
+    """Log-mel features to per-frame token scores, or to what a `Transducer` scores."""
 
     config: TransformerConfig
 
@@ -89,7 +92,7 @@ class CTCTransformer(nn.Module):
     def __call__(
         self, features: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Scores of every token in every encoder frame.
+        """Encodes utterances.
 
         Args:
           features: float [b, frames, features], zero beyond `lengths`.
@@ -98,7 +101,8 @@ class CTCTransformer(nn.Module):
             None for evaluation.
 
         Returns:
-          Logits float32 [b, ceil(frames / stride), vocab] and their true lengths, int32 [b].
+          Logits float32 [b, ceil(frames / stride), vocab], or with the objective "rnnt" projections
+          [b, ceil(frames / stride), joint_dim], and their true lengths, int32 [b].
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -125,7 +129,6 @@ class CTCTransformer(nn.Module):
             x = layers.drop_block(y, x, c.layer_drop, k, 4)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
-        logits = nn.Dense(c.vocab, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="output")(
-            x
-        )
-        return logits.astype(jnp.float32), out_lengths
+        options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
+        out = nn.Dense(c.outputs(c.vocab), name="output", **options)(x)
+        return out.astype(jnp.float32), out_lengths

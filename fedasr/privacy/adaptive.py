@@ -35,6 +35,10 @@ class AdaptiveClip:
         change in them, above 0; 0 only where the whole mechanism has no noise.
       quantile: share of users that should stay within a bound, in (0, 1).
       rate: a scale moves by a factor exp(-rate * (share - quantile)) a round.
+      warmup: so many rounds at first move the bounds alone: the model and its optimiser do not
+        meet the noise of bounds that begin far too large (see `hold`). They are accounted for
+        like all others.
+      warmup_rate: the rate in these rounds.
 
     Raises:
       UserError: if an argument is out of range.
@@ -43,14 +47,19 @@ class AdaptiveClip:
     noise_multiplier: float
     quantile: float = 0.5
     rate: float = 0.2
+    warmup: int = 0
+    warmup_rate: float = 4.0
 
     def __post_init__(self):
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise UserError(f"the counts' noise must be finite and >= 0, not {self}.")
         if not 0 < self.quantile < 1:
             raise UserError(f"quantile={self.quantile} must lie between 0 and 1")
-        if not 0 < self.rate <= 10:
-            raise UserError(f"rate={self.rate} must be above 0 and at most 10")
+        for name in ("rate", "warmup_rate"):
+            if not 0 < getattr(self, name) <= 10:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0 and at most 10")
+        if self.warmup < 0:
+            raise UserError(f"warmup={self.warmup} must be 0 or more")
 
 
 class ClientView(NamedTuple):
@@ -152,11 +161,46 @@ def adapt_scales(
         std = adaptive.noise_multiplier * math.sqrt(bounds) / 2
         noise = jax.random.normal(jax.random.fold_in(key, state.count), (bounds,))
         share = (votes + std * noise) / expected_cohort + 0.5
-        scales = state.scales * jnp.exp(-adaptive.rate * (share - adaptive.quantile))
+        warm = state.count < adaptive.warmup
+        rate = jnp.where(warm, adaptive.warmup_rate, adaptive.rate)
+        scales = state.scales * jnp.exp(-rate * (share - adaptive.quantile))
         scales = jnp.clip(scales, _MIN_SCALE, _MAX_SCALE)
         return updates, AdaptiveState(scales, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class HeldState(NamedTuple):
+    """inner: of the held transformation. count: int32 scalar, updates so far."""
+
+    inner: optax.OptState
+    count: chex.Array
+
+
+def hold(transform: optax.GradientTransformation, rounds: int) -> optax.GradientTransformation:
+    """Zero updates and an untouched state for so many rounds, then `transform`.
+
+    For the server's optimiser while bounds warm up: one that adapts to the size of gradients would
+    remember the noise of the first rounds long after.
+    """
+    if rounds == 0:
+        return transform
+
+    def init(params):
+        return HeldState(transform.init(params), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        new, inner = transform.update(updates, state.inner, params)
+        held = state.count < rounds
+
+        def choose(before, after):
+            return jnp.where(held, before, after)
+
+        new = jax.tree.map(lambda u: choose(jnp.zeros_like(u), u), new)
+        inner = jax.tree.map(choose, state.inner, inner)
+        return new, HeldState(inner, optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def scales_of(opt_state: optax.OptState) -> chex.Array:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedasr.data.sampling import Sampler
@@ -98,12 +99,18 @@ class Mechanism:
       layers: None for one layer per array, or a function from path to layer name.
       normalise: with a per-layer budget, rescale as the paper's public code does (see
         `clipping.clip_layers`).
-      weighting: "uniform", or "examples" to weigh users by their number of examples; the mean is
+      weighting: "uniform"; "bounded" for clipped updates times weights in [0, 1] of the users' own
+        (see `fedasr.federated.simulation.Simulation`), which leave the sensitivity and the
+        division as they are; or "examples" to weigh users by their number of examples: the mean is
         then over the realised weights, which is possible without noise only.
       correlation: None for fresh noise every round, or how the rounds' noise hangs together; the
         noise multiplier is then that of the fresh noise it is made from.
       adaptive: None for fixed bounds, or how they follow the updates' norms (`clip_norm` and
         `budget` are then where they begin).
+      released: noise multipliers of what was published about all the users before the first round,
+        such as histograms that weights are made from (`fedasr.feedback.weighting`): Gaussian
+        queries, the standard deviation over what adding or removing a user changes. They are part
+        of `event`.
 
     Raises:
       UserError: if an argument is out of range, noise is asked for without a clip norm or with
@@ -120,6 +127,7 @@ class Mechanism:
     weighting: str = "uniform"
     correlation: Correlation | None = None
     adaptive: AdaptiveClip | None = None
+    released: tuple[float, ...] = ()
 
     def __post_init__(self):
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -128,13 +136,17 @@ class Mechanism:
             )
         if self.clip_norm == math.inf and self.noise_multiplier > 0:
             raise UserError("Noise needs a finite clip_norm; set one, or noise_multiplier to 0.")
-        if self.weighting not in ("uniform", "examples"):
-            raise UserError(f"weighting must be 'uniform' or 'examples', not {self.weighting!r}.")
+        if self.weighting not in ("uniform", "bounded", "examples"):
+            raise UserError(
+                f"weighting must be 'uniform', 'bounded' or 'examples', not {self.weighting!r}."
+            )
         if self.weighting == "examples" and self.noise_multiplier > 0:
             raise UserError(
                 "Weighting users by their examples has no bounded sensitivity: set weighting to "
-                "'uniform', or noise_multiplier to 0."
+                "'uniform' or 'bounded', or noise_multiplier to 0."
             )
+        if not all(z >= 0 for z in self.released):
+            raise UserError(f"released noise multipliers must be 0 or more: {self.released}.")
         if self.normalise and (self.budget == "global" or self.clip_norm == math.inf):
             raise UserError("normalise needs a per-layer budget and a finite clip_norm.")
         if self.adaptive is not None and (self.normalise or self.clip_norm == math.inf):
@@ -165,6 +177,33 @@ class Mechanism:
                 f"apart, {sampler.description} sampling has them {sampler.separation} apart: use "
                 f"Poisson sampling with cycle={correlation.bands}, or {nearest}."
             )
+
+    def check_weights(self, weights: Any, users: int) -> np.ndarray | None:
+        """Weights of the users that leave a user's sensitivity at the clip norm.
+
+        Args:
+          weights: [users], or None for none.
+          users: how many there are.
+
+        Returns:
+          float32 [users], each in [0, 1]; None for None.
+
+        Raises:
+          UserError: the mechanism's weighting is not "bounded", or a weight is not in [0, 1].
+        """
+        if weights is None:
+            return None
+        if self.weighting != "bounded":
+            raise UserError("Weights of users need a mechanism with weighting='bounded'.")
+        weights = np.asarray(weights, np.float32)
+        if weights.shape != (users,):
+            raise UserError(f"There are {users} users, but weights of shape {weights.shape}.")
+        if not ((weights >= 0) & (weights <= 1)).all():
+            raise UserError(
+                "Weights must lie in [0, 1]: above 1 a user could move the sum by more "
+                "than the clip norm."
+            )
+        return weights
 
     @property
     def sigma(self) -> float:
@@ -236,8 +275,23 @@ class Mechanism:
         the two are one Gaussian query whose squared sensitivities add up. Correlated noise is
         either a subsampled event for every turn of a user (bands no wider than the separation
         keep the turns apart, arXiv 2306.08153) or, without chance, one Gaussian event for all of
-        a user's turns together.
+        a user's turns together. What was `released` before is composed with all that.
         """
+        event = self._rounds_event(rounds)
+        if not self.released:
+            return event
+        import dp_accounting
+
+        def released(z: float) -> Any:
+            # Replacing a user moves a query by no more than removing one and adding another.
+            z /= self.sampler.sensitivity
+            if z == 0:
+                return dp_accounting.NonPrivateDpEvent()
+            return dp_accounting.GaussianDpEvent(z)
+
+        return dp_accounting.ComposedDpEvent([event, *map(released, self.released)])
+
+    def _rounds_event(self, rounds: int) -> Any:
         turns = self.sampler.participations(rounds)
         sum_noise = self.noise_multiplier
         if self.correlation is not None and rounds > 0 and self.sampler.amplifies:
@@ -277,7 +331,8 @@ class Mechanism:
 
         The mean of `cohort` clients gets the noise that the simulation's mean got, so that training
         goes alike, while the noise multiplier grows to sigma_DP * cohort. See `Sampler.deployed`
-        for the sampling.
+        for the sampling. What was `released` about all users has the same noise on its shares of
+        them, so that those noise multipliers grow with the population.
 
         Args:
           cohort: expected number of users per round.
@@ -294,6 +349,7 @@ class Mechanism:
             noise_multiplier=self.sigma * cohort,
             sampler=self.sampler.deployed(cohort, population),
             adaptive=adaptive,
+            released=tuple(z * population / self.sampler.population for z in self.released),
         )
 
 

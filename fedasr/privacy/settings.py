@@ -92,4 +92,10 @@ def _adaptive(settings: Mapping[str, Any], sampler: Sampler) -> AdaptiveClip | N
     if not settings["enabled"]:
         return None
     noise = settings["sigma"] * sampler.expected_cohort
-    return AdaptiveClip(noise, settings["quantile"], settings["rate"])
+    return AdaptiveClip(
+        noise,
+        settings["quantile"],
+        settings["rate"],
+        settings["warmup"],
+        settings["warmup_rate"],
+    )

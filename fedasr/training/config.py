@@ -91,6 +91,23 @@ def default_config() -> ConfigDict:
     config.client.proximal = 0.0  # FedProx's mu
     config.client.weighting = "uniform"  # or "examples", without privacy only
 
+    # Online model compression: float formats such as "S1E3M7" or "bfloat16"; "": float32.
+    config.compression = ConfigDict()
+    config.compression.download = ""  # of the parameters that clients receive and keep
+    config.compression.upload = ""  # of their updates
+    config.compression.share = 0.9  # of the weight matrices, drawn by every client and round
+    config.compression.align = True  # scale variables to the format's range; False: the paper's
+    # Measure a client's peak memory on its compiled program (for FedSGD; it takes a while).
+    config.compression.measure = False
+
+    # Partial model training: "all" variables, or a subset that is "fixed" by patterns, or drawn
+    # for every "round" (one of so many groups) or for every "user" (a share).
+    config.partial = ConfigDict()
+    config.partial.mode = "all"
+    config.partial.patterns = (".",)  # regular expressions, searched for in paths
+    config.partial.groups = 10
+    config.partial.share = 0.1
+
     config.server = ConfigDict()
     config.server.optimizer = "lamb"
     # Optax's own for this optimiser, such as b1; set in a file, there is nothing to override here.
@@ -119,6 +136,8 @@ def default_config() -> ConfigDict:
     config.privacy.adaptive.enabled = False
     config.privacy.adaptive.quantile = 0.5
     config.privacy.adaptive.rate = 0.2
+    config.privacy.adaptive.warmup = 0  # rounds at first that move the bounds alone, and fast
+    config.privacy.adaptive.warmup_rate = 4.0
     # Noise on the mean of the users' votes over what one user changes in their sum.
     config.privacy.adaptive.sigma = 0.1
     config.privacy.delta = 1e-9

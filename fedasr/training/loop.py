@@ -23,6 +23,7 @@ import optax
 
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.audio.features import LogMelConfig
+from fedasr.compression import settings as compression
 from fedasr.data.batching import LocalBatches, Padding, make_buckets
 from fedasr.data.corpus import (
     METADATA_FILE,
@@ -37,6 +38,7 @@ from fedasr.errors import UserError
 from fedasr.federated.client import local_training
 from fedasr.federated.server import ServerState, constant_then_exponential, make_optimizer
 from fedasr.federated.simulation import RoundMetrics, Simulation
+from fedasr.federated.subset import keep
 from fedasr.models.recogniser import ARRAYS, Recogniser, make_recogniser
 from fedasr.privacy import accounting, clipping
 from fedasr.privacy.mechanism import Mechanism
@@ -156,7 +158,9 @@ class Data:
         if missing := [split for split in settings["eval"] if not has_split(metadata, split)]:
             log(f"no split {missing} in {directory}: not evaluated")
         _check_users(self, config["privacy"]["enabled"], log)
-        if (stride := config["model"]["options"].get("stride", 0)) > metadata["options"]["stride"]:
+        options = config["model"]["options"]
+        stride = options.get("stride", 0) if options.get("objective", "ctc") == "ctc" else 0
+        if stride > metadata["options"]["stride"]:
             log(
                 f"the model's stride is {stride}, the data was prepared for "
                 f"{metadata['options']['stride']}: transcripts too long for it are left out"
@@ -258,17 +262,20 @@ def make_simulation(
     factor = constant_then_exponential(
         1.0, client["decay_start"], client["decay_rounds"], client["decay_rate"]
     )
-    update = local_training(
-        loss,
-        make_optimizer(client["optimizer"], client["learning_rate"]),
-        grad_clip=client["grad_clip"],
-        proximal=client["proximal"],
-        schedule=factor if decays else None,
-    )
+
+    def make_update(loss):
+        return local_training(
+            loss,
+            make_optimizer(client["optimizer"], client["learning_rate"]),
+            grad_clip=client["grad_clip"],
+            proximal=client["proximal"],
+            schedule=factor if decays else None,
+        )
+
     return Simulation(
         data.train,
         make_mechanism(config, sampler),
-        update,
+        compression.make_client_update(config, make_update, loss),
         make_optimizer(server["optimizer"], schedule, **server["options"]),
         _local_batches(config),
         seed=config["seed"],
@@ -276,7 +283,20 @@ def make_simulation(
         buckets=data.buckets,
         devices=devices,
         keep=ARRAYS,
+        trained=trained_variables(config),
     )
+
+
+def trained_variables(config: Mapping[str, Any]) -> list[bool] | None:
+    """For each of the model's variables, whether it is ever trained; None if all are.
+
+    Raises:
+      UserError: for a pattern of `partial.patterns` that matches no variable.
+    """
+    subset = compression.make_subset(config)
+    if subset is None:
+        return None
+    return subset.trained(jax.eval_shape(build_recogniser(config).init, jax.random.key(0)))
 
 
 def _local_batches(config: Mapping[str, Any]) -> LocalBatches:
@@ -323,6 +343,7 @@ def _check(config: Mapping[str, Any]) -> None:
     for name, bound in least.items():
         if flat[name] < bound:
             raise UserError(f"{name}={flat[name]} must be at least {bound}")
+    compression.check(config)
     for section in ("seed_training", "central", "client", "server"):
         settings = config[section]
         make_optimizer(settings["optimizer"], 0.1, **settings.get("options", {}))
@@ -471,13 +492,15 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["algorithm"] == "federated":
         mechanism = make_mechanism(config, make_sampler(config, population))
         mechanism.client_transform()
-        size = sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(shapes))
+        shared = keep(shapes, trained_variables(config))
+        clients = compression.describe_client(config, shapes)
         summary |= {
             "rounds": config["rounds"],
             "cohort": config["cohort"] or population,
             "chunk": config["chunk"],
-            "bytes_per_client": {"down": size, "up": size},
-            "privacy": describe_privacy(mechanism, config, config["rounds"], shapes),
+            "bytes_per_client": {"down": clients[-1]["down_bytes"], "up": clients[-1]["up_bytes"]},
+            "clients": clients,
+            "privacy": describe_privacy(mechanism, config, config["rounds"], shared),
         }
     return summary
 
@@ -785,7 +808,7 @@ class _Run:
         config, total = self.config, self.config["rounds"]
         simulation = self.simulations[0][1]
         state = simulation.init(params)
-        names = clipping.layer_names(params, simulation.mechanism.layers)
+        names = simulation.layer_names(params)
         if latest is None:
             # In this order: a run that resumes from this checkpoint does not log round 0 again.
             self.logger.round(0, {"eval": self.initial})
@@ -823,6 +846,13 @@ class _Run:
         relation = deployed.sampler.neighboring_relation
         return accounting.rdp_epsilon(deployed.event(round), privacy["delta"], relation)
 
+    def _clients(self, params: Any) -> list[dict[str, Any]]:
+        """What a client receives, sends and, if asked for, needs in memory."""
+        if not self.config["compression"]["measure"]:
+            return compression.describe_client(self.config, params)
+        batch = _batch_shapes(self.config, self.data.buckets[-1])
+        return compression.describe_client(self.config, params, self.recogniser.loss, batch)
+
     def _summary(self, state: ServerState, mechanism: Mechanism | None) -> dict[str, Any]:
         totals, config = self.totals, self.config
         final = self.final or self._evaluate(state.params, list(self.data.evaluation))
@@ -844,9 +874,15 @@ class _Run:
                 "wer": {split: rates["wer"] for split, rates in final.items()},
                 "cer": {split: rates["cer"] for split, rates in final.items()},
                 "initial_wer": {split: rates["wer"] for split, rates in self.initial.items()},
-                "privacy": describe_privacy(mechanism, config, int(state.round), state.params)
+                "privacy": describe_privacy(
+                    mechanism,
+                    config,
+                    int(state.round),
+                    keep(state.params, trained_variables(config)),
+                )
                 if federated
                 else {"enabled": False, "epsilon": None, "extrapolations": []},
+                "clients": self._clients(state.params) if federated else [],
                 "client_steps_per_second": totals.timed_steps / totals.timed_seconds
                 if totals.timed_seconds
                 else None,
@@ -858,6 +894,20 @@ class _Run:
                 "device": _device(self.devices),
             }
         )
+
+
+def _batch_shapes(config: Mapping[str, Any], bucket: Mapping[str, int]) -> dict[str, Any]:
+    """Shapes of a client's largest batch."""
+    size = config["client"]["batch_size"]
+    mels = config["model"]["options"].get("features", LogMelConfig().num_mels)
+    shapes = {
+        "features": ((size, bucket["features"], mels), jnp.float32),
+        "features_length": ((size,), jnp.int32),
+        "labels": ((size, bucket["labels"]), jnp.int32),
+        "labels_length": ((size,), jnp.int32),
+        "mask": ((size,), jnp.bool_),
+    }
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
 def _wer_line(rates: Mapping[str, Mapping[str, float]]) -> str:

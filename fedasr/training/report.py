@@ -75,6 +75,8 @@ def write_report(workdir: str | Path) -> Path:
         _clipping(federated, _mapping(_mapping(summary, "privacy"), "layer_bounds")),
         "<h2>Time, padding and cohort</h2>",
         _cost(federated),
+        "<h2>What a client receives, sends and holds</h2>",
+        _clients(summary),
         "<h2>Data and updates left out</h2>",
         _left_out(federated, summary),
         "<h2>Configuration</h2>",
@@ -233,6 +235,28 @@ def _table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
         )
         body.append(f"<tr><th>{_escape(name)}</th>{cells}</tr>")
     return f"<table>{head}{''.join(body)}</table>"
+
+
+def _clients(summary: Record) -> str:
+    """Bytes of a client, by method."""
+    rows = summary.get("clients") if isinstance(summary, Mapping) else None
+    if not rows:
+        return _missing("The summary does not say.")
+    names = {
+        "down_bytes": "received (MB)",
+        "up_bytes": "sent (MB)",
+        "parameter_bytes": "parameters held (MB)",
+        "peak_bytes": "peak memory (MB)",
+    }
+    shown = [key for key in names if any(row.get(key) is not None for row in rows)]
+    table = _table(
+        ((row["method"], *(f"{row[key] / 1e6:,.2f}" for key in shown)) for row in rows),
+        ("per client and round", *(names[key] for key in shown)),
+    )
+    return table + _note(
+        "Bytes are expected values over random subsets. Memory is the compiler's figure for the "
+        "program of one client and one gradient."
+    )
 
 
 def _is_private(summary: Record) -> bool | None:

@@ -425,8 +425,8 @@ def test_clients_weigh_their_examples_if_asked():
     corpus = speech_corpus([6, 1, 3])
     buckets = make_buckets([corpus], 1, MULTIPLES)
     local = LocalBatches(2, steps=1)
-    for by_examples, expected in ((False, [1, 1, 1, 0]), (True, [6, 1, 3, 0])):
-        batcher = ClientBatcher(corpus, local, buckets, 4, 0, by_examples=by_examples)
+    for weights, expected in ((None, [1, 1, 1, 0]), (corpus.sizes, [6, 1, 3, 0])):
+        batcher = ClientBatcher(corpus, local, buckets, 4, 0, weights=weights)
         ((chunk, _),) = batcher.chunks([0, 1, 2], 0)
         assert chunk.weight[np.argsort([*chunk.user[:3], 9])].tolist() == expected
 

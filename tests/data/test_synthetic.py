@@ -185,7 +185,7 @@ def test_domains_differ_in_accent_and_voice():
     assert max(v.pitch[0] for v in voices["seed"]) < min(v.pitch[0] for v in voices["test"])
 
 
-@pytest.mark.parametrize("task", ["digits", "commands"])
+@pytest.mark.parametrize("task", ["digits", "commands", "fresh"])
 def test_splits_share_no_user_and_no_sentence(task):
     config = synthetic.SyntheticConfig(task=task)
     by_user = sentences_by_user(config)
@@ -217,6 +217,54 @@ def test_vocabularies():
     assert set(digits) == set(synthetic._DIGITS)
     assert min(digits.values()) > 0.05 * sum(digits.values())
     assert 90 <= len(words("commands")) <= 130
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [("digits", "9c1c49813dac6bab"), ("commands", "34c9196185f526c1")],
+)
+def test_sentences_and_voices_never_change(task, expected):
+    """Corpora that were made before must stay what they are."""
+    config = synthetic.SyntheticConfig(task=task)
+    content = [
+        (user, split, texts, synthetic.speaker_voice(config, user))
+        for user, (split, texts) in sentences_by_user(config).items()
+    ]
+    assert hashlib.sha256(repr(content).encode()).hexdigest()[:16] == expected
+
+
+def test_fresh_words_are_fresh_and_rare_ones_rare():
+    config = synthetic.SyntheticConfig(task="fresh", train_users=200)
+    holders = collections.Counter()
+    said = collections.defaultdict(collections.Counter)
+    for split, texts in sentences_by_user(config).values():
+        words = [word for text in texts for word in text.split()]
+        said[split].update(words)
+        if split == "train":
+            holders.update(set(words))
+    fresh = set(synthetic.FRESH_WORDS)
+    assert not fresh & set(said["seed"]) and set(said["seed"]) == set(said["train"]) - fresh
+    for split in ("train", "dev", "test"):
+        share = sum(said[split][word] for word in fresh) / (said[split].total() / 4)
+        assert 0.4 < share < 0.6
+    rare = [holders[word] for word in synthetic.RARE_FRESH_WORDS]
+    common = [holders[word] for word in synthetic.COMMON_FRESH_WORDS]
+    assert 2 <= min(rare) and max(rare) < 40 and min(common) > 100
+    # Everybody else's words are no guide: seven in ten have none of the rare ones.
+    assert (
+        0.2 * 200
+        < len(
+            {
+                u
+                for u, (s, t) in sentences_by_user(config).items()
+                if s == "train" and set(" ".join(t).split()) & set(synthetic.RARE_FRESH_WORDS)
+            }
+        )
+        < 0.4 * 200
+    )
+    voices = [synthetic.speaker_voice(config, user) for user, _ in synthetic._users(config)]
+    for domain in (voices[:24], voices[24:]):
+        assert {voice.accent for voice in domain} == set(synthetic._ACCENTS)
 
 
 def test_digit_strings_have_three_to_five_words():

@@ -96,6 +96,7 @@ def test_console_lines_are_installations_or_programs():
         "experiments.sweep",
         "experiments.plan_privacy",
         "experiments.audit_privacy",
+        "experiments.benchmarks.memory",
     }
     for line in console_lines():
         assert line.startswith(("python -m experiments.", "pip install "))
@@ -123,6 +124,8 @@ def test_programs_run(program, recordings, tmp_path):
             expected = 2
         elif module == "experiments.sweep" and "--action" not in line:
             flags.append("--action=list")  # what would be run: the runs themselves take minutes
+        elif module == "experiments.benchmarks.memory":
+            flags += ["--size=small", "--methods=all together"]
         elif module == "experiments.audit_privacy":
             flags.append("--trials=2")
         elif module == "experiments.train" and "--dry_run" not in flags:

@@ -8,6 +8,8 @@ are as hostile as their dtype allows. What holds, for updates of any size:
 * The sum is that of the contributions, but for the rounding of float32 additions. However n users
   are added up (in any order, by chunks, on several devices), a partial sum of k of them is rounded
   by at most 2^-24 k C, and all the partial sums together by less than n (n + 1) / 2 * 2^-24 C.
+* Weights in [0, 1], the users' own and those that devices decide (whatever they answer), change
+  none of this: the weighted path is held to the same bounds.
 * The sums with and without a user hence differ by at most C (1 + 1e-6 + n^2 2^-24), which is below
   C (1 + 1e-5) for cohorts of up to 12 users.
 
@@ -90,15 +92,25 @@ class Path(NamedTuple):
 def send(params, batches, num_steps, key, max_steps=None, round=0):
     """A client update that returns what its data say, even from an empty slot."""
     del params, num_steps, key, max_steps, round
-    return dict(batches), ClientMetrics(jnp.float32(0), {})
+    return {name: batches[name] for name in SHAPES}, ClientMetrics(jnp.float32(0), {})
+
+
+def answer(params, delta, batches, key):
+    """A device's weight that is what its data say: nothing is too wrong to be answered."""
+    del params, delta, key
+    return batches["own"]
 
 
 @functools.cache
-def path(mode, dtype, chunk, devices):
+def path(mode, dtype, chunk, devices, weighted=False):
     """The jitted sum of one mode, compiled once."""
     options, clip_norm = MODES[mode]
     mechanism = Mechanism(
-        clip_norm, noise_multiplier=1.0, sampler=PoissonSampler(9, 3, 0), **options
+        clip_norm,
+        noise_multiplier=1.0,
+        sampler=PoissonSampler(9, 3, 0),
+        weighting="bounded" if weighted else "uniform",
+        **options,
     )
     params = {
         name: np.zeros(shape, jnp.dtype(kind))
@@ -112,14 +124,16 @@ def path(mode, dtype, chunk, devices):
         names = [list(group) for _, group in itertools.groupby(SHAPES, name_of)]
         layers = list(zip(names, bounds, strict=True))
     mesh = client_mesh(jax.devices()[:devices])
-    cohort = make_cohort(send, mechanism.client_transform(), mesh)
+    cohort = make_cohort(
+        send, mechanism.client_transform(), mesh, weigh=answer if weighted else None
+    )
     return Path(cohort, params, chunk * devices, clip_norm, layers)
 
 
-def total(path, updates, order, absent=()):
+def total(path, updates, order, absent=(), weights=None):
     """The sum's delta, float64, over the users `order`; those `absent` have a slot but no steps.
 
-    `updates` has one more row than there are users: what the slots beyond `order` hold.
+    `updates` and `weights` have one more row than users: what the slots beyond `order` hold.
     """
     order = np.asarray(order, np.int32)
     present = ~np.isin(order, absent)
@@ -134,7 +148,7 @@ def total(path, updates, order, absent=()):
             {name: values[order[part]] for name, values in updates.items()},
             present[part].astype(np.int32) * 3,
             order[part],
-            present[part].astype(np.float32),
+            present[part].astype(np.float32) if weights is None else weights[order[part]],
         )
         if accumulator is None:
             accumulator = path.cohort.zeros(path.params, chunk)
@@ -221,6 +235,50 @@ def test_a_user_moves_the_sum_by_at_most_the_clip_norm(mode, dtype, chunk, devic
         # As an empty slot; and not there at all, so that the next ones move up to other chunks.
         assert np.linalg.norm(result - total(setup, updates, everybody, [user])) <= limit
         assert np.linalg.norm(result - total(setup, updates, remaining)) <= limit
+
+
+WEIGHTED = [(mode, *SETUPS[4 * i + i % 4][1:]) for i, mode in enumerate(MODES)]
+hosts = st.sampled_from([0.0, 1e-38, 0.3, 1 - 2.0**-24, 1.0])  # what `check_weights` lets pass
+answers = st.sampled_from(
+    [np.nan, np.inf, -np.inf, -1.0, 0.0, 1e-30, 0.5, 1.0, 1 + 2.0**-23, 7.0, 3e38]
+)
+
+
+@pytest.mark.parametrize(("mode", "dtype", "chunk", "devices"), WEIGHTED)
+@given(users=st.lists(st.tuples(user_kinds, hosts, answers), min_size=1, max_size=MOST))
+@settings(deadline=None, max_examples=10)
+def test_weights_do_not_raise_what_a_user_moves(mode, dtype, chunk, devices, users):
+    plain, setup = path(mode, dtype, chunk, devices), path(mode, dtype, chunk, devices, True)
+    clip_norm, count = setup.clip_norm, len(users)
+    each = [update_of(kind, setup) for kind, _, _ in users]
+    garbage = {name: np.full(shape, np.nan) for name, shape in SHAPES.items()}
+    updates = {
+        name: np.stack([*[u[name] for u in each], garbage[name].astype(setup.params[name].dtype)])
+        for name in SHAPES
+    }
+    weights = np.asarray([*[host for _, host, _ in users], np.nan], np.float32)
+    own = np.asarray([*[said for _, _, said in users], np.nan], np.float32)
+    weighted = updates | {"own": own}
+    everybody = np.arange(count)
+
+    contributions = [total(setup, weighted, [u], weights=weights) for u in everybody]
+    for user, contribution in enumerate(contributions):
+        assert np.linalg.norm(contribution) <= clip_norm * (1 + 1e-6)
+        alone = total(plain, updates, [user])
+        factor = weights[user] * np.clip(own[user], 0, 1) if np.isfinite(own[user]) else 0.0
+        error = np.linalg.norm(contribution - alone * np.float64(factor))
+        assert error <= clip_norm * 2.0**-22 + 1e-38
+        assert np.all(np.abs(contribution) <= np.abs(alone))  # no element grows by rounding
+
+    result = total(setup, weighted, everybody, weights=weights)
+    rounding = count * (count + 1) / 2 * ROUNDING * clip_norm * (1 + 1e-5)
+    assert np.linalg.norm(result - np.sum(contributions, axis=0)) <= rounding
+    limit = clip_norm * (1 + 1e-5)
+    for user in everybody:
+        empty = total(setup, weighted, everybody, [user], weights)
+        remaining = total(setup, weighted, np.delete(everybody, user), weights=weights)
+        assert np.linalg.norm(result - empty) <= limit
+        assert np.linalg.norm(result - remaining) <= limit
 
 
 def working_together(power, count):

@@ -9,12 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+from fedasr.compression.partial import Subset, partial_training
 from fedasr.data.batching import ClientBatcher, LocalBatches, Padding, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.errors import UserError
-from fedasr.federated.client import ClientMetrics, local_training
+from fedasr.federated.client import ClientMetrics, local_training, take_batch
 from fedasr.federated.simulation import Simulation
+from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 
 SIZES = [1, 4, 2, 3, 5, 2]
@@ -71,8 +73,9 @@ def distance(a, b):
     return max(np.abs(np.asarray(x) - np.asarray(y)).max() for x, y in leaves)
 
 
-def federated_averaging(corpus, rounds, sampler, seed):
+def federated_averaging(corpus, rounds, sampler, seed, weights=None):
     """A plain loop in float64: momentum SGD on clients, momentum SGD on the server."""
+    weights = np.ones(len(SIZES)) if weights is None else weights
     theta = {k: v.astype(np.float64) for k, v in PARAMS.items()}
     velocity = {k: 0.0 for k in theta}
     history = []
@@ -94,7 +97,7 @@ def federated_averaging(corpus, rounds, sampler, seed):
                     local[k] = local[k] - 0.2 * momentum[k]
                 examples += len(x)
             delta = {k: theta[k] - local[k] for k in theta}
-            total = {k: total[k] + delta[k] for k in theta}
+            total = {k: total[k] + weights[user] * delta[k] for k in theta}
             losses.append(np.mean(own))
             steps += len(plan)
             norms.append([np.linalg.norm(delta[k]) for k in sorted(delta)])
@@ -369,3 +372,113 @@ def test_weighting_by_examples_is_the_weighted_mean(corpus):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), dict(state.params), expected
     )
+
+
+def weighted(corpus, **options):
+    """As `simulation` without clipping, for weights."""
+    count = len(corpus.users)
+    mechanism = Mechanism(
+        math.inf, "global", 0.0, FixedSizeSampler(count, 3, seed=7), weighting="bounded"
+    )
+    update = local_training(squares, optax.sgd(0.2, momentum=0.9))
+    local, server = LocalBatches(2, epochs=2), optax.sgd(1.0, momentum=0.5)
+    options = {"seed": 3, "devices": ONE, **options}
+    return Simulation(corpus, mechanism, update, server, local, **options)
+
+
+def test_weights_multiply_users_updates_whoever_sets_them(corpus):
+    """The corpus's owner, by user; and the devices, here by the first number of their data."""
+
+    def by_data(params, delta, batches, key):
+        assert delta["w"].shape == params["w"].shape
+        return take_batch(batches, 0)["x"][0, 0]
+
+    sampler = FixedSizeSampler(len(corpus.users), 3, seed=7)
+    given = np.float32([0.0, 1.0, 0.25, 0.5, 0.75, 0.125])
+    plans = [LocalBatches(2, epochs=2).plan(n, 3, 0, u) for u, n in enumerate(SIZES)]
+    first = [corpus.get(u, [int(plan[0][0])])[0]["x"][0] for u, plan in enumerate(plans)]
+    answers = np.clip(first, 0, 1)  # of the first round
+    assert 0 < answers[sampler.cohort(0)].max() and 0 < given[sampler.cohort(0)].max()
+    sim = weighted(corpus, weights=given, weigh=by_data)
+    ((state, metrics),) = sim.run(sim.init(PARAMS), 1)
+    ((theta, *_),) = federated_averaging(corpus, 1, sampler, 3, given * answers)
+    for k in theta:
+        np.testing.assert_allclose(state.params[k], theta[k], rtol=1e-5, atol=1e-7)
+    assert (metrics.clients, metrics.invalid) == (3, 0)
+
+
+def test_weights_of_one_are_none_at_all(corpus):
+    """Bit for bit, and with no more compilations."""
+    ones, plain = weighted(corpus, weights=np.ones(len(SIZES))), simulation(corpus)
+    runs = [list(sim.run(sim.init(PARAMS), 2))[-1] for sim in (ones, plain)]
+    assert_identical(runs[0][0].params, runs[1][0].params)
+    assert runs[0][1].loss == runs[1][1].loss
+    assert ones.compilations() == plain.compilations()
+
+
+def test_a_weight_that_is_no_number_is_an_invalid_client(corpus):
+    sim = weighted(corpus, weigh=lambda p, d, b, k: jnp.where(d["b"][0] > 0, jnp.nan, 0.5))
+    found = list(sim.run(sim.init(PARAMS), 3))
+    assert 0 < sum(metrics.invalid for _, metrics in found) < 9
+    assert all(np.isfinite(x).all() for x in found[-1][0].params.values())
+
+
+@pytest.mark.parametrize(
+    ("weighting", "options", "match"),
+    [
+        ("bounded", {"weights": [1.0, 0.5, 1.01, 0, 0, 0]}, "above 1"),
+        ("bounded", {"weights": [1.0, -0.5, 1, 0, 0, 0]}, r"\[0, 1\]"),
+        ("bounded", {"weights": [1.0, np.nan, 1, 0, 0, 0]}, r"\[0, 1\]"),
+        ("bounded", {"weights": [1.0, 0.5]}, "6 users"),
+        ("uniform", {"weights": np.ones(6)}, "bounded"),
+        ("uniform", {"weigh": lambda *_: 1.0}, "bounded"),
+    ],
+)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_weights_that_would_move_the_sum_too_far_are_refused(
+    corpus, weighting, options, match, noise
+):
+    mechanism = Mechanism(
+        0.3, "uniform", noise, PoissonSampler(len(SIZES), 3, seed=0), weighting=weighting
+    )
+    update = local_training(squares, optax.sgd(0.2))
+    with pytest.raises(UserError, match=match):
+        Simulation(corpus, mechanism, update, optax.sgd(1.0), LocalBatches(2, epochs=1), **options)
+
+
+@pytest.mark.parametrize("adaptive", [None, AdaptiveClip(0.5)])
+def test_variables_that_are_not_trained_are_out_of_the_mechanism(corpus, adaptive):
+    """As if the model had the trained variables only: same bounds, noise and optimiser."""
+    trained = [False, True]  # b, w
+
+    def make_update(loss):
+        return local_training(loss, optax.sgd(0.2))
+
+    def alone(params, batch, key):
+        return squares(PARAMS | params, batch, key)
+
+    def run(client, params, trained=None):
+        sampler = PoissonSampler(len(SIZES), 3, seed=7)
+        mechanism = Mechanism(0.5, "uniform", 0.2, sampler, adaptive=adaptive)
+        sim = Simulation(
+            corpus,
+            mechanism,
+            client,
+            optax.adam(0.1),
+            LocalBatches(2, epochs=2),
+            seed=3,
+            devices=ONE,
+            trained=trained,
+        )
+        *_, (state, metrics) = sim.run(sim.init(params), 3)
+        return state, metrics
+
+    subset = Subset("fixed", ("w",))
+    assert subset.trained(PARAMS) == trained
+    state, metrics = run(partial_training(make_update, squares, subset), PARAMS, trained)
+    expected, expected_metrics = run(make_update(alone), {"w": PARAMS["w"]})
+    np.testing.assert_array_equal(state.params["b"], PARAMS["b"])
+    np.testing.assert_allclose(state.params["w"], expected.params["w"], rtol=1e-5)
+    assert np.any(state.params["w"] != PARAMS["w"])
+    np.testing.assert_allclose(metrics.norms, expected_metrics.norms, rtol=1e-5)
+    assert len(jax.tree.leaves(state.opt_state)) == len(jax.tree.leaves(expected.opt_state))

@@ -9,7 +9,7 @@ import pytest
 from experiments.configs import large_asr
 from fedasr.errors import UserError
 from fedasr.models import layers
-from fedasr.models.conformer import ConformerConfig, CTCConformer
+from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.recogniser import make_recogniser
 
 TINY = ConformerConfig(vocab=6, features=8, dim=16, blocks=1, heads=2, mlp=16, conv_kernel=4)
@@ -32,7 +32,7 @@ def keys(seed, count=2):
 @pytest.fixture(scope="module")
 def params():
     example = jnp.zeros((1, 16, 8)), jnp.full(1, 16)
-    shapes = jax.eval_shape(CTCConformer(TINY).init, jax.random.key(0), *example)["params"]
+    shapes = jax.eval_shape(Conformer(TINY).init, jax.random.key(0), *example)["params"]
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: rng.uniform(-0.7, 0.7, x.shape).astype(x.dtype), shapes)
 
@@ -46,12 +46,12 @@ def features():
 
 @pytest.fixture(scope="module")
 def plain():
-    return jit(lambda p, x, n: CTCConformer(TINY).apply({"params": p}, x, n))
+    return jit(lambda p, x, n: Conformer(TINY).apply({"params": p}, x, n))
 
 
 @pytest.fixture(scope="module")
 def random():
-    return jit(lambda p, x, n, k: CTCConformer(RANDOM).apply({"params": p}, x, n, k))
+    return jit(lambda p, x, n, k: Conformer(RANDOM).apply({"params": p}, x, n, k))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def trained():
     """Scores in training and the gradient of a sum over true frames."""
 
     def total(params, x, lengths, k):
-        logits, frames = CTCConformer(RANDOM).apply({"params": params}, x, lengths, k)
+        logits, frames = Conformer(RANDOM).apply({"params": params}, x, lengths, k)
         true = jnp.arange(logits.shape[1]) < frames[:, None]
         weights = jnp.sin(jnp.arange(logits[0].size)).reshape(logits.shape[1:])
         return jnp.sum(jnp.where(true[..., None], logits * weights, 0.0)), (logits, frames)
@@ -174,7 +174,7 @@ def test_training_does_not_depend_on_padding(trained, random, params, features):
 
 
 def test_bfloat16_computes_but_does_not_store(params, features, plain):
-    model = CTCConformer(dataclasses.replace(TINY, dtype="bfloat16"))
+    model = Conformer(dataclasses.replace(TINY, dtype="bfloat16"))
     shapes = jax.eval_shape(model.init, jax.random.key(0), features, LENGTHS)["params"]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params

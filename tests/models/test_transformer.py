@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedasr.errors import UserError
-from fedasr.models.transformer import CTCTransformer, TransformerConfig
+from fedasr.models.transformer import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -26,7 +26,7 @@ def jit(function):
 @pytest.fixture(scope="module")
 def params():
     example = jnp.zeros((1, 16, 8)), jnp.full(1, 16)
-    return jit(CTCTransformer(TINY).init)(jax.random.key(0), *example)["params"]
+    return jit(Transformer(TINY).init)(jax.random.key(0), *example)["params"]
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def features():
 
 @pytest.fixture(scope="module")
 def plain():
-    return jit(lambda p, x, n: CTCTransformer(TINY).apply({"params": p}, x, n))
+    return jit(lambda p, x, n: Transformer(TINY).apply({"params": p}, x, n))
 
 
 @pytest.fixture(scope="module")
 def random():
-    return jit(lambda p, x, n, k: CTCTransformer(RANDOM).apply({"params": p}, x, n, k))
+    return jit(lambda p, x, n, k: Transformer(RANDOM).apply({"params": p}, x, n, k))
 
 
 def keys(seed, count=2):
@@ -90,8 +90,8 @@ def test_training_scores_do_not_depend_on_padding(random, plain, params, feature
 
 
 def test_layer_drop_of_one_skips_every_block(params, features):
-    dropped = CTCTransformer(dataclasses.replace(TINY, layer_drop=1.0))
-    empty = CTCTransformer(dataclasses.replace(TINY, blocks=0))
+    dropped = Transformer(dataclasses.replace(TINY, layer_drop=1.0))
+    empty = Transformer(dataclasses.replace(TINY, blocks=0))
     rest = {name: value for name, value in params.items() if not name.startswith("block")}
     expected = jit(lambda p: empty.apply({"params": p}, features, LENGTHS)[0])(rest)
     out = jit(lambda p: dropped.apply({"params": p}, features, LENGTHS, keys(0))[0])(params)
@@ -99,7 +99,7 @@ def test_layer_drop_of_one_skips_every_block(params, features):
 
 
 def test_blocks_are_kept_at_their_rate_without_rescaling(params, features, plain):
-    model = CTCTransformer(dataclasses.replace(TINY, layer_drop=0.25))
+    model = Transformer(dataclasses.replace(TINY, layer_drop=0.25))
     whole = np.asarray(plain(params, features, LENGTHS)[0])
     apply = jit(jax.vmap(
         lambda k: model.apply({"params": params}, features, LENGTHS, k)[0]))  # fmt: skip
@@ -118,7 +118,7 @@ def test_positions_matter_and_shift_as_a_whole(params, features, plain):
 
 
 def test_number_of_parameters_of_the_quickstart():
-    model = CTCTransformer(TransformerConfig())
+    model = Transformer(TransformerConfig())
     shapes = jax.eval_shape(
         model.init, jax.random.key(0), jnp.zeros((1, 30, 80)), jnp.full(1, 30)
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_number_of_parameters_of_the_quickstart():
 
 
 def test_bfloat16_computes_but_does_not_store(params, features, plain):
-    model = CTCTransformer(dataclasses.replace(TINY, dtype="bfloat16"))
+    model = Transformer(dataclasses.replace(TINY, dtype="bfloat16"))
     shapes = jax.eval_shape(model.init, jax.random.key(0), features, LENGTHS)["params"]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
@@ -144,7 +144,7 @@ def test_bfloat16_computes_but_does_not_store(params, features, plain):
 
 def test_post_norm_normalises_every_sum(params, features):
     config = dataclasses.replace(TINY, norm="post")
-    module = CTCTransformer(config)
+    module = Transformer(config)
     example = jnp.zeros((1, 16, 8)), jnp.full(1, 16)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
     assert set(params) - set(shapes) == {"final_norm"}

@@ -15,7 +15,7 @@ from fedasr.errors import UserError
 from fedasr.federated.client import ClientMetrics
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy import clipping
-from fedasr.privacy.adaptive import AdaptiveClip, ClientView, adapt_scales, clip_scaled
+from fedasr.privacy.adaptive import AdaptiveClip, ClientView, adapt_scales, clip_scaled, hold
 from fedasr.privacy.mechanism import Mechanism
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -209,3 +209,32 @@ def test_mistakes_are_user_errors(make, match):
 
 def _mechanism(clip, noise, adaptive):
     return Mechanism(clip, "global", noise, PoissonSampler(10, 2, 0), adaptive=adaptive)
+
+
+def test_warm_up_moves_the_bounds_alone(corpus):
+    sim = simulation(
+        corpus, "global", 100 * MEDIAN, noise=0.5, votes=0.01, rate=0.1, warmup=4, warmup_rate=4.0
+    )
+    states, metrics = run(sim, 6)
+    for state in states[:4]:
+        jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+    assert all(np.any(x) for x in jax.tree.leaves(states[4].params))
+    scales = [float(m.clip_scales[0]) for m in metrics]
+    # All users stay within bounds that are far too large: e^-2 a round, then e^-0.05.
+    np.testing.assert_allclose(np.diff(np.log(scales[:3])), -2.0, atol=0.05)
+    assert abs(np.log(scales[5] / scales[4])) <= 0.06
+    with pytest.raises(UserError, match="warmup=-1"):
+        AdaptiveClip(1.0, warmup=-1)
+
+
+def test_a_held_optimiser_begins_as_if_nothing_had_been():
+    optimizer = optax.adam(0.1)
+    held = hold(optimizer, 2)
+    state, plain = held.init(PARAMS), optimizer.init(PARAMS)
+    noise = jax.tree.map(lambda p: np.full(p.shape, 1e3, np.float32), PARAMS)
+    for _ in range(2):
+        updates, state = held.update(noise, state, PARAMS)
+        assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    gradient = jax.tree.map(np.ones_like, noise)
+    found, expected = held.update(gradient, state)[0], optimizer.update(gradient, plain)[0]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import dp_accounting
@@ -9,7 +10,7 @@ import pytest
 from dp_accounting import pld
 from scipy import stats
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy import clipping
 from fedasr.privacy.mechanism import Mechanism, NoiseState, add_gaussian_noise
@@ -179,7 +180,7 @@ def test_weights_and_noise_exclude_each_other():
     sampler = PoissonSampler(100, 10, seed=0)
     with pytest.raises(UserError, match="no bounded sensitivity"):
         Mechanism(1.0, "uniform", 0.5, sampler, weighting="examples")
-    with pytest.raises(UserError, match="'uniform' or 'examples'"):
+    with pytest.raises(UserError, match="'uniform', 'bounded' or 'examples'"):
         Mechanism(1.0, "uniform", 0.0, sampler, weighting="seconds")
     assert Mechanism(math.inf, "global", 0.0, sampler, weighting="examples").noise_std == 0.0
 
@@ -193,3 +194,60 @@ def test_normalising_needs_layers_with_bounds():
     transform = Mechanism(1.0, "uniform", 0.0, sampler, normalise=True).client_transform()
     clipped, _ = transform.update(small, transform.init(small))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, [y], rtol=1e-4), clipped, large)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        PoissonSampler(1000, 50, seed=0),
+        ShuffledSampler(1000, 50, seed=0),
+        FixedSizeSampler(1000, 50, seed=0),
+    ],
+    ids=["poisson", "shuffled", "fixed"],
+)
+def test_what_was_released_before_is_accounted_for(sampler):
+    """Two histograms at z and a run; Renyi curves add up, PLD agrees where it has a figure."""
+    plain = Mechanism(0.5, "uniform", 3.0, sampler)
+    both = dataclasses.replace(plain, released=(6.0, 8.0))
+    alone, together = plain.epsilon(40, 1e-5), both.epsilon(40, 1e-5)
+    assert alone.epsilon < together.epsilon and alone.epsilon_rdp < together.epsilon_rdp
+    # One Gaussian query that is as informative as the two.
+    z = (1 / 6.0**2 + 1 / 8.0**2) ** -0.5
+    one = dataclasses.replace(plain, released=(z,)).epsilon(40, 1e-5)
+    np.testing.assert_allclose(one.epsilon_rdp, together.epsilon_rdp, rtol=1e-6)
+    # Without any round the histograms are all there is.
+    only = both.epsilon(0, 1e-5)
+    assert _gaussian_delta(only.epsilon, z / sampler.sensitivity) <= 1e-5 * 1.001
+    # dp_accounting's PLD, unlike its RDP, halves the noise of an event once more for replacing.
+    effective = z / sampler.sensitivity**2
+    np.testing.assert_allclose(_gaussian_delta(only.epsilon_pld, effective), 1e-5, rtol=0.05)
+    assert 1e-7 < _gaussian_delta(only.epsilon_rdp, z / sampler.sensitivity) <= 1e-5
+    assert math.isinf(dataclasses.replace(plain, released=(0.0,)).epsilon(40, 1e-5).epsilon)
+    deployed = both.deployed(100, 10_000)
+    assert deployed.released == (60.0, 80.0)
+
+
+def _gaussian_delta(epsilon, z):
+    """Exact delta of one Gaussian query (Balle and Wang, 2018)."""
+    a, b = 0.5 / z, epsilon * z
+    return stats.norm.cdf(a - b) - math.exp(epsilon) * stats.norm.cdf(-a - b)
+
+
+def test_bounded_weights_are_checked_and_keep_the_mechanism():
+    bounded = Mechanism(0.5, "uniform", 2.0, SAMPLER, weighting="bounded")
+    plain = mechanism()
+    assert bounded.noise_std == plain.noise_std and bounded.event(9) == plain.event(9)
+    weights = bounded.check_weights([0, 0.5, 1], 3)
+    assert weights.dtype == np.float32 and weights.tolist() == [0, 0.5, 1]
+    assert bounded.check_weights(None, 3) is None and plain.check_weights(None, 3) is None
+    # Just above 1 in float64, 1 in float32: what is used is what is checked.
+    assert bounded.check_weights([1 + 1e-9], 1)[0] == 1
+    for bad in ([1.0000002], [-1e-9], [math.nan], [math.inf], [[1.0]]):
+        with pytest.raises(UserError):
+            bounded.check_weights(bad, 1)
+    with pytest.raises(UserError, match="bounded"):
+        plain.check_weights([1.0], 1)
+    with pytest.raises(UserError, match="released"):
+        Mechanism(0.5, "uniform", 2.0, SAMPLER, released=(-1.0,))
+    with pytest.raises(UserError, match="weighting"):
+        Mechanism(0.5, "uniform", 2.0, SAMPLER, weighting="quality")

@@ -63,6 +63,7 @@ def configure(corpus_dir):
     return lambda changes: make_config(corpus_dir, changes)
 
 
+ADAPTIVE = default_config().privacy.adaptive.to_dict()
 MISTAKES = {
     "algorithm": "gossip",
     "rounds": -1,
@@ -86,7 +87,7 @@ MISTAKES = {
     "privacy.slots": 1,
     "privacy.cycle": 0,
     "privacy.noise": "pink",
-    "privacy.adaptive": {"enabled": True, "rate": 0.0, "quantile": 0.5, "sigma": 0.1},
+    "privacy.adaptive": ADAPTIVE | {"enabled": True, "rate": 0.0},
     "evaluation.batch_size": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
@@ -104,6 +105,10 @@ MISTAKES = {
     "augment.start_round": -1,
     "data.population": -1,
     "model.options.norm": "both",
+    "compression.download": "S2E3M7",
+    "compression.share": 1.5,
+    "partial.mode": "half",
+    "partial.share": 0.0,
 }
 
 
@@ -249,7 +254,6 @@ def test_augmentation_begins_at_its_round_whether_or_not_resumed(
 ):
     changes = {"rounds": 2, "data.eval": (), "client.batch_seconds": 1.0}
     runs = {
-        "off": {},
         "late": {"augment.enabled": True, "augment.start_round": 2},
         "half": {"augment.enabled": True, "augment.start_round": 1},
     }
@@ -259,9 +263,7 @@ def test_augmentation_begins_at_its_round_whether_or_not_resumed(
         params[name] = restore_params(tmp_path / name)
         records = read_metrics(tmp_path / name)
         losses[name] = [r["loss"] for r in records if r.get("round", 0) > 0]
-    jax.tree.map(np.testing.assert_array_equal, params["off"], params["late"])
-    assert losses["off"] == losses["late"]
-    assert losses["half"][0] == losses["off"][0] and losses["half"][1] != losses["off"][1]
+    assert losses["half"][0] == losses["late"][0] and losses["half"][1] != losses["late"][1]
 
     config = configure(changes | runs["half"])
     with monkeypatch.context() as patch:
@@ -305,22 +307,40 @@ def test_central_training_in_seconds_with_decay(configure, no_report, tmp_path):
     assert summary["status"] == "completed" and summary["central_steps"] == 4
 
 
-def test_correlated_noise_and_adaptive_bounds_survive_a_stop(
-    configure, no_report, tmp_path, monkeypatch
-):
+def test_all_kinds_of_state_survive_a_stop(configure, no_report, tmp_path, monkeypatch):
+    """Correlated noise, bounds that adapt after a warm-up, optimisers of some variables."""
     changes = {
         "rounds": 3,
         "data.eval": (),
         "privacy.sampler": "shuffled",
         "privacy.noise": "banded",
         "privacy.adaptive.enabled": True,
+        "privacy.adaptive.warmup": 1,
         "privacy.deployments": ((10, 100),),
+        "compression.download": "S1E3M7",
+        "compression.upload": "S1E4M3",
+        "compression.measure": True,
+        "partial.mode": "fixed",
+        "partial.patterns": ("block_0/", "output"),
     }
     config = configure(changes)
     whole = loop.run(config, tmp_path / "whole")
     privacy = whole["privacy"]
     assert privacy["noise"] == "banded, 2 bands"  # 4 users, 2 a round: turns 2 apart
-    assert privacy["noise_state_bytes"] == 4 * whole["parameters"]
+    start = loop.build_recogniser(config).init(jax.random.key(config["seed"]))
+    end, trained = restore_params(tmp_path / "whole"), 0
+    for (path, before), after in zip(
+        jax.tree.leaves_with_path(start), jax.tree.leaves(end), strict=True
+    ):
+        chosen = path[0].key in ("block_0", "output")
+        trained += chosen * before.size
+        assert np.any(before != after) == chosen, path
+    assert privacy["noise_state_bytes"] == 4 * trained < 4 * whole["parameters"]
+    plain, ours = whole["clients"]
+    assert plain["down_bytes"] == plain["parameter_bytes"] == 4 * whole["parameters"]
+    assert ours["parameter_bytes"] < plain["parameter_bytes"]
+    assert ours["peak_bytes"] < plain["peak_bytes"]
+    assert ours["up_bytes"] < 2 * trained < ours["down_bytes"] < plain["up_bytes"]
     assert privacy["adaptive"]["noise_multiplier"] == pytest.approx(0.2)
     assert privacy == loop.dry_run(config)["privacy"]
     records = [r for r in read_metrics(tmp_path / "whole") if r.get("round", 0) > 0]

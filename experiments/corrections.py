@@ -1,0 +1,575 @@
+"""Does a recogniser learn words that it never met from its users' corrections?
+
+    python -m experiments.corrections [--seeds=0,1,2] [--systems=uniform,words,...]
+        [--workdir=DIR] [--plot=FILE.png] [--config.section.field=value ...] [--json]
+
+The corpus is the synthetic task "fresh": the recogniser is trained on split "seed", which has none
+of the fresh words. It transcribes the users of "train", who correct some of its errors, rewrite
+some sentences and make mistakes (`fedasr.feedback.corrections`). Federated rounds on what is left
+after the filters then start from that stale recogniser, each followed by central steps on the
+server's data (joint training):
+
+* unfiltered: every edited text as it is, all users alike;
+* uniform: filtered and refined labels, all users alike;
+* words: the same, users weighted by their rarest trusted word;
+* quality: the same, updates weighted by the loss on held-out data of the server;
+* federated: "words" without central steps;
+* private: "words" with clipping and noise, its histograms noisy too.
+
+NAME+ averages the models of the last rounds of NAME, and the stale recogniser with them.
+
+Measured on the users of "test" (other voices, other sentences): WER of sentences with a fresh word,
+with a rare one, and with none (general), and the share of rare words that were not recognised.
+Results of each seed and system are kept in the work directory: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
+
+from experiments import cli
+from fedasr.errors import UserError
+
+if TYPE_CHECKING:
+    from fedasr.data.batching import Bucket
+    from fedasr.data.corpus import Corpus
+    from fedasr.feedback.corrections import Feedback, Review
+    from fedasr.feedback.histograms import Histogram
+    from fedasr.models.recogniser import Recogniser
+    from fedasr.text import CharTokenizer
+
+_DEFAULT = str(Path(__file__).parent / "configs" / "corrections.py")
+SYSTEMS = ("unfiltered", "uniform", "words", "quality", "federated", "private")
+MEASURES = ("fresh", "rare", "general", "rare_missed")
+_HISTOGRAM_SEEDS = {"pairs": 1, "words": 2}  # their noise must differ
+
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
+_SYSTEMS = flags.DEFINE_list("systems", list(SYSTEMS), f"Which of {', '.join(SYSTEMS)}.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where results are kept; default runs/NAME.")
+_PLOT = flags.DEFINE_string("plot", None, "Draws the error rates into this PNG file.")
+
+
+class Bench(NamedTuple):
+    """What all systems and seeds share."""
+
+    config: Mapping[str, Any]
+    tokenizer: CharTokenizer
+    pad_space: bool
+    corpora: Mapping[str, Corpus]
+    bucket: Bucket
+    recogniser: Recogniser
+
+
+def open_bench(config: Mapping[str, Any]) -> Bench:
+    """Opens the corpus, which is made when first needed (or is `data.dir`)."""
+    from fedasr.data.batching import make_buckets
+    from fedasr.data.corpus import open_corpus, read_metadata
+    from fedasr.data.prepare import prepare_synthetic
+    from fedasr.data.synthetic import SyntheticConfig
+    from fedasr.training import loop
+
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["corrections"]["corpus"].items()
+    }
+    directory = config["data"]["dir"] or prepare_synthetic(SyntheticConfig("fresh", **fields))
+    metadata = read_metadata(directory)
+    corpora = {split: open_corpus(directory, split) for split in ("seed", "train", "dev", "test")}
+    (bucket,) = make_buckets(list(corpora.values()), 1, {"features": 24, "labels": 4})
+    return Bench(
+        config,
+        loop.fitting_tokenizer(config, metadata),
+        metadata["options"]["pad_space"],
+        corpora,
+        bucket,
+        loop.build_recogniser(config),
+    )
+
+
+# --------------------------------------------------------------------------------- measuring
+
+
+def missed_words(
+    references: Sequence[str], hypotheses: Sequence[str], words: Collection[str]
+) -> float:
+    """Percent of the occurrences of `words` that an alignment finds nothing equal for."""
+    from rapidfuzz.distance import Levenshtein
+
+    missed = total = 0
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        said, heard = reference.split(), hypothesis.split()
+        total += sum(word in words for word in said)
+        for tag, i1, i2, _, _ in Levenshtein.opcodes(said, heard):
+            if tag != "equal":
+                missed += sum(word in words for word in said[i1:i2])
+    return 100.0 * missed / max(total, 1)
+
+
+def measure(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+    """The `MEASURES` of transcripts, in percent."""
+    from fedasr.data.synthetic import FRESH_WORDS, RARE_FRESH_WORDS
+    from fedasr.training.metrics import word_errors
+
+    pairs = list(zip(references, hypotheses, strict=True))
+
+    def rate(wanted: Callable[[set[str]], bool]) -> float:
+        chosen = [pair for pair in pairs if wanted(set(pair[0].split()))]
+        return word_errors([r for r, _ in chosen], [h for _, h in chosen]).percent
+
+    return {
+        "fresh": rate(lambda words: bool(words & set(FRESH_WORDS))),
+        "rare": rate(lambda words: bool(words & set(RARE_FRESH_WORDS))),
+        "general": rate(lambda words: not words & set(FRESH_WORDS)),
+        "rare_missed": missed_words(references, hypotheses, RARE_FRESH_WORDS),
+    }
+
+
+def evaluate(bench: Bench, params: Any) -> dict[str, dict[str, float]]:
+    """{split: `MEASURES`} of a model on the held-out users."""
+    from fedasr.training.evaluation import Evaluator
+
+    evaluator = Evaluator(bench.recogniser, [bench.bucket], tokenizer=bench.tokenizer)
+    return {
+        split: measure(*evaluator.transcripts(params, bench.corpora[split])[:2])
+        for split in ("dev", "test")
+    }
+
+
+# ----------------------------------------------------------------------------------- systems
+
+
+def central_training(bench: Bench, section: str, seed: int, batch_size: int) -> Any:
+    """Training on the server's data, split "seed", by a section of the configuration."""
+    import optax
+
+    from fedasr.federated.server import make_optimizer
+    from fedasr.models.recogniser import ARRAYS
+    from fedasr.training.central import CentralTraining
+
+    settings = bench.config[section]
+    rate = settings["learning_rate"]
+    if section == "seed_training":
+        rate = optax.cosine_decay_schedule(rate, max(settings["steps"], 1), 0.02)
+    return CentralTraining(
+        bench.corpora["seed"],
+        bench.recogniser.loss,
+        optax.chain(
+            optax.clip_by_global_norm(settings["grad_clip"]),
+            make_optimizer(settings["optimizer"], rate),
+        ),
+        batch_size,
+        seed=seed,
+        buckets=[bench.bucket],
+        keep=ARRAYS,
+    )
+
+
+def stale_model(bench: Bench, seed: int, folder: Path, log: Callable[[str], None]) -> Any:
+    """The recogniser that has never met a fresh word; trained once and kept in `folder`."""
+    import jax
+
+    from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
+
+    settings = _settings(bench.config, "stale")
+    params = bench.recogniser.init(jax.random.key(seed))
+    if folder.is_dir():
+        try:
+            if read_metadata(folder) == settings:
+                return restore_params(folder)
+        except UserError:
+            pass  # of a run that was killed while it saved
+    steps = bench.config["seed_training"]["steps"]
+    trainer = central_training(
+        bench, "seed_training", seed, bench.config["seed_training"]["batch_size"]
+    )
+    state = start = trainer.init(params)
+    for state, done, loss in trainer.run(start, steps):  # noqa: B007
+        if done % 100 == 0:
+            log(f"seed {seed}, stale recogniser: step {done} of {steps}, loss {loss:.2f}")
+    _remove(folder)
+    with Checkpointer(folder, 1) as checkpointer:
+        checkpointer.save(steps, state, settings)
+    return jax.device_get(state.params)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Corrections(NamedTuple):
+    """What the users' devices hold after the filters."""
+
+    feedback: list[Feedback]
+    reviews: list[Review]
+    pairs: Histogram
+
+
+def make_corrections(bench: Bench, params: Any, seed: int, noise: float) -> Corrections:
+    """Edits of the users of "train", reviewed; `noise` is on the histogram of trusted pairs."""
+    from fedasr.feedback import corrections as lib
+    from fedasr.feedback.histograms import client_histogram
+
+    settings, corpus = bench.config["corrections"], bench.corpora["train"]
+    said, heard = lib.transcribe(bench.recogniser, params, corpus, bench.bucket, bench.tokenizer)
+    feedback = lib.simulate_edits(said, heard, lib.EditConfig(**settings["edits"]), seed)
+    filters = lib.Filters(
+        **settings["filters"],
+        stride=bench.config["model"]["options"]["stride"],
+        characters=bench.tokenizer.characters,
+    )
+    frames = [int(corpus.lengths(one.user)["features"][one.index]) for one in feedback]
+    pairs = client_histogram(
+        lib.pairs_of_users(feedback, frames, len(corpus.users), filters),
+        most=settings["most"],
+        noise_multiplier=noise,
+        seed=_HISTOGRAM_SEEDS["pairs"] + 10 * seed,
+    )
+    reviews = [lib.review(one, n, filters, pairs) for one, n in zip(feedback, frames, strict=True)]
+    return Corrections(feedback, reviews, pairs)
+
+
+def server_words(bench: Bench) -> Counter[str]:
+    """How often the server's own data have each word."""
+    corpus, counts = bench.corpora["seed"], Counter()
+    for user, size in enumerate(corpus.sizes):
+        for example in corpus.get(user, range(int(size))):
+            counts.update(bench.tokenizer.decode(example["labels"]).split())
+    return counts
+
+
+def held_out_batch(bench: Bench) -> dict[str, Any]:
+    """Utterances of the held-out split "dev", for weights by quality: one batch, general ones."""
+    from fedasr.data.batching import place
+    from fedasr.data.synthetic import FRESH_WORDS
+    from fedasr.models.recogniser import ARRAYS
+
+    corpus, count = bench.corpora["dev"], bench.config["corrections"]["quality"]["utterances"]
+    batch: dict[str, Any] = {}
+    slot = 0
+    for user, size in enumerate(corpus.sizes):
+        for example in corpus.get(user, range(int(size))):
+            words = set(bench.tokenizer.decode(example["labels"]).split())
+            if slot < count and not words & set(FRESH_WORDS):
+                place(batch, (slot,), (count,), example, bench.bucket, ARRAYS)
+                slot += 1
+    return batch
+
+
+def train(
+    bench: Bench, system: str, params: Any, seed: int, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs one system from the stale recogniser; its result."""
+    import numpy as np
+
+    from fedasr.data.batching import LocalBatches
+    from fedasr.data.sampling import PoissonSampler
+    from fedasr.federated.client import local_training
+    from fedasr.federated.server import constant_then_exponential, make_optimizer
+    from fedasr.federated.simulation import Simulation
+    from fedasr.feedback import corrections as lib
+    from fedasr.feedback import weighting
+    from fedasr.feedback.histograms import client_histogram
+    from fedasr.feedback.joint import JointTraining, average_params
+    from fedasr.models.recogniser import ARRAYS
+    from fedasr.privacy.mechanism import Mechanism
+
+    config, settings = bench.config, bench.config["corrections"]
+    client, server, privacy = config["client"], config["server"], config["privacy"]
+    private = system == "private"
+    noise = settings["histogram_noise"] if private else 0.0
+    found = make_corrections(bench, params, seed, noise)
+    texts: list[str | None] = [r.label for r in found.reviews]
+    if system == "unfiltered":
+        texts = [one.edited or None for one in found.feedback]
+    corpus = lib.corrected_corpus(
+        bench.corpora["train"], found.feedback, texts, bench.tokenizer, bench.pad_space
+    )
+
+    weights = weigh = None
+    if system in ("words", "federated", "private"):
+        words = weighting.words_of_users(corpus, bench.tokenizer)
+        histogram = client_histogram(
+            words,
+            most=settings["most"],
+            noise_multiplier=noise,
+            seed=_HISTOGRAM_SEEDS["words"] + 10 * seed,
+        )
+        weights = weighting.word_weights(words, histogram, server_words(bench), **settings["words"])
+    if system == "quality":
+        options = {k: v for k, v in settings["quality"].items() if k != "utterances"}
+        held_out = held_out_batch(bench)
+        weigh = weighting.quality_weight(bench.recogniser.evaluate, held_out, **options)
+    weighted = weights is not None or weigh is not None
+
+    sampler = PoissonSampler(len(corpus.users), min(config["cohort"], len(corpus.users)), seed)
+    mechanism = Mechanism(
+        privacy["clip_norm"] if private else float("inf"),
+        privacy["budget"] if private else "global",
+        privacy["sigma"] * sampler.expected_cohort if private else 0.0,
+        sampler,
+        weighting="bounded" if weighted else "uniform",
+        released=(noise, noise) if private else (),
+    )
+    schedule = constant_then_exponential(
+        server["learning_rate"],
+        server["decay_start"],
+        server["decay_rounds"],
+        server["decay_rate"],
+    )
+    simulation = Simulation(
+        corpus,
+        mechanism,
+        local_training(
+            bench.recogniser.loss,
+            make_optimizer(client["optimizer"], client["learning_rate"]),
+            grad_clip=client["grad_clip"],
+        ),
+        make_optimizer(server["optimizer"], schedule, **server["options"]),
+        LocalBatches(client["batch_size"], steps=client["steps"]),
+        seed=seed,
+        chunk=config["chunk"],
+        buckets=[bench.bucket],
+        keep=ARRAYS,
+        weights=weights,
+        weigh=weigh,
+    )
+    trainer: Any = simulation
+    if system != "federated":
+        central = central_training(bench, "central", seed, config["central"]["batch_size"])
+        trainer = JointTraining(simulation, central, settings["central_steps"])
+    rounds, last = config["rounds"], []
+    state = trainer.init(params)
+    began = time.monotonic()
+    for state, metrics in trainer.run(state, rounds):
+        last = [*last, state.params][-settings["averaged"] :]
+        if metrics.round % 10 == 0:
+            log(f"seed {seed}, {system}: round {metrics.round} of {rounds}, {metrics.loss:.2f}")
+    result: dict[str, Any] = {"seconds": time.monotonic() - began}
+    result |= {"users": len(corpus.users), "utterances": int(corpus.sizes.sum())}
+    result["wer"] = evaluate(bench, state.params)
+    share = settings["stale_share"]
+    averaged = average_params([params, average_params(last)], [share, 1 - share])
+    result["averaged"] = evaluate(bench, averaged)
+    if weights is not None:
+        result["weights"] = {"mean": float(weights.mean()), "max": float(weights.max())}
+        result["share_at_floor"] = float(np.mean(weights <= weights.min() + 1e-6))
+    if private:
+        result["privacy"] = _privacy(mechanism, privacy, rounds)
+    return result
+
+
+def _privacy(mechanism: Any, privacy: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """Epsilon with the histograms', as simulated and as deployed."""
+    figures = []
+    for cohort, population in ((None, None), *privacy["deployments"]):
+        deployed = mechanism if cohort is None else mechanism.deployed(cohort, population)
+        spent = deployed.epsilon(rounds, privacy["delta"])
+        figures.append(
+            {
+                "cohort": cohort or mechanism.sampler.expected_cohort,
+                "population": population or mechanism.sampler.population,
+                "epsilon": spent.epsilon if spent.epsilon < 1e300 else None,
+                "accountant": spent.accountant,
+                "released": deployed.released,
+            }
+        )
+    return {"delta": privacy["delta"], "simulated": figures[0], "deployed": figures[1:]}
+
+
+# ---------------------------------------------------------------------------- seeds and tables
+
+
+def _settings(config: Mapping[str, Any], system: str) -> dict[str, Any]:
+    """The part of the configuration that a result depends on."""
+    if system == "stale":
+        names = ("data", "model", "augment", "seed_training")
+        return {name: config[name] for name in names} | {"corpus": config["corrections"]["corpus"]}
+    return {name: value for name, value in config.items() if name != "seed"}
+
+
+def run_seed(
+    bench: Bench, seed: int, systems: Sequence[str], workdir: Path, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """{"stale", "filters" and each system: result} of a seed; what is done is read again."""
+    from fedasr.training.logging import to_json, write_json_atomic
+
+    folder = workdir / f"seed-{seed}"
+    params = stale_model(bench, seed, folder / "stale", log)
+
+    def once(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path, settings = folder / f"{name}.json", to_json(_settings(bench.config, name))
+        if path.is_file() and (kept := json.loads(path.read_text()))["settings"] == settings:
+            return kept["result"]
+        result = to_json(make())
+        write_json_atomic(path, {"settings": settings, "result": result})
+        return result
+
+    def filters() -> dict[str, Any]:
+        from fedasr.feedback.corrections import filter_quality
+
+        found = make_corrections(bench, params, seed, 0.0)
+        dropped = Counter(review.reason for review in found.reviews if review.label is None)
+        spans = Counter(r for review in found.reviews for r in review.reasons if r)
+        return {
+            "edited": len(found.feedback),
+            "kept": sum(review.label is not None for review in found.reviews),
+            "dropped": dict(dropped),
+            "rejected_spans": dict(spans),
+            "planted": filter_quality(found.feedback, found.reviews),
+        }
+
+    results = {
+        "stale": once("stale", lambda: {"wer": evaluate(bench, params)}),
+        "filters": once("filters", filters),
+    }
+    for system in systems:
+        results[system] = once(system, lambda s=system: train(bench, s, params, seed, log))
+        rates = results[system]["wer"]["test"]
+        log(f"seed {seed}, {system}: " + ", ".join(f"{k} {rates[k]:.1f}" for k in MEASURES))
+    return results
+
+
+def summarize(results: Mapping[int, Mapping[str, Any]], systems: Sequence[str]) -> dict[str, Any]:
+    """Means and standard deviations over the seeds, and what the experiment set out to show."""
+    by_model: dict[str, list[Mapping[str, float]]] = {}
+    for found in results.values():
+        for name in ("stale", *systems):
+            by_model.setdefault(name, []).append(found[name]["wer"]["test"])
+            if name != "stale":
+                by_model.setdefault(f"{name}+", []).append(found[name]["averaged"]["test"])
+    test = {
+        name: {measure: _spread([rates[measure] for rates in rows]) for measure in MEASURES}
+        for name, rows in by_model.items()
+    }
+    planted = [found["filters"]["planted"] for found in results.values()]
+    wrong = [sum(p[kind]["edits"] for kind in p if kind != "right") for p in planted]
+    passed = [sum(p[kind]["kept"] for kind in p if kind != "right") for p in planted]
+    summary: dict[str, Any] = {
+        "seeds": sorted(results),
+        "test": test,
+        "filters": {
+            "right_kept": _spread([p["right"]["kept"] / p["right"]["edits"] for p in planted]),
+            "wrong_removed": _spread([1 - k / n for k, n in zip(passed, wrong, strict=True)]),
+            "by_kind": [found["filters"] for found in results.values()],
+        },
+    }
+    stale = by_model["stale"]
+    for name, rows in by_model.items():
+        if name != "stale":
+            gains = [
+                100 * (1 - new["fresh"] / old["fresh"])
+                for new, old in zip(rows, stale, strict=True)
+            ]
+            costs = [new["general"] - old["general"] for new, old in zip(rows, stale, strict=True)]
+            summary.setdefault("fresh_relative_reduction", {})[name] = _spread(gains)
+            summary.setdefault("general_points_worse", {})[name] = _spread(costs)
+    for name in ("words", "words+", "quality", "quality+"):
+        base = "uniform" + "+" * name.endswith("+")
+        if name in by_model and base in by_model:
+            pairs = list(zip(by_model[base], by_model[name], strict=True))
+            for measure in ("rare", "rare_missed"):
+                gain = [uniform[measure] - weighted[measure] for uniform, weighted in pairs]
+                summary.setdefault("better_than_uniform", {})[f"{name} {measure}"] = _spread(gain)
+    if "private" in systems:
+        summary["privacy"] = [found["private"]["privacy"] for found in results.values()]
+    return summary
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
+
+
+def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The summary for people: mean (standard deviation over the seeds)."""
+
+    def text(spread: Mapping[str, Any], scale: float = 1.0) -> str:
+        return f"{scale * spread['mean']:.1f} ({scale * spread['std']:.1f})"
+
+    yield f"test, percent, mean (std) over seeds {summary['seeds']}: {', '.join(MEASURES)}"
+    for name, row in summary["test"].items():
+        yield f"  {name}: " + ", ".join(text(row[measure]) for measure in MEASURES)
+    filters = summary["filters"]
+    yield f"right edits kept: {text(filters['right_kept'], 100)}%"
+    yield f"wrong edits removed: {text(filters['wrong_removed'], 100)}%"
+    for name, spread in summary["fresh_relative_reduction"].items():
+        worse = summary["general_points_worse"][name]
+        yield f"{name}: fresh WER reduced by {text(spread)}%, general worse by {text(worse)} points"
+    for name, spread in summary.get("better_than_uniform", {}).items():
+        yield f"{name} better than uniform by {text(spread)} points"
+    for found in summary.get("privacy", ())[:1]:
+        for case in found["deployed"]:
+            yield f"private, as deployed: {case}"
+
+
+def draw(summary: Mapping[str, Any], path: Path) -> None:
+    """Bars of every model's error rates, with the standard deviation over the seeds."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    axes = figure.subplots()
+    models, width = list(summary["test"]), 0.8 / len(summary["test"])
+    for number, name in enumerate(models):
+        rows = [summary["test"][name][measure] for measure in MEASURES]
+        axes.bar(
+            [place + (number - (len(models) - 1) / 2) * width for place in range(len(MEASURES))],
+            [row["mean"] for row in rows],
+            width,
+            yerr=[row["std"] for row in rows],
+            label=name,
+        )
+    labels = ("WER, fresh word", "WER, rare word", "WER, general", "rare words missed")
+    axes.set_xticks(range(len(MEASURES)), labels)
+    axes.set_ylabel("percent")
+    axes.legend(fontsize=8, ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def run() -> None:
+    """Runs what the flags ask for."""
+    cli.configure_devices()
+    from fedasr.training.logging import to_json
+
+    config = to_json(_CONFIG.value.to_dict())
+    systems = _SYSTEMS.value
+    if unknown := sorted(set(systems) - set(SYSTEMS)):
+        raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
+    try:
+        seeds = [int(seed) for seed in _SEEDS.value]
+    except ValueError as error:
+        raise UserError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers") from error
+    workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    bench = open_bench(config)
+    results = {seed: run_seed(bench, seed, systems, workdir, log) for seed in seeds}
+    summary = to_json(summarize(results, systems))
+    if _PLOT.value:
+        draw(summary, Path(_PLOT.value))
+    if cli.JSON.value:
+        cli.show(summary)
+    else:
+        print("\n".join(_lines(summary)))
+
+
+if __name__ == "__main__":
+    from ml_collections import config_flags
+
+    _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "The configuration file.")
+    cli.main(run)

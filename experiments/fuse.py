@@ -1,0 +1,323 @@
+"""Merges models by competition and attraction (M2N2), or by what it is compared with.
+
+    python -m experiments.fuse --task=digits [--from_scratch | --pretrained] [--method=NAME,NAME...]
+        [--evaluations=N] [--seeds=R] [--every=N] [--workdir=DIR] [--plot=FILE.png] [--json]
+    python -m experiments.fuse --task=asr --models=CKPT,CKPT,... --data=DIR [--split=dev]
+        [--test=SPLIT,SPLIT...] [--method=NAME] [--evaluations=N] [--workdir=DIR] [--json]
+
+`digits` is the published test bed: an MLP on scikit-learn's digits, evolved from two random models
+or merged from two specialists (digits 0-4 and 5-9), which do not mutate. `asr` merges recognisers
+of one architecture, scored by utterance on --split; word error rates are on --test. With --workdir
+the same command goes on after an interruption, and `asr` leaves the merged model in DIR/fused.
+
+Exit status: 0 when done, 2 for a mistake that the user can mend.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from fedasr.errors import UserError
+
+METHODS = (
+    *("m2n2", "no_split", "no_attraction", "no_crossover", "ga"),
+    *("map_elites", "cma_es", "mixing_ratio", "average", "task_arithmetic"),
+)
+_TASK = flags.DEFINE_enum("task", "digits", ["digits", "asr"], "What the models do.")
+_METHOD = flags.DEFINE_list("method", ["m2n2"], f"One or several of {', '.join(METHODS)}.")
+_SCRATCH = flags.DEFINE_bool("from_scratch", False, "digits: start from random models (default).")
+_PRETRAINED = flags.DEFINE_bool("pretrained", False, "digits: start from two specialists.")
+_EVALUATIONS = flags.DEFINE_integer("evaluations", 10_000, "Of every seed.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Independent runs, side by side.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "The first one.", lower_bound=0)
+_EVERY = flags.DEFINE_integer("every", 0, "Evaluations between measurements; 0: 20 of them.")
+_POPULATION = flags.DEFINE_integer("population", 20, "Models in the archive.")
+_ALPHA = flags.DEFINE_float("alpha", 1.0, "Exponent of the competition.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "For checkpoints, to go on after an interruption.")
+_SAVE = flags.DEFINE_float("save_seconds", 60.0, "Between checkpoints.", lower_bound=0)
+_PLOT = flags.DEFINE_string("plot", None, "Picture of accuracy, coverage and entropy.")
+_MODELS = flags.DEFINE_list("models", [], "asr: work directories or checkpoints to merge.")
+_DATA = flags.DEFINE_string("data", None, "asr: a folder written by experiments.prepare_data.")
+_SPLIT = flags.DEFINE_string("split", "dev", "asr: what models are scored on.")
+_TEST = flags.DEFINE_list("test", ["test"], "asr: splits whose word error rate is reported.")
+
+CHECKPOINTS, FUSED = "search", "fused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a search needs to know.
+
+    Attributes:
+      score: see `fedasr.fusion.methods`. make_parents, measure: see `fedasr.fusion.run`.
+      like: shapes of a model. base: what the parents were trained from, or None if unknown.
+      mutation: standard deviation. halves: bool [points], for MAP-Elites. identity: of the data
+      and models.
+    """
+
+    score: Callable[[Any], Any]
+    make_parents: Callable[[Any], Any]
+    measure: Callable[[Any], Mapping[str, Any]]
+    like: Any
+    base: Any
+    mutation: float
+    halves: np.ndarray
+    identity: Mapping[str, Any]
+
+
+def digits_task(pretrained: bool) -> Task:
+    """The published test bed.
+
+    Args:
+      pretrained: two specialists without mutation, otherwise two random models with.
+
+    Raises:
+      UserError: if scikit-learn is missing.
+    """
+    import jax
+
+    from fedasr.fusion import digits
+
+    data = digits.load()
+    like = jax.eval_shape(digits.random_model, jax.random.key(0))
+    return Task(
+        digits.train_scores(data),
+        (lambda key: digits.specialists(key, data)) if pretrained else digits.scratch_parents,
+        digits.test_accuracy(data),
+        like,
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
+        0.0 if pretrained else 0.01,
+        data.train_labels % 2 == 1,
+        {"task": "digits", "pretrained": pretrained},
+    )
+
+
+def make_method(name: str, task: Task, population: int = 20, alpha: float = 1.0) -> Any:
+    """A `fedasr.fusion.methods.Method` by name.
+
+    Args:
+      name: one of `METHODS`. task: to search. population, alpha: of the archive.
+
+    Raises:
+      UserError: for an unknown name, or a method that the task has nothing for.
+    """
+    from fedasr.fusion import methods
+
+    evolution = methods.Evolution(population=population, alpha=alpha, mutation=task.mutation)
+    if name in methods.ABLATIONS:
+        return methods.evolve(task.score, methods.make_evolution(name, evolution))
+    if name == "map_elites":
+        descriptor = methods.halves(task.halves)
+        return methods.map_elites(task.score, descriptor, evolution=evolution)
+    if name == "cma_es":
+        return methods.cma_es(task.score, task.like, population)
+    if name == "mixing_ratio":
+        return methods.mixing_ratio(task.score)
+    if name == "average":
+        return methods.uniform_average(task.score)
+    if name == "task_arithmetic":
+        if task.base is None:
+            raise UserError("task_arithmetic needs models that were all trained from one init_from")
+        return methods.task_arithmetic(task.score, task.base)
+    raise UserError(f"--method={name}: choose from {', '.join(METHODS)}")
+
+
+def search(name: str, task: Task) -> Any:
+    """Runs one method as the flags say; a `fedasr.fusion.run.Result`.
+
+    Args:
+      name: one of `METHODS`. task: to search.
+    """
+    from fedasr.fusion.run import run
+
+    method = make_method(name, task, _POPULATION.value, _ALPHA.value)
+    # Nothing to search for: one evaluation says all.
+    budget = 1 if name == "average" else _EVALUATIONS.value
+    settings = {"method": name, "population": _POPULATION.value, "alpha": _ALPHA.value}
+    return run(
+        method,
+        task.make_parents,
+        range(_SEED.value, _SEED.value + _SEEDS.value),
+        budget,
+        every=_EVERY.value or max(1, _EVALUATIONS.value // 20),
+        measure=task.measure,
+        workdir=Path(_WORKDIR.value, CHECKPOINTS, name) if _WORKDIR.value else None,
+        identity={**task.identity, **settings},
+        save_seconds=_SAVE.value,
+        log=lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """Mean and standard deviation (of a sample) over the last axis, the seeds: floats or lists.
+
+    Args:
+      values: float [..., seeds].
+    """
+    deviation = values.std(-1, ddof=1) if values.shape[-1] > 1 else np.zeros(values.shape[:-1])
+    return {"mean": values.mean(-1).tolist(), "std": deviation.tolist()}
+
+
+def describe(result: Any) -> dict[str, Any]:
+    """What every method's summary has: evaluations, their speed and the curves.
+
+    Args:
+      result: of the search.
+    """
+    curve: dict[str, Any] = {"evaluations": result.curve["evaluations"].astype(int).tolist()}
+    for key, values in result.curve.items():
+        if key != "evaluations":
+            curve[key] = spread(values)
+    return {
+        "evaluations": result.evaluations,
+        "evaluations_per_second": result.timed / result.seconds if result.timed else None,
+        "curve": curve,
+    }
+
+
+def run_digits() -> dict[str, Any]:
+    """{method: summary} of the digits."""
+    if _SCRATCH.value and _PRETRAINED.value:
+        raise UserError("choose one of --from_scratch and --pretrained")
+    task = digits_task(_PRETRAINED.value)
+    results = {name: search(name, task) for name in _METHOD.value}
+    if _PLOT.value:
+        draw({name: result.curve for name, result in results.items()}, _PLOT.value)
+    return {
+        name: {
+            "test_accuracy": spread(result.curve["test_accuracy"][-1])
+            | {"per_seed": result.curve["test_accuracy"][-1].tolist()},
+            **describe(result),
+            "start": "pretrained" if _PRETRAINED.value else "scratch",
+        }
+        for name, result in results.items()
+    }
+
+
+def run_asr() -> dict[str, Any]:
+    """{method: summary} of merged recognisers."""
+    import jax
+    import jax.numpy as jnp
+
+    from fedasr.data.corpus import open_corpus
+    from fedasr.fusion import recognisers
+    from fedasr.training.checkpoint import restore_params
+
+    if not _MODELS.value or not _DATA.value:
+        raise UserError("--models and --data are needed: the models to merge, and speech to do it")
+    parents = recognisers.load_parents(_MODELS.value, _DATA.value)
+    corpus = open_corpus(_DATA.value, _SPLIT.value)
+    score = recognisers.utterance_scores(parents.recogniser, corpus)
+    start = parents.metadata["config"]["init_from"]
+    points = int(corpus.sizes.sum())
+    task = Task(
+        score,
+        lambda key: jax.tree.map(jnp.asarray, parents.params),
+        lambda params: {},
+        parents.model(0),
+        restore_params(start) if start and "task_arithmetic" in _METHOD.value else None,
+        0.0,
+        np.arange(points) % 2 == 1,
+        {
+            "task": "asr",
+            "models": [str(Path(path).resolve()) for path in _MODELS.value],
+            "data": str(Path(_DATA.value).resolve()),
+            "split": _SPLIT.value,
+        },
+    )
+    rates = recognisers.error_rates(parents, _DATA.value, _TEST.value)
+    count = len(_MODELS.value)
+    average = jax.tree.map(lambda x: x.mean(0), parents.params)
+    shared = {
+        "parents_wer": [rates(parents.model(i)) for i in range(count)],
+        "average_wer": rates(average),
+    }
+    summaries = {}
+    for name in _METHOD.value:
+        result = search(name, task)
+        found = [jax.tree.map(lambda x, i=i: x[i], result.best) for i in range(_SEEDS.value)]
+        per_seed = [rates(params) for params in found]
+        values = {split: np.array([rate[split] for rate in per_seed]) for split in _TEST.value}
+        summaries[name] = {
+            "wer": {s: spread(v) | {"per_seed": v.tolist()} for s, v in values.items()},
+            **shared,
+            **describe(result),
+        }
+        if _WORKDIR.value:
+            top = int(result.curve["score"][-1].argmax())  # by the scores, not by the test
+            folder = Path(_WORKDIR.value, FUSED, name)
+            recognisers.save_fused(parents, found[top], result.evaluations, folder)
+            summaries[name]["fused"] = str(folder)
+        if _PLOT.value:
+            draw({name: result.curve}, _PLOT.value)
+    return summaries
+
+
+def draw(curves: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
+    """Accuracy (or score), coverage and entropy by evaluations: means and one standard deviation.
+
+    Args:
+      curves: {method: of `fedasr.fusion.run.Result`}. path: of a PNG.
+
+    Raises:
+      UserError: if matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
+    first = next(iter(curves.values()))
+    panels = {
+        ("test_accuracy" if "test_accuracy" in first else "score"): "",
+        "coverage": "share of points that some model solves",
+        "entropy": "disagreement of models, bits",
+    }
+    titles = {"test_accuracy": "test accuracy, %", "score": "mean score"} | panels
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, key in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, curve in curves.items():
+            x, values = curve["evaluations"], curve[key]
+            stats = spread(values)
+            mean, std = np.array(stats["mean"]), np.array(stats["std"])
+            (line,) = axes.plot(x, mean, label=name, marker="o" if len(x) < 3 else None)
+            axes.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
+        axes.set(title=titles[key] or key, xlabel="evaluations")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def program() -> None:
+    """Runs what the flags ask for and prints: one method's summary, or {"methods": {...}}."""
+    unknown: Sequence[str] = sorted(set(_METHOD.value) - set(METHODS))
+    if unknown or not _METHOD.value:
+        raise UserError(f"--method={','.join(unknown)}: choose from {', '.join(METHODS)}")
+    cli.configure_devices()
+    import jax
+
+    summaries = run_digits() if _TASK.value == "digits" else run_asr()
+    devices = jax.local_devices()
+    shared = {
+        "task": _TASK.value,
+        "seeds": _SEEDS.value,
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+    }
+    if len(summaries) == 1:
+        name, summary = next(iter(summaries.items()))
+        cli.show({**summary, "method": name, **shared})
+    else:
+        cli.show({"methods": summaries, **shared})
+
+
+if __name__ == "__main__":
+    cli.main(program)

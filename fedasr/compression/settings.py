@@ -1,0 +1,162 @@
+"""From a configuration's `compression` and `partial` to a client update and its costs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from fedasr.compression import device, online
+from fedasr.compression.formats import FloatFormat
+from fedasr.compression.partial import Subset, partial_training
+from fedasr.compression.transport import transport_bytes
+from fedasr.errors import UserError
+from fedasr.federated.client import ClientUpdate, Loss
+
+
+def make_formats(config: Mapping[str, Any]) -> tuple[FloatFormat | None, FloatFormat | None]:
+    """Formats of the download and of the upload; None for float32.
+
+    Raises:
+      UserError: for an unknown format, or a share out of range.
+    """
+    settings = config["compression"]
+    online.check_share(settings["share"])
+    down, up = (
+        FloatFormat.parse(name) if name else None
+        for name in (settings["download"], settings["upload"])
+    )
+    return down, up
+
+
+def make_subset(config: Mapping[str, Any]) -> Subset | None:
+    """Which variables clients train; None for all.
+
+    Raises:
+      UserError: see `Subset`.
+    """
+    settings = config["partial"]
+    everything = settings["mode"] == "all"
+    subset = Subset(
+        "user" if everything else settings["mode"],
+        tuple(settings["patterns"]),
+        settings["groups"],
+        settings["share"],
+        config["seed"],
+    )
+    return None if everything else subset
+
+
+def make_client_update(
+    config: Mapping[str, Any], make_update: Callable[[Loss], ClientUpdate], loss: Loss
+) -> ClientUpdate:
+    """Local training as the configuration wants it: of a subset, from and to compressed variables.
+
+    Args:
+      config: of the run.
+      make_update: from a loss to local training.
+      loss: see `fedasr.federated.client.Loss`.
+    """
+    subset, settings = make_subset(config), config["compression"]
+    update = partial_training(make_update, loss, subset) if subset else make_update(loss)
+    down, up = make_formats(config)
+    if down is None and up is None:
+        return update
+    return online.as_client_update(
+        update, down, settings["share"], align=settings["align"], upload=up
+    )
+
+
+def describe_client(
+    config: Mapping[str, Any], params: Any, loss: Loss | None = None, batch: Any = None
+) -> list[dict[str, Any]]:
+    """What a client of the run receives, sends and holds, beside one without any of it.
+
+    Args:
+      config: of the run.
+      params: the model's parameters, or their shapes.
+      loss, batch: to measure memory as well, which compiles two programs (FedSGD only): the loss
+        and arrays, or shapes, of a client's batch.
+
+    Returns:
+      Rows with `method`, `down_bytes` and `up_bytes` per client and round, `parameter_bytes` (as
+      they lie on the device) and `peak_bytes`, the last two None where not measured.
+    """
+    plain = transport_bytes(params)
+    rows = [("float32, all variables", plain, None, None)]
+    subset, (down, up) = make_subset(config), make_formats(config)
+    words = [f"{fmt} {way}" for fmt, way in ((down, "download"), (up, "upload")) if fmt is not None]
+    if subset is not None:
+        words.append(f"trains by {subset.mode}")
+    if words:
+        share = config["compression"]["share"]
+        uploaded = None if subset is None else subset.uploaded(params)
+        cost = transport_bytes(params, down, up, share, uploaded=uploaded)
+        rows.append((", ".join(words), cost, (down, up), subset))
+    described = []
+    for method, cost, formats, used in rows:
+        memory = None
+        if loss is not None:
+            memory = fedsgd_memory(
+                loss,
+                params,
+                batch,
+                *(formats or (None, None)),
+                share=config["compression"]["share"],
+                subset=used,
+                grad_clip=config["client"]["grad_clip"],
+            )
+        described.append(
+            {
+                "method": method,
+                "down_bytes": cost.down,
+                "up_bytes": cost.up,
+                "parameter_bytes": memory and memory.parameters,
+                "peak_bytes": memory and memory.peak,
+            }
+        )
+    return described
+
+
+def fedsgd_memory(
+    loss: Loss,
+    params: Any,
+    batch: Any,
+    download: FloatFormat | None = None,
+    upload: FloatFormat | None = None,
+    *,
+    share: float = 0.9,
+    subset: Subset | None = None,
+    grad_clip: float | None = None,
+    seed: int = 0,
+) -> device.Memory:
+    """Memory of one client's round of FedSGD, compiled for the first local device.
+
+    Args:
+      loss: see `fedasr.federated.client.Loss`.
+      params, batch: arrays or shapes.
+      download, upload, share: see `online.as_client_update`.
+      subset: which variables are trained. Where clients or rounds differ, one is drawn by `seed`.
+      grad_clip: see `device.fedsgd_program`.
+    """
+    shapes = jax.eval_shape(lambda x: x, params)
+    matrices = sum(online.flags(shapes, online.weight_matrices))
+    stored = shapes
+    if download is not None:
+        chosen = [bool(x) for x in online.choose(jax.random.key(seed), matrices, share)]
+        stored = jax.eval_shape(lambda p: device.pack_params(p, download, chosen), shapes)
+    trained = None if subset is None else subset.draw(shapes, jax.random.key(seed))
+    program = device.fedsgd_program(loss, trained, upload, grad_clip=grad_clip)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return device.measure(program, stored, jax.eval_shape(lambda x: x, batch), key)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises UserError for settings that make no sense."""
+    make_formats(config)
+    make_subset(config)
+    client = config["client"]
+    fedsgd = client["steps"] == 1 and client["optimizer"] == "sgd"
+    if config["compression"]["measure"] and not fedsgd:
+        raise UserError(
+            "compression.measure measures FedSGD: it needs client.steps=1, client.optimizer=sgd"
+        )

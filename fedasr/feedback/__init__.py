@@ -1,0 +1,1 @@
+"""Learning from users' corrections: edits, filters, weighted aggregation, joint training."""

@@ -1,0 +1,491 @@
+"""M2N2 and what it is compared with, under one interface and one budget of evaluations.
+
+All that a method knows of the task is `score(params) -> float32 [points]`, at least 0 and at most
+1, a function that JAX can compile. Scores must always be of the same points.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedasr.errors import UserError
+from fedasr.fusion import archive as archives
+from fedasr.fusion import competition
+from fedasr.fusion.archive import Archive
+from fedasr.fusion.competition import Capacity
+from fedasr.fusion.crossover import (
+    chromosome_sizes,
+    crossover,
+    leaf_chromosomes,
+    mutate,
+    slerp,
+)
+
+PyTree = Any
+Score = Callable[[PyTree], jax.Array]
+
+
+class Method(NamedTuple):
+    """A search over models as pure functions; `State` is any pytree.
+
+    init(parents, key) -> State. parents: models side by side, every leaf [parents, ...].
+    step(State, key, index) -> State: `batch` evaluations; index int32 counts steps from 0.
+    best(State) -> the model with the highest mean score so far, as far as the method remembers.
+    scores(State) -> (float32 [models, points], filled bool [models]): of the models that it holds.
+    """
+
+    init: Callable[[PyTree, jax.Array], Any]
+    step: Callable[[Any, jax.Array, jax.Array], Any]
+    best: Callable[[Any], PyTree]
+    scores: Callable[[Any], tuple[jax.Array, jax.Array]]
+    batch: int = 1
+
+
+# ------------------------------------------------------------------------------------------ M2N2
+
+
+@dataclasses.dataclass(frozen=True)
+class Evolution:
+    """How an archive evolves; the defaults are M2N2's from scratch.
+
+    Attributes:
+      population: models in the archive.
+      alpha: exponent of competition; 0: none.
+      capacity: of data points, see `competition.point_weights`.
+      attraction: the second parent is drawn by `competition.attraction`; otherwise by fitness, like
+        the first.
+      merge: children have two parents; otherwise one.
+      split: with a split point; otherwise merged whole.
+      mutation: standard deviation of the noise on every parameter of a child; 0: none, as published
+        for parents that are already trained.
+      chromosome: from a leaf's path to the group that it is merged with, see `leaf_chromosomes`.
+
+    Raises:
+      UserError: for values out of range, or children that would equal their parent.
+    """
+
+    population: int = 20
+    alpha: float = 1.0
+    capacity: Capacity = "max"
+    attraction: bool = True
+    merge: bool = True
+    split: bool = True
+    mutation: float = 0.01
+    chromosome: Callable[[str], str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.population < 2:
+            raise UserError(f"population={self.population}: merging needs at least 2")
+        if self.alpha < 0 or self.mutation < 0:
+            raise UserError(f"alpha={self.alpha}, mutation={self.mutation}: neither may be below 0")
+        if not self.merge and not self.mutation:
+            raise UserError("without crossover and without mutation children equal their parent")
+        if self.capacity not in competition.CAPACITIES:
+            raise UserError(
+                f"capacity must be one of {competition.CAPACITIES}, not {self.capacity!r}"
+            )
+
+
+class Pair(NamedTuple):
+    """What a child is made of.
+
+    parents: slots of A and B, int32 each. ratio: float32 [chromosomes]. split: int32
+    [chromosomes].
+    """
+
+    parents: tuple[jax.Array, jax.Array]
+    ratio: jax.Array
+    split: jax.Array
+
+
+def choose(
+    evolution: Evolution,
+    scores: jax.Array,
+    filled: jax.Array,
+    key: jax.Array,
+    sizes: tuple[int, ...],
+) -> Pair:
+    """Draws two parents, mixing ratios and split points.
+
+    Parent A by shared fitness. Parent B by attraction; where nobody is better than A anywhere, by
+    fitness among the others. Where all scores are 0, any model.
+
+    Args:
+      evolution: the rules. scores, filled: of the archive, with at least one model. key: of this
+        child. sizes: of the chromosomes.
+    """
+    uniform = jax.random.uniform(key, (2 + 2 * len(sizes),))
+    fit = competition.fitness(scores, evolution.alpha, evolution.capacity)
+    anybody = filled.astype(jnp.float32)
+    first = competition.draw(competition.first_positive(fit, anybody), uniform[0])
+    if evolution.attraction:
+        others = jnp.arange(filled.shape[0]) != first
+        weights = competition.first_positive(
+            competition.attraction(scores, first, evolution.capacity),
+            fit * others,
+            anybody * others,
+            anybody,
+        )
+    else:
+        weights = competition.first_positive(fit, anybody)
+    second = competition.draw(weights, uniform[1])
+    ratio, place = jnp.split(uniform[2:], 2)
+    size = jnp.array(sizes, jnp.int32)
+    if evolution.split:
+        split = jnp.minimum((place * size).astype(jnp.int32), size - 1)
+    else:
+        split = size
+    return Pair((first, second), ratio, split)
+
+
+def breed(
+    evolution: Evolution,
+    a: PyTree,
+    b: PyTree,
+    pair: Pair,
+    key: jax.Array,
+    chromosomes: tuple[int, ...],
+) -> PyTree:
+    """The child of models a and b.
+
+    Args:
+      evolution: the rules. pair: from `choose`. key: of the mutation. chromosomes: of every leaf.
+    """
+    child = a
+    if evolution.merge:
+        child = crossover(a, b, pair.ratio, pair.split, chromosomes)
+    return mutate(child, key, evolution.mutation)
+
+
+def keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys of a child's choices and of its mutation."""
+    return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+
+
+def _make_child(
+    evolution: Evolution, population: Archive, weights: Callable[..., Pair], key: jax.Array
+) -> PyTree:
+    like = archives.take(population, 0)
+    chromosomes = leaf_chromosomes(like, evolution.chromosome)
+    choice, noise = keys(key)
+    pair = weights(choice, chromosome_sizes(like, chromosomes))
+    a, b = (archives.take(population, slot) for slot in pair.parents)
+    return breed(evolution, a, b, pair, noise, chromosomes)
+
+
+def evolve(score: Score, evolution: Evolution) -> Method:
+    """M2N2 and its ablations: one child a step, dropped or put in the place of the least fit.
+
+    Args:
+      score: see the module. evolution: the rules.
+    """
+
+    def insert(population, child):
+        scores = archives.clean(score(child))
+        slot = archives.loser(
+            population.scores, population.filled, scores, evolution.alpha, evolution.capacity
+        )
+        return archives.replace(population, slot, child, scores)
+
+    def init(parents, key):
+        del key
+        like = jax.tree.map(lambda x: x[0], parents)
+        points = jax.eval_shape(score, like).shape[0]
+        start = archives.empty(like, evolution.population, points)
+        return jax.lax.scan(lambda s, child: (insert(s, child), None), start, parents)[0]
+
+    def step(population, key, index):
+        del index
+
+        def weights(choice, sizes):
+            return choose(evolution, population.scores, population.filled, choice, sizes)
+
+        return insert(population, _make_child(evolution, population, weights, key))
+
+    return Method(init, step, _best_of_archive, _scores_of_archive)
+
+
+def _best_of_archive(population: Archive) -> PyTree:
+    return archives.take(population, archives.best(population))
+
+
+def _scores_of_archive(population: Archive) -> tuple[jax.Array, jax.Array]:
+    return population.scores, population.filled
+
+
+# ------------------------------------------------------------------------------------ MAP-Elites
+
+
+def map_elites(
+    score: Score,
+    descriptor: Callable[[jax.Array], jax.Array],
+    cells: int = 10,
+    evolution: Evolution = Evolution(),
+) -> Method:
+    """MAP-Elites: a grid of models, each the best of its cell; parents are any two of them.
+
+    Args:
+      score: see the module.
+      descriptor: from scores [points] to float32 [2] in [0, 1], the place in the grid.
+      cells: of the grid along each side.
+      evolution: `merge`, `split`, `mutation` and `chromosome` of the children; the rest is unused.
+    """
+
+    def insert(population, child):
+        scores = archives.clean(score(child))
+        place = jnp.clip((descriptor(scores) * cells).astype(jnp.int32), 0, cells - 1)
+        slot = place[0] * cells + place[1]
+        better = scores.mean() > population.scores[slot].mean()
+        wins = better | ~population.filled[slot]
+        return archives.replace(population, jnp.where(wins, slot, cells * cells), child, scores)
+
+    def init(parents, key):
+        del key
+        like = jax.tree.map(lambda x: x[0], parents)
+        points = jax.eval_shape(score, like).shape[0]
+        start = archives.empty(like, cells * cells, points)
+        return jax.lax.scan(lambda s, child: (insert(s, child), None), start, parents)[0]
+
+    def step(population, key, index):
+        del index
+        anybody = dataclasses.replace(evolution, attraction=False)
+
+        def weights(choice, sizes):
+            filled = population.filled
+            return choose(anybody, jnp.zeros((filled.size, 1)), filled, choice, sizes)
+
+        return insert(population, _make_child(anybody, population, weights, key))
+
+    return Method(init, step, _best_of_archive, _scores_of_archive)
+
+
+def halves(mask: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+    """A descriptor for MAP-Elites: mean scores on the points of a mask and on the others.
+
+    Args:
+      mask: bool [points], with points of both kinds.
+
+    Raises:
+      UserError: if all points are of one kind.
+    """
+    mask = np.asarray(mask, bool)
+    if mask.all() or not mask.any():
+        raise UserError("MAP-Elites' two halves of the data points need at least one point each")
+    shares = jnp.array(np.stack([mask / mask.sum(), ~mask / (~mask).sum()]), jnp.float32)
+    return lambda scores: jnp.sum(shares * scores, axis=1)
+
+
+# -------------------------------------------------------------------- searches for a mixing ratio
+
+
+class Incumbent(NamedTuple):
+    """The best model so far, its scores float32 [points], and what the candidates are made of."""
+
+    best: PyTree
+    scores: jax.Array
+    parents: PyTree
+
+
+def _search(score: Score, candidate: Callable[[PyTree, jax.Array, jax.Array], PyTree]) -> Method:
+    """Keeps the best of candidate(parents, key, index)."""
+
+    def init(parents, key):
+        del key
+        first = jax.tree.map(lambda x: x[0], parents)
+        return Incumbent(first, archives.clean(score(first)), parents)
+
+    def step(state, key, index):
+        found = candidate(state.parents, key, index)
+        scores = archives.clean(score(found))
+        better = scores.mean() > state.scores.mean()
+        keep = functools.partial(jnp.where, better)
+        best = jax.tree.map(keep, found, state.best)
+        return Incumbent(best, keep(scores, state.scores), state.parents)
+
+    return Method(
+        init, step, lambda state: state.best, lambda state: (state.scores[None], jnp.ones(1, bool))
+    )
+
+
+def fraction(index: jax.Array) -> jax.Array:
+    """The index-th point of van der Corput's sequence in [0, 1): evenly spread at any length.
+
+    Args:
+      index: int32, from 0 (0, 1/2, 1/4, 3/4, 1/8 ...).
+    """
+    bits = index.astype(jnp.uint32)
+    reverse = sum(((bits >> i) & 1) << (23 - i) for i in range(24))
+    return reverse.astype(jnp.float32) / 2**24
+
+
+def mixing_ratio(score: Score) -> Method:
+    """Brute force over the ratio of the parents, without a split point.
+
+    Two parents: SLERP at evenly spread ratios, whatever the budget. More: convex combinations at
+    random (uniform on the simplex).
+
+    Args:
+      score: see the module.
+    """
+
+    def candidate(parents, key, index):
+        count = jax.tree.leaves(parents)[0].shape[0]
+        if count == 2:
+            a, b = (jax.tree.map(lambda x, i=i: x[i], parents) for i in range(2))
+            return slerp(a, b, fraction(index))
+        return combine(parents, jax.random.dirichlet(key, jnp.ones(count)))
+
+    return _search(score, candidate)
+
+
+def combine(models: PyTree, weights: jax.Array) -> PyTree:
+    """Weighted sum of models: leaves [models, ...], weights float32 [models]."""
+
+    def leaf(x):
+        return jnp.einsum(
+            "m...,m->...", x.astype(jnp.float32), weights, precision="highest"
+        ).astype(x.dtype)
+
+    return jax.tree.map(leaf, models)
+
+
+def uniform_average(score: Score) -> Method:
+    """The mean of the parents ("model soup"): nothing is searched, every step scores it again.
+
+    Args:
+      score: see the module.
+    """
+
+    def candidate(parents, key, index):
+        del key, index
+        count = jax.tree.leaves(parents)[0].shape[0]
+        return combine(parents, jnp.full(count, 1 / count))
+
+    method = _search(score, candidate)
+
+    def init(parents, key):
+        state = method.init(parents, key)
+        mean = candidate(parents, key, 0)
+        return Incumbent(mean, archives.clean(score(mean)), state.parents)
+
+    return method._replace(init=init)
+
+
+def task_arithmetic(score: Score, base: PyTree, largest: float = 2.0) -> Method:
+    """base + factor x sum of (parent - base), with the best factor in [0, largest].
+
+    Args:
+      score: see the module. base: the model that the parents were trained from. largest: factor.
+    """
+
+    def candidate(parents, key, index):
+        del key
+
+        def leaf(start, models):
+            moved = jnp.sum(models.astype(jnp.float32) - start, axis=0)
+            return (start + largest * fraction(index) * moved).astype(models.dtype)
+
+        return jax.tree.map(leaf, base, parents)
+
+    return _search(score, candidate)
+
+
+# ---------------------------------------------------------------------------------------- CMA-ES
+
+
+class Sampled(NamedTuple):
+    """State of CMA-ES: evosax's, the last population's scores, and the best model so far."""
+
+    strategy: Any
+    scores: jax.Array
+    best: PyTree
+    best_scores: jax.Array
+
+
+def cma_es(score: Score, like: PyTree, population: int = 20, std: float = 0.01) -> Method:
+    """CMA-ES with a diagonal covariance (evosax's Sep-CMA-ES) on all parameters.
+
+    It starts at the mean of the parents. A full covariance matrix has the square of the number of
+    parameters in entries, and with the learning rates for so many dimensions it hardly leaves the
+    identity within any budget here.
+
+    Args:
+      score: see the module. like: a model, or its shapes. population: candidates in a step. std:
+        first standard deviation.
+
+    Raises:
+      UserError: if evosax is missing.
+    """
+    try:
+        from evosax.algorithms import Sep_CMA_ES
+    except ImportError as error:
+        raise UserError("CMA-ES needs evosax: pip install 'fedasr[fusion]'") from error
+    example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    strategy = Sep_CMA_ES(population_size=population, solution=example)
+    settings = strategy.default_params.replace(std_init=std)
+
+    def init(parents, key):
+        count = jax.tree.leaves(parents)[0].shape[0]
+        mean = combine(parents, jnp.full(count, 1 / count))
+        scores = archives.clean(score(mean))
+        state = strategy.init(key, mean, settings)
+        return Sampled(state, jnp.broadcast_to(scores, (population, scores.size)), mean, scores)
+
+    def step(state, key, index):
+        del index
+        ask, tell = keys(key)
+        models, strategy_state = strategy.ask(ask, state.strategy, settings)
+        scores = archives.clean(score_all(score, models))
+        means = scores.mean(1)
+        strategy_state, _ = strategy.tell(tell, models, -means, strategy_state, settings)
+        top = jnp.argmax(means)
+        keep = functools.partial(jnp.where, means[top] > state.best_scores.mean())
+        best = jax.tree.map(lambda new, old: keep(new[top], old), models, state.best)
+        return Sampled(strategy_state, scores, best, keep(scores[top], state.best_scores))
+
+    return Method(
+        init,
+        step,
+        lambda state: state.best,
+        lambda state: (state.scores, jnp.ones(population, bool)),
+        population,
+    )
+
+
+def score_all(score: Score, models: PyTree) -> jax.Array:
+    """Scores of models side by side, leaves [models, ...]: float32 [models, points].
+
+    Args:
+      score: see the module.
+    """
+    # Vmapped matrix products of a CPU are slower than one after the other.
+    return jax.lax.map(score, models) if jax.default_backend() == "cpu" else jax.vmap(score)(models)
+
+
+# ---------------------------------------------------------------------------------------- names
+
+
+def make_evolution(name: str, evolution: Evolution) -> Evolution:
+    """The rules of an ablation.
+
+    Args:
+      name: a key of `ABLATIONS`. evolution: of M2N2.
+
+    Raises:
+      UserError: if the ablation leaves nothing that changes a model.
+    """
+    return dataclasses.replace(evolution, **ABLATIONS[name])
+
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "m2n2": {},
+    "no_split": {"split": False},
+    "no_attraction": {"attraction": False},
+    "no_crossover": {"merge": False},
+    "ga": {"alpha": 0.0, "attraction": False},
+}

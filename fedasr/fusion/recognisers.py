@@ -1,0 +1,120 @@
+"""Merging speech recognisers: trained models in, scores of utterances out.
+
+An utterance's score is exp(-loss / characters), the (geometric) mean probability of a character of
+its transcript. It lies in [0, 1], needs no decoding, and tells a slightly better model from a
+slightly worse one, which a word error rate of a few words does not.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedasr.data.batching import eval_batches, make_buckets
+from fedasr.data.corpus import Corpus, open_corpus, read_metadata
+from fedasr.errors import UserError
+from fedasr.models.recogniser import ARRAYS, Recogniser
+from fedasr.text import CharTokenizer
+from fedasr.training.checkpoint import Checkpointer, restore_params
+from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
+from fedasr.training.evaluation import Evaluator
+from fedasr.training.loop import build_recogniser, fitting_tokenizer
+
+PyTree = Any
+_MULTIPLES = {"features": 24, "labels": 4}
+
+
+class Parents(NamedTuple):
+    """Recognisers of one architecture.
+
+    params: side by side, leaves [parents, ...], on the host. recogniser: their functions. metadata:
+    of the first checkpoint. tokenizer: of the data that they are merged on.
+    """
+
+    params: PyTree
+    recogniser: Recogniser
+    metadata: Mapping[str, Any]
+    tokenizer: CharTokenizer
+
+    def model(self, number: int) -> PyTree:
+        """One parent's parameters."""
+        return jax.tree.map(lambda x: x[number], self.params)
+
+
+def load_parents(paths: Sequence[str | Path], data: str | Path) -> Parents:
+    """Reads trained recognisers.
+
+    Args:
+      paths: work directories of `experiments.train`, or checkpoints. data: a prepared corpus.
+
+    Raises:
+      UserError: fewer than two, or models that differ in shape or in what they write.
+    """
+    if len(paths) < 2:
+        raise UserError("merging needs two models or more")
+    metadata = [checkpoint_metadata(path) for path in paths]
+    corpus = read_metadata(data)
+    tokenizers = [fitting_tokenizer(m["config"], corpus) for m in metadata]
+    for path, other in zip(paths[1:], metadata[1:], strict=True):
+        if other["config"]["model"] != metadata[0]["config"]["model"]:
+            raise UserError(f"{path} is another model than {paths[0]}: they cannot be merged")
+    models = [restore_params(path) for path in paths]
+    params = jax.tree.map(lambda *x: np.stack(x), *models)
+    recogniser = build_recogniser(metadata[0]["config"], augmented=False)
+    return Parents(params, recogniser, metadata[0], tokenizers[0])
+
+
+def utterance_scores(recogniser: Recogniser, corpus: Corpus, batch_size: int = 32) -> Any:
+    """`score` of a corpus for `fedasr.fusion.methods`: float32 [utterances].
+
+    All features are put on the default device; utterances are scored `batch_size` at a time. One
+    whose transcript cannot be aligned with its frames scores 0.
+
+    Args:
+      recogniser: of the models. corpus: to score on. batch_size: utterances at a time.
+    """
+    buckets = make_buckets([corpus], 1, _MULTIPLES)
+    batches = list(eval_batches(corpus, buckets, batch_size, ARRAYS))
+    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *batches)
+    real = np.flatnonzero(np.concatenate([batch["mask"] for batch in batches]))
+
+    def of_batch(params, batch):
+        _, _, loss, valid = recogniser.evaluate(params, batch)
+        return jnp.where(valid, jnp.exp(-loss / jnp.maximum(batch["labels_length"], 1)), 0.0)
+
+    def score(params):
+        return jax.lax.map(lambda batch: of_batch(params, batch), stacked).reshape(-1)[real]
+
+    return score
+
+
+def error_rates(parents: Parents, data: str | Path, splits: Sequence[str]) -> Any:
+    """A function from a model to {split: word error rate in percent}.
+
+    Args:
+      parents: for their functions. data: a prepared corpus. splits: split expressions of it.
+    """
+    corpora = {split: open_corpus(data, split) for split in splits}
+    buckets = make_buckets(list(corpora.values()), 1, _MULTIPLES)
+    evaluator = Evaluator(parents.recogniser, buckets, tokenizer=parents.tokenizer)
+
+    def rates(params: PyTree) -> dict[str, float]:
+        return {split: evaluator(params, corpus)["wer"] for split, corpus in corpora.items()}
+
+    return rates
+
+
+def save_fused(parents: Parents, params: PyTree, evaluations: int, workdir: str | Path) -> Path:
+    """Writes a merged model as a checkpoint that `experiments.evaluate` and `init_from` read.
+
+    Args:
+      parents: for the configuration. params: the model. evaluations: that found it. workdir: new,
+        or of the same run.
+    """
+    with Checkpointer(Path(workdir) / "checkpoints", keep=1) as checkpointer:
+        metadata = {**parents.metadata, "stage": "fused", "units": evaluations}
+        checkpointer.save(evaluations, {"params": params}, metadata)
+    return Path(workdir)
