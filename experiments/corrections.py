@@ -503,7 +503,7 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     filters = summary["filters"]
     yield f"right edits kept: {text(filters['right_kept'], 100)}%"
     yield f"wrong edits removed: {text(filters['wrong_removed'], 100)}%"
-    for name, spread in summary["fresh_relative_reduction"].items():
+    for name, spread in summary.get("fresh_relative_reduction", {}).items():
         worse = summary["general_points_worse"][name]
         yield f"{name}: fresh WER reduced by {text(spread)}%, general worse by {text(worse)} points"
     for name, spread in summary.get("better_than_uniform", {}).items():

@@ -20,7 +20,7 @@ import optax
 from fedasr.compression.formats import FloatFormat, decode, pack, unpack
 from fedasr.compression.online import Select, compress_variable, flags, weight_matrices
 from fedasr.federated.client import Loss
-from fedasr.models.layers import LazyParameter, is_lazy, realise_outside_blocks
+from fedasr.models.layers import LazyParameter, after, is_lazy, realise_outside_blocks
 
 
 @jax.tree_util.register_dataclass
@@ -136,10 +136,12 @@ def fedsgd_program(
                 gradients, optax.EmptyState()
             )
         if upload is not None:
-            gradients = {
-                name: pack_variable(g, upload) if select(name, g) else g
-                for name, g in gradients.items()
-            }
+            previous = value
+            for name, gradient in gradients.items():
+                if select(name, gradient):
+                    # One after the other: their intermediate arrays are larger than they are.
+                    packed = pack_variable(after(previous, gradient), upload)
+                    gradients[name], previous = packed, packed.scale
         return gradients, value
 
     return program

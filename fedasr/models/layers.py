@@ -59,19 +59,29 @@ def checkpoint(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     def wrapped(params, x, *rest):
         return function(params, x, *rest)
 
-    def forward(*args):
-        return function(*args), args
+    def forward(params, x, *rest):
+        # Else what parameters alone decide, such as their conversion to another dtype, may be
+        # computed for all blocks beforehand.
+        return function(after(x, params), x, *rest), (params, x, *rest)
 
     def backward(args, gradient):
-        first = gradient.ravel()[0]
-        # Always true of what is finite; what is not comes out as not finite either way.
-        usual = first <= jnp.finfo(first.dtype).max
-        params, x, *rest = jax.tree.map(lambda a: jnp.where(usual, a, jnp.zeros_like(a)), args)
+        params, x, *rest = after(gradient, args)
         _, pull = jax.vjp(lambda p, x: function(p, x, *rest), params, x)
         return *pull(gradient), *[None] * len(rest)
 
     wrapped.defvjp(forward, backward)
     return wrapped
+
+
+def after(known: jax.Array, tree: Any) -> Any:
+    """The tree as it is, but so that nothing can be computed from it before `known` is there.
+
+    Where the first element of `known` is not finite it is all zeros: for use where what is not
+    finite comes out as not finite in any case.
+    """
+    first = known.ravel()[0]
+    usual = first <= jnp.finfo(first.dtype).max
+    return jax.tree.map(lambda a: jnp.where(usual, a, jnp.zeros_like(a)), tree)
 
 
 class LazyParameter:

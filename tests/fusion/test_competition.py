@@ -147,6 +147,17 @@ def test_replacement(kind, seed, alpha, capacity):
     np.testing.assert_array_equal(found.params["w"], params["w"])
 
 
+def test_an_unfit_child_changes_nothing():
+    rng = np.random.default_rng(0)
+    params, scores = {"w": jnp.array(rng.random((3, 2)))}, jnp.array(rng.random((3, 4)))
+    archive = archives.Archive(params, scores, jnp.ones(3, bool))
+    child = jnp.zeros(4)
+    slot = archives.loser(archive.scores, archive.filled, child)
+    assert slot == 3
+    found = archives.replace(archive, slot, {"w": jnp.full(2, 99.0)}, child)
+    jax.tree.map(np.testing.assert_array_equal, found, archive)
+
+
 def test_a_child_as_good_as_all_replaces_the_first():
     scores = jnp.full((3, 4), 0.5)
     assert archives.loser(scores, jnp.ones(3, bool), scores[0]) == 0
