@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
 QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
-FUSION = ["evosax>=0.2", "scikit-learn>=1.4"]
+FUSION = ["evosax>=0.3", "scikit-learn>=1.4"]
 
 setup(
     name="fedasr",

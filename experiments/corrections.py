@@ -16,7 +16,8 @@ server's data (joint training):
 * federated: "words" without central steps;
 * private: "words" with clipping and noise, its histograms noisy too.
 
-NAME+ averages the models of the last rounds of NAME, and the stale recogniser with them.
+NAME+ averages the models of the last rounds of NAME, and as much of the stale recogniser with them
+as keeps the general WER of split "dev" (the smallest share that does).
 
 Measured on the users of "test" (other voices, other sentences): WER of sentences with a fresh word,
 with a rare one, and with none (general), and the share of rare words that were not recognised.
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fedasr.feedback.histograms import Histogram
     from fedasr.models.recogniser import Recogniser
     from fedasr.text import CharTokenizer
+    from fedasr.training.evaluation import Evaluator
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "corrections.py")
 SYSTEMS = ("unfiltered", "uniform", "words", "quality", "federated", "private")
@@ -67,6 +69,7 @@ class Bench(NamedTuple):
     corpora: Mapping[str, Corpus]
     bucket: Bucket
     recogniser: Recogniser
+    evaluator: Evaluator
 
 
 def open_bench(config: Mapping[str, Any]) -> Bench:
@@ -76,6 +79,7 @@ def open_bench(config: Mapping[str, Any]) -> Bench:
     from fedasr.data.prepare import prepare_synthetic
     from fedasr.data.synthetic import SyntheticConfig
     from fedasr.training import loop
+    from fedasr.training.evaluation import Evaluator
 
     fields = {
         name: tuple(value) if isinstance(value, list) else value
@@ -85,13 +89,15 @@ def open_bench(config: Mapping[str, Any]) -> Bench:
     metadata = read_metadata(directory)
     corpora = {split: open_corpus(directory, split) for split in ("seed", "train", "dev", "test")}
     (bucket,) = make_buckets(list(corpora.values()), 1, {"features": 24, "labels": 4})
+    tokenizer, recogniser = loop.fitting_tokenizer(config, metadata), loop.build_recogniser(config)
     return Bench(
         config,
-        loop.fitting_tokenizer(config, metadata),
+        tokenizer,
         metadata["options"]["pad_space"],
         corpora,
         bucket,
-        loop.build_recogniser(config),
+        recogniser,
+        Evaluator(recogniser, [bucket], tokenizer=tokenizer),
     )
 
 
@@ -135,11 +141,8 @@ def measure(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, f
 
 def evaluate(bench: Bench, params: Any) -> dict[str, dict[str, float]]:
     """{split: `MEASURES`} of a model on the held-out users."""
-    from fedasr.training.evaluation import Evaluator
-
-    evaluator = Evaluator(bench.recogniser, [bench.bucket], tokenizer=bench.tokenizer)
     return {
-        split: measure(*evaluator.transcripts(params, bench.corpora[split])[:2])
+        split: measure(*bench.evaluator.transcripts(params, bench.corpora[split])[:2])
         for split in ("dev", "test")
     }
 
@@ -221,7 +224,7 @@ def make_corrections(bench: Bench, params: Any, seed: int, noise: float) -> Corr
     from fedasr.feedback.histograms import client_histogram
 
     settings, corpus = bench.config["corrections"], bench.corpora["train"]
-    said, heard = lib.transcribe(bench.recogniser, params, corpus, bench.bucket, bench.tokenizer)
+    said, heard = lib.transcribe(bench.evaluator, params, corpus)
     feedback = lib.simulate_edits(said, heard, lib.EditConfig(**settings["edits"]), seed)
     filters = lib.Filters(
         **settings["filters"],
@@ -358,15 +361,26 @@ def train(
     result: dict[str, Any] = {"seconds": time.monotonic() - began}
     result |= {"users": len(corpus.users), "utterances": int(corpus.sizes.sum())}
     result["wer"] = evaluate(bench, state.params)
-    share = settings["stale_share"]
-    averaged = average_params([params, average_params(last)], [share, 1 - share])
-    result["averaged"] = evaluate(bench, averaged)
+    result |= _averaged(bench, params, average_params(last))
     if weights is not None:
         result["weights"] = {"mean": float(weights.mean()), "max": float(weights.max())}
         result["share_at_floor"] = float(np.mean(weights <= weights.min() + 1e-6))
     if private:
         result["privacy"] = _privacy(mechanism, privacy, rounds)
     return result
+
+
+def _averaged(bench: Bench, stale: Any, new: Any) -> dict[str, Any]:
+    """{"averaged": rates, "stale_share"} of the least stale mean that keeps dev's general WER."""
+    from fedasr.feedback.joint import average_params
+
+    settings = bench.config["corrections"]
+    most = evaluate(bench, stale)["dev"]["general"] + settings["general_margin"]
+    for share in settings["stale_shares"]:
+        rates = evaluate(bench, average_params([stale, new], [share, 1 - share]))
+        if rates["dev"]["general"] <= most:
+            break
+    return {"averaged": rates, "stale_share": share}
 
 
 def _privacy(mechanism: Any, privacy: Mapping[str, Any], rounds: int) -> dict[str, Any]:

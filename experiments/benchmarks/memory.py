@@ -100,17 +100,17 @@ def run() -> None:
         ("+ checkpointing", lambda: fedavg(checkpointed), transport_bytes(params)),
         ("+ FedSGD", lambda: fedsgd(), transport_bytes(params)),
         (
-            "+ FedSGD, 16-bit storage",
+            "FedSGD + 16-bit storage",
             lambda: fedsgd(bfloat16, bfloat16),
             transport_bytes(params, bfloat16, bfloat16, 1.0),
         ),
         (
-            "+ FedSGD, OMC S1E3M7 on 90%",
+            "FedSGD + OMC S1E3M7 on 90%",
             lambda: fedsgd(omc, omc, 0.9),
             transport_bytes(params, omc, omc, 0.9),
         ),
         (
-            f"+ FedSGD, {_SHARE.value:.0%} of the matrices trained",
+            f"FedSGD + {_SHARE.value:.0%} of the matrices trained",
             lambda: fedsgd(subset=user),
             transport_bytes(params, uploaded=uploaded),
         ),

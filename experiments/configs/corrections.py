@@ -11,12 +11,14 @@ def get_config() -> ConfigDict:
     config.name = "corrections"
     config.data.task = "fresh"
     config.model.options.update({"dim": 96, "mlp": 384, "blocks": 3})
-    config.rounds = 60
+    config.rounds = 80
     config.cohort = 8
     config.seed_training.steps = 1200
     config.seed_training.learning_rate = 2e-3
     config.client.learning_rate = 0.3
     config.server.learning_rate = 0.004
+    config.server.decay_start = 50
+    config.server.decay_rounds = 10
     # Central steps between the rounds, where there are any.
     config.central.optimizer = "sgd"
     config.central.learning_rate = 0.3
@@ -59,7 +61,9 @@ def get_config() -> ConfigDict:
         # Noise multipliers of the two histograms, where there is privacy.
         config.corrections.histogram_noise = 0.02
         config.corrections.central_steps = 4  # after every round of joint training
-        # An averaged model: so many last rounds, and a share of the stale recogniser.
+        # An averaged model: so many last rounds, and the first of these shares of the stale
+        # recogniser at which dev's general WER is worse by no more than the margin (points).
         config.corrections.averaged = 10
-        config.corrections.stale_share = 0.25
+        config.corrections.stale_shares = (0.0, 0.125, 0.25, 0.375, 0.5)
+        config.corrections.general_margin = 0.25
     return config

@@ -24,8 +24,8 @@ from fedasr.data.corpus import Corpus, Example
 from fedasr.errors import UserError
 from fedasr.federated.client import Params
 from fedasr.feedback.histograms import Histogram
-from fedasr.models.recogniser import Recogniser
 from fedasr.text import CHARACTERS, CharTokenizer
+from fedasr.training.evaluation import Evaluator
 
 _USER_TAG, _EDIT_TAG = 0xED17, 0xED18
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -83,24 +83,15 @@ class Feedback(NamedTuple):
 
 
 def transcribe(
-    recogniser: Recogniser,
-    params: Params,
-    corpus: Corpus,
-    bucket: Mapping[str, int],
-    tokenizer: CharTokenizer | None = None,
-    batch_size: int = 32,
+    evaluator: Evaluator, params: Params, corpus: Corpus
 ) -> tuple[list[list[str]], list[list[str]]]:
     """References and hypotheses of a corpus: [user][utterance], in the corpus's order.
 
     Args:
-      recogniser, params: the stale recogniser.
+      evaluator: of the stale recogniser, with a single bucket: several would change the order.
+      params: its parameters.
       corpus: with "features" and "labels".
-      bucket: a padded shape that holds every utterance.
-      tokenizer, batch_size: see `fedasr.training.evaluation.Evaluator`.
     """
-    from fedasr.training.evaluation import Evaluator
-
-    evaluator = Evaluator(recogniser, [bucket], batch_size, tokenizer=tokenizer)
     references, hypotheses, _ = evaluator.transcripts(params, corpus)
     ends = np.cumsum(corpus.sizes)[:-1]
 

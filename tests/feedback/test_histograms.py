@@ -3,7 +3,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.errors import UserError
@@ -19,6 +19,7 @@ def test_counts_are_clients_not_occurrences():
 
 
 @given(key_sets, st.integers(1, 4), st.integers(1, 40))
+@settings(deadline=None)
 def test_a_client_moves_the_counts_by_at_most_the_root_of_most(keys, most, buckets):
     """What the noise is scaled to; and the part of the others does not depend on who is there."""
     everybody = client_histogram(keys, most=most, buckets=buckets).counts

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.data.corpus import InMemoryCorpus
@@ -47,9 +47,10 @@ def test_weights_by_hand():
     st.sampled_from([0.0, 0.5, 30.0]),
     st.integers(0, 3),
 )
+@settings(deadline=None)
 def test_weights_are_bounded_and_nobody_elses(words, trusted, power, floor, noise, seed):
     """Given the histogram, a user's words move the own weight alone: DP composes so."""
-    histogram = client_histogram(words, most=3, noise_multiplier=noise, seed=seed)
+    histogram = client_histogram(words, most=3, buckets=97, noise_multiplier=noise, seed=seed)
     options = {"trusted": trusted, "power": power, "floor": floor}
     weights = word_weights(words, histogram, {"a": 7}, **options)
     assert weights.dtype == np.float32 and weights.shape == (len(words),)
