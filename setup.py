@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
 QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
 FUSION = ["evosax>=0.3", "scikit-learn>=1.4"]
+NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 
 setup(
     name="fedasr",
@@ -41,11 +42,13 @@ setup(
         "speech": SPEECH,
         "quickstart": QUICKSTART,
         "fusion": FUSION,
+        "neural": NEURAL,
         "cuda": ["jax[cuda12]>=0.8"],
         "tpu": ["jax[tpu]>=0.8"],
         "test": [
             *QUICKSTART,
             *FUSION,
+            *NEURAL,
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook
             "nbclient>=0.10",
@@ -55,7 +58,6 @@ setup(
             "pytest-xdist>=3.5",
             "PyYAML>=6.0",  # reads the SkyPilot task that the sweep writes
             "ruff>=0.11",
-            "scipy>=1.13",
             "setuptools>=68",
         ],
     },

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "corrections.py")
 SYSTEMS = ("unfiltered", "uniform", "words", "quality", "federated", "private")
+WEIGHTED = ("words", "federated", "private")  # by their words
 MEASURES = ("fresh", "rare", "general", "rare_missed")
 _HISTOGRAM_SEEDS = {"pairs": 1, "words": 2}  # their noise must differ
 
@@ -300,7 +301,7 @@ def train(
     )
 
     weights = weigh = None
-    if system in ("words", "federated", "private"):
+    if system in WEIGHTED:
         words = weighting.words_of_users(corpus, bench.tokenizer)
         histogram = client_histogram(
             words,
@@ -409,7 +410,10 @@ def _settings(config: Mapping[str, Any], system: str) -> dict[str, Any]:
     if system == "stale":
         names = ("data", "model", "augment", "seed_training")
         return {name: config[name] for name in names} | {"corpus": config["corrections"]["corpus"]}
-    return {name: value for name, value in config.items() if name != "seed"}
+    others = {"words": WEIGHTED, "quality": ("quality",), "histogram_noise": ("private",)}
+    unused = {name for name, systems in others.items() if system not in systems}
+    own = {name: value for name, value in config["corrections"].items() if name not in unused}
+    return {name: value for name, value in config.items() if name != "seed"} | {"corrections": own}
 
 
 def run_seed(

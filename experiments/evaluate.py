@@ -3,7 +3,8 @@
     python -m experiments.evaluate --checkpoint=DIR --data=DIR [--split=test] [--json]
 
 The checkpoint is a work directory of `experiments.train` (its last checkpoint), or one checkpoint's
-folder. Exit status: 0 when done, 2 for a mistake that the user can mend.
+folder. If the run had local parameters and they are still beside it, users who have trained are
+evaluated with their own. Exit status: 0 when done, 2 for a mistake that the user can mend.
 """
 
 from absl import flags
@@ -28,7 +29,7 @@ def run() -> None:
     from fedasr.data.corpus import read_metadata as read_corpus_metadata
     from fedasr.training.checkpoint import read_metadata, restore_params
     from fedasr.training.evaluation import Evaluator
-    from fedasr.training.loop import build_recogniser, fitting_tokenizer
+    from fedasr.training.loop import build_recogniser, fitting_tokenizer, local_rows
 
     corpus = open_corpus(_DATA.value, _SPLIT.value)
     metadata = read_metadata(_CHECKPOINT.value)
@@ -36,8 +37,9 @@ def run() -> None:
     recogniser = build_recogniser(metadata["config"])
     buckets = make_buckets([corpus], 1, {"features": 24, "labels": 4})
     tokenizer = fitting_tokenizer(metadata["config"], read_corpus_metadata(_DATA.value))
-    evaluator = Evaluator(recogniser, buckets, _BATCH.value, tokenizer=tokenizer)
-    rates = evaluator(params, corpus)
+    layout, rows = local_rows(_CHECKPOINT.value, params, corpus)
+    evaluator = Evaluator(recogniser, buckets, _BATCH.value, tokenizer=tokenizer, layout=layout)
+    rates = evaluator(params, corpus, rows)
     cli.show(
         {
             **rates,

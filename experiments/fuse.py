@@ -1,7 +1,8 @@
 """Merges models by competition and attraction (M2N2), or by what it is compared with.
 
-    python -m experiments.fuse --task=digits [--from_scratch | --pretrained] [--method=NAME,NAME...]
-        [--evaluations=N] [--seeds=R] [--every=N] [--workdir=DIR] [--plot=FILE.png] [--json]
+    python -m experiments.fuse --task=digits [--from_scratch | --pretrained] [--raw]
+        [--method=NAME,NAME...] [--evaluations=N] [--seeds=R] [--every=N] [--workdir=DIR]
+        [--plot=FILE.png] [--json]
     python -m experiments.fuse --task=asr --models=CKPT,CKPT,... --data=DIR [--split=dev]
         [--test=SPLIT,SPLIT...] [--method=NAME] [--evaluations=N] [--workdir=DIR] [--json]
 
@@ -13,26 +14,29 @@ the same command goes on after an interruption, and `asr` leaves the merged mode
 Exit status: 0 when done, 2 for a mistake that the user can mend.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
 from experiments import cli
 from fedasr.errors import UserError
+from fedasr.fusion import METHODS
 
-METHODS = (
-    *("m2n2", "no_split", "no_attraction", "no_crossover", "ga"),
-    *("map_elites", "cma_es", "mixing_ratio", "average", "task_arithmetic"),
-)
+if TYPE_CHECKING:
+    from fedasr.fusion.run import Result
+    from fedasr.fusion.tasks import Task
+
 _TASK = flags.DEFINE_enum("task", "digits", ["digits", "asr"], "What the models do.")
 _METHOD = flags.DEFINE_list("method", ["m2n2"], f"One or several of {', '.join(METHODS)}.")
 _SCRATCH = flags.DEFINE_bool("from_scratch", False, "digits: start from random models (default).")
 _PRETRAINED = flags.DEFINE_bool("pretrained", False, "digits: start from two specialists.")
+_RAW = flags.DEFINE_bool("raw", False, "digits: pixels of 0 to 16 as published, not centred.")
 _EVALUATIONS = flags.DEFINE_integer("evaluations", 10_000, "Of every seed.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Independent runs, side by side.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The first one.", lower_bound=0)
@@ -50,91 +54,14 @@ _TEST = flags.DEFINE_list("test", ["test"], "asr: splits whose word error rate i
 CHECKPOINTS, FUSED = "search", "fused"
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a search needs to know.
-
-    Attributes:
-      score: see `fedasr.fusion.methods`. make_parents, measure: see `fedasr.fusion.run`.
-      like: shapes of a model. base: what the parents were trained from, or None if unknown.
-      mutation: standard deviation. halves: bool [points], for MAP-Elites. identity: of the data
-      and models.
-    """
-
-    score: Callable[[Any], Any]
-    make_parents: Callable[[Any], Any]
-    measure: Callable[[Any], Mapping[str, Any]]
-    like: Any
-    base: Any
-    mutation: float
-    halves: np.ndarray
-    identity: Mapping[str, Any]
-
-
-def digits_task(pretrained: bool) -> Task:
-    """The published test bed.
+def search(name: str, task: Task) -> Result:
+    """Runs one method as the flags say.
 
     Args:
-      pretrained: two specialists without mutation, otherwise two random models with.
-
-    Raises:
-      UserError: if scikit-learn is missing.
-    """
-    import jax
-
-    from fedasr.fusion import digits
-
-    data = digits.load()
-    like = jax.eval_shape(digits.random_model, jax.random.key(0))
-    return Task(
-        digits.train_scores(data),
-        (lambda key: digits.specialists(key, data)) if pretrained else digits.scratch_parents,
-        digits.test_accuracy(data),
-        like,
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
-        0.0 if pretrained else 0.01,
-        data.train_labels % 2 == 1,
-        {"task": "digits", "pretrained": pretrained},
-    )
-
-
-def make_method(name: str, task: Task, population: int = 20, alpha: float = 1.0) -> Any:
-    """A `fedasr.fusion.methods.Method` by name.
-
-    Args:
-      name: one of `METHODS`. task: to search. population, alpha: of the archive.
-
-    Raises:
-      UserError: for an unknown name, or a method that the task has nothing for.
-    """
-    from fedasr.fusion import methods
-
-    evolution = methods.Evolution(population=population, alpha=alpha, mutation=task.mutation)
-    if name in methods.ABLATIONS:
-        return methods.evolve(task.score, methods.make_evolution(name, evolution))
-    if name == "map_elites":
-        descriptor = methods.halves(task.halves)
-        return methods.map_elites(task.score, descriptor, evolution=evolution)
-    if name == "cma_es":
-        return methods.cma_es(task.score, task.like, population)
-    if name == "mixing_ratio":
-        return methods.mixing_ratio(task.score)
-    if name == "average":
-        return methods.uniform_average(task.score)
-    if name == "task_arithmetic":
-        if task.base is None:
-            raise UserError("task_arithmetic needs models that were all trained from one init_from")
-        return methods.task_arithmetic(task.score, task.base)
-    raise UserError(f"--method={name}: choose from {', '.join(METHODS)}")
-
-
-def search(name: str, task: Task) -> Any:
-    """Runs one method as the flags say; a `fedasr.fusion.run.Result`.
-
-    Args:
-      name: one of `METHODS`. task: to search.
+      name: one of `fedasr.fusion.METHODS`. task: to search.
     """
     from fedasr.fusion.run import run
+    from fedasr.fusion.tasks import make_method
 
     method = make_method(name, task, _POPULATION.value, _ALPHA.value)
     # Nothing to search for: one evaluation says all.
@@ -154,22 +81,14 @@ def search(name: str, task: Task) -> Any:
     )
 
 
-def spread(values: np.ndarray) -> dict[str, Any]:
-    """Mean and standard deviation (of a sample) over the last axis, the seeds: floats or lists.
-
-    Args:
-      values: float [..., seeds].
-    """
-    deviation = values.std(-1, ddof=1) if values.shape[-1] > 1 else np.zeros(values.shape[:-1])
-    return {"mean": values.mean(-1).tolist(), "std": deviation.tolist()}
-
-
-def describe(result: Any) -> dict[str, Any]:
+def describe(result: Result) -> dict[str, Any]:
     """What every method's summary has: evaluations, their speed and the curves.
 
     Args:
       result: of the search.
     """
+    from fedasr.fusion.tasks import spread
+
     curve: dict[str, Any] = {"evaluations": result.curve["evaluations"].astype(int).tolist()}
     for key, values in result.curve.items():
         if key != "evaluations":
@@ -183,9 +102,11 @@ def describe(result: Any) -> dict[str, Any]:
 
 def run_digits() -> dict[str, Any]:
     """{method: summary} of the digits."""
+    from fedasr.fusion.tasks import digits_task, spread
+
     if _SCRATCH.value and _PRETRAINED.value:
         raise UserError("choose one of --from_scratch and --pretrained")
-    task = digits_task(_PRETRAINED.value)
+    task = digits_task(_PRETRAINED.value, _RAW.value)
     results = {name: search(name, task) for name in _METHOD.value}
     if _PLOT.value:
         draw({name: result.curve for name, result in results.items()}, _PLOT.value)
@@ -195,6 +116,7 @@ def run_digits() -> dict[str, Any]:
             | {"per_seed": result.curve["test_accuracy"][-1].tolist()},
             **describe(result),
             "start": "pretrained" if _PRETRAINED.value else "scratch",
+            "images": "raw" if _RAW.value else "centred",
         }
         for name, result in results.items()
     }
@@ -203,34 +125,14 @@ def run_digits() -> dict[str, Any]:
 def run_asr() -> dict[str, Any]:
     """{method: summary} of merged recognisers."""
     import jax
-    import jax.numpy as jnp
 
-    from fedasr.data.corpus import open_corpus
     from fedasr.fusion import recognisers
-    from fedasr.training.checkpoint import restore_params
+    from fedasr.fusion.tasks import recognisers_task, spread
 
     if not _MODELS.value or not _DATA.value:
         raise UserError("--models and --data are needed: the models to merge, and speech to do it")
     parents = recognisers.load_parents(_MODELS.value, _DATA.value)
-    corpus = open_corpus(_DATA.value, _SPLIT.value)
-    score = recognisers.utterance_scores(parents.recogniser, corpus)
-    start = parents.metadata["config"]["init_from"]
-    points = int(corpus.sizes.sum())
-    task = Task(
-        score,
-        lambda key: jax.tree.map(jnp.asarray, parents.params),
-        lambda params: {},
-        parents.model(0),
-        restore_params(start) if start and "task_arithmetic" in _METHOD.value else None,
-        0.0,
-        np.arange(points) % 2 == 1,
-        {
-            "task": "asr",
-            "models": [str(Path(path).resolve()) for path in _MODELS.value],
-            "data": str(Path(_DATA.value).resolve()),
-            "split": _SPLIT.value,
-        },
-    )
+    task = recognisers_task(parents, _MODELS.value, _DATA.value, _SPLIT.value)
     rates = recognisers.error_rates(parents, _DATA.value, _TEST.value)
     count = len(_MODELS.value)
     average = jax.tree.map(lambda x: x.mean(0), parents.params)
@@ -273,6 +175,8 @@ def draw(curves: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> No
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("drawing needs matplotlib: pip install matplotlib") from error
+    from fedasr.fusion.tasks import spread
+
     first = next(iter(curves.values()))
     panels = {
         ("test_accuracy" if "test_accuracy" in first else "score"): "",

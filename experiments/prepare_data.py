@@ -3,9 +3,11 @@
     python -m experiments.prepare_data --dataset=manifest --source=speech.jsonl --out=DIR
     python -m experiments.prepare_data --dataset=librispeech --source=LibriSpeech --out=DIR
     python -m experiments.prepare_data --dataset=common_voice --source=cv-corpus-13.0/en --out=DIR
+    python -m experiments.prepare_data --dataset=neural --source=competitionData --out=DIR
 
 A manifest holds one JSON object a line with `audio_filepath`, `text` and `user`. LibriSpeech and
-Common Voice are read as they are published: unpacked, or from their archives. The same command goes
+Common Voice are read as they are published: unpacked, or from their archives. Neural recordings are
+a folder of MATLAB files or a manifest of arrays, see `fedasr.data.neural`. The same command goes
 on with a preparation that was interrupted. The summary goes to stdout, everything else to stderr.
 Exit status: 0 when the corpus is ready, 2 for a mistake that the user can mend.
 """
@@ -20,7 +22,7 @@ from fedasr.data import corpus, prepare
 from fedasr.data.conversion import STORES
 from fedasr.errors import UserError
 
-_DATASETS = ["synthetic", "manifest", "librispeech", "common_voice"]
+_DATASETS = ["synthetic", "manifest", "librispeech", "common_voice", "neural"]
 _DATASET = flags.DEFINE_enum("dataset", None, _DATASETS, "Where the speech comes from.")
 _SOURCE = flags.DEFINE_string("source", None, "The manifest, or the folder or archive of a corpus.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the corpus: new, empty, or holding the same.")
@@ -41,6 +43,12 @@ _TASK = flags.DEFINE_enum(
     "task", "digits", ["digits", "commands", "fresh"], "What is said, for --dataset=synthetic."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the synthetic speech, or of the dev and test users.")
+_AREAS = flags.DEFINE_string(
+    "areas",
+    None,
+    "Channels of neural recordings; default tx1[0:128],spikePow[0:128], or all of a manifest's.",
+)
+_STRIDE = flags.DEFINE_integer("stride", 4, "Bins of neural recordings per output of the model.")
 _DEV = flags.DEFINE_float("dev_fraction", 0.1, "Share of undivided users held out for dev.")
 _TEST = flags.DEFINE_float("test_fraction", 0.1, "Share of undivided users held out for test.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace another corpus in --out.")
@@ -56,6 +64,8 @@ def run() -> dict[str, Any]:
         return _synthetic()
     if not _SOURCE.value:
         raise UserError(f"--source is missing: give the speech of --dataset={_DATASET.value}")
+    if _DATASET.value == "neural":
+        return _neural(_SOURCE.value)
     source, facts = _opened(_DATASET.value, _SOURCE.value)
     with prepare.progress_bar("preparing speech") as progress:
         return prepare.prepare(
@@ -95,6 +105,23 @@ def _opened(dataset: str, path: str) -> tuple[Any, dict[str, Any]]:
         language = source.language
     facts = {name: getattr(source, name) for name in ("name", "fingerprint", "total", "notes")}
     return source, {**facts, "language": language}
+
+
+def _neural(path: str) -> dict[str, Any]:
+    from fedasr.data import neural
+
+    areas = neural.parse_areas(_AREAS.value) if _AREAS.value else None
+    with prepare.progress_bar("preparing recordings") as progress:
+        return neural.prepare_sessions(
+            neural.NeuralSessions(path, areas),
+            _OUT.value,
+            stride=_STRIDE.value,
+            language=_LANGUAGE.value or "en",
+            keep_letters=_LETTERS.value,
+            workers=_WORKERS.value,
+            progress=progress,
+            overwrite=_OVERWRITE.value,
+        )
 
 
 def _synthetic() -> dict[str, Any]:

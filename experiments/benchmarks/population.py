@@ -14,7 +14,10 @@ million users. Then:
   runs in a thread beside the computation. The model is the quickstart's (about 1M parameters); a
   client does one step on its one utterance, which is the least work that a client can have: a round
   of real utterances and several steps takes many times longer, for the same sampling;
-* share: (sample_seconds + batch_seconds) / round_seconds.
+* share: (sample_seconds + batch_seconds) / round_seconds;
+* local_seconds, local_share (with --local): reading and writing the cohort's local parameters in a
+  round, and its share of the round. The model then has an input layer of 6,480 numbers that is
+  every user's own, and all users' are in the store (2.6 GB for 100,000 users).
 
 Seconds are medians over --rounds rounds; the first, which compiles, is left out.
 """
@@ -40,6 +43,7 @@ _USERS = flags.DEFINE_integer("users", 1_000_000, "Users of the corpus.", lower_
 _COHORT = flags.DEFINE_integer("cohort", 1024, "Users in a round.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds timed.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 8, "Clients vmapped on a device.", lower_bound=0)
+_LOCAL = flags.DEFINE_bool("local", False, "Users have local parameters, see above.")
 _DIR = flags.DEFINE_string("dir", None, "Keep the corpus here; default: a temporary folder.")
 
 MELS, SHORTEST, LONGEST, LABELS, KINDS = 80, 8, 24, 2, 512
@@ -135,6 +139,7 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     from fedasr.privacy.mechanism import Mechanism
 
     config = quickstart.get_config()
+    config.model.options.input_layer = _LOCAL.value
     recogniser = make_recogniser(config.model.name, config.model.options.to_dict())
     params = recogniser.init(jax.random.key(0))
     corpus = corpus_lib.open_corpus(folder, "train")
@@ -163,14 +168,22 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
         chunk=chunk,
         buckets=buckets,
         keep=ARRAYS,
+        store=filled_store(folder, params, len(corpus.users)) if _LOCAL.value else None,
     )
-    rounds = []
+    rounds, local_seconds = [], []
     for _, metrics in simulation.run(simulation.init(params), _ROUNDS.value + 1):
         rounds.append(metrics.seconds)
+        if simulation.store is not None:
+            local_seconds.append(simulation.store.seconds)
+            simulation.store.seconds = 0.0
     sample, batch, whole = (
         statistics.median(values[1:]) for values in (sampling, batching, rounds)
     )
-    return {
+    own = {}
+    if simulation.store is not None:
+        seconds = statistics.median(local_seconds[1:])
+        own = {"local_seconds": seconds, "local_share": seconds / whole}
+    return own | {
         "sample_seconds": sample,
         "batch_seconds": batch,
         "round_seconds": whole,
@@ -178,6 +191,40 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
         "cohort": sampler.slots,
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
     }
+
+
+def filled_store(folder: Path, params: Any, users: int) -> Any:
+    """A store with a row for every user that adds up its own seconds."""
+    from fedasr.federated.local import LocalStore, make_layout
+
+    class TimedStore(LocalStore):
+        seconds = 0.0
+
+        def gather(self, *args):
+            return self._timed(super().gather, *args)
+
+        def write(self, *args):
+            return self._timed(super().write, *args)
+
+        def commit(self):
+            return self._timed(super().commit)
+
+        def _timed(self, method, *args):
+            began = time.perf_counter()
+            result = method(*args)
+            self.seconds += time.perf_counter() - began
+            return result
+
+    layout = make_layout(params, ("^input_layer/",))
+    store = TimedStore(folder / "local", layout, users)
+    store.restore(0)
+    init = np.asarray(layout.extract(params))
+    for start in range(0, users, 1000):
+        block = range(start, min(start + 1000, users))
+        store.write(block, np.tile(init, (len(block), 1)))
+    store.commit()
+    store.round, store.seconds = 0, 0.0  # the model's first round is still to come
+    return store
 
 
 def run() -> None:

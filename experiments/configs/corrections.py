@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
             {"max_changed": 0.5, "min_similarity": 0.4, "min_frames": 50, "trusted": 2.0}
         )
         # Of `fedasr.feedback.weighting`.
-        config.corrections.words = ConfigDict({"trusted": 2.0, "power": 1.0, "floor": 0.1})
+        config.corrections.words = ConfigDict({"trusted": 4.0, "power": 1.0, "floor": 0.02})
         config.corrections.quality = ConfigDict({"temperature": 0.5, "step": 1.0, "utterances": 32})
         config.corrections.most = 32  # words, and pairs, of a user that the histograms count
         # Noise multipliers of the two histograms, where there is privacy.

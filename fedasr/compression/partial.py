@@ -16,7 +16,6 @@ and noise then know all variables: noise on those that nobody trained in a round
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ import numpy as np
 from fedasr.compression.online import choose, flags, weight_matrices
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Loss
-from fedasr.federated.subset import keep, merge
+from fedasr.federated.subset import check_patterns, keep, matches, merge
 
 # Folded into a client's key, and into the seed's; see `online`.
 _STREAM = 0x8F4D4302
@@ -59,11 +58,7 @@ class Subset:
         if self.mode not in ("fixed", "round", "user"):
             raise UserError(f"partial.mode={self.mode!r}: choose 'fixed', 'round' or 'user'")
         if self.mode == "fixed":
-            for pattern in self.patterns:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise UserError(f"partial.patterns: {pattern!r}: {error}") from error
+            check_patterns(self.patterns, "partial.patterns")
         if self.groups < 1:
             raise UserError(f"partial.groups={self.groups} must be at least 1")
         if not 0 < self.share <= 1:
@@ -80,11 +75,7 @@ class Subset:
         """
         if self.mode != "fixed":
             return None
-        names = [name for name, _ in _named(params)]
-        for pattern in self.patterns:
-            if not any(re.search(pattern, name) for name in names):
-                raise UserError(f"partial.patterns: {pattern!r} matches none of {names}")
-        found = [any(re.search(p, name) for p in self.patterns) for name in names]
+        found = matches(params, self.patterns, "partial.patterns")
         if not any(found):
             raise UserError("partial.patterns: nothing would be trained")
         return found
@@ -186,10 +177,8 @@ def deal(params: Any, groups: int) -> list[int | None]:
 
     The largest matrix goes to the smallest group, then the next.
     """
-    sizes = [
-        int(np.prod(leaf.shape)) if matrix else None
-        for (_, leaf), matrix in zip(_named(params), flags(params, weight_matrices), strict=True)
-    ]
+    selected = zip(jax.tree.leaves(params), flags(params, weight_matrices), strict=True)
+    sizes = [int(np.prod(leaf.shape)) if matrix else None for leaf, matrix in selected]
     dealt: list[int | None] = [None] * len(sizes)
     filled = [0] * groups
     matrices = [i for i, size in enumerate(sizes) if size is not None]
@@ -197,8 +186,3 @@ def deal(params: Any, groups: int) -> list[int | None]:
         dealt[i] = int(np.argmin(filled))
         filled[dealt[i]] += sizes[i]
     return dealt
-
-
-def _named(params: Any) -> list[tuple[str, Any]]:
-    found, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in found]

@@ -1,6 +1,7 @@
 """From a configuration's `compression` and `partial` to a client update and its costs."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from fedasr.compression.partial import Subset, partial_training
 from fedasr.compression.transport import transport_bytes
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Loss
+from fedasr.federated.subset import keep
 
 
 def make_formats(config: Mapping[str, Any]) -> tuple[FloatFormat | None, FloatFormat | None]:
@@ -62,12 +64,26 @@ def make_client_update(
     if down is None and up is None:
         return update
     return online.as_client_update(
-        update, down, settings["share"], align=settings["align"], upload=up
+        update, down, settings["share"], _sent_matrices(config), align=settings["align"], upload=up
     )
 
 
+def _sent_matrices(config: Mapping[str, Any]) -> online.Select:
+    """The weight matrices that are not local: what stays with a client is never rounded."""
+
+    def select(path, leaf):
+        local = any(re.search(pattern, path) for pattern in config["local"]["patterns"])
+        return online.weight_matrices(path, leaf) and not local
+
+    return select
+
+
 def describe_client(
-    config: Mapping[str, Any], params: Any, loss: Loss | None = None, batch: Any = None
+    config: Mapping[str, Any],
+    params: Any,
+    loss: Loss | None = None,
+    batch: Any = None,
+    local: Sequence[bool] | None = None,
 ) -> list[dict[str, Any]]:
     """What a client of the run receives, sends and holds, beside one without any of it.
 
@@ -76,12 +92,14 @@ def describe_client(
       params: the model's parameters, or their shapes.
       loss, batch: to measure memory as well, which compiles two programs (FedSGD only): the loss
         and arrays, or shapes, of a client's batch.
+      local: for each variable in order, whether it stays with the client; None for none.
 
     Returns:
       Rows with `method`, `down_bytes` and `up_bytes` per client and round, `parameter_bytes` (as
       they lie on the device) and `peak_bytes`, the last two None where not measured.
     """
-    plain = transport_bytes(params)
+    sent = params if local is None else keep(params, [not own for own in local])
+    plain = transport_bytes(sent)
     rows = [("float32, all variables", plain, None, None)]
     subset, (down, up) = make_subset(config), make_formats(config)
     words = [f"{fmt} {way}" for fmt, way in ((down, "download"), (up, "upload")) if fmt is not None]
@@ -90,7 +108,9 @@ def describe_client(
     if words:
         share = config["compression"]["share"]
         uploaded = None if subset is None else subset.uploaded(params)
-        cost = transport_bytes(params, down, up, share, uploaded=uploaded)
+        if uploaded is not None and local is not None:
+            uploaded = [p for p, own in zip(uploaded, local, strict=True) if not own]
+        cost = transport_bytes(sent, down, up, share, uploaded=uploaded)
         rows.append((", ".join(words), cost, (down, up), subset))
     described = []
     for method, cost, formats, used in rows:
@@ -156,6 +176,8 @@ def check(config: Mapping[str, Any]) -> None:
     make_subset(config)
     client = config["client"]
     fedsgd = client["steps"] == 1 and client["optimizer"] == "sgd"
+    if config["compression"]["measure"] and config["local"]["patterns"]:
+        raise UserError("compression.measure does not know local parameters: unset one of them")
     if config["compression"]["measure"] and not fedsgd:
         raise UserError(
             "compression.measure measures FedSGD: it needs client.steps=1, client.optimizer=sgd"

@@ -52,12 +52,15 @@ class Chunk(NamedTuple):
     num_steps: int32 [clients], how many of the steps are real; 0 for an empty slot.
     user: int32 [clients], the user's index in the corpus. weight: float32 [clients], 1, the user's
       number of examples, or a weight of the user's own; 0 if empty.
+    local: None, or float32 [clients, n], the users' local parameters (see
+      `fedasr.federated.local`); the batcher leaves them to the simulation.
     """
 
     batches: Mapping[str, Any] | Store
     num_steps: Any
     user: Any
     weight: Any
+    local: Any = None
 
 
 class Padding(NamedTuple):
@@ -449,8 +452,12 @@ def eval_batches(
     buckets: Sequence[Bucket],
     batch_size: int,
     keep: Sequence[str] | None = None,
+    owners: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example of a corpus once, each bucket's in batches of equal shape (see "mask")."""
+    """Every example of a corpus once, each bucket's in batches of equal shape (see "mask").
+
+    With `owners` also "user", int32 [batch]: whose example it is, -1 for padding.
+    """
     sizes = np.asarray(corpus.sizes)
     ends = np.cumsum(sizes)
     fitting = _fitting_buckets(buckets, all_lengths(corpus), int(ends[-1]))
@@ -459,10 +466,13 @@ def eval_batches(
         for start in range(0, len(rows), batch_size):
             batches: dict[str, np.ndarray] = {}
             picked = rows[start : start + batch_size]
-            owners = np.searchsorted(ends, picked, side="right")
-            for slot, (user, row) in enumerate(zip(owners, picked, strict=True)):
+            users = np.searchsorted(ends, picked, side="right")
+            for slot, (user, row) in enumerate(zip(users, picked, strict=True)):
                 example = corpus.get(int(user), [int(row - ends[user] + sizes[user])])[0]
                 place(batches, (slot,), (batch_size,), example, bucket, keep)
+            if owners:
+                batches["user"] = np.full(batch_size, -1, np.int32)
+                batches["user"][: len(users)] = users
             yield batches
 
 

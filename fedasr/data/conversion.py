@@ -75,7 +75,7 @@ class Rejected:
     detail: str
 
 
-class _Skip(Exception):
+class Skip(Exception):
     """Leaves one utterance out: (reason, detail)."""
 
 
@@ -124,50 +124,61 @@ class Converter:
         """Converts one utterance.
 
         Raises:
-          _Skip: it cannot be used.
+          Skip: it cannot be used.
           UserError: no utterance can be, such as for want of a package.
         """
         from fedasr.audio import features as features_lib
 
-        labels = self._labels(utterance.text)
+        labels = labels_of(utterance.text, self.language, self.keep_letters, self.pad_space)
         audio, rate = _decoded(utterance)
         if not rate > 0:
-            raise _Skip("unreadable_audio", f"a sample rate of {rate}")
+            raise Skip("unreadable_audio", f"a sample rate of {rate}")
         if not audio.size:
-            raise _Skip("unreadable_audio", "no samples")
+            raise Skip("unreadable_audio", "no samples")
         seconds = len(audio) / rate
         # What is reported must be of all of a test set: the limit is for what is trained on.
         if seconds > self.max_seconds and not (utterance.split or "").startswith(("dev", "test")):
-            raise _Skip("too_long", f"{seconds:.2f} s, at most {self.max_seconds} s")
+            raise Skip("too_long", f"{seconds:.2f} s, at most {self.max_seconds} s")
         if not np.isfinite(audio).all():
-            raise _Skip("non_finite_audio", "NaN or Inf samples")
+            raise Skip("non_finite_audio", "NaN or Inf samples")
         waveform = features_lib.to_mono_16k(audio, rate, self.features)
         frames = features_lib.num_frames(len(waveform), self.features)
         if frames < self.min_frames:
-            raise _Skip("too_short", f"{frames} frames, at least {self.min_frames}")
-        needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
-        if needed > (there := -(-frames // self.stride)):
-            raise _Skip("infeasible", f"{needed} output frames needed, {there} there")
+            raise Skip("too_short", f"{frames} frames, at least {self.min_frames}")
+        check_feasible(labels, frames, self.stride)
         if self.store == "audio":
             if not np.isfinite(waveform).all():
-                raise _Skip("non_finite_audio", "the samples overflow")
+                raise Skip("non_finite_audio", "the samples overflow")
             scaled = np.round(waveform * np.float32(features_lib.INT16_SCALE))
             cut = np.clip(scaled, -32768, 32767)
             saturated = bool((np.abs(waveform) > 1).any())
             return Converted(cut.astype(np.int16), labels, seconds, saturated)
         features = log_mel_on_cpu(waveform, self.features)
         if not np.isfinite(features).all():  # finite samples, but absurdly large ones
-            raise _Skip("non_finite_audio", "the features overflow")
+            raise Skip("non_finite_audio", "the features overflow")
         return Converted(features.astype(np.float16), labels, seconds, False)
 
-    def _labels(self, text: str) -> np.ndarray:
-        normalised, unknown = text_lib.normalize_text(text, self.language, self.keep_letters)
-        if unknown:
-            raise _Skip("unknown_characters", f"{unknown} in {text!r}")
-        if not normalised:
-            raise _Skip("empty_text", repr(text))
-        tokenizer = text_lib.CharTokenizer(self.characters)
-        return np.asarray(tokenizer.encode(normalised, pad_space=self.pad_space), np.int32)
+
+def labels_of(text: str, language: str, keep_letters: bool, pad_space: bool) -> np.ndarray:
+    """The ids of a transcript, int32 [characters].
+
+    Raises:
+      Skip: "unknown_characters" or "empty_text".
+    """
+    normalised, unknown = text_lib.normalize_text(text, language, keep_letters)
+    if unknown:
+        raise Skip("unknown_characters", f"{unknown} in {text!r}")
+    if not normalised:
+        raise Skip("empty_text", repr(text))
+    tokenizer = text_lib.CharTokenizer(text_lib.alphabet(language, keep_letters))
+    return np.asarray(tokenizer.encode(normalised, pad_space=pad_space), np.int32)
+
+
+def check_feasible(labels: np.ndarray, frames: int, stride: int) -> None:
+    """Raises Skip("infeasible") where CTC cannot align the labels with ceil(frames / stride)."""
+    needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
+    if needed > (there := -(-frames // stride)):
+        raise Skip("infeasible", f"{needed} output frames needed, {there} there")
 
 
 def _decoded(utterance: Utterance) -> tuple[np.ndarray, int]:
@@ -176,7 +187,7 @@ def _decoded(utterance: Utterance) -> tuple[np.ndarray, int]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        raise _Skip("unreadable_audio", f"{type(error).__name__}: {error}") from error
+        raise Skip("unreadable_audio", f"{type(error).__name__}: {error}") from error
     return np.asarray(audio), rate
 
 
@@ -350,12 +361,12 @@ def _converted(converter: Converter, item: Utterance | Rejected, data: Any) -> l
     user = None
     try:
         if isinstance(item, Rejected):
-            raise _Skip(item.reason, item.detail)
+            raise Skip(item.reason, item.detail)
         user = item.user
         if item.split is not None and not valid_split_name(item.split):
-            raise _Skip("bad_split", repr(item.split))
+            raise Skip("bad_split", repr(item.split))
         signal, labels, seconds, saturated = converter(item)
-    except _Skip as skip:
+    except Skip as skip:
         reason, detail = skip.args
         return [item.id, user, reason, " ".join(detail.split())[:300]]
     offset = data.tell()

@@ -25,7 +25,13 @@ import numpy as np
 
 from fedasr.data import recordings
 from fedasr.data import splits as splits_lib
-from fedasr.data.splits import ReshuffledCorpus, all_lengths, shared_users, user_hashes
+from fedasr.data.splits import (
+    ReshuffledCorpus,
+    all_lengths,
+    find_users,
+    shared_users,
+    user_hashes,
+)
 from fedasr.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +45,7 @@ __all__ = [
     "InMemoryCorpus",
     "ReshuffledCorpus",
     "all_lengths",
+    "find_users",
     "has_split",
     "open_corpus",
     "read_metadata",

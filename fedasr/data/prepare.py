@@ -139,6 +139,49 @@ def prepare(
         min_frames=min_frames,
         max_seconds=max_seconds,
     )
+    return prepare_with(
+        converter,
+        utterances,
+        out,
+        name=name,
+        fingerprint=fingerprint,
+        dev_fraction=dev_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        workers=workers,
+        notes=notes,
+        total=total,
+        progress=progress,
+        overwrite=overwrite,
+    )
+
+
+def prepare_with(
+    converter: Converter,
+    utterances: Iterable[Utterance | Rejected],
+    out: str | os.PathLike[str],
+    *,
+    name: str,
+    fingerprint: str | None = None,
+    dev_fraction: float = 0.0,
+    test_fraction: float = 0.0,
+    seed: int = 0,
+    workers: int = 1,
+    notes: Mapping[str, int] | None = None,
+    total: int | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """`prepare` with any converter, such as `fedasr.data.neural.NeuralConverter`.
+
+    Args:
+      converter: a picklable data class with the attributes and the call of
+        `fedasr.data.conversion.Converter`; its fields are stored as the corpus's options.
+      notes: read when all utterances are converted.
+      utterances, out and the rest: see `prepare`.
+
+    Returns and raises: see `prepare`.
+    """
     options = {
         **dataclasses.asdict(converter),
         "characters": converter.characters,

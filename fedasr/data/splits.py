@@ -8,6 +8,8 @@ A *split expression* names a part of a prepared corpus:
 * `train[:10%]`, `train[10%:]`, `train[5%:10%]`, `train[:100]`: a share of its users, in percent or
   in number, in an order that a hash decides. The first x% of n users are floor(n x / 100), so that
   `[:10%]` and `[10%:]` have no user in common and together have all;
+* `train[:][:75%]`, `train[:10%][75%:]`: of those users, a share of each one's utterances, in an
+  order drawn by user; users for whom it comes to none are left out;
 * `train_clean_360+train_other_500`: a union; a user of several parts is one user;
 * `ls100`, `ls860`, `ls960`: LibriSpeech's usual training sets. A share of them is one of the union.
 """
@@ -36,8 +38,9 @@ ALIASES = {
     "ls860": ("train_clean_360", "train_other_500"),
     "ls960": ("train_clean_100", "train_clean_360", "train_other_500"),
 }
-_RESHUFFLE_TAG = 0x11D
-_TERM = re.compile(r"\s*([A-Za-z][A-Za-z0-9_]*)\s*(?:\[([^:\[\]]*):([^:\[\]]*)\]\s*)?")
+_RESHUFFLE_TAG, _EXAMPLES_TAG = 0x11D, 0x5A7
+_SHARE = r"(?:\[([^:\[\]]*):([^:\[\]]*)\]\s*)?"
+_TERM = re.compile(r"\s*([A-Za-z][A-Za-z0-9_]*)\s*" + 2 * _SHARE)
 _BOUND = re.compile(r"(\d+)|(\d+(?:\.\d+)?)\s*%")
 
 
@@ -99,6 +102,16 @@ def shared_users(first: Corpus, second: Corpus) -> tuple[str, ...]:
     )
     pairs = ((first.users[int(i)], second.users[int(j)]) for i, j in zip(ours, theirs, strict=True))
     return tuple(sorted(a for a, b in pairs if a == b))
+
+
+def find_users(corpus: Corpus, others: Corpus) -> np.ndarray:
+    """The index in `corpus` of every user of `others`, int64 [users]; -1 for those not in it."""
+    _, ours, theirs = np.intersect1d(
+        user_hashes(corpus), user_hashes(others), assume_unique=True, return_indices=True
+    )
+    found = np.full(len(others.users), -1, np.int64)
+    found[theirs] = ours
+    return found
 
 
 def all_lengths(corpus: Corpus) -> dict[str, np.ndarray]:
@@ -183,6 +196,47 @@ class UserSubset:
     def user_hashes(self) -> np.ndarray:
         """See `user_hashes`."""
         return user_hashes(self._corpus)[self._indices]
+
+
+class ExampleSubset:
+    """Some examples of each user; users left without any are left out.
+
+    Args:
+      corpus: the whole.
+      choose: from a user's hash and number of examples to the indices kept, ascending.
+
+    Raises:
+      UserError: no example is left.
+    """
+
+    def __init__(self, corpus: Corpus, choose: Callable[[int, int], np.ndarray]) -> None:
+        pairs = zip(user_hashes(corpus), corpus.sizes, strict=True)
+        kept = [choose(int(user), int(size)) for user, size in pairs]
+        users = [user for user, rows in enumerate(kept) if len(rows)]
+        if not users:
+            raise UserError("a subset needs at least one utterance")
+        self._corpus = UserSubset(corpus, users)
+        self._kept = [np.asarray(kept[user], np.int64) for user in users]
+        self.sizes = np.array([len(rows) for rows in self._kept])
+
+    @property
+    def users(self) -> LazyUsers:
+        """User ids, sorted."""
+        return self._corpus.users
+
+    def lengths(self, user: int) -> Mapping[str, np.ndarray]:
+        """See `fedasr.data.corpus.Corpus`."""
+        return {k: v[self._kept[user]] for k, v in self._corpus.lengths(user).items()}
+
+    def get(self, user: int, indices: Sequence[int]) -> list[Example]:
+        """See `fedasr.data.corpus.Corpus`."""
+        for index in indices:
+            _check(index, int(self.sizes[_check(user, len(self.sizes), "user")]), "example")
+        return self._corpus.get(user, self._kept[user][list(indices)].tolist())
+
+    def user_hashes(self) -> np.ndarray:
+        """See `user_hashes`."""
+        return self._corpus.user_hashes()
 
 
 class UnionCorpus:
@@ -321,23 +375,25 @@ class ReshuffledCorpus:
 
 @dataclass(frozen=True)
 class _Bound:
-    """An end of a share: `value` percent of the users, or their number."""
+    """An end of a share: `value` percent of the users (or utterances), or their number."""
 
     value: Fraction
     percent: bool
 
-    def users(self, population: int) -> int:
+    def count(self, population: int) -> int:
         return int(population * self.value / 100) if self.percent else int(self.value)
 
 
 @dataclass(frozen=True)
 class _Term:
-    """`name[start:stop]`; `text` is how it was written."""
+    """`name[start:stop][first:last]`; `text` is how it was written."""
 
     text: str
     name: str
     start: _Bound | None
     stop: _Bound | None
+    first: _Bound | None
+    last: _Bound | None
 
     def stored(self, splits: Collection[str]) -> tuple[str, ...]:
         """The stored splits it stands for: a stored name comes before a friendly one."""
@@ -366,8 +422,8 @@ def _parse(expression: str) -> list[_Term]:
                 f"{expression!r} is not a split: write train, train[:10%], train[10%:] or a union "
                 "such as train_clean_360+train_other_500"
             )
-        name, start, stop = found.groups()
-        bounds = [_bound(bound or "", expression) for bound in (start, stop)]
+        name, *shares = found.groups()
+        bounds = [_bound(bound or "", expression) for bound in shares]
         terms.append(_Term(text.strip(), name, *bounds))
     return terms
 
@@ -424,11 +480,25 @@ def resolve(
 
 
 def _share(corpus: Corpus, term: _Term) -> Corpus:
+    corpus = _share_of_users(corpus, term)
+    if term.first is None and term.last is None:
+        return corpus
+
+    def choose(user: int, size: int) -> np.ndarray:
+        first = term.first.count(size) if term.first else 0
+        last = term.last.count(size) if term.last else size
+        rng = np.random.default_rng(np.random.SeedSequence([_EXAMPLES_TAG, SPLIT_SEED, user]))
+        return np.sort(rng.permutation(size)[first:last])
+
+    return ExampleSubset(corpus, choose)
+
+
+def _share_of_users(corpus: Corpus, term: _Term) -> Corpus:
     if term.start is None and term.stop is None:
         return corpus
     population = len(corpus.users)
-    start = term.start.users(population) if term.start else 0
-    stop = term.stop.users(population) if term.stop else population
+    start = term.start.count(population) if term.start else 0
+    stop = term.stop.count(population) if term.stop else population
     if not 0 <= start < stop <= population:
         raise UserError(
             f"{term.text!r} asks for users {start} to {stop} of {population}: at least one, and no "

@@ -22,12 +22,14 @@ import random
 import shutil
 import tempfile
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedasr.data import splits
 from fedasr.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,6 +102,23 @@ class SyntheticConfig:
     def utterances(self, split: str) -> tuple[int, int]:
         """Least and greatest number of utterances of a user of `split`."""
         return tuple(getattr(self, f"{split}_utterances"))
+
+
+def expected_users(config: SyntheticConfig, split: str) -> int:
+    """Number of users of a split, or of a part of splits (see `fedasr.data.splits`); no engine.
+
+    Raises:
+      UserError: it is no split.
+    """
+    users: dict[str, list[str]] = {name: [] for name in SPLITS if config.users(name)}
+    for user, name in _users(config):
+        users[name].append(user)
+
+    def open_split(name):
+        sizes = [_utterance_count(config, user, name) for user in users[name]]
+        return types.SimpleNamespace(users=users[name], sizes=np.array(sizes))
+
+    return len(splits.resolve(split, list(users), open_split, "the synthetic corpus").users)
 
 
 def total_utterances(config: SyntheticConfig) -> int:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedasr.data.batching import Chunk
 from fedasr.federated.client import ClientUpdate, Params
+from fedasr.federated.local import LocalUpdate
 
 AXIS = "clients"
 # Folded into a client's key for its weight; its steps are never so many.
@@ -88,19 +89,21 @@ class Cohort(NamedTuple):
     zeros(params, chunk) -> accumulator; add(accumulator, params, chunk, round_key, round) ->
     accumulator (it is donated; one compilation per shape of chunk; `round`, an int32 scalar, is for
     schedules: all randomness comes from the key); total(accumulator) -> CohortSum without the
-    device axis.
+    device axis. With local parameters `add` returns (accumulator, float32 [clients, n], what the
+    chunk's local parameters have become).
     """
 
     zeros: Callable[[Params, Chunk], CohortSum]
-    add: Callable[[CohortSum, Params, Chunk, jax.Array, jax.Array], CohortSum]
+    add: Callable[[CohortSum, Params, Chunk, jax.Array, jax.Array], Any]
     total: Callable[[CohortSum], CohortSum]
 
 
 def make_cohort(
-    client_update: ClientUpdate,
+    client_update: ClientUpdate | LocalUpdate,
     clip: optax.GradientTransformation,
     mesh: Mesh,
     weigh: Weigh | None = None,
+    local: bool = False,
 ) -> Cohort:
     """Builds the cohort's sum from a client update, the client-side clipping and the weights.
 
@@ -114,23 +117,30 @@ def make_cohort(
         `finite` (see `fedasr.privacy.clipping.ClipState`).
       mesh: from `client_mesh`; a chunk's client axis must be a multiple of its size.
       weigh: see `Weigh`; None for 1.
+      local: whether chunks hold local parameters and `client_update` is one that trains them. They
+        are returned beside the sums and have no part in them. Those of empty slots and of clients
+        that are not valid, or whose new ones are not finite, stay as they were.
     """
 
-    def one_client(params, batches, num_steps, weight, user, round_key, max_steps, round):
+    def one_client(params, batches, num_steps, weight, user, own, round_key, max_steps, round):
         key = jax.random.fold_in(round_key, user)
-        delta, metrics = client_update(params, batches, num_steps, key, max_steps, round)
+        args = (batches, num_steps, key, max_steps, round)
+        if local:
+            delta, metrics, new = client_update(params, own, *args)
+        else:
+            delta, metrics = client_update(params, *args)
         delta, stats = clip.update(delta, clip.init(params))
         present, finite = num_steps > 0, stats.finite
         if weigh is not None:
-            own = weigh(params, delta, batches, jax.random.fold_in(key, _WEIGHT))
-            finite &= jnp.isfinite(own)
-            weight = weight * jnp.clip(own.astype(jnp.float32), 0.0, 1.0)
+            said = weigh(params, delta, batches, jax.random.fold_in(key, _WEIGHT))
+            finite &= jnp.isfinite(said)
+            weight = weight * jnp.clip(said.astype(jnp.float32), 0.0, 1.0)
         valid = present & finite
 
         def where_valid(x):
             return jnp.where(valid, x, jnp.zeros_like(x))
 
-        return CohortSum(
+        sums = CohortSum(
             delta=jax.tree.map(lambda d: where_valid(d.astype(jnp.float32) * weight), delta),
             weight=where_valid(weight),
             clients=present.astype(jnp.int32),
@@ -141,18 +151,24 @@ def make_cohort(
             clipped=where_valid(stats.clipped.astype(jnp.float32)),
             aux=jax.tree.map(where_valid, metrics.aux),
         )
+        if local:
+            own = jnp.where(valid & jnp.all(jnp.isfinite(new)), new, own)
+        return sums, own
 
     def one_device(accumulator, params, chunk, round_key, round):
         most = jnp.max(chunk.num_steps)
-        args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user)
+        args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user, chunk.local)
         if chunk.num_steps.shape[0] == 1:
             # A vmap of one would still turn every matrix product into a batched one.
-            sums = one_client(params, *jax.tree.map(lambda x: x[0], args), round_key, most, round)
+            first = jax.tree.map(lambda x: x[0], args)
+            sums, own = one_client(params, *first, round_key, most, round)
+            own = jax.tree.map(lambda x: x[None], own)
         else:
-            mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, None, None, None))
-            sums = mapped(params, *args, round_key, most, round)
+            mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, 0, None, None, None))
+            sums, own = mapped(params, *args, round_key, most, round)
             sums = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
-        return jax.tree.map(lambda a, s: a + s[None], accumulator, sums)
+        accumulator = jax.tree.map(lambda a, s: a + s[None], accumulator, sums)
+        return (accumulator, own) if local else accumulator
 
     clients, whole = PartitionSpec(AXIS), PartitionSpec()
     # check_vma=False: a user's loss may hold loops whose carry it would want annotated.
@@ -166,17 +182,8 @@ def make_cohort(
 
     def zeros(params, chunk):
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk)
-        shapes = jax.eval_shape(
-            one_client,
-            params,
-            first.batches,
-            first.num_steps,
-            first.weight,
-            first.user,
-            jax.random.key(0),
-            1,
-            0,
-        )
+        args = (first.batches, first.num_steps, first.weight, first.user, first.local)
+        shapes, _ = jax.eval_shape(one_client, params, *args, jax.random.key(0), 1, 0)
         return jax.tree.map(lambda s: jnp.zeros((mesh.size, *s.shape), s.dtype), shapes)
 
     return Cohort(

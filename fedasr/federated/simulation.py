@@ -3,6 +3,7 @@
 sampler -> batches -> vmap(client) -> clip -> sum -> /expected size -> noise -> server optimiser
 """
 
+import collections
 import dataclasses
 import functools
 import time
@@ -16,6 +17,7 @@ import optax
 
 from fedasr.data.batching import (
     Bucket,
+    Chunk,
     ClientBatcher,
     LocalBatches,
     Padding,
@@ -33,6 +35,7 @@ from fedasr.federated.cohort import (
     make_cohort,
     replicated,
 )
+from fedasr.federated.local import LocalStore, with_local
 from fedasr.federated.server import ServerState, init_server, server_step
 from fedasr.federated.subset import keep as keep_part
 from fedasr.federated.subset import merge as merge_part
@@ -43,6 +46,7 @@ from fedasr.privacy.mechanism import Mechanism
 
 # Streams of the root key: what is drawn for clients and for the noise never meets.
 CLIENT_STREAM, NOISE_STREAM = 0, 1
+_AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,9 @@ class Simulation:
       trained: for each variable in order, whether `client_update` trains it: its deltas then hold
         these variables only (see `fedasr.federated.subset`). The rest get no clipping bound, no
         noise and no optimiser state, and stay as they are. None for all.
+      store: the users' local parameters (see `fedasr.federated.local`), which `client_update`
+        trains with the rest. Its layout must know `trained`, and its round be the state's:
+        `store.restore` makes it so. None if all variables are shared.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Simulation:
         weights: Sequence[float] | np.ndarray | None = None,
         weigh: Weigh | None = None,
         trained: Sequence[bool] | None = None,
+        store: LocalStore | None = None,
     ) -> None:
         if mechanism.sampler.population != len(corpus.users):
             raise UserError(
@@ -136,6 +144,17 @@ class Simulation:
             self.mesh.size,
             weights,
         )
+        self.store = store
+        if store is not None:
+            if store.users != len(corpus.users):
+                raise UserError(
+                    f"the local parameters are of {store.users} users, "
+                    f"the corpus has {len(corpus.users)}"
+                )
+            if store.layout.trained != (None if trained is None else tuple(trained)):
+                raise UserError("the layout of the local parameters does not know what is trained")
+            client_update = with_local(client_update, store.layout)
+            trained = store.layout.shared
         root = jax.random.key(seed)
         self._client_root = jax.random.fold_in(root, CLIENT_STREAM)
         self._adaptive = mechanism.adaptive is not None
@@ -144,7 +163,9 @@ class Simulation:
         self._trained = trained
         clip = mechanism.client_transform()
         clip = clip._replace(init=functools.partial(_init_part, clip.init, trained))
-        self._cohort = make_cohort(client_update, clip, self.mesh, _for_all(weigh, trained))
+        self._cohort = make_cohort(
+            client_update, clip, self.mesh, _for_all(weigh, trained), store is not None
+        )
         noise_key = jax.random.fold_in(root, NOISE_STREAM)
         if self._adaptive:
             server_optimizer = hold(server_optimizer, mechanism.adaptive.warmup)
@@ -170,7 +191,7 @@ class Simulation:
         """Puts a state, such as a restored one, on every device."""
         return jax.device_put(state, replicated(self.mesh))
 
-    def _items(self, first: int, last: int) -> Iterator[tuple[Any, Padding, bool]]:
+    def _items(self, first: int, last: int) -> Iterator[tuple[Chunk | None, Padding, bool]]:
         """Chunks of the rounds first..last-1, each round ended by (None, padding, True)."""
         for round in range(first, last):
             total = Padding(0, 0)
@@ -180,9 +201,12 @@ class Simulation:
                 yield chunk, padding, False
             yield None, total, True
 
-    def _transfer(self, item: tuple[Any, Padding, bool]) -> tuple[Any, Padding, bool]:
+    def _transfer(self, item: tuple[Any, Padding, bool]) -> tuple[Any, Padding, bool, Any]:
         chunk, padding, last = item
-        return jax.device_put(chunk, client_sharding(self.mesh)), padding, last
+        users = None
+        if chunk is not None and self.store is not None:
+            users = np.where(chunk.num_steps > 0, chunk.user, -1)
+        return jax.device_put(chunk, client_sharding(self.mesh)), padding, last, users
 
     def run(self, state: ServerState, rounds: int) -> Iterator[tuple[ServerState, RoundMetrics]]:
         """Trains, yielding the state and metrics after each of `rounds` more rounds.
@@ -190,6 +214,7 @@ class Simulation:
         The next chunks are read and transferred by a thread while the devices compute.
         """
         first = int(state.round)
+        own = None if self.store is None else _OwnParameters(self.store, state)
         items = self._items(first, first + rounds)
         with Prefetcher(items, transfer=self._transfer) as prefetched:
             round, sums = first, None
@@ -197,19 +222,28 @@ class Simulation:
             stream = iter(prefetched)
             while round < first + rounds:
                 asked = time.perf_counter()
-                chunk, padding, last = next(stream)
+                chunk, padding, last, users = next(stream)
                 waiting += time.perf_counter() - asked
                 if not last:
                     key = self._round_key(self._client_root, round)
                     view = self._view(state)
+                    if own is not None:
+                        # Not by the thread, which reads ahead: a user's last round must be written.
+                        rows = jax.device_put(own.gather(users), client_sharding(self.mesh))
+                        chunk = chunk._replace(local=rows)
                     if sums is None:
                         sums = self._cohort.zeros(view, chunk)
                     sums = self._cohort.add(sums, view, chunk, key, np.int32(round))
+                    if own is not None:
+                        sums, rows = sums
+                        own.take_back(users, rows)
                     continue
                 # A Poisson round may be empty: the server still adds its noise and steps.
                 total = self._cohort.total(sums) if sums is not None else None
                 scales = self._view(state).scales if self._adaptive else np.zeros(0, np.float32)
                 state = self._step(state, self._delta(state, total), **self._votes(state, total))
+                if own is not None:
+                    own.commit()
                 jax.block_until_ready(state.params)
                 seconds = time.perf_counter() - began
                 scales = jax.device_get(scales)
@@ -248,6 +282,43 @@ class Simulation:
     def compilations(self) -> int:
         """Compiled shapes of the cohort's sum so far: one for each shape of chunk."""
         return self._cohort.add._cache_size()
+
+
+class _OwnParameters:
+    """The cohort's local parameters on their way from the store to the devices and back."""
+
+    def __init__(self, store: LocalStore, state: ServerState) -> None:
+        if store.round != int(state.round):
+            raise UserError(
+                f"the local parameters are those after round {store.round}, the model is that "
+                f"after round {int(state.round)}: restore them to it"
+            )
+        store.discard()  # of a round that was begun and not ended
+        self._store = store
+        self._init = np.asarray(store.layout.extract(state.params))  # the server leaves it alone
+        self._pending: collections.deque = collections.deque()
+
+    def gather(self, users: np.ndarray) -> np.ndarray:
+        """float32 [clients, n]; zeros for empty slots (user -1)."""
+        rows = np.zeros((len(users), len(self._init)), np.float32)
+        rows[users >= 0] = self._store.gather(users[users >= 0], self._init)
+        return rows
+
+    def take_back(self, users: np.ndarray, rows: jax.Array) -> None:
+        """Writes a chunk's new rows, when the devices have the next chunks in hand."""
+        self._pending.append((users, rows))
+        if len(self._pending) > _AHEAD:
+            self._write_next()
+
+    def commit(self) -> None:
+        """Ends the round."""
+        while self._pending:
+            self._write_next()
+        self._store.commit()
+
+    def _write_next(self) -> None:
+        users, rows = self._pending.popleft()
+        self._store.write(users[users >= 0], np.asarray(rows)[users >= 0])
 
 
 def _init_part(init: Any, trained: Sequence[bool] | None, view: Any) -> Any:

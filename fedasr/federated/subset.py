@@ -4,12 +4,45 @@ The tree stays as it is, with `optax.MaskedNode` (which has no leaves) in place 
 paths do not change, and clipping, sums, noise and optimisers see trained variables only.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from fedasr.errors import UserError
+
+
+def matches(params: Any, patterns: Sequence[str], setting: str) -> list[bool]:
+    """For each variable in order, whether its path matches one of the patterns.
+
+    Args:
+      params: any pytree of arrays or of their shapes.
+      patterns: regular expressions, searched for in paths such as
+        "block_0/attention/qkv/kernel".
+      setting: what the patterns are called, for messages.
+
+    Raises:
+      UserError: for a bad pattern, or one that matches no path.
+    """
+    check_patterns(patterns, setting)
+    found, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(f"{setting}: {pattern!r} matches none of {names}")
+    return [any(re.search(p, name) for p in patterns) for name in names]
+
+
+def check_patterns(patterns: Sequence[str], setting: str) -> None:
+    """Raises UserError for one that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{setting}: {pattern!r}: {error}") from error
 
 
 def keep(tree: Any, kept: Sequence[bool] | None) -> Any:

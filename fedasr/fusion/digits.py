@@ -20,8 +20,22 @@ _TRAIN_SHARE = 0.8
 _STEPS, _LEARNING_RATE = 10, 3e-3  # of a specialist's training, Adam on all its images
 
 
+class Layer(NamedTuple):
+    """A layer's parameters in the published order, in which a model is one vector."""
+
+    kernel: Any
+    bias: Any
+
+
+class MLP(NamedTuple):
+    """hidden: kernel float32 [64, 256], bias [256]. output: kernel [256, 10], bias [10]."""
+
+    hidden: Layer
+    output: Layer
+
+
 class Digits(NamedTuple):
-    """images float32 [n, 64] in [0, 16], labels int32 [n], of both parts."""
+    """images float32 [n, 64], labels int32 [n], of both parts."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -29,8 +43,11 @@ class Digits(NamedTuple):
     test_labels: np.ndarray
 
 
-def load() -> Digits:
+def load(raw: bool = False) -> Digits:
     """The data set, from scikit-learn's own copy.
+
+    Args:
+      raw: pixels of 0 to 16, as published; otherwise less their mean over the training images.
 
     Raises:
       UserError: if scikit-learn is missing.
@@ -44,37 +61,36 @@ def load() -> Digits:
     # scratch takes several times the published number of evaluations.
     images, labels = data.data.astype(np.float32), data.target.astype(np.int32)
     train = int(_TRAIN_SHARE * len(labels))
+    if not raw:
+        # What all images have in common tells no digit, but most of a mutation's effect is on it.
+        images -= images[:train].mean(0)
     return Digits(images[:train], labels[:train], images[train:], labels[train:])
 
 
-def random_model(key: jax.Array, std: float = 0.01) -> PyTree:
+def random_model(key: jax.Array, std: float = 0.01) -> MLP:
     """An MLP whose parameters are all N(0, std^2).
 
     Args:
       key: of the draw. std: standard deviation.
     """
-    shapes = {
-        "hidden": {"bias": (UNITS,), "kernel": (PIXELS, UNITS)},
-        "output": {"bias": (CLASSES,), "kernel": (UNITS, CLASSES)},
-    }
-    leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    shapes = (PIXELS, UNITS), (UNITS,), (UNITS, CLASSES), (CLASSES,)
     drawn = [
-        std * jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(leaves)
+        std * jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)
     ]
-    return jax.tree.unflatten(structure, drawn)
+    return MLP(Layer(*drawn[:2]), Layer(*drawn[2:]))
 
 
-def logits(params: PyTree, images: jax.Array) -> jax.Array:
+def logits(params: MLP, images: jax.Array) -> jax.Array:
     """float32 [n, 10].
 
     Args:
       params: of the MLP. images: float32 [n, 64].
     """
-    hidden = jax.nn.relu(images @ params["hidden"]["kernel"] + params["hidden"]["bias"])
-    return hidden @ params["output"]["kernel"] + params["output"]["bias"]
+    hidden = jax.nn.relu(images @ params.hidden.kernel + params.hidden.bias)
+    return hidden @ params.output.kernel + params.output.bias
 
 
-def correct(params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
+def correct(params: MLP, images: jax.Array, labels: jax.Array) -> jax.Array:
     """1 where the MLP is right, else 0: float32 [n].
 
     Args:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedasr.errors import UserError
 from fedasr.fusion import competition
 from fedasr.fusion.methods import Method
-from fedasr.training.checkpoint import Checkpointer
+from fedasr.training.checkpoint import Checkpointer, lock_directory
 
 PyTree = Any
 AXIS = "seeds"
@@ -81,7 +81,8 @@ def run(
       log: takes a line for every measurement.
 
     Raises:
-      UserError: no seeds, or a checkpoint of another run or of a longer one.
+      UserError: no seeds, a checkpoint of another run or of a longer one, or a work directory that
+        another process works in.
     """
     if not seeds or evaluations < 1 or every < 1:
         raise UserError("seeds, evaluations and every must be at least one")
@@ -196,8 +197,15 @@ class _Saved:
     """The checkpoints of a run, or none without a work directory."""
 
     def __init__(self, workdir: str | Path | None, identity: Mapping[str, Any]) -> None:
-        self._checkpointer = Checkpointer(Path(workdir) / "checkpoints") if workdir else None
+        self._checkpointer = self._lock = None
         self._identity = dict(identity)
+        if workdir:
+            try:
+                Path(workdir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
+            self._lock = lock_directory(workdir)
+            self._checkpointer = Checkpointer(Path(workdir) / "checkpoints")
 
     def __enter__(self) -> "_Saved":
         return self
@@ -205,6 +213,7 @@ class _Saved:
     def __exit__(self, *exception: object) -> None:
         if self._checkpointer:
             self._checkpointer.close()
+            self._lock.close()
 
     def restore(self, like: PyTree) -> tuple[PyTree, tuple[int, list]] | None:
         if not self._checkpointer or (step := self._checkpointer.latest_step()) is None:

@@ -32,7 +32,9 @@ class ConformerConfig(ObjectiveConfig):
     convolution module sees. kernel, stride: window of each strided layer of the front end, and its
     hop in all: log2(stride) layers halve the frame rate. dropout: on attention weights, hidden
     units and residual branches. layer_drop: probability that a training step skips a block, one
-    draw per block and batch, without rescaling. dtype: of the compute; parameters are float32.
+    draw per block and batch, without rescaling. input_layer: whether an affine layer, at first the
+    identity, follows the features' norm: see `layers.InputLayer`. dtype: of the compute; parameters
+    are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
     "none" to keep everything. The objective's fields: see `ObjectiveConfig`.
 
@@ -54,6 +56,7 @@ class ConformerConfig(ObjectiveConfig):
     layer_drop: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
+    input_layer: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("vocab", "features", "dim", "heads", "mlp", "conv_kernel", "kernel", "stride")
@@ -142,6 +145,8 @@ class Conformer(nn.Module):
         dtype = jnp.dtype(c.dtype)
         k_input, *k_blocks = layers.split_keys(keys, 1 + c.blocks)
         x = layers.MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
+        if c.input_layer:
+            x = layers.InputLayer(name="input_layer")(x, lengths)
         x = x.astype(dtype)
         options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
         for i in range(c.stride.bit_length() - 1):

@@ -302,6 +302,24 @@ class MaskedNorm(nn.Module):
         return jnp.where(mask, normed * scale + bias, 0.0)
 
 
+class InputLayer(nn.Module):
+    """An affine map of the features that begins as the identity.
+
+    As a client's own (see `fedasr.federated.local`) it makes one speaker's, microphone's or
+    recording day's features like another's: the day layers of brain-to-text decoders (Willett et
+    al., 2023) for anybody.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        """x: float [b, t, f]; lengths: int32 [b]. Padding frames come out as zeros."""
+        size = x.shape[2]
+        kernel = self.param("kernel", lambda key: jnp.eye(size))
+        bias = self.param("bias", nn.initializers.zeros, (size,))
+        mask = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
+        return jnp.where(mask, x @ kernel + bias, 0.0)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention without biases; padding frames are never attended to.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fedasr.audio.augment import SpecAugmentConfig, spec_augment
 from fedasr.ctc import ctc_loss, greedy_decode
 from fedasr.errors import UserError
+from fedasr.models import recurrent
 from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.layers import split_keys
 from fedasr.models.transducer import Transducer
@@ -109,6 +110,24 @@ def rnnt_recogniser(
     return _recogniser(init, forward, decode, augment)
 
 
+def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
+    """A decoder of neural recordings for one client, a recording day (see `recurrent`).
+
+    Its own noise takes the place of SpecAugment. The loss that is trained includes the penalty on
+    the parameters, that of `evaluate` does not.
+    """
+
+    def forward(params, batch, features, keys):
+        outputs = recurrent.forward(params, features, batch["features_length"], keys, config)
+        values, feasible = ctc_loss(*outputs, batch["labels"], batch["labels_length"])
+        return values + recurrent.penalty(params, config), values, feasible, outputs
+
+    def decode(params, outputs):
+        return greedy_decode(*outputs)
+
+    return _recogniser(lambda key: recurrent.init(key, config), forward, decode, None)
+
+
 def _encoder_init(module: Any, features: int) -> Callable[[jax.Array], Any]:
     def init(key):
         example = jnp.zeros((1, 16, features)), jnp.full((1,), 16, jnp.int32)
@@ -161,27 +180,34 @@ def make_recogniser(
     """Builds a recogniser by name.
 
     Args:
-      name: "transformer" or "conformer".
-      options: fields of the model's configuration (`TransformerConfig`, `ConformerConfig`); the
-        rest keep defaults.
+      name: "transformer", "conformer" or "recurrent".
+      options: fields of the model's configuration (`TransformerConfig`, `ConformerConfig`,
+        `RecurrentConfig`); the rest keep defaults.
       augment: see `ctc_recogniser`.
 
     Raises:
-      UserError: for an unknown name or option.
+      UserError: for an unknown name or option, or SpecAugment for a recurrent model.
     """
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: choose one of {sorted(MODELS)}")
-    config_type, module = MODELS[name]
+    configs = {known: pair[0] for known, pair in MODELS.items()} | _RECURRENT
+    if name not in configs:
+        raise UserError(f"unknown model {name!r}: choose one of {sorted(configs)}")
+    config_type = configs[name]
     known = {field.name for field in dataclasses.fields(config_type)}
     if unknown := sorted(set(options) - known):
         raise UserError(f"model {name!r} has no option {unknown}: it has {sorted(known)}")
     config = config_type(**options)
+    if name in _RECURRENT:
+        if augment is not None:
+            raise UserError("the recurrent model has noise of its own: set augment.enabled=False")
+        return recurrent_recogniser(config)
+    module = MODELS[name][1]
     if config.objective == "rnnt":
         return rnnt_recogniser(module(config), Transducer(config), augment)
     return ctc_recogniser(module(config), config.features, augment)
 
 
-MODELS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+MODELS: dict[str, tuple[type, Callable[[Any], Any]]] = {  # encoders of speech
     "conformer": (ConformerConfig, Conformer),
     "transformer": (TransformerConfig, Transformer),
 }
+_RECURRENT: dict[str, type] = {"recurrent": recurrent.RecurrentConfig}

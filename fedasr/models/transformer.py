@@ -22,7 +22,8 @@ class TransformerConfig(ObjectiveConfig):
     frame_seconds: duration of an encoder frame. position_scale: multiplies positions in seconds.
     norm: "pre" for layer norms before each branch and at the end (the paper's), "post" for one
     after each residual sum.
-    dtype: of the compute; parameters are float32.
+    input_layer: whether an affine layer, at first the identity, follows the features' norm: see
+    `layers.InputLayer`. dtype: of the compute; parameters are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
     "none" to keep everything.
     The objective's fields: see `ObjectiveConfig`.
@@ -48,6 +49,7 @@ class TransformerConfig(ObjectiveConfig):
     dtype: str = "float32"
     norm: str = "pre"
     remat: str = "none"
+    input_layer: bool = False
 
     def __post_init__(self) -> None:
         layers.check_options(self, ("vocab", "features", "dim", "heads", "mlp", "kernel", "stride"))
@@ -108,6 +110,8 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(c.dtype)
         k_input, k_shift, *k_blocks = layers.split_keys(keys, 2 + c.blocks)
         x = layers.MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
+        if c.input_layer:
+            x = layers.InputLayer(name="input_layer")(x, lengths)
         x = layers.patches(x, c.kernel, c.stride).astype(dtype)
         x = nn.Dense(2 * c.dim, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="front_end")(
             x

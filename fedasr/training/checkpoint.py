@@ -5,11 +5,12 @@ A checkpoint is a folder `checkpoints/STEP/` that holds a pytree (`state`) and a
 folder named by a plain number is complete, whenever the process is killed.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,13 @@ class Checkpointer:
         self.wait()
         return self._manager.latest_step()
 
+    def oldest_step(self) -> int | None:
+        """The oldest complete checkpoint that is still there, or None."""
+        steps = [
+            int(f.name) for f in self.directory.iterdir() if f.name.isdecimal() and _is_step(f)
+        ]
+        return min(steps, default=None)
+
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Returns `(state, metadata)` of checkpoint `step`, bit for bit as saved.
 
@@ -173,6 +181,30 @@ def restore_params(path: str | Path) -> PyTree:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata saved with a checkpoint; `path` and errors as in `restore_params`."""
     return _read_json(_find_step(path))
+
+
+def lock_directory(workdir: str | Path) -> IO[str]:
+    """Keeps other processes out of a work directory; the system frees it when this one ends.
+
+    Args:
+        workdir: a folder.
+
+    Returns:
+        A file; closing it frees the directory.
+
+    Raises:
+        UserError: if another process, or another lock of this one, holds it.
+    """
+    file = (Path(workdir) / ".lock").open("w")
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise UserError(f"--workdir={workdir} is in use by another process") from error
+    return file
 
 
 def _is_step(folder: Path) -> bool:

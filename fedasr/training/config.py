@@ -108,6 +108,14 @@ def default_config() -> ConfigDict:
     config.partial.groups = 10
     config.partial.share = 0.1
 
+    # Local parameters (federated only): variables that belong to each user, are trained with the
+    # rest, and are never sent, summed or covered by the privacy.
+    config.local = ConfigDict()
+    config.local.patterns = ()  # regular expressions, searched for in paths: ("^input_layer/",)
+    # What a new user starts from: "init", the model's; without privacy also the "mean" of the other
+    # users', or that of the "last" user before in the corpus's order.
+    config.local.prototype = "init"
+
     config.server = ConfigDict()
     config.server.optimizer = "lamb"
     # Optax's own for this optimiser, such as b1; set in a file, there is nothing to override here.

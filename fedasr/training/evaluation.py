@@ -1,6 +1,6 @@
 """Word and character error rates of a recogniser over a corpus."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from fedasr.data.batching import Bucket, eval_batches
 from fedasr.data.corpus import Corpus
 from fedasr.federated.cohort import client_mesh, client_sharding, replicated
+from fedasr.federated.local import Layout
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.text import CharTokenizer
 from fedasr.training.metrics import ErrorRate, char_errors, word_errors
@@ -23,6 +24,7 @@ class Evaluator:
       batch_size: utterances at a time, rounded up to a multiple of the devices.
       devices: default all local devices.
       tokenizer: that wrote the labels; default that of the 29 characters.
+      layout: of local parameters, to evaluate users with their own.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Evaluator:
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
         tokenizer: CharTokenizer | None = None,
+        layout: Layout | None = None,
     ) -> None:
         mesh = client_mesh(devices)
         self._sharding, self._whole = client_sharding(mesh), replicated(mesh)
@@ -40,13 +43,35 @@ class Evaluator:
         self._evaluate = jax.jit(recogniser.evaluate)
         self._tokenizer = tokenizer or CharTokenizer()
 
-    def transcripts(self, params: Any, corpus: Corpus) -> tuple[list[str], list[str], float]:
-        """References, hypotheses (in the same order) and the mean loss of alignable utterances."""
+        def one(params, row, example):
+            batch = jax.tree.map(lambda x: x[None], example)
+            outputs = recogniser.evaluate(layout.insert(params, row), batch)
+            return jax.tree.map(lambda x: x[0], outputs)
+
+        self._evaluate_own = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+
+    def transcripts(
+        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> tuple[list[str], list[str], float]:
+        """References, hypotheses (in the same order) and the mean loss of alignable utterances.
+
+        Args:
+          params: of the model.
+          corpus: what to decode.
+          rows: from the corpus's users (int32 [b], -1 for padding) to their local parameters
+            (float32 [b, n]); None for those in `params`.
+        """
         references, hypotheses, losses, count = [], [], 0.0, 0
         params = jax.device_put(params, self._whole)  # placed otherwise they would compile again
-        for batch in eval_batches(corpus, self._buckets, self._batch_size, ARRAYS):
+        for batch in eval_batches(corpus, self._buckets, self._batch_size, ARRAYS, owners=True):
+            users = batch.pop("user")
             on_device = jax.device_put(batch, self._sharding)
-            tokens, lengths, loss, valid = jax.device_get(self._evaluate(params, on_device))
+            if rows is None:
+                outputs = self._evaluate(params, on_device)
+            else:
+                own = jax.device_put(rows(users), self._sharding)
+                outputs = self._evaluate_own(params, own, on_device)
+            tokens, lengths, loss, valid = jax.device_get(outputs)
             losses += float(loss.sum())
             count += int(valid.sum())
             for i in np.flatnonzero(batch["mask"]):
@@ -55,9 +80,11 @@ class Evaluator:
                 hypotheses.append(self._tokenizer.decode(tokens[i, : lengths[i]]))
         return references, hypotheses, losses / max(count, 1)
 
-    def __call__(self, params: Any, corpus: Corpus) -> dict[str, float]:
-        """{"wer": percent, "cer": percent, "loss": nats per utterance}."""
-        references, hypotheses, loss = self.transcripts(params, corpus)
+    def __call__(
+        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> dict[str, float]:
+        """{"wer": percent, "cer": percent, "loss": nats per utterance}; see `transcripts`."""
+        references, hypotheses, loss = self.transcripts(params, corpus, rows)
         rates: tuple[ErrorRate, ErrorRate] = (
             word_errors(references, hypotheses),
             char_errors(references, hypotheses),

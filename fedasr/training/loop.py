@@ -5,16 +5,16 @@ checkpoint and ends with the same parameters, bit for bit, since everything rand
 (seed, round, user) and the noise counter is part of the state.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from fedasr.data.corpus import (
     METADATA_FILE,
     Corpus,
     ReshuffledCorpus,
+    find_users,
     has_split,
     open_corpus,
     read_metadata,
@@ -36,6 +37,7 @@ from fedasr.data.corpus import (
 )
 from fedasr.errors import UserError
 from fedasr.federated.client import local_training
+from fedasr.federated.local import Layout, LocalStore, check_prototype, make_layout
 from fedasr.federated.server import ServerState, constant_then_exponential, make_optimizer
 from fedasr.federated.simulation import RoundMetrics, Simulation
 from fedasr.federated.subset import keep
@@ -45,7 +47,7 @@ from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_mechanism, make_sampler
 from fedasr.text import CharTokenizer, tokenizer_for
 from fedasr.training.central import CentralTraining
-from fedasr.training.checkpoint import Checkpointer, restore_params
+from fedasr.training.checkpoint import Checkpointer, lock_directory, restore_params
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
@@ -54,6 +56,7 @@ from fedasr.training.report import write_report
 
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
 CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
+LOCAL_FOLDER = "local"  # of a work directory, the users' local parameters
 
 
 class Interrupted(Exception):
@@ -243,13 +246,23 @@ def _batch(settings: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def make_simulation(
-    config: Mapping[str, Any], data: Data, loss: Any, devices: Sequence[jax.Device]
+    config: Mapping[str, Any],
+    data: Data,
+    loss: Any,
+    devices: Sequence[jax.Device],
+    store: LocalStore | None = None,
 ) -> Simulation:
     """The federated rounds of a configuration.
+
+    Args:
+      config, data, loss, devices: of the run.
+      store: the users' local parameters, if the configuration has any.
 
     Raises:
       UserError: for settings that make no sense together.
     """
+    if config["local"]["patterns"] and store is None:
+        raise UserError("local.patterns: this program keeps no local parameters")
     client, server = config["client"], config["server"]
     sampler = make_sampler(config, len(data.train.users))
     schedule = constant_then_exponential(
@@ -284,7 +297,51 @@ def make_simulation(
         devices=devices,
         keep=ARRAYS,
         trained=trained_variables(config),
+        store=store,
     )
+
+
+def local_layout(config: Mapping[str, Any]) -> Layout | None:
+    """Which variables are local to the users; None if none are.
+
+    Raises:
+      UserError: see `fedasr.federated.local.make_layout`.
+    """
+    if config["algorithm"] != "federated" or not (patterns := config["local"]["patterns"]):
+        return None
+    shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+    return make_layout(shapes, patterns, trained_variables(config))
+
+
+def local_rows(path: str | Path, params: Any, corpus: Corpus) -> tuple[Layout | None, Any]:
+    """The local parameters of a corpus's users, as they were at a checkpoint.
+
+    Args:
+      path: of the checkpoint, as for `fedasr.training.checkpoint.restore_params`.
+      params: its parameters.
+      corpus: whose users.
+
+    Returns:
+      What `Evaluator` takes: their layout, and from users to rows. (None, None) if the run had
+      none, or they are not there any more.
+    """
+    metadata, path = checkpoint_metadata(path), Path(path).absolute()
+    config = {"local": {"patterns": []}} | metadata["config"]
+    folders = [folder / LOCAL_FOLDER for folder in (path, path.parent, path.parent.parent)]
+    folder = next(filter(Path.is_dir, folders), None)
+    if folder is None or metadata["stage"] != "main" or (layout := local_layout(config)) is None:
+        return None, None
+    trained = open_corpus(data_directory(config), config["data"]["train"])
+    prototype = config["local"]["prototype"]
+    store = LocalStore(folder, layout, len(trained.users), prototype, read_only=True)
+    store.restore(metadata["units"])
+    return layout, store.rows_of(find_users(trained, corpus), params)
+
+
+def shared_variables(config: Mapping[str, Any]) -> list[bool] | None:
+    """For each of the model's variables, whether users send updates of it; None if of all."""
+    layout = local_layout(config)
+    return trained_variables(config) if layout is None else layout.shared
 
 
 def trained_variables(config: Mapping[str, Any]) -> list[bool] | None:
@@ -344,6 +401,7 @@ def _check(config: Mapping[str, Any]) -> None:
         if flat[name] < bound:
             raise UserError(f"{name}={flat[name]} must be at least {bound}")
     compression.check(config)
+    _check_local(config)
     for section in ("seed_training", "central", "client", "server"):
         settings = config[section]
         make_optimizer(settings["optimizer"], 0.1, **settings.get("options", {}))
@@ -361,6 +419,18 @@ def _check(config: Mapping[str, Any]) -> None:
         raise UserError(f"devices={config['devices']}: only {len(jax.local_devices())} are here")
     if config["init_from"]:
         checkpoint_metadata(config["init_from"])
+
+
+def _check_local(config: Mapping[str, Any]) -> None:
+    local = config["local"]
+    check_prototype(local["prototype"])
+    if local_layout(config) is None:
+        return
+    if config["privacy"]["enabled"] and local["prototype"] != "init":
+        raise UserError(
+            f"local.prototype={local['prototype']!r} gives users a part of each other's local "
+            "parameters, which nothing bounds: with privacy it must be 'init'"
+        )
 
 
 def parameter_count(recogniser: Recogniser) -> int:
@@ -437,6 +507,11 @@ def _noise(mechanism: Mechanism, params: Any) -> dict[str, Any]:
 def _not_covered(config: Mapping[str, Any]) -> list[str]:
     """What the epsilons say nothing about."""
     limits = ["choices made by looking at the metrics of this or other runs"]
+    if config["local"]["patterns"]:
+        limits.append(
+            "the users' local parameters, which are never sent: the guarantee is about the shared "
+            "part of the model alone, and says nothing to who sees a user's own"
+        )
     if config["data"]["iid"]:
         limits.append("anybody (data.iid: utterances were dealt out over users that do not exist)")
     if config["init_from"]:
@@ -477,9 +552,9 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         population = len(open_corpus(settings["dir"], settings["train"]).users)
         fitting_tokenizer(config, read_metadata(settings["dir"]))
     else:
-        from fedasr.data.synthetic import SyntheticConfig
+        from fedasr.data.synthetic import SyntheticConfig, expected_users
 
-        population = SyntheticConfig(task=settings["task"]).users(settings["train"])
+        population = expected_users(SyntheticConfig(task=settings["task"]), settings["train"])
     summary = {
         "status": "dry_run",
         "name": config["name"],
@@ -492,8 +567,9 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["algorithm"] == "federated":
         mechanism = make_mechanism(config, make_sampler(config, population))
         mechanism.client_transform()
-        shared = keep(shapes, trained_variables(config))
-        clients = compression.describe_client(config, shapes)
+        shared = keep(shapes, shared_variables(config))
+        layout = local_layout(config)
+        clients = compression.describe_client(config, shapes, local=layout and layout.local)
         summary |= {
             "rounds": config["rounds"],
             "cohort": config["cohort"] or population,
@@ -502,6 +578,8 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
             "clients": clients,
             "privacy": describe_privacy(mechanism, config, config["rounds"], shared),
         }
+        if layout is not None:
+            summary["local"] = {"parameters": layout.size}
     return summary
 
 
@@ -528,12 +606,14 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     # What the model's outputs mean: of the checkpoints, too.
     config["data"]["characters"] = tokenizer_for(read_metadata(directory)).characters
     new = _is_new(workdir, config)
-    lock = _lock(workdir)  # held until this function's frame is gone, however it ends
+    lock = lock_directory(workdir)  # held until this function's frame is gone, however it ends
     summary_path = workdir / SUMMARY_FILE
     if (done := _read_json(summary_path)) and done.get("status") == "completed":
         if not (workdir / REPORT_FILE).exists():  # killed between the two
             write_report(workdir)
         return done
+    if new:  # of a mistaken configuration
+        shutil.rmtree(workdir / LOCAL_FOLDER, ignore_errors=True)
     with graceful_stop() as stop:
         this = _Run(config, directory, workdir, stop)
         if new:  # not before: a mistaken configuration must not claim the directory
@@ -541,19 +621,6 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         summary = this.run()
     lock.close()
     return summary
-
-
-def _lock(workdir: Path) -> IO[str]:
-    """Keeps a second process out of a work directory; the system frees it when this one ends."""
-    file = (workdir / ".lock").open("w")
-    with contextlib.suppress(ImportError):  # Windows
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--workdir={workdir} is in use by another process") from error
-    return file
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -633,7 +700,17 @@ class _Run:
             config["evaluation"]["batch_size"],
             self.devices,
             self.data.tokenizer,
+            layout := local_layout(config),
         )
+        self.store: LocalStore | None = None
+        self.known: dict[str, np.ndarray] = {}
+        if layout is not None:
+            self.store = LocalStore(
+                workdir / LOCAL_FOLDER,
+                layout,
+                len(self.data.train.users),
+                config["local"]["prototype"],
+            )
         # (rounds until which it runs, simulation): SpecAugment may begin later than round 0.
         self.simulations: list[tuple[int, Simulation]] = []
         if config["algorithm"] == "federated":
@@ -642,7 +719,7 @@ class _Run:
                 plain = build_recogniser(config, augmented=False)
                 losses.insert(0, (min(start, config["rounds"]), plain.loss))
             self.simulations = [
-                (until, make_simulation(config, self.data, loss, self.devices))
+                (until, make_simulation(config, self.data, loss, self.devices, self.store))
                 for until, loss in losses
             ]
             if config["privacy"]["enabled"]:
@@ -671,7 +748,11 @@ class _Run:
             "totals": totals,
             "initial": to_json(self.initial),
         }
+        if self.store is not None:
+            self.store.flush()
         self.checkpointer.save(number, state, metadata)
+        if self.store is not None and (oldest := self.checkpointer.oldest_step()) is not None:
+            self.store.release(oldest - self.seed_steps)
 
     def _check_stop(self, stage: str, units: int, state: ServerState) -> None:
         if self.stop.requested:
@@ -759,13 +840,23 @@ class _Run:
 
     def _evaluate(self, params: Any, splits: Sequence[str]) -> dict[str, dict[str, float]]:
         return {
-            split: self.evaluator(params, self.data.evaluation[split])
+            split: self.evaluator(params, self.data.evaluation[split], self._rows(params, split))
             for split in splits
             if split in self.data.evaluation
         }
 
+    def _rows(self, params: Any, split: str) -> Any:
+        """From a split's users to their local parameters; None if there are none."""
+        if self.store is None:
+            return None
+        if split not in self.known:
+            self.known[split] = find_users(self.data.train, self.data.evaluation[split])
+        return self.store.rows_of(self.known[split], params)
+
     def _main(self, params: Any, latest: int | None, units: int) -> dict[str, Any]:
         """Federated rounds, or the central baseline; then the summary."""
+        if self.store is not None:
+            self.store.restore(units)
         like = params
         if like is None:
             like = self.recogniser.init(jax.random.key(self.config["seed"]))
@@ -849,7 +940,8 @@ class _Run:
     def _clients(self, params: Any) -> list[dict[str, Any]]:
         """What a client receives, sends and, if asked for, needs in memory."""
         if not self.config["compression"]["measure"]:
-            return compression.describe_client(self.config, params)
+            local = self.store and self.store.layout.local
+            return compression.describe_client(self.config, params, local=local)
         batch = _batch_shapes(self.config, self.data.buckets[-1])
         return compression.describe_client(self.config, params, self.recogniser.loss, batch)
 
@@ -878,10 +970,11 @@ class _Run:
                     mechanism,
                     config,
                     int(state.round),
-                    keep(state.params, trained_variables(config)),
+                    keep(state.params, shared_variables(config)),
                 )
                 if federated
                 else {"enabled": False, "epsilon": None, "extrapolations": []},
+                "local": self.store.summary() if self.store is not None else None,
                 "clients": self._clients(state.params) if federated else [],
                 "client_steps_per_second": totals.timed_steps / totals.timed_seconds
                 if totals.timed_seconds

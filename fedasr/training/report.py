@@ -356,6 +356,14 @@ def _summary_table(summary: Record) -> str:
     ):
         if summary.get(key) is not None:
             rows.append((name, summary[key]))
+    if local := _mapping(summary, "local"):
+        rows.append(
+            (
+                "Of these local to every user (never sent, summed or covered by epsilon)",
+                local.get("parameters"),
+            )
+        )
+        rows.append(("Users with local parameters of their own", local.get("users")))
     for key, name in (("wer", "Word error rate"), ("cer", "Character error rate")):
         for split in _mapping(summary, key):
             rows.append((f"{name}, {split}", _percent(_number(summary, key, split))))

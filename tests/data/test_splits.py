@@ -16,7 +16,14 @@ from fedasr.data.corpus import (
     user_hashes,
     write_corpus,
 )
-from fedasr.data.splits import ReshuffledCorpus, UnionCorpus, UserSubset, resolve, user_hash
+from fedasr.data.splits import (
+    ReshuffledCorpus,
+    UnionCorpus,
+    UserSubset,
+    find_users,
+    resolve,
+    user_hash,
+)
 from fedasr.errors import UserError
 
 
@@ -255,3 +262,36 @@ def test_batches_of_a_view_are_those_of_its_examples():
     seen = flat(batch["id"][batch["mask"]].tolist() for batch in batches)
     assert seen == flat(ids(view).values())
     assert make_buckets([corpus([3, 1, 4, 2])], 2, {"x": 1})[-1] == buckets[-1]
+
+
+def test_shares_of_each_users_utterances():
+    sizes = {"ann": 1, "bob": 4, "cy": 9}
+    whole = InMemoryCorpus(
+        {user: [{"x": np.arange(i + 1)} for i in range(size)] for user, size in sizes.items()},
+        ragged=("x",),
+    )
+
+    def opened(expression):
+        return resolve(expression, ["train"], lambda name: whole, "here")
+
+    def held(corpus):
+        return {
+            user: [len(x["x"]) for x in corpus.get(i, range(int(corpus.sizes[i])))]
+            for i, user in enumerate(corpus.users)
+        }
+
+    first, rest = opened("train[:][:75%]"), opened("train[:][75%:]")
+    assert {user: len(x) for user, x in held(first).items()} == {"bob": 3, "cy": 6}
+    assert held(rest).keys() == sizes.keys()
+    for user, size in sizes.items():
+        both = held(first).get(user, []) + held(rest)[user]
+        assert sorted(both) == list(range(1, size + 1))
+    for corpus in (first, rest):
+        for i, user in enumerate(corpus.users):
+            assert corpus.lengths(i)["x"].tolist() == held(corpus)[user]
+    assert find_users(first, rest).tolist() == [-1, 0, 1]
+    assert find_users(rest, first).tolist() == [1, 2]
+    with pytest.raises(UserError, match="at least one utterance"):
+        opened("train[:][20:]")
+    with pytest.raises(IndexError):
+        first.get(0, [3])

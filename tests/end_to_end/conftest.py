@@ -1,7 +1,10 @@
 """A tiny prepared corpus of noise, and the programs under experiments/ as subprocesses."""
 
+import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LONGEST = 500.0  # seconds that a program may take
 COMPILATION = {
     name: os.environ.get(name) for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
 }
@@ -64,23 +68,65 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path}
 
 
-def launch(module: str, *flags: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs `python -m module flags...` to its end."""
-    command = [sys.executable, "-m", module, *map(str, flags)]
-    return subprocess.run(
-        command, cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, timeout=500
-    )
+class Launcher:
+    """Runs programs, each in a process of its own; they share the time that imports take."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen | None = None
+
+    def __call__(
+        self, module: str, *flags: object, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess:
+        """Runs `python -m module flags...` to its end."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("forks.py")],
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        arguments = list(map(str, flags))
+        files = [self._folder / name for name in ("stdout", "stderr")]
+        for file in files:
+            file.write_bytes(b"")
+        request = {
+            "module": module,
+            "arguments": arguments,
+            "folder": str(cwd or ROOT),
+            "environment": environment(),
+            "stdout": str(files[0]),
+            "stderr": str(files[1]),
+        }
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        if not select.select([self._process.stdout], [], [], LONGEST)[0]:
+            self.close()
+            raise TimeoutError(f"{module} {' '.join(arguments)}: {files[1].read_text()}")
+        status = int(self._process.stdout.readline())
+        output, errors = (file.read_text() for file in files)
+        return subprocess.CompletedProcess([module, *arguments], status, output, errors)
+
+    def close(self) -> None:
+        """Ends the process that others are forked from, and whatever runs still."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
 
 
 @pytest.fixture(scope="session")
-def program():
-    """`launch`: (module, *flags, cwd) -> CompletedProcess."""
-    return launch
+def program(tmp_path_factory):
+    """`Launcher`: (module, *flags, cwd) -> CompletedProcess."""
+    launcher = Launcher(tmp_path_factory.mktemp("program"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture
 def program_environment():
-    """The environment that `launch` gives now: a test may have changed it."""
+    """The environment that `program` gives now: a test may have changed it."""
     return environment()
 
 
@@ -96,7 +142,7 @@ def once(tmp_path_factory):
         try:
             folder.mkdir()
         except FileExistsError:
-            deadline = time.monotonic() + 500
+            deadline = time.monotonic() + LONGEST
             while not ready.exists():
                 assert time.monotonic() < deadline, f"another worker failed to make {name}"
                 time.sleep(0.1)
@@ -140,7 +186,7 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_flags, once):
+def finished(tiny_flags, once, program):
     """An uninterrupted run: (work directory, its stdout)."""
 
     def run(folder):
@@ -149,7 +195,7 @@ def finished(tiny_flags, once):
             # whichever module asks for it first.
             for name, value in COMPILATION.items():
                 patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
-            done = launch("experiments.train", *tiny_flags, f"--workdir={folder}/run", "--json")
+            done = program("experiments.train", *tiny_flags, f"--workdir={folder}/run", "--json")
         assert done.returncode == 0, done.stderr
         (folder / "stdout").write_text(done.stdout)
 

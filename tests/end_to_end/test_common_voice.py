@@ -30,7 +30,7 @@ def rows():
             for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
                 audio = str(folder / "clips" / row["path"])
                 found.append((audio, row["sentence"], row["client_id"], split))
-    return found[::3]  # of every user
+    return found[::6]
 
 
 @pytest.mark.slow

@@ -57,12 +57,11 @@ def test_every_method_runs(program, sklearn):
 
 @pytest.mark.slow
 def test_killed_it_ends_as_the_uninterrupted_one(program, program_environment, sklearn, tmp_path):
-    flags = (*DIGITS[1:], "--evaluations=2000", "--every=100", "--seeds=2")
+    flags = (*DIGITS[1:], "--evaluations=600", "--every=50", "--seeds=2")
     whole = figures(program(DIGITS[0], *flags))
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", DIGITS[0], *flags, f"--workdir={workdir}", "--save_seconds=0"]
-    kills = 0
-    while kills < 2:
+    for _ in range(2):
         process = subprocess.Popen(
             command, env=program_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -81,7 +80,6 @@ def test_killed_it_ends_as_the_uninterrupted_one(program, program_environment, s
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        kills += 1
     done = program(DIGITS[0], *flags, f"--workdir={workdir}")
     assert "going on from" in done.stderr
     resumed = figures(done)

@@ -10,6 +10,8 @@ are as hostile as their dtype allows. What holds, for updates of any size:
   by at most 2^-24 k C, and all the partial sums together by less than n (n + 1) / 2 * 2^-24 C.
 * Weights in [0, 1], the users' own and those that devices decide (whatever they answer), change
   none of this: the weighted path is held to the same bounds.
+* Local parameters and their updates, whatever they are, change no bit of the sum of given shared
+  updates; and where shared updates depend on them, they are held to the same bounds.
 * The sums with and without a user hence differ by at most C (1 + 1e-6 + n^2 2^-24), which is below
   C (1 + 1e-5) for cohorts of up to 12 users.
 
@@ -33,6 +35,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,6 +44,7 @@ from fedasr.data.batching import Chunk
 from fedasr.data.sampling import PoissonSampler
 from fedasr.federated.client import ClientMetrics
 from fedasr.federated.cohort import Cohort, client_mesh, make_cohort
+from fedasr.federated.local import make_layout, with_local
 from fedasr.privacy.clipping import layer_bounds
 from fedasr.privacy.mechanism import Mechanism
 
@@ -279,6 +283,120 @@ def test_weights_do_not_raise_what_a_user_moves(mode, dtype, chunk, devices, use
         remaining = total(setup, weighted, np.delete(everybody, user), weights=weights)
         assert np.linalg.norm(result - empty) <= limit
         assert np.linalg.norm(result - remaining) <= limit
+
+
+OWN = 4  # numbers of a local parameter
+
+
+def send_and_keep(params, batches, num_steps, key, max_steps=None, round=0):
+    """`send`, with an update of the local parameter; if they leak, it shows in what is sent."""
+    delta, metrics = send(params, batches, num_steps, key, max_steps, round)
+    seen = jnp.where(batches["leak"], params["own"][0], 0.0)
+    delta = {
+        name: jnp.where(batches["leak"], d + seen, d).astype(d.dtype) for name, d in delta.items()
+    }
+    return delta | {"own": batches["own"]}, metrics
+
+
+@functools.cache
+def local_path(mode, dtype, chunk, devices):
+    """The same path as `path` for a model with a local parameter more."""
+    plain = path(mode, dtype, chunk, devices)
+    options, clip_norm = MODES[mode]
+    mechanism = Mechanism(
+        clip_norm, noise_multiplier=1.0, sampler=PoissonSampler(9, 3, 0), **options
+    )
+    params = plain.params | {"own": np.zeros(OWN, np.float32)}
+    layout = make_layout(params, ("^own$",))
+    clip = mechanism.client_transform()
+    shared = {name: params[name] for name in SHAPES}
+    clip = clip._replace(init=lambda _, init=clip.init: init(shared | {"own": optax.MaskedNode()}))
+    mesh = client_mesh(jax.devices()[:devices])
+    cohort = make_cohort(with_local(send_and_keep, layout), clip, mesh, local=True)
+    return plain._replace(cohort=cohort, params=params)
+
+
+def local_total(path, updates, order, rows):
+    """(the sum's delta as in `total`, {user: new local parameter}, all of the sum)."""
+    order = np.asarray(order, np.int32)
+    slots = max(-(-len(order) // path.slots), 1) * path.slots
+    present = np.arange(slots) < len(order)
+    order = np.r_[order, np.full(slots - len(order), len(rows) - 1, np.int32)]
+    accumulator, kept = None, []
+    for start in range(0, slots, path.slots):
+        part = slice(start, start + path.slots)
+        chunk = Chunk(
+            {name: values[order[part]] for name, values in updates.items()},
+            present[part].astype(np.int32) * 3,
+            order[part],
+            present[part].astype(np.float32),
+            rows[order[part]],
+        )
+        if accumulator is None:
+            accumulator = path.cohort.zeros(path.params, chunk)
+        accumulator, new = path.cohort.add(accumulator, path.params, chunk, KEY, np.int32(0))
+        kept.append(np.asarray(new))
+    sums = jax.device_get(path.cohort.total(accumulator))
+    delta = np.concatenate([np.ravel(sums.delta[name]) for name in SHAPES]).astype(np.float64)
+    own = np.concatenate(kept)
+    assert own[~present].tobytes() == rows[order[~present]].tobytes()  # empty slots' stay
+    return delta, dict(zip(order[present].tolist(), own, strict=False)), sums
+
+
+owns = st.lists(
+    st.sampled_from([0.0, 1.0, -1e-30, 3e38, -3e38, 1e10, np.nan, np.inf, -np.inf]),
+    min_size=2 * OWN,
+    max_size=2 * OWN,
+)
+
+
+@pytest.mark.parametrize(("mode", "dtype", "chunk", "devices"), WEIGHTED[::3])
+@given(users=st.lists(st.tuples(user_kinds, owns), min_size=1, max_size=MOST), other=owns)
+@settings(deadline=None, max_examples=10)
+def test_local_parameters_have_no_path_to_the_server(mode, dtype, chunk, devices, users, other):
+    plain = path(mode, dtype, chunk, devices)
+    setup = local_path(mode, dtype, chunk, devices)
+    clip_norm, count = setup.clip_norm, len(users)
+    each = [update_of(kind, setup) for kind, _ in users]
+    garbage = {name: np.full(shape, np.nan) for name, shape in SHAPES.items()}
+    updates = {
+        name: np.stack([*[u[name] for u in each], garbage[name].astype(setup.params[name].dtype)])
+        for name in SHAPES
+    }
+    own = np.asarray([*[values for _, values in users], [np.nan] * 2 * OWN], np.float32)
+    rows, changes = own[:, :OWN], own[:, OWN:]
+    everybody = np.arange(count)
+
+    # Given what is sent, nobody's own can be told from the sum or from other users' own.
+    silent = updates | {"own": changes, "leak": np.zeros(count + 1, bool)}
+    delta, kept, sums = local_total(setup, silent, everybody, rows)
+    assert delta.tobytes() == total(plain, updates, everybody).tobytes()
+    assert jax.tree.structure(sums.delta) == jax.tree.structure(
+        {name: 0 for name in SHAPES} | {"own": optax.MaskedNode()}
+    )
+    assert OWN not in {size for x in jax.tree.leaves(sums) for size in np.shape(x)}
+    with np.errstate(over="ignore", invalid="ignore"):
+        new = rows - changes
+    for user in everybody:
+        finite = all(np.isfinite(u.astype(np.float32)).all() for u in each[user].values())
+        fine = finite and np.isfinite(new[user]).all()
+        np.testing.assert_array_equal(kept[user], new[user] if fine else rows[user])
+    changed = rows.copy()
+    changed[0] = other[:OWN]
+    again, kept_again, _ = local_total(setup, silent, everybody, changed)
+    assert again.tobytes() == delta.tobytes()
+    for user in everybody[1:]:
+        assert kept_again[user].tobytes() == kept[user].tobytes()
+
+    # Whatever of it they send, it is clipped.
+    leaking = updates | {"own": changes, "leak": np.ones(count + 1, bool)}
+    for user in everybody:
+        contribution, _, _ = local_total(setup, leaking, [user], rows)
+        assert np.linalg.norm(contribution) <= clip_norm * (1 + 1e-6)
+    result, _, _ = local_total(setup, leaking, everybody, rows)
+    for row in (changed, rows):
+        remaining, _, _ = local_total(setup, leaking, everybody[1:], row)
+        assert np.linalg.norm(result - remaining) <= clip_norm * (1 + 1e-5)
 
 
 def working_together(power, count):

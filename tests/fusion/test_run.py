@@ -8,6 +8,7 @@ import pytest
 from fedasr.errors import UserError
 from fedasr.fusion import methods
 from fedasr.fusion.run import run
+from fedasr.training.checkpoint import lock_directory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -68,6 +69,18 @@ def test_resumed(whole, tmp_path):
         run(METHOD, parents, [0, 1, 2], 30, **settings)
     with pytest.raises(UserError, match="another run"):
         run(METHOD, parents, [0, 1, 2], 40, **(settings | {"identity": {"a": 2}}))
+
+
+def test_two_processes_do_not_share_a_work_directory(tmp_path):
+    held = lock_directory(tmp_path)
+    with pytest.raises(UserError, match="in use"):
+        run(METHOD, parents, [0], 10, workdir=tmp_path)
+    held.close()
+    for _ in range(2):  # and it is free again when a run ends
+        run(METHOD, parents, [0], 10, workdir=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make"):
+        run(METHOD, parents, [0], 10, workdir=tmp_path / "file" / "below")
 
 
 def test_steps_of_several_evaluations_are_rounded_up():

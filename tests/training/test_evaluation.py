@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fedasr.data.corpus import InMemoryCorpus
+from fedasr.federated.local import make_layout
 from fedasr.models.recogniser import Recogniser
 from fedasr.text import CharTokenizer
 from fedasr.training.evaluation import Evaluator
@@ -59,3 +60,26 @@ def test_every_utterance_once_with_the_error_rates_by_hand(devices, batch_size):
     characters = sum(len(said) for said, _ in pairs)
     assert scores["cer"] == pytest.approx(100 * (1 + 5 + 1 + 2) / characters)
     assert scores["loss"] == loss
+
+
+def test_users_are_evaluated_with_their_own_parameters():
+    params = {"cost": jnp.float32(1), "own": jnp.zeros(2)}
+    layout = make_layout(params, ("^own$",))
+
+    def evaluate(params, batch):
+        return fake(params["cost"] + params["own"][0] + params["own"][1], batch)
+
+    evaluator = Evaluator(
+        Recogniser(None, None, evaluate), BUCKETS, 2, jax.devices()[:1], layout=layout
+    )
+    asked = []
+
+    def rows(users):
+        asked.extend(users.tolist())
+        return np.stack([10.0 * users, np.ones(len(users))], 1).astype(np.float32)
+
+    references, _, loss = evaluator.transcripts(params, corpus(), rows)
+    frames = [sum(len(heard) for _, heard in pairs) for pairs in USERS.values()]
+    assert loss * 4 == pytest.approx(2 * frames[0] + 12 * frames[1])  # 1 + own; four are valid
+    assert references == evaluator.transcripts(params, corpus())[0]
+    assert sorted(user for user in asked if user >= 0) == [0, 0, 1, 1, 1]

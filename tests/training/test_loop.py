@@ -10,7 +10,7 @@ from dp_accounting import pld
 from fedasr.data.prepare import Utterance, prepare
 from fedasr.errors import UserError
 from fedasr.training import loop
-from fedasr.training.checkpoint import Checkpointer, restore_params
+from fedasr.training.checkpoint import Checkpointer, lock_directory, restore_params
 from fedasr.training.config import default_config
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import read_metrics, to_json
@@ -109,6 +109,8 @@ MISTAKES = {
     "compression.share": 1.5,
     "partial.mode": "half",
     "partial.share": 0.0,
+    "local.patterns": ("^input_layer/",),  # the model has none
+    "local.prototype": "median",
 }
 
 
@@ -150,7 +152,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, configure):
 
 def test_two_processes_do_not_share_a_work_directory(configure, tmp_path):
     (tmp_path / "run").mkdir()
-    held = loop._lock(tmp_path / "run")
+    held = lock_directory(tmp_path / "run")
     with pytest.raises(UserError, match="in use"):
         loop.run(configure({}), tmp_path / "run")
     held.close()
@@ -365,3 +367,80 @@ def test_everyone_every_round(configure):
         loop.dry_run(configure({"privacy.sampler": "everyone", "cohort": 3}))
     with pytest.raises(UserError, match="cycle=3"):
         loop.dry_run(configure({"rounds": 5, "privacy.noise": "banded", "privacy.bands": 3}))
+
+
+LOCAL = {
+    "rounds": 4,
+    "checkpoint.every": 3,
+    "data.train": "train[:][:50%]",
+    "data.eval": ("train[:][50%:]", "test"),
+    "model.options.input_layer": True,
+    "local.patterns": ("^input_layer/",),
+    "privacy.clip_norm": 0.5,
+    "client.learning_rate": 1.0,
+}
+
+
+def test_local_parameters_survive_a_crash_and_are_told_apart(configure, tmp_path, monkeypatch):
+    config = configure(LOCAL)
+    summary = loop.run(config, tmp_path / "whole")
+    numbers = 80 * 80 + 80
+    users = summary["local"]["users"]
+    assert 2 <= users <= 4
+    assert summary["local"] == {
+        "parameters": numbers,
+        "users": users,
+        "bytes": 4 * numbers * users,
+        "prototype": "init",
+    }
+    (client,) = summary["clients"]
+    assert client["up_bytes"] == client["down_bytes"] == 4 * (summary["parameters"] - numbers)
+    assert any("local parameters" in text for text in summary["privacy"]["not_covered"])
+    assert not any("input_layer" in name for name in summary["privacy"]["layer_bounds"])
+    report = (tmp_path / "whole" / "report.html").read_text()
+    assert "local to every user" in report and "shared part of the model alone" in report
+
+    # Dies in round 4, with the rows of that round written, long after the checkpoint of round 3.
+    def die(self, round, record):
+        if round == 4:
+            raise RuntimeError("killed")
+        return logged(self, round, record)
+
+    logged = loop.RunLogger.round
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.RunLogger, "round", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            loop.run(config, tmp_path / "died")
+    resumed = loop.run(config, tmp_path / "died")
+    for key in summary.keys() - {"wall_seconds", "client_steps_per_second"}:
+        assert resumed[key] == summary[key], key
+    params = restore_params(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, restore_params(tmp_path / "died"), params)
+
+    # The rows are what evaluation used, of users who train; others have the model's.
+    rates = {}
+    for split in LOCAL["data.eval"]:
+        corpus = loop.open_corpus(config["data"]["dir"], split)
+        found = []
+        for folder in ("whole", "died/checkpoints/4"):
+            layout, rows = loop.local_rows(tmp_path / folder, params, corpus)
+            found.append(rows(np.arange(len(corpus.users))))
+        np.testing.assert_array_equal(*found)
+        same = (found[0] == np.asarray(layout.extract(params))).all(axis=1)
+        assert same.sum() == (4 - users if split != "test" else 1)
+        buckets = loop.make_buckets([corpus], 1, {"features": 24, "labels": 4})
+        evaluator = loop.Evaluator(loop.build_recogniser(config), buckets, 2, layout=layout)
+        rates[split] = [evaluator(params, corpus, how)["loss"] for how in (rows, None)]
+    last = [r for r in read_metrics(tmp_path / "whole") if r.get("round") == 4][-1]
+    for split, (own, prototype) in rates.items():
+        assert own == pytest.approx(last["eval"][split]["loss"], rel=1e-4)
+        assert (own == pytest.approx(prototype, rel=1e-6)) == (split == "test")
+
+
+def test_prototypes_of_other_users_are_refused_with_privacy(configure):
+    for prototype in ("mean", "last"):
+        changes = LOCAL | {"local.prototype": prototype}
+        with pytest.raises(UserError, match="each other's"):
+            loop.dry_run(configure(changes))
+        dry = loop.dry_run(configure(changes | {"privacy.enabled": False}))
+        assert dry["local"] == {"parameters": 80 * 81}

@@ -1,0 +1,472 @@
+"""Decoding sentences from synthetic neural recordings that drift from day to day.
+
+    python -m experiments.brain_to_text [--seeds=0,1,2] [--workdir=DIR] [--plot=FILE.png]
+        [--config.section.field=value ...] [--json]
+
+Each seed makes recordings of its own (`fedasr.data.neural_synthetic`: nothing was recorded), writes
+them as MATLAB files and prepares a corpus from these. Then
+
+* days, shared: a decoder with a layer for each training day, and one with a single layer for all;
+* language: its test sentences with and without an n-gram language model;
+* calibration: a new day's layer trained on a few labelled sentences, the rest at rest;
+* drift: the days after training, in order, decoded by the decoder as it is ("fixed") and by one
+  that trains on its own corrected output every day ("recalibrated"), without labels.
+
+Character error rates are of greedy decoding, word error rates with the language model unless said
+otherwise, on each day's test sentences. Results are kept in the work directory: the same command
+goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
+
+from experiments import cli
+from fedasr.errors import UserError
+
+if TYPE_CHECKING:
+    from fedasr.data.batching import Bucket
+    from fedasr.decoding.beam import BeamDecoder
+    from fedasr.models.recurrent import RecurrentConfig
+    from fedasr.text import CharTokenizer
+    from fedasr.training.days import DayData, Scorer
+
+_DEFAULT = str(Path(__file__).parent / "configs" / "brain_to_text.py")
+
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of recordings and of training.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where all is kept; default runs/NAME.")
+_PLOT = flags.DEFINE_string("plot", None, "Draws the error rate by day into this PNG file.")
+
+Log = Callable[[str], None]
+
+
+class Bench(NamedTuple):
+    """What the stages of a seed share. Days are numbered from 0, training days first."""
+
+    config: Mapping[str, Any]
+    seed: int
+    folder: Path
+    model: RecurrentConfig
+    bucket: Bucket
+    tokenizer: CharTokenizer
+    train: Sequence[DayData]
+    test: Sequence[DayData]
+    holdout: Sequence[DayData]
+    scorer: Scorer
+    log: Log
+
+    @property
+    def known(self) -> range:
+        """The training days."""
+        return range(self.config["train_days"])
+
+
+def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: Log) -> Bench:
+    """Makes the recordings and the corpus of a seed, unless they are there."""
+    from fedasr.data import neural, neural_synthetic
+    from fedasr.data.batching import make_buckets
+    from fedasr.data.corpus import open_corpus, read_metadata
+    from fedasr.models.recurrent import RecurrentConfig
+    from fedasr.text import tokenizer_for
+    from fedasr.training.days import Scorer, days_of
+
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config["recordings"].items()
+    }
+    if not 0 < config["train_days"] < fields["days"]:
+        raise UserError("train_days must leave days of the recordings for later")
+    recordings = neural_synthetic.NeuralConfig(seed=seed, **fields)
+    neural_synthetic.generate(recordings, folder / "recordings")
+    source = neural.NeuralSessions(folder / "recordings", neural.parse_areas(config["areas"]))
+    options = config["model"]
+    stride = options.get("subsample", 1) * options.get("stride", 1)
+    summary = neural.prepare_sessions(source, folder / "corpus", stride=stride)
+    log(f"seed {seed}: {summary['utterances']} sentences, skipped: {summary['skipped']}")
+    tokenizer = tokenizer_for(read_metadata(folder / "corpus"))
+    corpora = [open_corpus(folder / "corpus", split) for split in neural.SPLITS]
+    (bucket,) = make_buckets(corpora, 1, {"features": 16, "labels": 4})
+    model = RecurrentConfig(vocab=tokenizer.vocab_size, features=source.channels, **options)
+    days = [days_of(corpus) for corpus in corpora]
+    scorer = Scorer(model, bucket)
+    return Bench(config, seed, folder, model, bucket, tokenizer, *days, scorer, log)
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+def error_rates(
+    bench: Bench, params: Any, days: Sequence[DayData], decoder: BeamDecoder | None
+) -> dict[str, float]:
+    """{"cer", "wer_greedy", "wer"} in percent of sentences of some days together.
+
+    Args:
+      params: stacked by day, or those of one day for all.
+      days: whose numbers name their layers.
+      decoder: with the language model; None leaves "wer" out.
+    """
+    from fedasr.training.days import greedy_labels, with_day
+    from fedasr.training.metrics import char_errors, word_errors
+
+    said, greedy, corrected = [], [], []
+    for day in days:
+        single = params["day"]["bias"].ndim == 1
+        own = params if single else with_day(params, day.day)
+        for example, scores in zip(day.examples, bench.scorer(own, day.examples), strict=True):
+            said.append(bench.tokenizer.decode(example["labels"]))
+            greedy.append(bench.tokenizer.decode(greedy_labels(scores)))
+            if decoder is not None:
+                corrected.append(decoder(scores).text)
+    rates = {
+        "cer": char_errors(said, greedy).percent,
+        "wer_greedy": word_errors(said, greedy).percent,
+    }
+    if decoder is not None:
+        rates["wer"] = word_errors(said, corrected).percent
+    return rates
+
+
+def make_decoder(bench: Bench, lm_weight: float, word_bonus: float) -> BeamDecoder:
+    """The beam search with the language model, which is estimated once and kept as ARPA."""
+    from fedasr.data import neural_synthetic
+    from fedasr.decoding.beam import BeamConfig, BeamDecoder
+    from fedasr.decoding.ngram import estimate, read_arpa, write_arpa
+
+    settings = bench.config["language"]
+    path = bench.folder / f"language-{settings['order']}-{settings['sentences']}.arpa"
+    if not path.is_file():
+        texts = neural_synthetic.language_text(settings["sentences"], bench.seed)
+        write_arpa(estimate(texts, settings["order"]), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    search = BeamConfig(
+        beam=settings["beam"],
+        lm_weight=lm_weight,
+        word_bonus=word_bonus,
+        unknown_penalty=settings["unknown_penalty"],
+    )
+    return BeamDecoder(bench.tokenizer.characters, " ", read_arpa(path), config=search)
+
+
+# ------------------------------------------------------------------------------------- stages
+
+
+def trained(bench: Bench, own_layers: bool) -> Any:
+    """Parameters of central training on the training days; kept in the folder."""
+    import jax
+
+    from fedasr.federated.server import ServerState
+    from fedasr.models.recogniser import recurrent_recogniser
+    from fedasr.training import days as lib
+    from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
+
+    names = ("recordings", "areas", "model", "training", "train_days")
+    settings = {name: bench.config[name] for name in names} | {"own_layers": own_layers}
+    folder = bench.folder / ("days" if own_layers else "shared")
+    if folder.is_dir():
+        try:
+            if read_metadata(folder) == settings:
+                return restore_params(folder)
+        except UserError:
+            pass  # of a run that was killed while it saved
+    training = bench.config["training"]
+    recogniser = recurrent_recogniser(bench.model)
+    optimizer = lib.published_optimizer(training["learning_rate"], training["steps"])
+    params = recogniser.init(jax.random.key(bench.seed))
+    loss = recogniser.loss
+    if own_layers:
+        params, loss = lib.stack_days(params, len(bench.train)), lib.by_day(loss)
+    else:
+        # The same batches, without their day.
+        loss = _without_day(loss)
+    step = lib.make_step(loss, optimizer)
+    items = lib.batches(
+        [bench.train[day] for day in bench.known],
+        bench.bucket,
+        training["batch_size"],
+        bench.seed,
+        training["steps"],
+    )
+    began = time.monotonic()
+    kind = folder.name
+
+    def told(losses: list[float]) -> bool:
+        if len(losses) % 100 == 0:
+            seconds = time.monotonic() - began
+            mean = statistics.fmean(losses[-100:])
+            bench.log(f"seed {bench.seed}, {kind}: step {len(losses)}, {mean:.2f}, {seconds:.0f} s")
+        return False
+
+    key = jax.random.key(bench.seed)
+    params, losses = lib.train(step, params, optimizer.init(params), items, key, told)
+    state = ServerState(params, (), jax.numpy.int32(len(losses)))
+    with Checkpointer(folder, 1) as checkpointer:
+        checkpointer.save(len(losses), state, settings)
+    return jax.device_get(params)
+
+
+def _without_day(loss: Any) -> Any:
+    return lambda params, batch, key: loss(
+        params, {name: value for name, value in batch.items() if name != "day"}, key
+    )
+
+
+def chosen_weights(bench: Bench, params: Any) -> dict[str, float]:
+    """The language model's weight and the word bonus with the lowest WER on held-out sentences."""
+    settings = bench.config["language"]
+    days = [bench.holdout[day] for day in bench.known]
+    rates = {
+        (weight, bonus): error_rates(bench, params, days, make_decoder(bench, weight, bonus))["wer"]
+        for weight in settings["lm_weights"]
+        for bonus in settings["word_bonuses"]
+    }
+    weight, bonus = min(rates, key=lambda pair: (rates[pair], pair))
+    return {"lm_weight": weight, "word_bonus": bonus, "wer": rates[weight, bonus]}
+
+
+def by_training_day(bench: Bench, params: Any, decoder: BeamDecoder | None) -> dict[str, Any]:
+    """Error rates on the test sentences of all training days, and of each."""
+    days = [bench.test[day] for day in bench.known]
+    each = [error_rates(bench, params, [day], None)["cer"] for day in days]
+    return error_rates(bench, params, days, decoder) | {"cer_by_day": each}
+
+
+def calibrated(bench: Bench, params: Any) -> dict[str, Any]:
+    """New days through a fresh layer (a copy of the last known day's) and few labels."""
+    from fedasr.models.recogniser import recurrent_recogniser
+    from fedasr.training import days as lib
+    from fedasr.training.recalibration import RecalibrationConfig, recalibrate
+
+    settings = bench.config["calibration"]
+    options = RecalibrationConfig(
+        steps=settings["steps"], today=1.0, batch_size=settings["batch_size"], threshold=0.0
+    )
+    optimizer = lib.published_optimizer(settings["learning_rate"], settings["steps"])
+    loss = lib.by_day(recurrent_recogniser(bench.model).loss)
+    step = lib.make_step(loss, optimizer, day_only=True)
+    last = bench.known[-1]
+    before, after = [], []
+    for day in range(last + 1, min(last + 1 + settings["days"], len(bench.train))):
+        fresh = lib.set_day(params, day, last)
+        few = lib.DayData(day, bench.train[day].examples[: settings["sentences"]])
+        fitted, _ = recalibrate(step, optimizer, fresh, few, (), bench.bucket, options, bench.seed)
+        before.append(error_rates(bench, fresh, [bench.test[day]], None)["cer"])
+        after.append(error_rates(bench, fitted, [bench.test[day]], None)["cer"])
+    return {
+        "cer_before": statistics.fmean(before),
+        "cer": statistics.fmean(after),
+        "cer_by_day": after,
+    }
+
+
+def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
+    """The days after training: the decoder as it is, and recalibrated day after day."""
+    import jax
+
+    from fedasr.models.recogniser import recurrent_recogniser
+    from fedasr.training import days as lib
+    from fedasr.training.recalibration import RecalibrationConfig, pseudo_labelled, recalibrate
+
+    settings = dict(bench.config["recalibration"])
+    portion, rate = settings.pop("portion"), settings.pop("learning_rate")
+    options = RecalibrationConfig(**settings)
+    optimizer = lib.published_optimizer(rate, None)
+    step = lib.make_step(lib.by_day(recurrent_recogniser(bench.model).loss), optimizer)
+    last = bench.known[-1]
+    past = [bench.train[day] for day in bench.known]
+    moving = params
+    rows: dict[str, list[dict[str, float]]] = {"fixed": [], "recalibrated": []}
+    taken = []
+    for day in range(last + 1, len(bench.train)):
+        fixed = lib.set_day(params, day, last)
+        moving = lib.set_day(moving, day, day - 1)
+        today: list[Any] = []
+        for start in range(0, len(bench.train[day].examples), portion):
+            new = bench.train[day].examples[start : start + portion]
+            scores = bench.scorer(lib.with_day(moving, day), new)
+            today += pseudo_labelled(
+                new,
+                scores,
+                lambda s: decoder(s).text,
+                bench.tokenizer.encode,
+                bench.bucket["labels"],
+            )
+            moving, losses = recalibrate(
+                step,
+                optimizer,
+                moving,
+                lib.DayData(day, today),
+                past,
+                bench.bucket,
+                options,
+                bench.seed + start,
+            )
+            taken.append(len(losses))
+        past = [*past, lib.DayData(day, today)] if today else past
+        test = [bench.test[day]]
+        rows["fixed"].append(error_rates(bench, fixed, test, decoder))
+        rows["recalibrated"].append(error_rates(bench, moving, test, decoder))
+        moving = jax.device_get(moving)
+        bench.log(
+            f"seed {bench.seed}, day {day}: fixed {rows['fixed'][-1]['cer']:.1f}, "
+            f"recalibrated {rows['recalibrated'][-1]['cer']:.1f}"
+        )
+    result: dict[str, Any] = {"steps": sum(taken)}
+    for name, rates in rows.items():
+        result[name] = {
+            measure: {
+                "mean": statistics.fmean(row[measure] for row in rates),
+                "by_day": [row[measure] for row in rates],
+            }
+            for measure in ("cer", "wer")
+        }
+    return result
+
+
+def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: Log) -> dict[str, Any]:
+    """All stages of a seed; those that are done are read again."""
+    from fedasr.training.logging import to_json, write_json_atomic
+
+    bench = open_bench(config, seed, workdir / f"seed-{seed}", log)
+    params = trained(bench, own_layers=True)
+
+    def once(name: str, sections: Sequence[str], make: Callable[[], Any]) -> Any:
+        base = ("recordings", "areas", "model", "training", "train_days")
+        settings = to_json({section: config[section] for section in (*base, *sections)})
+        path = bench.folder / f"{name}.json"
+        if path.is_file() and (kept := json.loads(path.read_text()))["settings"] == settings:
+            return kept["result"]
+        began = time.monotonic()
+        result = to_json(make())
+        result["seconds"] = time.monotonic() - began
+        write_json_atomic(path, {"settings": settings, "result": result})
+        return result
+
+    weights = once("weights", ["language"], lambda: chosen_weights(bench, params))
+    decoder = make_decoder(bench, weights["lm_weight"], weights["word_bonus"])
+    results = {
+        "weights": weights,
+        "days": once("days-rates", ["language"], lambda: by_training_day(bench, params, decoder)),
+        "shared": once(
+            "shared-rates", [], lambda: by_training_day(bench, trained(bench, False), None)
+        ),
+        "calibration": once("calibration", ["calibration"], lambda: calibrated(bench, params)),
+        "drift": once(
+            "drift", ["language", "recalibration"], lambda: drifted(bench, params, decoder)
+        ),
+    }
+    for line in _lines(summarize({seed: results})):
+        log(f"seed {seed}: {line}")
+    return results
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def summarize(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Means and standard deviations over the seeds, and the ratios the experiment is about."""
+    rows: dict[str, list[float]] = {}
+    by_day: dict[str, list[list[float]]] = {"fixed": [], "recalibrated": [], "training days": []}
+    for found in results.values():
+        days, shared, drift = found["days"], found["shared"], found["drift"]
+        fixed, moving = (drift[name]["cer"] for name in ("fixed", "recalibrated"))
+        values = {
+            "cer, a layer for each day": days["cer"],
+            "cer, one layer for all": shared["cer"],
+            "gain of layers by day, percent": 100 * (1 - days["cer"] / shared["cer"]),
+            "wer, greedy": days["wer_greedy"],
+            "wer, language model": days["wer"],
+            "gain of the language model, percent": 100 * (1 - days["wer"] / days["wer_greedy"]),
+            "cer, new day before calibration": found["calibration"]["cer_before"],
+            "cer, new day calibrated": found["calibration"]["cer"],
+            "calibrated / trained days": found["calibration"]["cer"] / days["cer"],
+            "cer, later days, fixed": fixed["mean"],
+            "cer, later days, recalibrated": moving["mean"],
+            "fixed / trained days": fixed["mean"] / days["cer"],
+            "recalibrated / trained days": moving["mean"] / days["cer"],
+            "worst later day recalibrated / trained days": max(moving["by_day"]) / days["cer"],
+        }
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+        by_day["fixed"].append(fixed["by_day"])
+        by_day["recalibrated"].append(moving["by_day"])
+        by_day["training days"].append(days["cer_by_day"])
+    return {
+        "seeds": sorted(results),
+        "rows": {name: _spread(values) for name, values in rows.items()},
+        "cer_by_day": {
+            name: [statistics.fmean(column) for column in zip(*values, strict=True)]
+            for name, values in by_day.items()
+        },
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
+
+
+def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The summary for people."""
+    for name, spread in summary["rows"].items():
+        yield f"{name}: {spread['mean']:.2f} ({spread['std']:.2f})"
+    for name, values in summary["cer_by_day"].items():
+        yield f"cer by day, {name}: " + " ".join(f"{value:.1f}" for value in values)
+
+
+def draw(summary: Mapping[str, Any], path: Path) -> None:
+    """The character error rate by day, with and without recalibration."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(7.5, 3.9), layout="constrained")
+    axes = figure.subplots()
+    before = summary["cer_by_day"]["training days"]
+    axes.plot(range(1 - len(before), 1), before, "o-", color="gray", label="training days")
+    for name in ("fixed", "recalibrated"):
+        values = summary["cer_by_day"][name]
+        axes.plot(range(1, len(values) + 1), values, "o-", label=name)
+    axes.set_xlabel("days after training")
+    axes.set_ylabel("character error rate, percent")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def run() -> None:
+    """Runs what the flags ask for."""
+    from fedasr.training.logging import to_json
+
+    config = to_json(_CONFIG.value.to_dict())
+    try:
+        seeds = [int(seed) for seed in _SEEDS.value]
+    except ValueError as error:
+        raise UserError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers") from error
+    workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    summary = to_json(summarize({seed: run_seed(config, seed, workdir, log) for seed in seeds}))
+    if _PLOT.value:
+        draw(summary, Path(_PLOT.value))
+    if cli.JSON.value:
+        cli.show(summary)
+    else:
+        print("\n".join(_lines(summary)))
+
+
+if __name__ == "__main__":
+    from ml_collections import config_flags
+
+    _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "The configuration file.")
+    cli.main(run)

@@ -1,0 +1,64 @@
+"""Brain-to-text on synthetic recordings: python -m experiments.brain_to_text."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """A small decoder, 12 days to train on and 10 days of drift after them."""
+    return ConfigDict(
+        {
+            "name": "brain_to_text",
+            "train_days": 12,
+            # Fields of `fedasr.data.neural_synthetic.NeuralConfig`; the seed is the run's.
+            "recordings": {
+                "days": 22,
+                "train_sentences": 50,
+                "test_sentences": 12,
+                "holdout_sentences": 4,
+                "words": (3, 4),
+                "electrodes": 64,
+                "informative": 64,
+            },
+            "areas": "tx1[0:64],spikePow[0:64]",
+            # Fields of `fedasr.models.recurrent.RecurrentConfig`; vocab and features follow.
+            "model": {
+                "units": 128,
+                "layers": 2,
+                "subsample": 2,
+                "window": 8,
+                "stride": 2,
+                "dropout": 0.3,
+                "white_noise": 0.8,
+                "offset_noise": 0.2,
+            },
+            "training": {"steps": 600, "batch_size": 16, "learning_rate": 0.02},
+            "language": {
+                "sentences": 5000,
+                "order": 3,
+                "beam": 16,
+                "unknown_penalty": 6.0,
+                # Tried on the held-out sentences of the training days.
+                "lm_weights": (0.6, 1.0, 1.5),
+                "word_bonuses": (0.0, 2.0),
+            },
+            # A new day's own layer from so many labelled sentences, the rest of the model at rest.
+            "calibration": {
+                "days": 5,
+                "sentences": 20,
+                "steps": 60,
+                "batch_size": 10,
+                "learning_rate": 0.02,
+            },
+            # `portion` sentences are decoded before each training. The other fields are those of
+            # `fedasr.training.recalibration.RecalibrationConfig`.
+            "recalibration": {
+                "portion": 25,
+                "learning_rate": 0.01,
+                "steps": 40,
+                "today": 0.6,
+                "batch_size": 16,
+                "threshold": 4.0,
+                "window": 10,
+            },
+        }
+    )

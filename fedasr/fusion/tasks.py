@@ -1,0 +1,126 @@
+"""What models are merged for, and the methods by name: what the programs share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedasr.data.corpus import open_corpus
+from fedasr.errors import UserError
+from fedasr.fusion import METHODS, digits, methods, recognisers
+from fedasr.training.checkpoint import restore_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a search needs to know.
+
+    Attributes:
+      score: see `fedasr.fusion.methods`. make_parents, measure: see `fedasr.fusion.run`.
+      like: shapes of a model. base: what the parents were trained from, or None if unknown.
+      mutation: standard deviation. halves: bool [points], for MAP-Elites. identity: of the data
+      and models.
+    """
+
+    score: Callable[[Any], Any]
+    make_parents: Callable[[Any], Any]
+    measure: Callable[[Any], Mapping[str, Any]]
+    like: Any
+    base: Any
+    mutation: float
+    halves: np.ndarray
+    identity: Mapping[str, Any]
+
+
+def digits_task(pretrained: bool, raw: bool = False) -> Task:
+    """The published test bed.
+
+    Args:
+      pretrained: two specialists without mutation, otherwise two random models with.
+      raw: images as published, see `fedasr.fusion.digits.load`.
+
+    Raises:
+      UserError: if scikit-learn is missing.
+    """
+    data = digits.load(raw)
+    like = jax.eval_shape(digits.random_model, jax.random.key(0))
+    return Task(
+        digits.train_scores(data),
+        (lambda key: digits.specialists(key, data)) if pretrained else digits.scratch_parents,
+        digits.test_accuracy(data),
+        like,
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
+        0.0 if pretrained else 0.01,
+        data.train_labels % 2 == 1,
+        {"task": "digits", "pretrained": pretrained, "raw": raw},
+    )
+
+
+def recognisers_task(
+    parents: recognisers.Parents, models: Sequence[str | Path], data: str | Path, split: str
+) -> Task:
+    """Merging recognisers by the scores of utterances; `measure` measures nothing.
+
+    Args:
+      parents: read from `models`. models: their folders. data: a prepared corpus. split: of it,
+        to score on.
+    """
+    corpus = open_corpus(data, split)
+    start = parents.metadata["config"]["init_from"]
+    return Task(
+        recognisers.utterance_scores(parents.recogniser, corpus),
+        lambda key: jax.tree.map(jnp.asarray, parents.params),
+        lambda params: {},
+        parents.model(0),
+        restore_params(start) if start and Path(start).exists() else None,
+        0.0,
+        np.arange(int(corpus.sizes.sum())) % 2 == 1,
+        {
+            "task": "asr",
+            "models": [str(Path(path).resolve()) for path in models],
+            "data": str(Path(data).resolve()),
+            "split": split,
+        },
+    )
+
+
+def make_method(name: str, task: Task, population: int = 20, alpha: float = 1.0) -> methods.Method:
+    """A method by name.
+
+    Args:
+      name: one of `fedasr.fusion.METHODS`. task: to search. population, alpha: of the archive.
+
+    Raises:
+      UserError: for an unknown name, or a method that the task has nothing for.
+    """
+    evolution = methods.Evolution(population=population, alpha=alpha, mutation=task.mutation)
+    if name in methods.ABLATIONS:
+        return methods.evolve(task.score, methods.make_evolution(name, evolution))
+    if name == "map_elites":
+        descriptor = methods.halves(task.halves)
+        return methods.map_elites(task.score, descriptor, evolution=evolution)
+    if name == "cma_es":
+        return methods.cma_es(task.score, task.like, population)
+    if name == "mixing_ratio":
+        return methods.mixing_ratio(task.score)
+    if name == "average":
+        return methods.uniform_average(task.score)
+    if name == "task_arithmetic":
+        if task.base is None:
+            raise UserError("task_arithmetic needs models that were all trained from one init_from")
+        return methods.task_arithmetic(task.score, task.base)
+    raise UserError(f"--method={name}: choose from {', '.join(METHODS)}")
+
+
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """Mean and standard deviation (of a sample) over the last axis, the seeds: floats or lists.
+
+    Args:
+      values: float [..., seeds].
+    """
+    deviation = values.std(-1, ddof=1) if values.shape[-1] > 1 else np.zeros(values.shape[:-1])
+    return {"mean": values.mean(-1).tolist(), "std": deviation.tolist()}

@@ -1,0 +1,250 @@
+"""Recurrent decoder of neural recordings, with an input layer that belongs to a recording day.
+
+    bins -> noise -> smoothing -> day layer -> windows -> GRU stack -> scores for CTC
+
+After the public code of Fan et al. (CORP, NeurIPS 2023) and Willett et al. (Nature 620, 2023). The
+parameters of one client, that is one day, are {"day": {"kernel", "bias"}, "shared": {...}}: what
+lies under "day" can stay with the client. Smoothing is part of the model because the noise of
+training must come before it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedasr.errors import UserError
+from fedasr.models import layers
+
+DAY, SHARED = "day", "shared"
+DAY_LAYERS = ("affine", "softsign")
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """Defaults are the published seed configuration (two GRU layers of 512).
+
+    vocab: tokens with the blank. features: channels. units, layers: of the GRU stack.
+    bidirectional: a second stack sees the future, too. smoothing: standard deviation of a Gaussian
+    in bins, 0 for none. subsample: every so manieth smoothed bin is kept. window, stride: bins that
+    the GRU sees at once, and by how many they move on. day_layer: "affine", or "softsign" of it.
+    day_dropout: on the day layer's output. dropout: on the input of each GRU layer. white_noise,
+    offset_noise, walk_noise: standard deviations, in units of the z-scored features, of noise per
+    bin, of a constant per utterance and channel, and of the steps of a random walk. l2: times the
+    squared norm of every matrix (the day layer's included) is added to the loss.
+    """
+
+    vocab: int = 32
+    features: int = 192
+    units: int = 512
+    layers: int = 2
+    bidirectional: bool = False
+    smoothing: float = 2.0
+    subsample: int = 2
+    window: int = 1
+    stride: int = 1
+    day_layer: str = "affine"
+    day_dropout: float = 0.0
+    dropout: float = 0.4
+    white_noise: float = 1.2
+    offset_noise: float = 0.6
+    walk_noise: float = 0.02
+    l2: float = 1e-5
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab", "features", "units", "layers", "subsample", "window", "stride")
+        layers.check_sizes(self, sizes)
+        if self.day_layer not in DAY_LAYERS:
+            raise UserError(f"the model's day_layer must be one of {DAY_LAYERS}: {self.day_layer}")
+        noise = ("smoothing", "white_noise", "offset_noise", "walk_noise", "l2")
+        if negative := [name for name in noise if not getattr(self, name) >= 0]:
+            raise UserError(f"the model's {', '.join(negative)} must be at least 0")
+        if not (0 <= self.dropout < 1 and 0 <= self.day_dropout < 1):
+            raise UserError("the model's dropout and day_dropout must be in [0, 1)")
+
+
+# The published speech decoder: 39 phonemes, silence and the blank.
+SPEECH = RecurrentConfig(
+    vocab=41,
+    features=256,
+    units=1024,
+    layers=5,
+    subsample=1,
+    window=32,
+    stride=4,
+    day_layer="softsign",
+    day_dropout=0.2,
+    white_noise=1.0,
+    offset_noise=0.2,
+    walk_noise=0.0,
+)
+
+
+def init(key: jax.Array, config: RecurrentConfig) -> dict[str, Any]:
+    """Parameters of one client, float32.
+
+    The day layer is the identity. Recurrent matrices are orthogonal gate by gate, others Glorot
+    uniform; biases and the initial states, which are trained, are zero.
+
+    Returns:
+      {"day": {"kernel" [c, c], "bias" [c]}, "shared": {"gru_0", ..., "head"}}; see `gru` for a
+      layer, whose name ends in "_back" where it runs backwards.
+    """
+    dense = jax.nn.initializers.glorot_uniform()
+    orthogonal = jax.nn.initializers.orthogonal()
+    n, u = config.features, config.units
+
+    def layer(key: jax.Array, inputs: int) -> dict[str, jax.Array]:
+        gates = jax.random.split(jax.random.fold_in(key, 1), 3)
+        return {
+            "input": dense(key, (inputs, 3 * u)),
+            "recurrent": jnp.concatenate([orthogonal(k, (u, u)) for k in gates], axis=1),
+            "bias": jnp.zeros(3 * u),
+            "recurrent_bias": jnp.zeros(u),
+            "initial": jnp.zeros(u),
+        }
+
+    shared: dict[str, Any] = {}
+    width = n * config.window
+    for i in range(config.layers):
+        for j, end in enumerate(("", "_back")[: 1 + config.bidirectional]):
+            shared[f"gru_{i}{end}"] = layer(jax.random.fold_in(key, 2 * i + j), width)
+        width = u * (1 + config.bidirectional)
+    head = dense(jax.random.fold_in(key, 2 * config.layers), (width, config.vocab))
+    shared["head"] = {"kernel": head, "bias": jnp.zeros(config.vocab)}
+    return {DAY: {"kernel": jnp.eye(n), "bias": jnp.zeros(n)}, SHARED: shared}
+
+
+def gru(
+    params: dict[str, jax.Array], x: jax.Array, lengths: jax.Array, backwards: bool = False
+) -> jax.Array:
+    """A gated recurrent unit (Cho et al., 2014) with the reset gate after the product.
+
+        z, r = sigmoid(x W_zr + b_zr + h U_zr);  n = tanh(x W_n + b_n + r (h U_n + c))
+        h <- z h + (1 - z) n
+
+    The inputs' products are one product for all frames, before the loop.
+
+    Args:
+      params: "input" W [f, 3u] (z, r, n), "bias" b [3u], "recurrent" U [u, 3u], "recurrent_bias" c
+        [u], "initial" h [u].
+      x: float32 [b, t, f]. lengths: int32 [b]; the state rests at frames beyond.
+      backwards: from each utterance's last frame to its first.
+
+    Returns:
+      h after each frame, float32 [b, t, u].
+    """
+    units = params["initial"].shape[0]
+    projected = jnp.moveaxis(x @ params["input"] + params["bias"], 1, 0)
+    inside = (jnp.arange(x.shape[1]) < lengths[:, None]).T[..., None]
+
+    def step(h, frame):
+        given, real = frame
+        old = h @ params["recurrent"]
+        gates = jax.nn.sigmoid(given[:, : 2 * units] + old[:, : 2 * units])
+        z, r = gates[:, :units], gates[:, units:]
+        new = jnp.tanh(given[:, 2 * units :] + r * (old[:, 2 * units :] + params["recurrent_bias"]))
+        h = jnp.where(real, z * h + (1 - z) * new, h)
+        return h, h
+
+    start = jnp.broadcast_to(params["initial"], (x.shape[0], units))
+    _, states = jax.lax.scan(step, start, (projected, inside), reverse=backwards)
+    return jnp.moveaxis(states, 0, 1)
+
+
+def noisy(x: jax.Array, keys: jax.Array, config: RecurrentConfig) -> jax.Array:
+    """Adds the noise of training: per bin, constant over time, and a random walk.
+
+    Args:
+      x: float32 [b, t, c], z-scored and not smoothed. keys: one per utterance [b].
+    """
+
+    def one(x, key):
+        white, offset, walk = jax.random.split(key, 3)
+        if config.white_noise:
+            x = x + config.white_noise * jax.random.normal(white, x.shape)
+        if config.offset_noise:
+            x = x + config.offset_noise * jax.random.normal(offset, x.shape[1:])
+        if config.walk_noise:
+            x = x + config.walk_noise * jnp.cumsum(jax.random.normal(walk, x.shape), axis=0)
+        return x
+
+    return jax.vmap(one)(x, keys)
+
+
+def smooth(x: jax.Array, sd: float, every: int = 1) -> jax.Array:
+    """Gaussian smoothing along time, keeping every so manieth frame.
+
+    The kernel ends at three standard deviations and sums to one; beyond the ends all is zero, the
+    mean of z-scored features.
+
+    Args:
+      x: float32 [b, t, c], zero beyond each utterance's length.
+      sd: in frames, 0 for none.
+      every: frames 0, every, 2 every, ... are computed.
+
+    Returns:
+      float32 [b, ceil(t / every), c].
+    """
+    out = -(-x.shape[1] // every)
+    radius = math.ceil(3 * sd)
+    weights = [math.exp(-0.5 * (i / sd) ** 2) if i else 1.0 for i in range(-radius, radius + 1)]
+    # Shifted sums, not a convolution: see `layers.depthwise_convolution`.
+    right = max(0, (out - 1) * every + radius + 1 - x.shape[1])
+    padded = jnp.pad(x, ((0, 0), (radius, right), (0, 0)))
+    views = [padded[:, i : i + (out - 1) * every + 1 : every] for i in range(2 * radius + 1)]
+    return sum(w / sum(weights) * view for w, view in zip(weights, views, strict=True))
+
+
+def forward(
+    params: Any,
+    features: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array | None,
+    config: RecurrentConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Scores of tokens.
+
+    Args:
+      params: see `init`.
+      features: [b, t, c], z-scored by block and not smoothed.
+      lengths: int32 [b], bins.
+      keys: of noise and dropout [b], or None for neither.
+
+    Returns:
+      logits float32 [b, ceil(ceil(t / subsample) / stride), vocab] and their lengths int32 [b].
+    """
+
+    def masked(x):
+        return jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None], x, 0.0)
+
+    noise, of_day, *of_layers = layers.split_keys(keys, 2 + config.layers)
+    x = features.astype(jnp.float32)
+    if noise is not None:
+        x = noisy(x, noise, config)
+    x = smooth(masked(x), config.smoothing, config.subsample)
+    lengths = -(-lengths // config.subsample)
+    x = x @ params[DAY]["kernel"] + params[DAY]["bias"]
+    if config.day_layer == "softsign":
+        x = jax.nn.soft_sign(x)
+    x = layers.patches(
+        masked(layers.dropout(x, config.day_dropout, of_day)), config.window, config.stride
+    )
+    lengths = -(-lengths // config.stride)
+    shared = params[SHARED]
+    for i, key in enumerate(of_layers):
+        x = layers.dropout(x, config.dropout, key)
+        states = gru(shared[f"gru_{i}"], x, lengths)
+        if config.bidirectional:
+            back = gru(shared[f"gru_{i}_back"], x, lengths, backwards=True)
+            states = jnp.concatenate([states, back], axis=-1)
+        x = states
+    return x @ shared["head"]["kernel"] + shared["head"]["bias"], lengths
+
+
+def penalty(params: Any, config: RecurrentConfig) -> jax.Array:
+    """`l2` times the sum of the squares of all matrices, a scalar."""
+    matrices = [a for a in jax.tree.leaves(params) if a.ndim == 2]
+    return config.l2 * sum(jnp.sum(a**2) for a in matrices)

@@ -1,0 +1,60 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from experiments.fuse_accents import Bench, by_group, draw, lines, summarize
+from fedasr.data.prepare import Utterance
+from fedasr.data.synthetic import SyntheticConfig
+
+
+def test_users_are_divided_by_accent():
+    config = SyntheticConfig()
+    users = ["seed-000", "target-000", "target-001", "target-003", "target-008"]
+    spoken = [
+        Utterance(f"{user}-{i}", user, "one", "seed" if "seed" in user else "train", None)
+        for user in users
+        for i in range(2)
+    ]
+    # Target users have the eight accents in turn.
+    groups = {"north": ["en-gb-scotland"], "west": ["en-029"]}
+    found = list(by_group(iter(spoken), config, groups))
+    splits = {utterance.user: utterance.split for utterance in found}
+    assert splits == {
+        "seed-000": "seed",
+        "target-000": "train_north",
+        "target-001": "train_west",
+        "target-008": "train_north",
+    }
+    kept = [utterance for utterance in spoken if utterance.user in splits]
+    assert [dataclasses.replace(u, split="") for u in found] == [
+        dataclasses.replace(u, split="") for u in kept
+    ]
+
+
+def rates(a, b):
+    return {"a": a, "b": b, "all": (a + b) / 2}
+
+
+def result(shift):
+    wer = {"seed": rates(90, 90), "a": rates(10, 40), "b": rates(50, 20), "union": rates(9, 9)}
+    wer |= {"average": rates(30, 30), "m2n2": rates(12 + shift, 21)}
+    spent = {"epsilon": 5.0, "delta": 1e-9, "extrapolations": []}
+    return {"wer": wer, "privacy": {"a": spent}, "search": {}}
+
+
+def test_the_summary_is_by_seed(tmp_path):
+    bench = Bench({}, Path("data"), ("a", "b"))
+    summary = summarize({"private": {0: result(0), 1: result(2)}}, bench)
+    found = summary["private"]
+    assert found["wer"]["m2n2"]["a"]["values"] == [12, 14]
+    assert found["better_than_average"] == {
+        "m2n2": {"mean": 13.0, "std": pytest.approx(2**-0.5), "values": [13.5, 12.5]}
+    }
+    worse = found["worse_than_specialist"]["m2n2"]
+    assert (worse["a"]["values"], worse["b"]["values"]) == ([2, 4], [1, 1])
+    text = "\n".join(lines(summary))
+    assert "m2n2: a 13.0 (1.4), b 21.0 (0.0), all 17.0 (0.7)" in text
+    assert "13.0 (0.7) points better than the average" in text
+    draw(summary, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
