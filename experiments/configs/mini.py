@@ -249,8 +249,8 @@ def _adaptive() -> Table:
 def _devices() -> Table:
     """What compression and partial training cost: a model of 0.4M parameters, adapted to users.
 
-    The server trains on four users in ten, rounds are on the others. Partial training is of one
-    block's attention and the small variables, 9% of the model; its rate was chosen apart.
+    The server trains on four users in ten, rounds are on the others. Partial training is of
+    attention and the small variables, 27% of the model, for twice the rounds, at its own rate.
     """
     model = {
         "model.options.dim": 96,
@@ -271,18 +271,18 @@ def _devices() -> Table:
     half = {name: "bfloat16" for name in compressed} | {"compression.share": 1.0}
     partial = {
         "partial.mode": "fixed",
-        "partial.patterns": ("block_0/attention/", "norm", "output", "front_end/bias"),
+        "partial.patterns": ("attention/", "norm", "output", "front_end/bias"),
+        "rounds": 200,
         "server.learning_rate": 0.02,
+        "server.decay_start": 100,
+        "server.decay_rounds": 24,
     }
-    one_gradient = {"client.steps": 1, "client.batch_size": 16, "client.learning_rate": 1.0}
     rows = {
         "FedAvg": {},
         "16-bit storage": half,
         "OMC S1E3M7 on 90%": compressed,
-        "9% trained": partial,
+        "27% trained": partial,
         "all together": compressed | partial,
-        "FedSGD": one_gradient,
-        "FedSGD, all together": compressed | partial | one_gradient,
     }
     start = model | {
         "algorithm": "central",
@@ -291,7 +291,6 @@ def _devices() -> Table:
         "central.steps": 500,
         "central.decay_steps": 250,
     }
-    better = [(name, "FedAvg") for name in list(rows)[1:5]]
     return Table(
         name="mini_devices",
         title="What saves memory and transport, without privacy, from a model of other users",
@@ -300,7 +299,7 @@ def _devices() -> Table:
         seeds=_SEEDS,
         starts=(Row("seed model", start),),
         expected="nothing is lost by compression, and little by partial training",
-        better=(*better, ("FedSGD, all together", "FedSGD")),
+        better=tuple((name, "FedAvg") for name in list(rows)[1:]),
     )
 
 
