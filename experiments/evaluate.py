@@ -7,6 +7,8 @@ folder. If the run had local parameters and they are still beside it, users who 
 evaluated with their own. Exit status: 0 when done, 2 for a mistake that the user can mend.
 """
 
+import sys
+
 from absl import flags
 
 from experiments import cli
@@ -37,7 +39,10 @@ def run() -> None:
     recogniser = build_recogniser(metadata["config"])
     buckets = make_buckets([corpus], 1, {"features": 24, "labels": 4})
     tokenizer = fitting_tokenizer(metadata["config"], read_corpus_metadata(_DATA.value))
-    layout, rows = local_rows(_CHECKPOINT.value, params, corpus)
+    layout, rows = local_rows(_CHECKPOINT.value, params, corpus, _DATA.value)
+    if rows is None and metadata["config"].get("local", {}).get("patterns"):
+        text = "warning: users' own parameters are not beside the checkpoint, or of other data"
+        print(text, file=sys.stderr)
     evaluator = Evaluator(recogniser, buckets, _BATCH.value, tokenizer=tokenizer, layout=layout)
     rates = evaluator(params, corpus, rows)
     cli.show(

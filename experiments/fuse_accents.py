@@ -44,13 +44,6 @@ PRIVACY = ("none", "private")
 ALL = "all"  # the groups' test users together
 SEED, UNION, AVERAGE = "seed", "union", "average"
 
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
-_PRIVACY = flags.DEFINE_list("privacy", ["none"], f"Which of {', '.join(PRIVACY)}.")
-_METHODS = flags.DEFINE_list("methods", ["m2n2", "mixing_ratio"], "As of experiments.fuse.")
-_BETWEEN = flags.DEFINE_list("between", ["m2n2", "average"], "Fusions between rounds; may be ''.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results are kept; default runs/NAME.")
-_PLOT = flags.DEFINE_string("plot", None, "Draws the error rates into this PNG file.")
-
 
 class Bench(NamedTuple):
     """config: of the experiment. data: the prepared corpus. groups: their names."""
@@ -122,20 +115,37 @@ def prepare_groups(settings: Mapping[str, Any]) -> Path:
 # ----------------------------------------------------------------------------------------- stages
 
 
+def own_seed(seed: int, name: str) -> int:
+    """A seed of its own for every run of an experiment's seed.
+
+    Runs with one seed would draw the same noise, which the difference of two models cancels, and
+    the same places in their populations.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
 def run_config(
-    bench: Bench, seed: int, privacy: str, train: str, start: Path | None, groups: int = 1
+    bench: Bench,
+    seed: int,
+    privacy: str,
+    train: str,
+    start: Path | None,
+    groups: int = 1,
+    name: str = "",
 ) -> dict[str, Any]:
     """The configuration of a run of `fedasr.training.loop`.
 
     Args:
-      seed: of training. privacy: of `PRIVACY`. train: split expression. start: folder of the model
-        to start from; None: only train that. groups: how many's users are in a round.
+      seed: of the experiment. privacy: of `PRIVACY`. train: split expression. start: folder of the
+        model to start from; None: only train that. groups: how many's users are in a round. name:
+        tells apart runs on the same users.
     """
     config = {key: value for key, value in bench.config.items() if key != "accents"}
     enabled = privacy == "private" and start is not None
     evaluated = [f"dev_{group}" for group in bench.groups]
     return config | {
-        "seed": seed,
+        "seed": own_seed(seed, f"{name}/{train}") if start else seed,
         "data": config["data"] | {"dir": str(bench.data), "train": train, "eval": evaluated},
         "privacy": config["privacy"] | {"enabled": enabled},
         "rounds": config["rounds"] if start else 0,
@@ -163,7 +173,7 @@ def fused_between(
         fuse = groups.by_search(searched, settings["evaluations_between"], seed)
     simulations = []
     for group in bench.groups:
-        config = run_config(bench, seed, privacy, f"train_{group}", start)
+        config = run_config(bench, seed, privacy, f"train_{group}", start, name=method)
         data = loop.Data(bench.data, config, log)
         loss = loop.build_recogniser(config).loss
         simulations.append(loop.make_simulation(config, data, loss, jax.local_devices()))
@@ -354,21 +364,21 @@ def program() -> None:
     from fedasr.training.logging import to_json
 
     config = to_json(_CONFIG.value.to_dict())
-    between = [name for name in _BETWEEN.value if name]
+    between = [name for name in flags.FLAGS.between if name]
     for flag, names, known in (
-        ("privacy", _PRIVACY.value, PRIVACY),
-        ("methods", _METHODS.value, METHODS),
+        ("privacy", flags.FLAGS.privacy, PRIVACY),
+        ("methods", flags.FLAGS.methods, METHODS),
         ("between", between, METHODS),
     ):
         if unknown := sorted(set(names) - set(known)):
             raise UserError(f"--{flag}: {unknown} is not among {', '.join(known)}")
     try:
-        seeds = [int(seed) for seed in _SEEDS.value]
+        seeds = [int(seed) for seed in flags.FLAGS.seeds]
     except ValueError as error:
-        raise UserError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers") from error
-    if not seeds or not _PRIVACY.value:
+        raise UserError(f"--seeds={','.join(flags.FLAGS.seeds)} must be whole numbers") from error
+    if not seeds or not flags.FLAGS.privacy:
         raise UserError("--seeds and --privacy name at least one each")
-    workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
+    workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -376,21 +386,32 @@ def program() -> None:
     bench = Bench(config, prepare_groups(config["accents"]), tuple(config["accents"]["groups"]))
     results = {
         privacy: {
-            seed: run_seed(bench, seed, privacy, _METHODS.value, between, workdir, log)
+            seed: run_seed(bench, seed, privacy, flags.FLAGS.methods, between, workdir, log)
             for seed in seeds
         }
-        for privacy in _PRIVACY.value
+        for privacy in flags.FLAGS.privacy
     }
     summary = to_json(summarize(results, bench))
-    if _PLOT.value:
-        draw(summary, Path(_PLOT.value))
+    if flags.FLAGS.plot:
+        draw(summary, Path(flags.FLAGS.plot))
     if cli.JSON.value:
         cli.show(summary)
     else:
         print("\n".join(lines(summary)))
 
 
+def _define_flags() -> None:
+    # Not when this is imported: other programs have flags of the same names.
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
+    flags.DEFINE_list("privacy", ["none"], f"Which of {', '.join(PRIVACY)}.")
+    flags.DEFINE_list("methods", ["m2n2", "mixing_ratio"], "As of experiments.fuse.")
+    flags.DEFINE_list("between", ["m2n2", "average"], "Fusions between rounds; may be ''.")
+    flags.DEFINE_string("workdir", None, "Where results are kept; default runs/NAME.")
+    flags.DEFINE_string("plot", None, "Draws the error rates into this PNG file.")
+
+
 if __name__ == "__main__":
+    _define_flags()
     from ml_collections import config_flags
 
     _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "The configuration file.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,11 +273,11 @@ def read_lexicon(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, ...]
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith(";;;"):
             continue
-        word, *phonemes = line.split("#")[0].split()
+        word, *phonemes = line.split(" #")[0].split()
         if not phonemes:
             raise UserError(f"{path}, line {number}: {word!r} has no phonemes")
         spelling = tuple(p.rstrip("012") for p in phonemes)
-        spellings = lexicon.setdefault(word.split("(")[0].lower(), [])
+        spellings = lexicon.setdefault(re.sub(r"\(\d+\)$", "", word).lower(), [])
         if spelling not in spellings:
             spellings.append(spelling)
     return lexicon

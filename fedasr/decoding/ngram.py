@@ -227,7 +227,7 @@ def read_arpa(path: str | os.PathLike[str]) -> NGram:
                 found[n] += 1
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not ARPA ({error})") from error
-    if not ended or dict(found) != {k: v for k, v in said.items() if v}:
+    if not (ended and said) or dict(found) != {k: v for k, v in said.items() if v}:
         raise UserError(f"{path} is no whole ARPA file: it says {said}, it holds {dict(found)}")
     return NGram(max(said), grams)
 

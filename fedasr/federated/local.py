@@ -344,6 +344,12 @@ class LocalStore:
             done += got
 
 
+def remove_rows(folder: str | Path) -> None:
+    """Forgets all the rows in a folder; nothing else that lies there."""
+    for name in (ROWS_FILE, SLOTS_FILE):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 def check_prototype(prototype: str) -> None:
     """Raises UserError for an unknown one."""
     if prototype not in PROTOTYPES:

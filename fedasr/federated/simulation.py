@@ -98,7 +98,7 @@ class Simulation:
         noise and no optimiser state, and stay as they are. None for all.
       store: the users' local parameters (see `fedasr.federated.local`), which `client_update`
         trains with the rest. Its layout must know `trained`, and its round be the state's:
-        `store.restore` makes it so. None if all variables are shared.
+        `store.restore` makes it so. None if all variables are shared; not together with `weigh`.
     """
 
     def __init__(
@@ -130,7 +130,10 @@ class Simulation:
             weights = mechanism.check_weights(weights, len(corpus.users))
         if weigh is not None and (mechanism.weighting != "bounded" or mechanism.adaptive):
             raise UserError("weigh needs a mechanism with weighting='bounded', without adaptive")
+        if weigh is not None and store is not None:
+            raise UserError("weigh would judge a model without the user's local parameters")
         self.mechanism = mechanism
+        self.seed = seed
         self.mesh = client_mesh(devices)
         per_device = chunk or -(-mechanism.sampler.slots // self.mesh.size)
         self.chunk = per_device

@@ -3,8 +3,9 @@
 Every group (accents, languages, devices, privacy regimes) has a server of its own. After so many
 rounds the servers' models are fused, and all groups go on from the result. Privacy: a group's users
 are protected by the mechanism of their group alone; what other groups do with its released models,
-and the fusion itself, is post-processing. The utterances that a search scores models on are not
-covered: they must be held out for it.
+and the fusion itself, is post-processing. That takes noise and cohorts of their own: the
+simulations' seeds must differ, or a difference of two groups' models has no noise. The utterances
+that a search scores models on are not covered: they must be held out for it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -91,8 +92,12 @@ def train(
         same number of rounds. rounds: in all. every: rounds between fusions. fuse: see `by_search`.
 
     Raises:
-      UserError: groups without a state, or states of different rounds; `every` below 1.
+      UserError: groups without a state, or states of different rounds; `every` below 1; groups with
+        noise and the same seed.
     """
+    noisy = [s.seed for s in simulations if s.mechanism.noise_multiplier > 0]
+    if len(set(noisy)) < len(noisy):
+        raise UserError("groups with noise need different seeds, or they all draw the same noise")
     states = list(states)
     done = {int(state.round) for state in states}
     if len(states) != len(simulations) or len(done) != 1 or every < 1:

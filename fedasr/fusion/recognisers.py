@@ -51,11 +51,15 @@ def load_parents(paths: Sequence[str | Path], data: str | Path) -> Parents:
       paths: work directories of `experiments.train`, or checkpoints. data: a prepared corpus.
 
     Raises:
-      UserError: fewer than two, or models that differ in shape or in what they write.
+      UserError: fewer than two, models that differ in shape or in what they write, or in which
+        users have variables of their own.
     """
     if len(paths) < 2:
         raise UserError("merging needs two models or more")
     metadata = [checkpoint_metadata(path) for path in paths]
+    for path, one in zip(paths, metadata, strict=True):
+        if one["config"].get("local", {}).get("patterns"):
+            raise UserError(f"{path}: users have variables of their own, no model is everybody's")
     corpus = read_metadata(data)
     tokenizers = [fitting_tokenizer(m["config"], corpus) for m in metadata]
     for path, other in zip(paths[1:], metadata[1:], strict=True):

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,11 +36,19 @@ from fedasr.data.corpus import (
 )
 from fedasr.errors import UserError
 from fedasr.federated.client import local_training
-from fedasr.federated.local import Layout, LocalStore, check_prototype, make_layout
+from fedasr.federated.local import (
+    SLOTS_FILE,
+    Layout,
+    LocalStore,
+    check_prototype,
+    make_layout,
+    remove_rows,
+)
 from fedasr.federated.server import ServerState, constant_then_exponential, make_optimizer
 from fedasr.federated.simulation import RoundMetrics, Simulation
 from fedasr.federated.subset import keep
 from fedasr.models.recogniser import ARRAYS, Recogniser, make_recogniser
+from fedasr.models.recurrent import RecurrentConfig
 from fedasr.privacy import accounting, clipping
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_mechanism, make_sampler
@@ -121,7 +128,8 @@ def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) ->
         raise UserError(
             f"the model writes the characters {trained_for!r}, the data {tokenizer.characters!r}"
         )
-    vocab = config["model"]["options"].get("vocab", tokenizer.vocab_size)
+    default = RecurrentConfig.vocab if config["model"]["name"] == "recurrent" else None
+    vocab = config["model"]["options"].get("vocab", default or tokenizer.vocab_size)
     if vocab != tokenizer.vocab_size:
         raise UserError(
             f"the data's alphabet has {tokenizer.vocab_size} tokens with the blank, the model "
@@ -313,28 +321,49 @@ def local_layout(config: Mapping[str, Any]) -> Layout | None:
     return make_layout(shapes, patterns, trained_variables(config))
 
 
-def local_rows(path: str | Path, params: Any, corpus: Corpus) -> tuple[Layout | None, Any]:
+def _check_rows(store: LocalStore, path: str | Path) -> None:
+    """Raises UserError unless a checkpoint's users have their rows in the store."""
+    expected = checkpoint_metadata(path)["local_users"]
+    if (found := int(store.known.sum())) != expected:
+        raise UserError(
+            f"{store.folder} has the local parameters of {found} users, the checkpoint {path} "
+            f"was saved with those of {expected}: they belong together"
+        )
+
+
+def local_rows(
+    path: str | Path, params: Any, corpus: Corpus, directory: str | Path
+) -> tuple[Layout | None, Any]:
     """The local parameters of a corpus's users, as they were at a checkpoint.
 
     Args:
       path: of the checkpoint, as for `fedasr.training.checkpoint.restore_params`.
       params: its parameters.
       corpus: whose users.
+      directory: of the corpus.
 
     Returns:
       What `Evaluator` takes: their layout, and from users to rows. (None, None) if the run had
-      none, or they are not there any more.
+      none, if they do not lie beside the checkpoint, or if it was trained on other data, whose
+      users may have the same names.
+
+    Raises:
+      UserError: rows that are not those of the checkpoint.
     """
-    metadata, path = checkpoint_metadata(path), Path(path).absolute()
+    metadata, step = checkpoint_metadata(path), path
+    path = Path(path).absolute()
     config = {"local": {"patterns": []}} | metadata["config"]
     folders = [folder / LOCAL_FOLDER for folder in (path, path.parent, path.parent.parent)]
-    folder = next(filter(Path.is_dir, folders), None)
+    folder = next((folder for folder in folders if (folder / SLOTS_FILE).is_file()), None)
     if folder is None or metadata["stage"] != "main" or (layout := local_layout(config)) is None:
+        return None, None
+    if _identity(Path(directory)) != config["data"]["identity"]:
         return None, None
     trained = open_corpus(data_directory(config), config["data"]["train"])
     prototype = config["local"]["prototype"]
     store = LocalStore(folder, layout, len(trained.users), prototype, read_only=True)
     store.restore(metadata["units"])
+    _check_rows(store, step)
     return layout, store.rows_of(find_users(trained, corpus), params)
 
 
@@ -605,22 +634,23 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     config["data"]["identity"] = _identity(directory)
     # What the model's outputs mean: of the checkpoints, too.
     config["data"]["characters"] = tokenizer_for(read_metadata(directory)).characters
-    new = _is_new(workdir, config)
-    lock = lock_directory(workdir)  # held until this function's frame is gone, however it ends
-    summary_path = workdir / SUMMARY_FILE
-    if (done := _read_json(summary_path)) and done.get("status") == "completed":
-        if not (workdir / REPORT_FILE).exists():  # killed between the two
-            write_report(workdir)
-        return done
-    if new:  # of a mistaken configuration
-        shutil.rmtree(workdir / LOCAL_FOLDER, ignore_errors=True)
-    with graceful_stop() as stop:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
+    with lock_directory(workdir), graceful_stop() as stop:
+        new = _is_new(workdir, config)
+        summary_path = workdir / SUMMARY_FILE
+        if (done := _read_json(summary_path)) and done.get("status") == "completed":
+            if not (workdir / REPORT_FILE).exists():  # killed between the two
+                write_report(workdir)
+            return done
+        if new and local_layout(config) is not None:  # rows of a mistaken configuration
+            remove_rows(workdir / LOCAL_FOLDER)
         this = _Run(config, directory, workdir, stop)
         if new:  # not before: a mistaken configuration must not claim the directory
             write_json_atomic(workdir / CONFIG_FILE, config)
-        summary = this.run()
-    lock.close()
-    return summary
+        return this.run()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -628,13 +658,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _is_new(workdir: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `workdir` holds no run yet; makes it if missing, refuses another configuration's."""
+    """Whether `workdir` holds no run yet; refuses another configuration's."""
     existing = _read_json(workdir / CONFIG_FILE)
     if existing is None:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
         return True
     if existing != config:
         theirs, ours = _flatten(existing), _flatten(config)
@@ -749,6 +775,7 @@ class _Run:
             "initial": to_json(self.initial),
         }
         if self.store is not None:
+            metadata["local_users"] = int(self.store.known.sum())
             self.store.flush()
         self.checkpointer.save(number, state, metadata)
         if self.store is not None and (oldest := self.checkpointer.oldest_step()) is not None:
@@ -857,6 +884,8 @@ class _Run:
         """Federated rounds, or the central baseline; then the summary."""
         if self.store is not None:
             self.store.restore(units)
+            if latest is not None:
+                _check_rows(self.store, self.workdir / "checkpoints" / str(latest))
         like = params
         if like is None:
             like = self.recogniser.init(jax.random.key(self.config["seed"]))

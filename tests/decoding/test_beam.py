@@ -161,3 +161,15 @@ def test_mistakes():
         BeamDecoder(TOKENS, " ", None, {"abc": ["abc"]})
     with pytest.raises(UserError, match="beam"):
         BeamConfig(beam=0)
+
+
+def test_words_of_a_lexicon_may_begin_like_a_comment(tmp_path):
+    path = tmp_path / "lexicon.txt"
+    path.write_text(
+        ";;; a comment\n#HASH HH AE1 SH\n(PAREN P ER0\nread R EH1 D # past\nread(2) R IY1 D\n"
+    )
+    assert read_lexicon(path) == {
+        "#hash": [("HH", "AE", "SH")],
+        "(paren": [("P", "ER")],
+        "read": [("R", "EH", "D"), ("R", "IY", "D")],
+    }

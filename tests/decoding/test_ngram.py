@@ -115,7 +115,9 @@ ngram 2=1
     assert model.sentence("x") / math.log(10) == pytest.approx(-0.5 - 1.0 - 0.6)
     (tmp_path / "b.arpa").write_text(content.replace("ngram 2=1", "ngram 2=2"))
     (tmp_path / "c.arpa").write_text(content.replace("-0.1\t<s> a", "minus\t<s> a"))
-    for name, message in (("b", "no whole ARPA file"), ("c", "line 12"), ("d", "cannot be read")):
+    (tmp_path / "e.arpa").write_text("\\data\\\n\n\\end\\\n")
+    mistakes = {"b": "no whole", "c": "line 12", "d": "cannot be read", "e": "no whole"}
+    for name, message in mistakes.items():
         with pytest.raises(UserError, match=message):
             read_arpa(tmp_path / f"{name}.arpa")
 

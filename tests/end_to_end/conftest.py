@@ -104,7 +104,9 @@ class Launcher:
         if not select.select([self._process.stdout], [], [], LONGEST)[0]:
             self.close()
             raise TimeoutError(f"{module} {' '.join(arguments)}: {files[1].read_text()}")
-        status = int(self._process.stdout.readline())
+        if not (answer := self._process.stdout.readline()):
+            raise RuntimeError(f"the process that {module} is forked from has ended")
+        status = int(answer)
         output, errors = (file.read_text() for file in files)
         return subprocess.CompletedProcess([module, *arguments], status, output, errors)
 

@@ -49,7 +49,7 @@ def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
     options = config.model.options
     options.update({key: value for key, value in SMALL.items() if key in options})
     options.vocab = CharTokenizer().vocab_size
-    config.data.update(dir=str(corpus), train="train", eval=("dev",), population=0, buckets=1)
+    config.data.update(dir=str(corpus), train="train", eval=(), population=0, buckets=1)
     config.evaluation.update(while_training=(), batch_size=2)
     config.seed_training.update(split="seed", steps=min(1, config.seed_training.steps))
     config.seed_training.update(batch_size=2, batch_seconds=0.0)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.fuse_accents import Bench, by_group, draw, lines, summarize
+from experiments.fuse_accents import Bench, by_group, draw, lines, own_seed, summarize
 from fedasr.data.prepare import Utterance
 from fedasr.data.synthetic import SyntheticConfig
 
@@ -58,3 +58,9 @@ def test_the_summary_is_by_seed(tmp_path):
     assert "13.0 (0.7) points better than the average" in text
     draw(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_two_runs_have_one_seed():
+    names = ["/train_a", "/train_b", "/train_a+train_b", "m2n2/train_a", "m2n2/train_b"]
+    seeds = {own_seed(seed, name) for seed in range(3) for name in names}
+    assert len(seeds) == 15 and all(0 <= seed < 2**31 for seed in seeds)

@@ -118,3 +118,9 @@ def test_mistakes(simulations):
     *_, (ahead, _) = simulations[0].run(states[0], 1)
     with pytest.raises(UserError, match="0, 1"):
         next(groups.train(simulations, [ahead, states[1]], 4, 2, groups.average))
+
+
+def test_groups_that_would_draw_the_same_noise_are_refused(simulations):
+    twins = [simulations[0]] * 2
+    with pytest.raises(UserError, match="different seeds"):
+        next(groups.train(twins, starts(twins), 2, 1, groups.average))

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 
 import dp_accounting
 import jax
@@ -411,6 +412,12 @@ def test_local_parameters_survive_a_crash_and_are_told_apart(configure, tmp_path
         patch.setattr(loop.RunLogger, "round", die)
         with pytest.raises(RuntimeError, match="killed"):
             loop.run(config, tmp_path / "died")
+    # Without its rows it does not go on as if there had been none.
+    (tmp_path / "died" / "local").rename(tmp_path / "rows")
+    with pytest.raises(UserError, match="belong together"):
+        loop.run(config, tmp_path / "died")
+    shutil.rmtree(tmp_path / "died" / "local")
+    (tmp_path / "rows").rename(tmp_path / "died" / "local")
     resumed = loop.run(config, tmp_path / "died")
     for key in summary.keys() - {"wall_seconds", "client_steps_per_second"}:
         assert resumed[key] == summary[key], key
@@ -423,7 +430,7 @@ def test_local_parameters_survive_a_crash_and_are_told_apart(configure, tmp_path
         corpus = loop.open_corpus(config["data"]["dir"], split)
         found = []
         for folder in ("whole", "died/checkpoints/4"):
-            layout, rows = loop.local_rows(tmp_path / folder, params, corpus)
+            layout, rows = loop.local_rows(tmp_path / folder, params, corpus, config["data"]["dir"])
             found.append(rows(np.arange(len(corpus.users))))
         np.testing.assert_array_equal(*found)
         same = (found[0] == np.asarray(layout.extract(params))).all(axis=1)
