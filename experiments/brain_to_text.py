@@ -447,10 +447,7 @@ def run() -> None:
     from fedasr.training.logging import to_json
 
     config = to_json(_CONFIG.value.to_dict())
-    try:
-        seeds = [int(seed) for seed in _SEEDS.value]
-    except ValueError as error:
-        raise UserError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers") from error
+    seeds = cli.seeds(_SEEDS.value)
     workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
 
     def log(line: str) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -42,6 +42,24 @@ def main(program: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)
+
+
+def seeds(texts: Sequence[str]) -> list[int]:
+    """The numbers of --seeds.
+
+    Args:
+      texts: of the flag.
+
+    Raises:
+      UserError: unless there is at least one and all are whole numbers.
+    """
+    try:
+        numbers = [int(text) for text in texts]
+    except ValueError as error:
+        raise UserError(f"--seeds={','.join(texts)} must be whole numbers") from error
+    if not numbers:
+        raise UserError("--seeds names none")
+    return numbers
 
 
 def show(summary: Mapping[str, Any]) -> None:

@@ -566,10 +566,7 @@ def run() -> None:
     systems = _SYSTEMS.value
     if unknown := sorted(set(systems) - set(SYSTEMS)):
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
-    try:
-        seeds = [int(seed) for seed in _SEEDS.value]
-    except ValueError as error:
-        raise UserError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers") from error
+    seeds = cli.seeds(_SEEDS.value)
     workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
 
     def log(line: str) -> None:

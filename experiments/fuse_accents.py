@@ -372,12 +372,9 @@ def program() -> None:
     ):
         if unknown := sorted(set(names) - set(known)):
             raise UserError(f"--{flag}: {unknown} is not among {', '.join(known)}")
-    try:
-        seeds = [int(seed) for seed in flags.FLAGS.seeds]
-    except ValueError as error:
-        raise UserError(f"--seeds={','.join(flags.FLAGS.seeds)} must be whole numbers") from error
-    if not seeds or not flags.FLAGS.privacy:
-        raise UserError("--seeds and --privacy name at least one each")
+    seeds = cli.seeds(flags.FLAGS.seeds)
+    if not flags.FLAGS.privacy:
+        raise UserError("--privacy names none")
     workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
 
     def log(line: str) -> None:

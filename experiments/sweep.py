@@ -703,12 +703,7 @@ def _define_flags() -> None:
 def _chosen() -> list[Table]:
     """The tables that the flags name."""
     values = flags.FLAGS
-    seeds = None
-    if values.seeds is not None:
-        try:
-            seeds = tuple(int(seed) for seed in values.seeds)
-        except ValueError as error:
-            raise UserError(f"--seeds={','.join(values.seeds)} must be whole numbers") from error
+    seeds = None if values.seeds is None else tuple(cli.seeds(values.seeds))
     needed = values.action != "collect"
     if (values.table and values.config) or (needed and not values.table and not values.config):
         known = ", ".join(registry(values.tables)) or "none is defined"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedasr.errors import UserError
@@ -230,19 +230,3 @@ def read_arpa(path: str | os.PathLike[str]) -> NGram:
     if not (ended and said) or dict(found) != {k: v for k, v in said.items() if v}:
         raise UserError(f"{path} is no whole ARPA file: it says {said}, it holds {dict(found)}")
     return NGram(max(said), grams)
-
-
-def read_texts(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The lines of text files that are not blank.
-
-    Raises:
-      UserError: a file cannot be read.
-    """
-    texts = []
-    for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        texts += [line.strip() for line in lines if line.strip()]
-    return texts
