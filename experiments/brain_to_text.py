@@ -7,6 +7,8 @@ Each seed makes recordings of its own (`fedasr.data.neural_synthetic`: nothing w
 them as MATLAB files and prepares a corpus from these. Then
 
 * days, shared: a decoder with a layer for each training day, and one with a single layer for all;
+* federated: the first of these by federated learning, where a day is a client whose layer is local
+  (`fedasr.federated.local`);
 * language: its test sentences with and without an n-gram language model;
 * calibration: a new day's layer trained on a few labelled sentences, the rest at rest;
 * drift: the days after training, in order, decoded by the decoder as it is ("fixed") and by one
@@ -20,8 +22,10 @@ goes on.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +50,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where all is kept; default runs
 _PLOT = flags.DEFINE_string("plot", None, "Draws the error rate by day into this PNG file.")
 
 Log = Callable[[str], None]
+STREAMS = ("init", "training")
+_TAG = 0xB2AD  # separates these random numbers from others of the same seed
 
 
 class Bench(NamedTuple):
@@ -57,9 +63,10 @@ class Bench(NamedTuple):
     model: RecurrentConfig
     bucket: Bucket
     tokenizer: CharTokenizer
-    train: Sequence[DayData]
-    test: Sequence[DayData]
-    holdout: Sequence[DayData]
+    names: Sequence[str]
+    train: Mapping[int, DayData]
+    test: Mapping[int, DayData]
+    holdout: Mapping[int, DayData]
     scorer: Scorer
     log: Log
 
@@ -67,6 +74,11 @@ class Bench(NamedTuple):
     def known(self) -> range:
         """The training days."""
         return range(self.config["train_days"])
+
+    @property
+    def later(self) -> range:
+        """The days after them."""
+        return range(self.config["train_days"], len(self.names))
 
 
 def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: Log) -> Bench:
@@ -76,6 +88,7 @@ def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: Log) -> 
     from fedasr.data.corpus import open_corpus, read_metadata
     from fedasr.models.recurrent import RecurrentConfig
     from fedasr.text import tokenizer_for
+    from fedasr.training.config import fingerprint
     from fedasr.training.days import Scorer, days_of
 
     fields = {
@@ -85,19 +98,24 @@ def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: Log) -> 
     if not 0 < config["train_days"] < fields["days"]:
         raise UserError("train_days must leave days of the recordings for later")
     recordings = neural_synthetic.NeuralConfig(seed=seed, **fields)
-    neural_synthetic.generate(recordings, folder / "recordings")
-    source = neural.NeuralSessions(folder / "recordings", neural.parse_areas(config["areas"]))
     options = config["model"]
     stride = options.get("subsample", 1) * options.get("stride", 1)
+    made_of = {"recordings": config["recordings"], "areas": config["areas"], "stride": stride}
+    folder = folder / f"data-{fingerprint(made_of)}"
+    neural_synthetic.generate(recordings, folder / "recordings")
+    source = neural.NeuralSessions(folder / "recordings", neural.parse_areas(config["areas"]))
     summary = neural.prepare_sessions(source, folder / "corpus", stride=stride)
     log(f"seed {seed}: {summary['utterances']} sentences, skipped: {summary['skipped']}")
     tokenizer = tokenizer_for(read_metadata(folder / "corpus"))
     corpora = [open_corpus(folder / "corpus", split) for split in neural.SPLITS]
     (bucket,) = make_buckets(corpora, 1, {"features": 16, "labels": 4})
     model = RecurrentConfig(vocab=tokenizer.vocab_size, features=source.channels, **options)
-    days = [days_of(corpus) for corpus in corpora]
+    names = sorted({name for corpus in corpora for name in corpus.users})
+    days = [days_of(corpus, names) for corpus in corpora]
+    if any(number not in part for part in days[:2] for number in range(len(names))):
+        raise UserError(f"some day of {names} has no sentences to train on or to test")
     scorer = Scorer(model, bucket)
-    return Bench(config, seed, folder, model, bucket, tokenizer, *days, scorer, log)
+    return Bench(config, seed, folder, model, bucket, tokenizer, names, *days, scorer, log)
 
 
 # ---------------------------------------------------------------------------------- measuring
@@ -158,6 +176,21 @@ def make_decoder(bench: Bench, lm_weight: float, word_bonus: float) -> BeamDecod
 # ------------------------------------------------------------------------------------- stages
 
 
+def _folder(bench: Bench, kind: str, settings: Mapping[str, Any]) -> Path:
+    """Where a training is kept: its settings are part of the name."""
+    from fedasr.training.config import fingerprint
+
+    return bench.folder / f"{kind}-{fingerprint(dict(settings))}"
+
+
+def _key(bench: Bench, stream: str) -> Any:
+    """The random key of what a stage draws."""
+    import jax
+
+    root = jax.random.fold_in(jax.random.key(bench.seed), _TAG)
+    return jax.random.fold_in(root, STREAMS.index(stream))
+
+
 def trained(bench: Bench, own_layers: bool) -> Any:
     """Parameters of central training on the training days; kept in the folder."""
     import jax
@@ -165,28 +198,23 @@ def trained(bench: Bench, own_layers: bool) -> Any:
     from fedasr.federated.server import ServerState
     from fedasr.models.recogniser import recurrent_recogniser
     from fedasr.training import days as lib
-    from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
+    from fedasr.training.checkpoint import Checkpointer, restore_params
 
-    names = ("recordings", "areas", "model", "training", "train_days")
-    settings = {name: bench.config[name] for name in names} | {"own_layers": own_layers}
-    folder = bench.folder / ("days" if own_layers else "shared")
+    training, kind = bench.config["training"], "days" if own_layers else "shared"
+    settings = {name: bench.config[name] for name in ("model", "training", "train_days")}
+    folder = _folder(bench, kind, settings)
     if folder.is_dir():
         try:
-            if read_metadata(folder) == settings:
-                return restore_params(folder)
+            return restore_params(folder)
         except UserError:
-            pass  # of a run that was killed while it saved
-    training = bench.config["training"]
+            pass  # of a run that was killed before it had saved
     recogniser = recurrent_recogniser(bench.model)
     optimizer = lib.published_optimizer(training["learning_rate"], training["steps"])
-    params = recogniser.init(jax.random.key(bench.seed))
-    loss = recogniser.loss
+    params = recogniser.init(_key(bench, "init"))
     if own_layers:
-        params, loss = lib.stack_days(params, len(bench.train)), lib.by_day(loss)
+        params, loss = lib.stack_days(params, len(bench.names)), lib.by_day(recogniser.loss)
     else:
-        # The same batches, without their day.
-        loss = _without_day(loss)
-    step = lib.make_step(loss, optimizer)
+        loss = _without_day(recogniser.loss)  # the same batches
     items = lib.batches(
         [bench.train[day] for day in bench.known],
         bench.bucket,
@@ -195,7 +223,6 @@ def trained(bench: Bench, own_layers: bool) -> Any:
         training["steps"],
     )
     began = time.monotonic()
-    kind = folder.name
 
     def told(losses: list[float]) -> bool:
         if len(losses) % 100 == 0:
@@ -204,12 +231,76 @@ def trained(bench: Bench, own_layers: bool) -> Any:
             bench.log(f"seed {bench.seed}, {kind}: step {len(losses)}, {mean:.2f}, {seconds:.0f} s")
         return False
 
-    key = jax.random.key(bench.seed)
-    params, losses = lib.train(step, params, optimizer.init(params), items, key, told)
+    step = lib.make_step(loss, optimizer)
+    params, losses = lib.train(
+        step, params, optimizer.init(params), items, _key(bench, "training"), told
+    )
     state = ServerState(params, (), jax.numpy.int32(len(losses)))
     with Checkpointer(folder, 1) as checkpointer:
         checkpointer.save(len(losses), state, settings)
     return jax.device_get(params)
+
+
+def federated(bench: Bench) -> Any:
+    """Parameters of federated training: each training day a client that keeps its own layer.
+
+    Returns:
+      They are stacked as those of `trained`; later days have the layer of the last training day.
+    """
+    import jax
+    import numpy as np
+    import optax
+
+    from fedasr.data.batching import LocalBatches
+    from fedasr.data.corpus import open_corpus
+    from fedasr.data.sampling import ShuffledSampler
+    from fedasr.data.splits import UserSubset
+    from fedasr.federated.client import local_training
+    from fedasr.federated.local import LocalStore, make_layout
+    from fedasr.federated.simulation import Simulation
+    from fedasr.models.recogniser import ARRAYS, recurrent_recogniser
+    from fedasr.privacy.mechanism import Mechanism
+
+    settings = bench.config["federated"]
+    recogniser = recurrent_recogniser(bench.model)
+    init = recogniser.init(_key(bench, "init"))
+    corpus = open_corpus(bench.folder / "corpus", "train")
+    known = [corpus.users.index(bench.names[day]) for day in bench.known]
+    corpus = UserSubset(corpus, known)
+    days = len(corpus.users)
+    layout = make_layout(init, ("^day/",))
+    decay = optax.linear_schedule(1.0, 0.0, settings["rounds"])
+    with tempfile.TemporaryDirectory(dir=bench.folder) as rows:
+        store = LocalStore(rows, layout, days)
+        simulation = Simulation(
+            corpus,
+            Mechanism(math.inf, "global", 0.0, ShuffledSampler(days, days, bench.seed)),
+            local_training(
+                recogniser.loss,
+                optax.sgd(settings["learning_rate"], momentum=settings["momentum"]),
+                grad_clip=settings["grad_clip"],
+                schedule=decay,
+            ),
+            optax.sgd(settings["server_learning_rate"], momentum=settings["server_momentum"]),
+            LocalBatches(batch_size=settings["batch_size"], epochs=settings["epochs"]),
+            seed=bench.seed,
+            buckets=[bench.bucket],
+            keep=ARRAYS,
+            store=store,
+        )
+        state = simulation.init(init)
+        for state, metrics in simulation.run(state, settings["rounds"]):  # noqa: B007
+            if metrics.round % 10 == 0:
+                bench.log(
+                    f"seed {bench.seed}, federated: round {metrics.round}, {metrics.loss:.2f}, "
+                    f"{metrics.seconds:.1f} s a round"
+                )
+        params = jax.device_get(state.params)
+        own = store.gather(range(days), np.asarray(layout.extract(params)))
+        store.close()
+    by_day = [layout.insert(params, row)["day"] for row in own]
+    by_day += by_day[-1:] * (len(bench.names) - days)
+    return {**params, "day": jax.tree.map(lambda *rows: np.stack(rows), *by_day)}
 
 
 def _without_day(loss: Any) -> Any:
@@ -253,7 +344,7 @@ def calibrated(bench: Bench, params: Any) -> dict[str, Any]:
     step = lib.make_step(loss, optimizer, day_only=True)
     last = bench.known[-1]
     before, after = [], []
-    for day in range(last + 1, min(last + 1 + settings["days"], len(bench.train))):
+    for day in bench.later[: settings["days"]]:
         fresh = lib.set_day(params, day, last)
         few = lib.DayData(day, bench.train[day].examples[: settings["sentences"]])
         fitted, _ = recalibrate(step, optimizer, fresh, few, (), bench.bucket, options, bench.seed)
@@ -284,11 +375,11 @@ def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
     moving = params
     rows: dict[str, list[dict[str, float]]] = {"fixed": [], "recalibrated": []}
     taken = []
-    for day in range(last + 1, len(bench.train)):
+    for day in bench.later:
         fixed = lib.set_day(params, day, last)
         moving = lib.set_day(moving, day, day - 1)
         today: list[Any] = []
-        for start in range(0, len(bench.train[day].examples), portion):
+        for part, start in enumerate(range(0, len(bench.train[day].examples), portion)):
             new = bench.train[day].examples[start : start + portion]
             scores = bench.scorer(lib.with_day(moving, day), new)
             today += pseudo_labelled(
@@ -306,7 +397,8 @@ def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
                 past,
                 bench.bucket,
                 options,
-                bench.seed + start,
+                bench.seed,
+                part,
             )
             taken.append(len(losses))
         past = [*past, lib.DayData(day, today)] if today else past
@@ -338,7 +430,7 @@ def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: Log) -> d
     params = trained(bench, own_layers=True)
 
     def once(name: str, sections: Sequence[str], make: Callable[[], Any]) -> Any:
-        base = ("recordings", "areas", "model", "training", "train_days")
+        base = ("recordings", "areas", "model", "training", "train_days")  # of every stage
         settings = to_json({section: config[section] for section in (*base, *sections)})
         path = bench.folder / f"{name}.json"
         if path.is_file() and (kept := json.loads(path.read_text()))["settings"] == settings:
@@ -356,6 +448,11 @@ def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: Log) -> d
         "days": once("days-rates", ["language"], lambda: by_training_day(bench, params, decoder)),
         "shared": once(
             "shared-rates", [], lambda: by_training_day(bench, trained(bench, False), None)
+        ),
+        "federated": once(
+            "federated-rates",
+            ["federated"],
+            lambda: by_training_day(bench, federated(bench), None),
         ),
         "calibration": once("calibration", ["calibration"], lambda: calibrated(bench, params)),
         "drift": once(
@@ -381,6 +478,8 @@ def summarize(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
             "cer, a layer for each day": days["cer"],
             "cer, one layer for all": shared["cer"],
             "gain of layers by day, percent": 100 * (1 - days["cer"] / shared["cer"]),
+            "cer, federated by day": found["federated"]["cer"],
+            "federated / central": found["federated"]["cer"] / days["cer"],
             "wer, greedy": days["wer_greedy"],
             "wer, language model": days["wer"],
             "gain of the language model, percent": 100 * (1 - days["wer"] / days["wer_greedy"]),
@@ -463,7 +562,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    from ml_collections import config_flags
-
-    _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "The configuration file.")
+    _CONFIG = cli.define_config(_DEFAULT)
     cli.main(run)

@@ -28,7 +28,10 @@ def main(program: Callable[[], int | None]) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     app.define_help_flags()
     try:
-        rest = flags.FLAGS(sys.argv)
+        try:
+            rest = flags.FLAGS(sys.argv)
+        except (AttributeError, KeyError) as error:
+            raise UserError(f"no such field in the configuration: {error}") from error
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: options are given as --name=value")
         status = program() or 0
@@ -42,6 +45,25 @@ def main(program: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)
+
+
+def define_config(default: str) -> Any:
+    """The flag --config, with a flag for each field; exits with 2 where it cannot be read.
+
+    Args:
+      default: path of the configuration file.
+    """
+    try:
+        from ml_collections import config_flags
+
+        return config_flags.DEFINE_config_file("config", default, "The configuration file.")
+    except ImportError:
+        sys.exit(fail("ml_collections is missing: pip install fedasr"))
+    except (AttributeError, KeyError) as error:
+        # Flags are looked up in the configuration when they are defined.
+        sys.exit(fail(f"no such field in the configuration: {error}"))
+    except UserError as error:
+        sys.exit(fail(error))
 
 
 def seeds(texts: Sequence[str]) -> list[int]:

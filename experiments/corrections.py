@@ -584,7 +584,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    from ml_collections import config_flags
-
-    _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "The configuration file.")
+    _CONFIG = cli.define_config(_DEFAULT)
     cli.main(run)

@@ -372,6 +372,9 @@ def program() -> None:
     ):
         if unknown := sorted(set(names) - set(known)):
             raise UserError(f"--{flag}: {unknown} is not among {', '.join(known)}")
+    groups = tuple(config["accents"]["groups"])
+    if taken := sorted(set(groups) & {SEED, UNION, AVERAGE, ALL, *METHODS}):
+        raise UserError(f"accents.groups: {taken} would be confused with models of that name")
     seeds = cli.seeds(flags.FLAGS.seeds)
     if not flags.FLAGS.privacy:
         raise UserError("--privacy names none")
@@ -380,7 +383,7 @@ def program() -> None:
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    bench = Bench(config, prepare_groups(config["accents"]), tuple(config["accents"]["groups"]))
+    bench = Bench(config, prepare_groups(config["accents"]), groups)
     results = {
         privacy: {
             seed: run_seed(bench, seed, privacy, flags.FLAGS.methods, between, workdir, log)
@@ -409,7 +412,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    from ml_collections import config_flags
-
-    _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "The configuration file.")
+    _CONFIG = cli.define_config(_DEFAULT)
     cli.main(program)

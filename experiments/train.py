@@ -91,15 +91,5 @@ def program() -> int | None:
 
 
 if __name__ == "__main__":
-    try:
-        from ml_collections import config_flags
-
-        _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "The configuration file.")
-    except ImportError:
-        sys.exit(cli.fail("ml_collections is missing: pip install fedasr"))
-    except (AttributeError, KeyError) as error:
-        # Flags are looked up in the configuration when they are defined.
-        sys.exit(cli.fail(f"no such field in the configuration: {error}"))
-    except UserError as error:
-        sys.exit(cli.fail(error))
+    _CONFIG = cli.define_config(_DEFAULT)
     cli.main(program)

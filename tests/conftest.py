@@ -20,6 +20,8 @@ import pytest
 from fedasr.data.batching import Store
 
 jax.config.update("jax_num_cpu_devices", 2)
+# XLA reads its flags once, when it first compiles: now, not under the flags of `quick_compilation`.
+jax.jit(lambda: 1)()
 
 
 def dense_batches(batches):

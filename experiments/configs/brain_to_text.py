@@ -30,8 +30,21 @@ def get_config() -> ConfigDict:
                 "dropout": 0.3,
                 "white_noise": 0.8,
                 "offset_noise": 0.2,
+                "walk_noise": 0.0,
             },
             "training": {"steps": 600, "batch_size": 16, "learning_rate": 0.02},
+            # Every training day is a client in every round; local SGD, server SGD. The clients'
+            # rate falls linearly to 0.
+            "federated": {
+                "rounds": 60,
+                "epochs": 1,
+                "batch_size": 16,
+                "learning_rate": 0.1,
+                "momentum": 0.9,
+                "grad_clip": 10.0,
+                "server_learning_rate": 1.0,
+                "server_momentum": 0.0,
+            },
             "language": {
                 "sentences": 5000,
                 "order": 3,

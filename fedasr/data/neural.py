@@ -505,7 +505,13 @@ def prepare_sessions(
         keep_letters=keep_letters,
         pad_space=pad_space,
     )
-    summary = prepare_with(
+
+    def write_broken(folder: Path) -> None:
+        if source.broken:
+            text = json.dumps(source.broken, indent=1)
+            (folder / CHANNELS_FILE).write_text(text, encoding="utf-8")
+
+    return prepare_with(
         converter,
         source,
         out,
@@ -516,8 +522,5 @@ def prepare_sessions(
         total=source.total,
         progress=progress,
         overwrite=overwrite,
+        write_more=write_broken,
     )
-    if source.broken:
-        path = Path(out) / CHANNELS_FILE
-        path.write_text(json.dumps(source.broken, indent=1), encoding="utf-8")
-    return summary

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -171,6 +171,7 @@ def prepare_with(
     total: int | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    write_more: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """`prepare` with any converter, such as `fedasr.data.neural.NeuralConverter`.
 
@@ -178,6 +179,8 @@ def prepare_with(
       converter: a picklable data class with the attributes and the call of
         `fedasr.data.conversion.Converter`; its fields are stored as the corpus's options.
       notes: read when all utterances are converted.
+      write_more: called with the folder when all utterances are converted, before the corpus counts
+        as done: for files that belong to it.
       utterances, out and the rest: see `prepare`.
 
     Returns and raises: see `prepare`.
@@ -211,6 +214,8 @@ def prepare_with(
             split: _ConvertedCorpus(by_user, parts, converter)
             for split, by_user in by_split.items()
         }
+        if write_more is not None:
+            write_more(out)
         notes = dict(notes or {})
         if saturated := sum(row.saturated for row in rows):
             notes["saturated_utterances"] = saturated
@@ -285,6 +290,8 @@ def prepare_synthetic(
 def progress_bar(description: str) -> Iterator[Progress]:
     """A progress bar on stderr that appears with the first report; nothing without rich."""
     try:
+        # Else first imported by the bar's thread, which may be too late at exit.
+        import rich.markup  # noqa: F401
         from rich import console, progress
     except ImportError:
         yield lambda done, total: None

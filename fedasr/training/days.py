@@ -85,11 +85,28 @@ class DayData(NamedTuple):
     examples: Sequence[Example]
 
 
-def days_of(corpus: Corpus, first: int = 0) -> list[DayData]:
-    """All days of a corpus in order, read into memory and numbered from `first`."""
-    return [
-        DayData(first + i, corpus.get(i, range(int(size)))) for i, size in enumerate(corpus.sizes)
-    ]
+def days_of(corpus: Corpus, days: Sequence[str]) -> dict[int, DayData]:
+    """The days of a corpus, read into memory.
+
+    Args:
+      corpus: whose users are days.
+      days: the names of all days. A day's number is its place here, in every split alike, whether
+        or not that split has sentences of all days.
+
+    Returns:
+      The days that have sentences, by number and in that order.
+
+    Raises:
+      UserError: a day of the corpus has no place.
+    """
+    numbers = {name: number for number, name in enumerate(days)}
+    if unknown := [name for name in corpus.users if name not in numbers]:
+        raise UserError(f"days without a number: {unknown}")
+    found = {
+        numbers[name]: corpus.get(user, range(int(corpus.sizes[user])))
+        for user, name in enumerate(corpus.users)
+    }
+    return {number: DayData(number, found[number]) for number in sorted(found)}
 
 
 def random_batch(

@@ -80,9 +80,10 @@ def mixed_batches(
     config: RecalibrationConfig,
     bucket: Bucket,
     seed: int,
+    part: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """`config.steps` batches, each of today or of one earlier day; a function of (seed, day)."""
-    rng = np.random.default_rng([_TAG, seed, today.day])
+    """`config.steps` batches, each of today or of one earlier day, by (seed, day, part)."""
+    rng = np.random.default_rng([_TAG, seed, today.day, part])
     for _ in range(config.steps):
         now = not past or rng.random() < config.today
         data = today if now else past[int(rng.integers(len(past)))]
@@ -98,6 +99,7 @@ def recalibrate(
     bucket: Bucket,
     config: RecalibrationConfig,
     seed: int,
+    part: int = 0,
 ) -> tuple[Params, list[float]]:
     """Trains on a day's labels or pseudo-labels and on earlier days, for a few steps.
 
@@ -109,7 +111,8 @@ def recalibrate(
       today: its sentences with labels to train on; without any the parameters stay.
       past: earlier days; may be empty.
       bucket: that all sentences fit in.
-      seed: of the choice of sentences, noise and dropout.
+      seed, part: of the choice of sentences, noise and dropout, with the day; `part` numbers the
+        trainings of one day.
 
     Returns:
       The parameters and the losses of the steps taken.
@@ -121,6 +124,8 @@ def recalibrate(
         last = losses[-config.window :]
         return len(last) == config.window and float(np.mean(last)) < config.threshold
 
-    key = jax.random.fold_in(jax.random.key(seed), today.day)
-    items: Any = mixed_batches(today, past, config, bucket, seed)
+    key = jax.random.key(seed)
+    for number in (_TAG, today.day, part):
+        key = jax.random.fold_in(key, number)
+    items: Any = mixed_batches(today, past, config, bucket, seed, part)
     return train(step, params, optimizer.init(params), items, key, done)

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from fedasr.data.corpus import open_corpus
+from fedasr.federated.local import LocalStore
 from fedasr.training import loop
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.logging import read_metrics
@@ -107,6 +109,42 @@ def test_killed_runs_end_as_the_uninterrupted_one(finished, start, tmp_path):
         for key in reference.keys() - {"wall_seconds", "client_steps_per_second"}:
             assert summary[key] == reference[key], key
     assert kills_after_start >= KILLS // 2
+
+
+@pytest.mark.slow
+def test_killed_runs_lose_no_local_parameters(finished, start, tmp_path):
+    config = json.loads((finished[0] / "config.json").read_text())
+    config["model"]["options"]["input_layer"] = True
+    config["local"]["patterns"] = ["^input_layer/"]
+    config["seed_training"]["steps"] = 0
+    config["data"]["eval"] = []
+    config["rounds"], config["checkpoint"]["every"] = 5, 2  # a killed round is lost, or two
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(config, whole)
+    process.join(LONGEST)
+    assert process.exitcode == 0
+    rng = random.Random(1)
+    kills = 0
+    while process.exitcode != 0 or not kills:
+        process = start(config, killed)
+        if kills < 3:
+            kills += kill_at(process, killed, "metrics", rng.uniform(0, MOMENTS["metrics"]))
+        else:
+            process.join(LONGEST)
+    assert kills == 3
+    jax.tree.map(np.testing.assert_array_equal, restore_params(killed), restore_params(whole))
+    assert losses(killed) == losses(whole)
+    np.testing.assert_array_equal(*(rows(config, workdir) for workdir in (killed, whole)))
+
+
+def rows(config, workdir):
+    """The users' local parameters at the end of a run."""
+    layout = loop.local_layout(config)
+    users = len(open_corpus(config["data"]["dir"], config["data"]["train"]).users)
+    with LocalStore(workdir / "local", layout, users, read_only=True) as store:
+        store.restore(config["rounds"])
+        assert store.known.sum() >= 2
+        return store.gather(np.flatnonzero(store.known), np.zeros(layout.size, np.float32))
 
 
 def losses(workdir):

@@ -66,6 +66,18 @@ def test_split_keys_are_independent():
     assert len(np.unique(data, axis=0)) == 8
 
 
+def test_an_input_layer_begins_as_the_identity_and_keeps_padding_zero():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    lengths = jnp.array([5, 2])
+    layer = layers.InputLayer()
+    params = layer.init(jax.random.key(1), x, lengths)
+    inside = (np.arange(5) < np.array([[5], [2]]))[..., None]
+    np.testing.assert_array_equal(layer.apply(params, x, lengths), np.where(inside, x, 0))
+    kernel, bias = np.arange(9.0).reshape(3, 3), np.array([1.0, -2.0, 3.0])
+    found = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x, lengths)
+    np.testing.assert_allclose(found, np.where(inside, x @ kernel + bias, 0), rtol=1e-5)
+
+
 def test_sinusoidal_positions():
     positions = np.float32([[0.0, 1.5, -20.0]])
     out = np.asarray(layers.sinusoidal_positions(jnp.asarray(positions), 6))

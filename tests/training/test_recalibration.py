@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from fedasr.data.corpus import InMemoryCorpus
 from fedasr.errors import UserError
 from fedasr.models.recogniser import recurrent_recogniser
 from fedasr.models.recurrent import RecurrentConfig
@@ -63,6 +64,16 @@ def test_a_batch_trains_the_layer_of_its_day_only(recogniser, params):
     for name in ("kernel", "bias"):
         assert np.abs(np.asarray(grads["day"][name])[[0, 2]]).max() == 0
         np.testing.assert_allclose(grads["day"][name][1], own["day"][name], atol=1e-6)
+
+
+def test_a_day_has_one_number_in_all_splits():
+    """Also where a split has no sentences of some days."""
+    few = InMemoryCorpus({"2001.03": day(0).examples, "2001.01": day(1).examples[:2]})
+    found = lib.days_of(few, ["2001.01", "2001.02", "2001.03"])
+    assert list(found) == [0, 2]
+    assert [(data.day, len(data.examples)) for data in found.values()] == [(0, 2), (2, 5)]
+    with pytest.raises(UserError, match=r"2001\.03"):
+        lib.days_of(few, ["2001.01", "2001.02"])
 
 
 def test_a_new_day_begins_like_another_a_mean_or_the_identity(params):
