@@ -543,11 +543,13 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def run() -> None:
     """Runs what the flags ask for."""
+    cli.configure_devices()
     from fedasr.training.logging import to_json
 
     config = to_json(_CONFIG.value.to_dict())
     seeds = cli.seeds(_SEEDS.value)
     workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
+    cli.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -6,12 +6,15 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
 from fedasr.errors import UserError
 
+# Seconds: a program that took so long to lower will take long to compile; a compilation to report.
+LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
 FAILED, MISTAKE, STOPPED = 1, 2, 3  # exit statuses, beside 0 for work done
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line of stdout.")
@@ -103,3 +106,26 @@ def configure_devices() -> None:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", cores)
+
+
+def configure_compilation(folder: Path) -> None:
+    """Keeps compiled programs for the next process, and says on stderr what takes long to compile.
+
+    Args:
+      folder: that holds the work directories; the programs lie in its `.compile-cache`. An own
+        `JAX_COMPILATION_CACHE_DIR` comes first.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        cache = folder.absolute() / ".compile-cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+    def report(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
+        kind = event.rsplit("/", 1)[-1]
+        if kind == "jaxpr_to_mlir_module_duration" and seconds >= LARGE_PROGRAM:
+            print(f"compiling {fun_name} ...", file=sys.stderr, flush=True)
+        elif kind == "backend_compile_duration" and seconds >= LONG_COMPILATION:
+            print(f"compiled {fun_name} in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+    jax.monitoring.register_event_duration_secs_listener(report)

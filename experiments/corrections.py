@@ -568,6 +568,7 @@ def run() -> None:
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
     seeds = cli.seeds(_SEEDS.value)
     workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
+    cli.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -379,6 +379,7 @@ def program() -> None:
     if not flags.FLAGS.privacy:
         raise UserError("--privacy names none")
     workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
+    cli.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

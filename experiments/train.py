@@ -37,6 +37,7 @@ def run() -> int | None:
     name = f"{config['name']}-{config_lib.fingerprint(config)}"
     workdir = Path(_WORKDIR.value or Path("runs") / name)
     print(f"work directory: {workdir}", file=sys.stderr)
+    cli.configure_compilation(workdir.parent)
     try:
         summary = loop.run(config, workdir)
     except loop.Interrupted as stopped:
