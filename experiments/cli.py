@@ -15,6 +15,7 @@ from fedasr.errors import UserError
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
+_TOGETHER: list[int | None] = []  # not empty: this is one of several processes
 FAILED, MISTAKE, STOPPED = 1, 2, 3  # exit statuses, beside 0 for work done
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line of stdout.")
@@ -47,6 +48,8 @@ def main(program: Callable[[], int | None]) -> None:
         status = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
+    if status and _TOGETHER:
+        os._exit(status)  # the usual end waits for the other processes, which may wait for this one
     sys.exit(status)
 
 
@@ -99,9 +102,13 @@ def show(summary: Mapping[str, Any]) -> None:
 def configure_devices() -> None:
     """On a CPU, one virtual device for each core: client streams beat threads within a step.
 
-    Must run before anything uses a JAX device.
+    Must run before anything uses a JAX device. `JAX_NUM_CPU_DEVICES` in the environment comes
+    first.
     """
     import jax
+
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
 
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -129,3 +136,28 @@ def configure_compilation(folder: Path) -> None:
             print(f"compiled {fun_name} in {seconds:.1f} s", file=sys.stderr, flush=True)
 
     jax.monitoring.register_event_duration_secs_listener(report)
+
+
+def in_step(
+    coordinator: str, processes: int | None, process: int | None, program: Callable[[], int | None]
+) -> int | None:
+    """Runs a program as one of several processes; ends this one when another has died.
+
+    Args:
+      coordinator, processes, process: see `fedasr.federated.hosts.initialize`; "auto" for None.
+      program: the same in all of them.
+    """
+    from fedasr.federated import hosts
+
+    _TOGETHER.append(process)
+    hosts.initialize(None if coordinator == "auto" else coordinator, processes, process)
+    import jax
+
+    try:
+        return program()
+    except jax.errors.JaxRuntimeError as error:
+        fail(
+            "another process of this run has ended, or cannot be reached; start the same commands "
+            f"again to go on ({error})"
+        )
+        return FAILED

@@ -2,6 +2,10 @@
 
     python -m experiments.train [--config=experiments/configs/NAME.py] [--workdir=DIR]
                                 [--config.section.field=value ...] [--dry_run] [--json]
+                                [--coordinator=HOST:PORT --processes=N --process=I]
+
+With --coordinator the same command runs on several hosts, --process=0 on HOST; the work directory
+and the data must be the same folders everywhere. --coordinator=auto: where JAX knows the cluster.
 
 Without --config it is the quickstart. Running the same command again resumes. Exit status: 0 when
 the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
@@ -21,11 +25,22 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/NAME-FINGERPRINT of the configuration."
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or 'auto'.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which this is, from 0.", lower_bound=0)
 
 
 def run() -> int | None:
     """Runs what the flags ask for; returns the exit status if not 0."""
     cli.configure_devices()
+    if _COORDINATOR.value:
+        return cli.in_step(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, train)
+    return train()
+
+
+def train() -> int | None:
+    """The run, in this process."""
+    from fedasr.federated import hosts
     from fedasr.training import config as config_lib
     from fedasr.training import loop
     from fedasr.training.logging import to_json
@@ -36,17 +51,19 @@ def run() -> int | None:
         return None
     name = f"{config['name']}-{config_lib.fingerprint(config)}"
     workdir = Path(_WORKDIR.value or Path("runs") / name)
-    print(f"work directory: {workdir}", file=sys.stderr)
+    if hosts.is_leader():
+        print(f"work directory: {workdir}", file=sys.stderr)
     cli.configure_compilation(workdir.parent)
     try:
         summary = loop.run(config, workdir)
     except loop.Interrupted as stopped:
         return cli.fail(stopped, cli.STOPPED)
-    if cli.JSON.value:
-        cli.show(summary)
-    else:
-        print("\n".join(_describe(summary)))
-    print(f"report: {workdir / 'report.html'}", file=sys.stderr)
+    if hosts.is_leader():
+        if cli.JSON.value:
+            cli.show(summary)
+        else:
+            print("\n".join(_describe(summary)))
+        print(f"report: {workdir / 'report.html'}", file=sys.stderr)
     return None if summary["status"] == "completed" else cli.FAILED
 
 

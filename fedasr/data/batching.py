@@ -277,9 +277,12 @@ class LocalBatches:
 
 
 class _Client(NamedTuple):
+    """plan: indices of the examples of each batch. real: their elements, of axis 0, in all."""
+
     user: int
     bucket: int
     plan: list[np.ndarray]
+    real: int
 
 
 class ClientBatcher:
@@ -294,6 +297,8 @@ class ClientBatcher:
       keep: names of the arrays that the loss needs; default all.
       devices: among which a chunk is divided; each computes the steps of its own longest client.
       weights: of the users, [users], such as their numbers of examples; None for 1.
+      rows: of a chunk that this process needs; the others are not read, and not in the chunks. None
+        for all.
     """
 
     def __init__(
@@ -306,12 +311,14 @@ class ClientBatcher:
         keep: Sequence[str] | None = None,
         devices: int = 1,
         weights: np.ndarray | None = None,
+        rows: slice | None = None,
     ) -> None:
         if chunk_size < 1:
             raise UserError(f"chunk must be at least 1 (got {chunk_size})")
         self._corpus, self._local, self._buckets = corpus, local, tuple(buckets)
         self._chunk_size, self._seed, self._keep = chunk_size, seed, keep
         self._devices, self._weights = devices, weights
+        self._rows = range(chunk_size) if rows is None else range(chunk_size)[rows]
         self._unit = next(iter(self._buckets[0]), None) if self._buckets else None
         # A fixed number of batches of a fixed size is as small dense, and one shape for everybody.
         self._stored = local.steps is None or local.frames is not None
@@ -325,7 +332,9 @@ class ClientBatcher:
         plan = self._local.plan(size, self._seed, round, user, unit)
         used = np.concatenate(plan)
         longest = {name: int(values[used].max()) for name, values in lengths.items()}
-        return _Client(user, fitting_bucket(self._buckets, longest) if longest else 0, plan)
+        bucket = fitting_bucket(self._buckets, longest) if longest else 0
+        real = len(used) if self._unit is None else int(lengths[self._unit][used].sum())
+        return _Client(user, bucket, plan, real)
 
     def _step_slots(self, steps: int) -> int:
         """Rounded up to a power of four where users differ, so that few shapes are compiled.
@@ -353,9 +362,9 @@ class ClientBatcher:
         slots = self._chunk_size
         bucket = self._buckets[max(c.bucket for c in clients)] if self._buckets else {}
         steps = self._step_slots(max(len(c.plan) for c in clients))
-        shape = (slots, steps, self._slots(clients))
+        shape = (len(self._rows), steps, self._slots(clients))
         build = self._store if self._stored else self._dense
-        batches, real = build(clients, bucket, shape)
+        batches = build(clients, bucket, shape)
         num_steps = np.zeros(slots, np.int32)
         num_steps[: len(clients)] = [len(c.plan) for c in clients]
         user = np.zeros(slots, np.int32)
@@ -366,74 +375,80 @@ class ClientBatcher:
         unit = next(iter(bucket.values()), 1)
         longest = num_steps.reshape(self._devices, -1).max(axis=1)
         trips = int(longest.sum()) * (slots // self._devices)
-        computed = trips * shape[2] * unit
-        return Chunk(batches, num_steps, user, weight), Padding(real, computed)
+        own = slice(self._rows.start, self._rows.stop)
+        chunk = Chunk(batches, num_steps[own], user[own], weight[own])
+        return chunk, Padding(sum(c.real for c in clients), trips * shape[2] * unit)
+
+    def _own(self, clients: list[_Client]) -> list[tuple[int, _Client]]:
+        """The clients whose data this process needs, and their places among its rows."""
+        return [(i - self._rows.start, c) for i, c in enumerate(clients) if i in self._rows]
+
+    def _template(self, clients: list[_Client]) -> dict[str, np.ndarray]:
+        """An example, for names and dtypes."""
+        example = self._corpus.get(clients[0].user, [int(clients[0].plan[0][0])])[0]
+        names = [n for n in example if self._keep is None or n in self._keep]
+        return {name: np.asarray(example[name]) for name in names}
 
     def _dense(
         self, clients: list[_Client], bucket: Bucket, shape: tuple[int, int, int]
-    ) -> tuple[dict[str, np.ndarray], int]:
-        """Every batch of every client, padded, and the number of real frames."""
+    ) -> dict[str, np.ndarray]:
+        """Every batch of every client, padded."""
         batches: dict[str, np.ndarray] = {}
-        real = 0
-        for position, client in enumerate(clients):
+        own = self._own(clients)
+        if not own:
+            place(batches, (0, 0, 0), shape, self._template(clients), bucket, self._keep)
+            batches = {name: np.zeros_like(value) for name, value in batches.items()}
+        for position, client in own:
             wanted, where = np.unique(np.concatenate(client.plan), return_inverse=True)
             examples = self._corpus.get(client.user, wanted.tolist())
             ends = np.cumsum([len(batch) for batch in client.plan])
             for step, inverse in enumerate(np.split(where, ends[:-1])):
                 for slot, example in enumerate(inverse):
-                    real += place(
-                        batches,
-                        (position, step, slot),
-                        shape,
-                        examples[example],
-                        bucket,
-                        self._keep,
-                    )
-        return batches, real
+                    at = (position, step, slot)
+                    place(batches, at, shape, examples[example], bucket, self._keep)
+        return batches
 
-    def _store(
-        self, clients: list[_Client], bucket: Bucket, shape: tuple[int, int, int]
-    ) -> tuple[Store, int]:
-        """Every example of every client once (see `Store`), and the frames in all the batches."""
+    def _store(self, clients: list[_Client], bucket: Bucket, shape: tuple[int, int, int]) -> Store:
+        """Every example of every client once (see `Store`)."""
         index = np.full(shape, -1, np.int32)
-        held: list[list[Example]] = []
-        uses = []
-        for position, client in enumerate(clients):
+        held: dict[int, list[Example]] = {}
+        for position, client in self._own(clients):
             wanted, where = np.unique(np.concatenate(client.plan), return_inverse=True)
-            held.append(self._corpus.get(client.user, wanted.tolist()))
+            held[position] = self._corpus.get(client.user, wanted.tolist())
             ends = np.cumsum([len(batch) for batch in client.plan])
             for step, inverse in enumerate(np.split(where, ends[:-1])):
                 index[position, step, : len(inverse)] = inverse
-            uses.append(np.bincount(where, minlength=len(wanted)))
-        names = [n for n in held[0][0] if self._keep is None or n in self._keep]
-        room = _power_of_four(max(len(examples) for examples in held))
+        # Shapes are the same in all processes: they follow from lengths, which all know.
+        used = [np.unique(np.concatenate(client.plan)) for client in clients]
+        room = _power_of_four(max(map(len, used)))
+        first = next(iter(held.values()))[0] if held else self._template(clients)
         arrays, offsets, lengths, spans = {}, {}, {}, {}
-        for name in names:
-            first = np.asarray(held[0][0][name])
+        for name, value in first.items():
+            if self._keep is not None and name not in self._keep:
+                continue
+            value = np.asarray(value)
             if name not in bucket:
-                arrays[name] = _zeros(name, (shape[0], room, *first.shape), first.dtype)
-                for position, examples in enumerate(held):
+                arrays[name] = _zeros(name, (shape[0], room, *value.shape), value.dtype)
+                for position, examples in held.items():
                     arrays[name][position, : len(examples)] = [x[name] for x in examples]
                 continue
-            sizes = [np.array([len(x[name]) for x in examples]) for examples in held]
             span = bucket[name]
-            longest = max(int(s.sum()) for s in sizes)
+            longest = max(
+                int(self._corpus.lengths(client.user)[name][wanted].sum())
+                for client, wanted in zip(clients, used, strict=True)
+            )
             frames = span << (-(-longest // span) - 1).bit_length()
-            arrays[name] = _zeros(name, (shape[0], frames, *first.shape[1:]), first.dtype)
+            arrays[name] = _zeros(name, (shape[0], frames, *value.shape[1:]), value.dtype)
             offsets[name] = np.zeros((shape[0], room), np.int32)
             lengths[name] = np.zeros((shape[0], room), np.int32)
             spans[name] = np.zeros((shape[0], span), np.bool_)
-            for position, (examples, size) in enumerate(zip(held, sizes, strict=True)):
+            for position, examples in held.items():
+                size = np.array([len(x[name]) for x in examples])
                 joined = np.concatenate([x[name] for x in examples])
                 arrays[name][position, : len(joined)] = joined
                 offsets[name][position, : len(size)] = np.cumsum(size) - size
                 lengths[name][position, : len(size)] = size
-        unit = next(iter(bucket), None)
-        real = sum(
-            int(use.sum() if unit is None else use @ lengths[unit][position, : len(use)])
-            for position, use in enumerate(uses)
-        )
-        return Store(index, arrays, offsets, lengths, spans), real
+        return Store(index, arrays, offsets, lengths, spans)
 
 
 def _power_of_four(count: int) -> int:
@@ -458,11 +473,8 @@ def place(
     example: Example,
     bucket: Bucket,
     keep: Sequence[str] | None = None,
-) -> int:
+) -> None:
     """Writes one example into zero-padded arrays of leading `shape`, making them when missing.
-
-    Returns:
-      The example's length along axis 0 of the first array of `bucket` (1 without buckets).
 
     Raises:
       UserError: an array would be larger than `MAX_ARRAY_BYTES`.
@@ -481,7 +493,6 @@ def place(
         else:
             batches[name][position] = value
     batches.setdefault("mask", np.zeros(shape, np.bool_))[position] = True
-    return len(example[next(iter(bucket))]) if bucket else 1
 
 
 def eval_batches(

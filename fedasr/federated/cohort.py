@@ -69,8 +69,8 @@ class Weigh(Protocol):
 
 
 def client_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A one-dimensional mesh over `devices` (default: all local ones), along the client axis."""
-    return Mesh(np.asarray(devices if devices is not None else jax.local_devices()), (AXIS,))
+    """A one-dimensional mesh over `devices` (default: those of all processes), by client."""
+    return Mesh(np.asarray(devices if devices is not None else jax.devices()), (AXIS,))
 
 
 def client_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,6 +26,7 @@ from fedasr.data.batching import (
 )
 from fedasr.data.corpus import Corpus
 from fedasr.errors import UserError
+from fedasr.federated import hosts
 from fedasr.federated.client import ClientUpdate, Params
 from fedasr.federated.cohort import (
     CohortSum,
@@ -86,7 +87,8 @@ class Simulation:
       seed: of everything random, with (round, user).
       chunk: clients vmapped together on a device; 0 for the whole cohort. On a CPU 1 is fastest.
       buckets: padded shapes (default: one that holds everything).
-      devices: default all local devices; each works on a part of every chunk.
+      devices: default all devices, of all processes (see `fedasr.federated.hosts`); each works on
+        a part of every chunk.
       keep: names of the example arrays that the loss needs (default all).
       weights: of the users, in [0, 1], float [users], for a mechanism whose weighting is "bounded".
         A user's own may depend on their data and on what is public or private by itself (such as
@@ -146,9 +148,12 @@ class Simulation:
             keep,
             self.mesh.size,
             weights,
+            hosts.own_rows(self.mesh, per_device * self.mesh.size),
         )
         self.store = store
         if store is not None:
+            if jax.process_count() > 1:
+                raise UserError("local parameters need all devices in one process")
             if store.users != len(corpus.users):
                 raise UserError(
                     f"the local parameters are of {store.users} users, "
@@ -159,7 +164,11 @@ class Simulation:
             client_update = with_local(client_update, store.layout)
             trained = store.layout.shared
         root = jax.random.key(seed)
-        self._client_root = jax.random.fold_in(root, CLIENT_STREAM)
+        clients = np.asarray(jax.random.key_data(jax.random.fold_in(root, CLIENT_STREAM)))
+        self._round_key = jax.jit(
+            lambda round: jax.random.fold_in(jax.random.wrap_key_data(clients), round),
+            out_shardings=replicated(self.mesh),
+        )
         self._adaptive = mechanism.adaptive is not None
         if self._adaptive:
             client_update = _without_scales(client_update)
@@ -175,7 +184,6 @@ class Simulation:
         chain = optax.chain(mechanism.server_transform(noise_key), server_optimizer)
         self._chain = transform_part(chain, trained)
         self._step = jax.jit(functools.partial(server_step, chain=self._chain))
-        self._round_key = jax.jit(jax.random.fold_in)
         self._reweigh = None
         if mechanism.weighting == "examples":
             # The server divides by the expected cohort; this makes that a division by the weights.
@@ -192,7 +200,7 @@ class Simulation:
 
     def place(self, state: ServerState) -> ServerState:
         """Puts a state, such as a restored one, on every device."""
-        return jax.device_put(state, replicated(self.mesh))
+        return hosts.place(state, replicated(self.mesh))
 
     def _items(self, first: int, last: int) -> Iterator[tuple[Chunk | None, Padding, bool]]:
         """Chunks of the rounds first..last-1, each round ended by (None, padding, True)."""
@@ -209,7 +217,7 @@ class Simulation:
         users = None
         if chunk is not None and self.store is not None:
             users = np.where(chunk.num_steps > 0, chunk.user, -1)
-        return jax.device_put(chunk, client_sharding(self.mesh)), padding, last, users
+        return hosts.place_rows(chunk, client_sharding(self.mesh)), padding, last, users
 
     def run(self, state: ServerState, rounds: int) -> Iterator[tuple[ServerState, RoundMetrics]]:
         """Trains, yielding the state and metrics after each of `rounds` more rounds.
@@ -228,7 +236,7 @@ class Simulation:
                 chunk, padding, last, users = next(stream)
                 waiting += time.perf_counter() - asked
                 if not last:
-                    key = self._round_key(self._client_root, round)
+                    key = self._round_key(np.int32(round))
                     view = self._view(state)
                     if own is not None:
                         # Not by the thread, which reads ahead: a user's last round must be written.
@@ -267,7 +275,7 @@ class Simulation:
         if total is None:
             layers = len(self.layer_names(state.params))
             nobody = {"clipped": jnp.zeros(layers), "clients": jnp.float32(0)}
-            return jax.device_put(nobody, replicated(self.mesh))
+            return hosts.place(nobody, replicated(self.mesh))
         valid = (total.clients - total.invalid).astype(jnp.float32)
         return {"clipped": total.clipped, "clients": valid}
 
@@ -276,7 +284,7 @@ class Simulation:
             return self._reweigh(total) if self._reweigh else total.delta
         like = keep_part(state.params, self._trained)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
-        return jax.device_put(zeros, replicated(self.mesh))
+        return hosts.place(zeros, replicated(self.mesh))
 
     def layer_names(self, params: Params) -> list[str]:
         """Names of the layers that metrics by layer are about: those of the trained variables."""

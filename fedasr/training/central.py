@@ -23,7 +23,8 @@ class CentralTraining:
       loss: see `fedasr.federated.client.Loss`.
       optimizer: any optax transformation.
       batch_size: examples per step over all devices; None with `frames`.
-      seed, buckets, devices, keep: as for `fedasr.federated.simulation.Simulation`.
+      seed, buckets, keep: as for `fedasr.federated.simulation.Simulation`.
+      devices: of this process; default all.
       frames: about so many frames per step over all devices (see `PooledBatcher`).
       steps_per_report: steps in one item of `run`.
     """
@@ -42,7 +43,7 @@ class CentralTraining:
         devices: Sequence[jax.Device] | None = None,
         keep: Sequence[str] | None = None,
     ) -> None:
-        self._mesh = client_mesh(devices)
+        self._mesh = client_mesh(devices or jax.local_devices())
         # Every device needs an equal share; the padding examples are masked.
         self._batcher = PooledBatcher(
             corpus,

@@ -64,7 +64,13 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep)
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                create=False,
+                # Of several processes one writes: it must not wait for the others.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=jax.process_index(),
+                    active_processes={jax.process_index()} if jax.process_count() > 1 else None,
+                ),
             ),
             item_handlers={
                 _STATE: ocp.PyTreeCheckpointHandler(),
@@ -119,10 +125,7 @@ class Checkpointer:
 
     def oldest_step(self) -> int | None:
         """The oldest complete checkpoint that is still there, or None."""
-        steps = [
-            int(f.name) for f in self.directory.iterdir() if f.name.isdecimal() and _is_step(f)
-        ]
-        return min(steps, default=None)
+        return min(_steps(self.directory), default=None)
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Returns `(state, metadata)` of checkpoint `step`, bit for bit as saved.
@@ -139,16 +142,54 @@ class Checkpointer:
                 (the message names the first leaf that differs).
         """
         self.wait()
-        folder = self.directory / str(step)
-        if not _is_step(folder):
-            raise UserError(f"there is no checkpoint {step} in {self.directory}")
-        return _fit(folder, like), _read_json(folder)
+        return CheckpointReader(self.directory).restore(step, like)
 
     def close(self) -> None:
         """Waits for the save in flight and frees the resources."""
         self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class CheckpointReader:
+    """Reads the checkpoints that another process of the same run writes; saves nothing.
+
+    Args:
+        directory: folder of the checkpoints; it may be missing.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory).absolute()
+
+    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
+        """Does nothing: see `Checkpointer.save`."""
+
+    def wait(self) -> None:
+        """Does nothing."""
+
+    def latest_step(self) -> int | None:
+        """The latest complete checkpoint, or None."""
+        return max(_steps(self.directory), default=None)
+
+    def oldest_step(self) -> int | None:
+        """The oldest complete checkpoint, or None."""
+        return min(_steps(self.directory), default=None)
+
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """See `Checkpointer.restore`."""
+        folder = self.directory / str(step)
+        if not _is_step(folder):
+            raise UserError(f"there is no checkpoint {step} in {self.directory}")
+        return _fit(folder, like), _read_json(folder)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def __enter__(self) -> "CheckpointReader":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -211,15 +252,19 @@ def _is_step(folder: Path) -> bool:
     return (folder / _STEP_MARKER).is_file() and (folder / _STATE).is_dir()
 
 
+def _steps(directory: Path) -> list[int]:
+    """Numbers of the complete checkpoints in a folder, which may be missing."""
+    folders = directory.iterdir() if directory.is_dir() else ()
+    return [int(f.name) for f in folders if f.name.isdecimal() and _is_step(f)]
+
+
 def _find_step(path: str | Path) -> Path:
     path = Path(path).absolute()
     if _is_step(path):
         return path
     for parent in (path / "checkpoints", path):
-        if parent.is_dir():
-            steps = [f for f in parent.iterdir() if f.name.isdecimal() and _is_step(f)]
-            if steps:
-                return max(steps, key=lambda folder: int(folder.name))
+        if steps := _steps(parent):
+            return parent / str(max(steps))
     raise UserError(
         f"no checkpoint in {path}: give a work directory, its checkpoints folder or the folder of "
         "one checkpoint"

@@ -22,7 +22,7 @@ class Evaluator:
       recogniser: the model.
       buckets: padded shapes; every utterance must fit in one.
       batch_size: utterances at a time, rounded up to a multiple of the devices.
-      devices: default all local devices.
+      devices: of this process; default all.
       tokenizer: that wrote the labels; default that of the 29 characters.
       layout: of local parameters, to evaluate users with their own.
     """
@@ -36,7 +36,7 @@ class Evaluator:
         tokenizer: CharTokenizer | None = None,
         layout: Layout | None = None,
     ) -> None:
-        mesh = client_mesh(devices)
+        mesh = client_mesh(devices or jax.local_devices())
         self._sharding, self._whole = client_sharding(mesh), replicated(mesh)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._buckets = tuple(buckets)

@@ -5,11 +5,14 @@ checkpoint and ends with the same parameters, bit for bit, since everything rand
 (seed, round, user) and the noise counter is part of the state.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +38,7 @@ from fedasr.data.corpus import (
     shared_users,
 )
 from fedasr.errors import UserError
+from fedasr.federated import hosts
 from fedasr.federated.client import local_training
 from fedasr.federated.local import (
     SLOTS_FILE,
@@ -54,7 +58,12 @@ from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_mechanism, make_sampler
 from fedasr.text import CharTokenizer, tokenizer_for
 from fedasr.training.central import CentralTraining
-from fedasr.training.checkpoint import Checkpointer, lock_directory, restore_params
+from fedasr.training.checkpoint import (
+    Checkpointer,
+    CheckpointReader,
+    lock_directory,
+    restore_params,
+)
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
@@ -149,6 +158,7 @@ class Data:
         settings = config["data"]
         metadata = read_metadata(directory)
         self.tokenizer = fitting_tokenizer(config, metadata)
+        _check_features(config, metadata)
         self.train = open_corpus(directory, settings["train"])
         if settings["iid"]:
             self.train = ReshuffledCorpus(self.train, config["seed"])
@@ -181,6 +191,15 @@ class Data:
         self.buckets = make_buckets([self.train], settings["buckets"], multiples)
         others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
         self.other_buckets = make_buckets(others, 1, multiples) if others else ()
+
+
+def _check_features(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Raises UserError for a recurrent model of another number of channels than the data has."""
+    if config["model"]["name"] != "recurrent":
+        return
+    channels = metadata["options"].get("channels", LogMelConfig().num_mels)
+    if config["model"]["options"].get("features", RecurrentConfig.features) != channels:
+        raise UserError(f"the data needs model.options.features={channels}")
 
 
 def _check_users(data: Data, private: bool, log: Any) -> None:
@@ -437,7 +456,8 @@ def _check(config: Mapping[str, Any]) -> None:
     _local_batches(config)
     options = config["model"]["options"]
     mels = LogMelConfig().num_mels
-    if options.get("features", mels) != mels:
+    # Those of neural recordings are known with the data (`Data`).
+    if config["model"]["name"] != "recurrent" and options.get("features", mels) != mels:
         raise UserError(f"the data needs model.options.features={mels}")
     if not 0 < config["privacy"]["delta"] < 1:
         raise UserError(f"privacy.delta={config['privacy']['delta']} must lie between 0 and 1")
@@ -446,6 +466,11 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError(f"privacy.deployments: {case} is not (cohort, population)")
     if config["devices"] > len(jax.local_devices()):
         raise UserError(f"devices={config['devices']}: only {len(jax.local_devices())} are here")
+    if jax.process_count() > 1:
+        if config["devices"]:
+            raise UserError("devices must be 0, all of them, with several processes")
+        if config["algorithm"] != "federated" or config["local"]["patterns"]:
+            raise UserError("central training and local parameters need a single process")
     if config["init_from"]:
         checkpoint_metadata(config["init_from"])
 
@@ -630,6 +655,9 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     config = to_json(config)
     _check(config)
     workdir = Path(workdir)
+    if hosts.is_leader():
+        data_directory(config)  # the others find it made
+    hosts.wait_for_all("data")
     directory = data_directory(config)
     config["data"]["identity"] = _identity(directory)
     # What the model's outputs mean: of the checkpoints, too.
@@ -638,17 +666,26 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
-    with lock_directory(workdir), graceful_stop() as stop:
+    with contextlib.ExitStack() as stack:
+        if hosts.is_leader():
+            stack.enter_context(lock_directory(workdir))
+        stop = stack.enter_context(graceful_stop())
+        hosts.wait_for_all("locked")
         new = _is_new(workdir, config)
         summary_path = workdir / SUMMARY_FILE
         if (done := _read_json(summary_path)) and done.get("status") == "completed":
-            if not (workdir / REPORT_FILE).exists():  # killed between the two
+            if hosts.is_leader() and not (workdir / REPORT_FILE).exists():  # killed between the two
                 write_report(workdir)
             return done
         if new and local_layout(config) is not None:  # rows of a mistaken configuration
             remove_rows(workdir / LOCAL_FOLDER)
-        this = _Run(config, directory, workdir, stop)
-        if new:  # not before: a mistaken configuration must not claim the directory
+        scratch = workdir
+        if not hosts.is_leader():
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        this = _Run(config, directory, workdir, scratch, stop)
+        # Before anything is written all have read.
+        hosts.wait_for_all("begun")
+        if new and hosts.is_leader():  # not before: a mistake must not claim the directory
             write_json_atomic(workdir / CONFIG_FILE, config)
         return this.run()
 
@@ -692,9 +729,10 @@ class _Run:
     """The state of one process's part of a run."""
 
     def __init__(
-        self, config: dict[str, Any], directory: Path, workdir: Path, stop: StopFlag
+        self, config: dict[str, Any], directory: Path, workdir: Path, logs: Path, stop: StopFlag
     ) -> None:
-        self.config, self.workdir, self.stop = config, workdir, stop
+        # `logs` is the work directory in the leader; what others write is for nobody.
+        self.config, self.logs, self.stop = config, logs, stop
         self.began = time.monotonic()
         self.totals = Totals()
         self.initial: dict[str, Any] = {}
@@ -711,7 +749,9 @@ class _Run:
                     f"init_from={config['init_from']} writes the characters {theirs!r}, the data "
                     f"{config['data']['characters']!r}"
                 )
-        self.devices = jax.local_devices()[: config["devices"] or None]
+        self.devices = jax.devices()[: config["devices"] or None]
+        # What is not spread over processes is done by each, and alike.
+        self.own_devices = [d for d in self.devices if d.process_index == jax.process_index()]
         self.data = Data(directory, config, self._message)
         self.seed_steps = config["seed_training"]["steps"] if self.data.seed else 0
         evaluation_buckets = self.data.buckets + self.data.other_buckets
@@ -724,7 +764,7 @@ class _Run:
             self.recogniser,
             self.whole_bucket,
             config["evaluation"]["batch_size"],
-            self.devices,
+            self.own_devices,
             self.data.tokenizer,
             layout := local_layout(config),
         )
@@ -752,9 +792,16 @@ class _Run:
                 for case in config["privacy"]["deployments"]:
                     # Raises for one that cannot be, before anything is trained.
                     self.simulations[0][1].mechanism.deployed(*case)
-        self.checkpointer = Checkpointer(workdir / "checkpoints", config["checkpoint"]["keep"])
+        checkpoints = workdir / "checkpoints"
+        if hosts.is_leader():
+            self.checkpointer = Checkpointer(checkpoints, config["checkpoint"]["keep"])
+        else:
+            self.checkpointer = CheckpointReader(checkpoints)
+        self.latest = self.checkpointer.latest_step()
 
     def _message(self, text: str) -> None:
+        if not hosts.is_leader():
+            return
         if logger := getattr(self, "logger", None):
             logger.message(text)
         else:
@@ -782,17 +829,17 @@ class _Run:
             self.store.release(oldest - self.seed_steps)
 
     def _check_stop(self, stage: str, units: int, state: ServerState) -> None:
-        if self.stop.requested:
+        if hosts.any_process(self.stop.requested):
             self._save(stage, units, state)
             self.checkpointer.wait()
             raise Interrupted(f"stopped in {stage} at {units}: run the same command to go on")
 
     def run(self) -> dict[str, Any]:
         """All the stages from wherever the last checkpoint is."""
-        latest = self.checkpointer.latest_step()
+        latest = self.latest
         stage, units = "seed", 0
         if latest is not None:
-            metadata = checkpoint_metadata(self.workdir / "checkpoints" / str(latest))
+            metadata = checkpoint_metadata(self.checkpointer.directory / str(latest))
             stage, units = metadata["stage"], metadata["units"]
             self.totals = Totals(**metadata["totals"])
             self.initial = metadata["initial"]
@@ -802,7 +849,8 @@ class _Run:
         if self.config["algorithm"] == "central" and stage == "main":
             rounds_done, steps_done = 0, self.seed_steps + units
         resume = (None, None) if latest is None else (rounds_done, steps_done)
-        self.logger = RunLogger(self.workdir, *resume)
+        stream = None if hosts.is_leader() else io.StringIO()
+        self.logger = RunLogger(self.logs, *resume, stream=stream)
         try:
             with self.logger, self.checkpointer:
                 if latest is not None:
@@ -815,10 +863,11 @@ class _Run:
                 summary = self._main(params, latest, units)
         except Interrupted:
             partial = {"status": "interrupted", "wall_seconds": self._wall_seconds()}
-            write_json_atomic(self.workdir / SUMMARY_FILE, partial)
+            write_json_atomic(self.logs / SUMMARY_FILE, partial)
             raise
-        write_json_atomic(self.workdir / SUMMARY_FILE, summary)
-        write_report(self.workdir)
+        write_json_atomic(self.logs / SUMMARY_FILE, summary)
+        if hosts.is_leader():
+            write_report(self.logs)
         return summary
 
     def _wall_seconds(self) -> float:
@@ -838,10 +887,10 @@ class _Run:
             self.data.seed,
             self.recogniser.loss,
             self.whole_bucket,
-            self.devices,
+            self.own_devices,
         )
         state = self._central_steps("seed", trainer, params, latest, units, self.seed_steps)
-        return state.params
+        return hosts.leaders(state.params)
 
     def _central_steps(
         self,
@@ -866,6 +915,8 @@ class _Run:
         return state
 
     def _evaluate(self, params: Any, splits: Sequence[str]) -> dict[str, dict[str, float]]:
+        if jax.process_count() > 1:
+            params = hosts.on_host(params)
         return {
             split: self.evaluator(params, self.data.evaluation[split], self._rows(params, split))
             for split in splits
@@ -885,7 +936,7 @@ class _Run:
         if self.store is not None:
             self.store.restore(units)
             if latest is not None:
-                _check_rows(self.store, self.workdir / "checkpoints" / str(latest))
+                _check_rows(self.store, self.checkpointer.directory / str(latest))
         like = params
         if like is None:
             like = self.recogniser.init(jax.random.key(self.config["seed"]))

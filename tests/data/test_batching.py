@@ -3,6 +3,7 @@ import threading
 import time
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -259,6 +260,44 @@ def test_chunks_hold_exactly_the_plan(dense, sizes, chunk_size, count, batch, ep
         assert padding.fraction == pytest.approx(1 - real / padding.computed)
     assert sorted(met) == users
     assert work == sorted(work, reverse=True)  # the most work first
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"epochs": 2}])
+@pytest.mark.parametrize("keep", [None, ("features", "labels")])
+def test_processes_read_their_own_rows_and_no_others(options, keep):
+    """Put together they are the chunks of a single process; empty slots among them."""
+    corpus = speech_corpus([1, 4, 2, 3, 6])
+    read = []
+
+    class Watched(InMemoryCorpus):
+        def get(self, user, indices):
+            read.append(user)
+            return corpus.get(user, indices)
+
+    sizes = corpus.sizes
+    watched = Watched(
+        {u: corpus.get(i, range(sizes[i])) for i, u in enumerate(corpus.users)},
+        ragged=("features", "labels"),
+    )
+    buckets, local = make_buckets([corpus], 2, MULTIPLES), LocalBatches(2, **options)
+
+    def chunks(rows=None):
+        batcher = ClientBatcher(watched, local, buckets, 6, 0, keep, devices=3, rows=rows)
+        return list(batcher.chunks(range(5), 1)) + list(batcher.chunks([2], 1))
+
+    whole = chunks()
+    read.clear()
+    parts = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        parts.append(chunks(rows))
+        # User 2 is alone in the last chunk: its dtypes are everybody's.
+        assert set(read) <= set(whole[0][0].user[rows].tolist()) | {2}
+        read.clear()
+    for (chunk, padding), *several in zip(whole, *parts, strict=True):
+        assert {part_padding for _, part_padding in several} == {padding}
+        joined = jax.tree.map(lambda *rows: np.concatenate(rows), *(part for part, _ in several))
+        assert jax.tree.structure(joined) == jax.tree.structure(chunk)
+        jax.tree.map(np.testing.assert_array_equal, joined, chunk)
 
 
 def test_step_slots_are_few():

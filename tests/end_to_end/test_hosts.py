@@ -1,0 +1,96 @@
+"""Two processes with four devices each are one run, and one does not go on without the other."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from fedasr.training.checkpoint import restore_params
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LONGEST = 300.0  # seconds that a process may take
+SOON = 60.0  # seconds within which it must notice that the other is gone
+
+
+@pytest.fixture
+def start(program_environment):
+    """start(flags, processes): a run's processes, four CPU devices each, one for a single one."""
+    running = []
+
+    def begin(flags, processes):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        devices = {"JAX_NUM_CPU_DEVICES": "1" if processes == 1 else "4"}
+        for process in range(processes):
+            together = (
+                f"--coordinator=localhost:{port}",
+                f"--processes={processes}",
+                f"--process={process}",
+            )
+            running.append(
+                subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "experiments.train", *flags, "--json"),
+                        *(together if processes > 1 else ()),
+                    ],
+                    env=program_environment | devices,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return running[-processes:]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_and_end_together(start, tiny_flags, tmp_path):
+    flags = (*tiny_flags, "--config.rounds=5", "--config.checkpoint.every=1")
+    flags = (*flags, "--config.cohort=6", "--config.privacy.sampler=everyone")
+    flags = (*flags, "--config.evaluation.every=0", "--config.seed_training.steps=0")
+    (alone,) = start((*flags, f"--workdir={tmp_path}/alone"), 1)
+    both = start((*flags, f"--workdir={tmp_path}/both"), 2)
+
+    # Killed after two rounds: the leader must not wait forever.
+    metrics = tmp_path / "both" / "metrics.jsonl"
+    deadline = time.monotonic() + LONGEST
+    while not (metrics.exists() and '"round": 2' in metrics.read_text()):
+        assert both[0].poll() is None, both[0].communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGKILL)
+    output, errors = both[0].communicate(timeout=SOON)
+    assert both[0].returncode not in (0, None)
+    assert "error: another process of this run has ended" in errors or "distributed" in errors
+    assert not (tmp_path / "both" / "summary.json").exists()
+
+    both = start((*flags, f"--workdir={tmp_path}/both"), 2)
+    outputs = [process.communicate(timeout=LONGEST) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "resuming in stage 'main' at" in outputs[0][1]
+    assert "status" not in outputs[1][0] and "resuming" not in outputs[1][1]
+    summary = json.loads(outputs[0][0].splitlines()[-1])
+    assert summary["device"].startswith("8 x ")
+
+    output, errors = alone.communicate(timeout=LONGEST)
+    assert alone.returncode == 0, errors
+    expected = json.loads(output.splitlines()[-1])
+    assert expected["device"].startswith("1 x ")
+    assert summary["privacy"] == expected["privacy"]
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=0),
+        restore_params(tmp_path / "both"),
+        restore_params(tmp_path / "alone"),
+    )
