@@ -48,6 +48,9 @@ _AREAS = flags.DEFINE_string(
     None,
     "Channels of neural recordings; default tx1[0:128],spikePow[0:128], or all of a manifest's.",
 )
+_LEXICON = flags.DEFINE_string(
+    "lexicon", None, "neural: pronunciations in the form of CMUdict; labels are then phonemes."
+)
 _STRIDE = flags.DEFINE_integer("stride", 4, "Bins of neural recordings per output of the model.")
 _DEV = flags.DEFINE_float("dev_fraction", 0.1, "Share of undivided users held out for dev.")
 _TEST = flags.DEFINE_float("test_fraction", 0.1, "Share of undivided users held out for test.")
@@ -118,6 +121,7 @@ def _neural(path: str) -> dict[str, Any]:
             stride=_STRIDE.value,
             language=_LANGUAGE.value or "en",
             keep_letters=_LETTERS.value,
+            lexicon=_LEXICON.value,
             workers=_WORKERS.value,
             progress=progress,
             overwrite=_OVERWRITE.value,

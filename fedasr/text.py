@@ -10,9 +10,11 @@ does not.
 """
 
 import functools
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +34,13 @@ _LETTERS = {
     "pt": "àáâãçéêíóôõúü",
 }
 LANGUAGES = tuple(_LETTERS)
+
+# Of CMUdict, without stress; silence separates words.
+PHONEMES = (
+    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W "
+    "Y Z ZH"
+).split()
+SILENCE = "SIL"
 
 _APOSTROPHES_AND_DASHES = dict.fromkeys(
     "\u2018\u2019\u201b\u02bc\u02bb\u2032\uff07`\u00b4", "'"
@@ -180,16 +189,114 @@ class CharTokenizer:
         return "".join(self.characters[i - 1] for i in ids if i != self.blank).strip()
 
 
-def tokenizer_for(metadata: Mapping[str, Any]) -> CharTokenizer:
+class PhonemeTokenizer:
+    """Phonemes to ids: 0 is the CTC blank, 1..39 `PHONEMES`, 40 `SILENCE`, which separates words.
+
+    A text is a sequence of their names with spaces between: what counts words counts phonemes.
+
+    Attributes:
+      characters: the names, a list. vocab_size, blank: as of `CharTokenizer`.
+    """
+
+    blank: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        self.characters = [*PHONEMES, SILENCE]
+        self.vocab_size = len(self.characters) + 1
+        self._ids = {name: i for i, name in enumerate(self.characters, start=1)}
+
+    def encode(self, text: str, pad_space: bool = False) -> np.ndarray:
+        """The ids of phonemes, int32 [phonemes]; `pad_space` puts silence on both sides.
+
+        Raises:
+          UserError: no such phoneme.
+        """
+        names = text.split()
+        if pad_space:
+            names = [SILENCE, *names, SILENCE]
+        try:
+            return np.array([self._ids[name] for name in names], np.int32)
+        except KeyError as error:
+            raise UserError(f"{error.args[0]!r} is no phoneme of {self.characters}") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The names of ids in 0..40, silence at the ends and blanks left out.
+
+        Raises:
+          ValueError: an id out of range.
+        """
+        ids = [int(i) for i in ids]
+        if any(not 0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"ids must lie in 0..{self.vocab_size - 1}")
+        names = [self.characters[i - 1] for i in ids if i != self.blank]
+        while names and names[-1] == SILENCE:
+            names.pop()
+        start = next((i for i, name in enumerate(names) if name != SILENCE), 0)
+        return " ".join(names[start:])
+
+
+Tokenizer = CharTokenizer | PhonemeTokenizer
+
+
+def read_lexicon(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, ...]]]:
+    """Reads a pronouncing dictionary in the form of CMUdict.
+
+    A line holds a word and its phonemes; "WORD(2)" is another pronunciation, stress digits are
+    left out, and lines that begin with ";;;" are comments. Words come out in lower case.
+
+    Raises:
+      UserError: the file cannot be read, or a line has no phoneme.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    lexicon: dict[str, list[tuple[str, ...]]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith(";;;"):
+            continue
+        word, *phonemes = line.split(" #")[0].split()
+        if not phonemes:
+            raise UserError(f"{path}, line {number}: {word!r} has no phonemes")
+        spelling = tuple(p.rstrip("012") for p in phonemes)
+        spellings = lexicon.setdefault(re.sub(r"\(\d+\)$", "", word).lower(), [])
+        if spelling not in spellings:
+            spellings.append(spelling)
+    return lexicon
+
+
+def pronounced(
+    text: str, lexicon: Mapping[str, Iterable[tuple[str, ...]]]
+) -> tuple[str, list[str]]:
+    """A text in phonemes: each word's first pronunciation, silence between.
+
+    Args:
+      text: words with spaces between, as `normalize_text` returns them.
+      lexicon: of `read_lexicon`.
+
+    Returns:
+      The phonemes as `PhonemeTokenizer.encode` takes them, and the words that have none.
+    """
+    words = text.split()
+    if unknown := [word for word in words if word not in lexicon]:
+        return "", unknown
+    return f" {SILENCE} ".join(" ".join(next(iter(lexicon[word]))) for word in words), []
+
+
+def tokenizer_for(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that wrote a prepared corpus's labels.
 
     Args:
-      metadata: of `fedasr.data.corpus.read_metadata`; `options.characters` is the alphabet.
+      metadata: of `fedasr.data.corpus.read_metadata`; `options.characters` is the alphabet, a list
+        for phonemes.
 
     Raises:
       UserError: the metadata names no alphabet.
     """
     characters = metadata.get("options", {}).get("characters")
+    if characters == PhonemeTokenizer().characters:
+        return PhonemeTokenizer()
     if not isinstance(characters, str):
         raise UserError("the corpus does not say its alphabet (options.characters): prepare again")
     return CharTokenizer(characters)

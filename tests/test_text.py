@@ -7,9 +7,13 @@ from fedasr.errors import UserError
 from fedasr.text import (
     CHARACTERS,
     LANGUAGES,
+    PHONEMES,
     CharTokenizer,
+    PhonemeTokenizer,
     alphabet,
     normalize_text,
+    pronounced,
+    read_lexicon,
     tokenizer_for,
 )
 
@@ -158,3 +162,46 @@ def test_tokenizer_of_a_corpus():
     for characters in ("", "aa"):
         with pytest.raises(UserError, match="alphabet"):
             CharTokenizer(characters)
+
+
+def test_a_lexicon_is_read(tmp_path):
+    path = tmp_path / "dict"
+    path.write_text(";;; c\nTWO  T UW1\nREAD  R EH1 D # past\nREAD(2)  R IY1 D\n")
+    assert read_lexicon(path) == {
+        "two": [("T", "UW")],
+        "read": [("R", "EH", "D"), ("R", "IY", "D")],
+    }
+    path.write_text("TWO\n")
+    with pytest.raises(UserError, match="line 1"):
+        read_lexicon(path)
+
+
+def test_words_of_a_lexicon_may_begin_like_a_comment(tmp_path):
+    path = tmp_path / "lexicon.txt"
+    path.write_text(
+        ";;; a comment\n#HASH HH AE1 SH\n(PAREN P ER0\nread R EH1 D # past\nread(2) R IY1 D\n"
+    )
+    assert read_lexicon(path) == {
+        "#hash": [("HH", "AE", "SH")],
+        "(paren": [("P", "ER")],
+        "read": [("R", "EH", "D"), ("R", "IY", "D")],
+    }
+
+
+def test_phonemes_and_their_ids():
+    tokenizer = PhonemeTokenizer()
+    # 39 phonemes, silence and the blank, as the published speech decoder has.
+    assert tokenizer.vocab_size == 41 and len(set(PHONEMES)) == 39
+    lexicon = {"read": [("R", "EH", "D"), ("R", "IY", "D")], "two": [("T", "UW")]}
+    assert pronounced("read two", lexicon) == ("R EH D SIL T UW", [])
+    assert pronounced("read three four", lexicon) == ("", ["three", "four"])
+    ids = tokenizer.encode("R EH D SIL T UW", pad_space=True)
+    assert ids.dtype == np.int32 and ids[0] == ids[-1] == ids[4] == 40
+    assert tokenizer.decode([0, *ids, 0, 0]) == "R EH D SIL T UW"
+    assert tokenizer.decode([40, 40, 0]) == tokenizer.decode([]) == ""
+    with pytest.raises(UserError, match="'XX'"):
+        tokenizer.encode("R XX")
+    with pytest.raises(ValueError, match=r"0\.\.40"):
+        tokenizer.decode([41])
+    options = {"options": {"characters": list(tokenizer.characters)}}
+    assert isinstance(tokenizer_for(options), PhonemeTokenizer)

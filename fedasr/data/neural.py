@@ -430,8 +430,10 @@ def _sentence(
 class NeuralConverter:
     """Turns a sentence into what a corpus stores; see `fedasr.data.conversion.Converter`.
 
-    channels: of every sentence. stride: bins per output frame
-    of the model. min_bins: shorter sentences are left out. language, keep_letters: of the texts.
+    channels: of every sentence. stride: bins per output frame of the model. min_bins: shorter
+    sentences are left out. language, keep_letters: of the texts. lexicon: a pronouncing dictionary
+    (see `fedasr.text.read_lexicon`) to write phonemes instead of letters, or "". lexicon_digest:
+    of that file.
     """
 
     channels: int
@@ -440,11 +442,15 @@ class NeuralConverter:
     language: str = "en"
     keep_letters: bool = False
     pad_space: bool = False
+    lexicon: str = ""
+    lexicon_digest: str = ""
     store: str = "features"
 
     @property
-    def characters(self) -> str:
+    def characters(self) -> str | list[str]:
         """The alphabet of the labels."""
+        if self.lexicon:
+            return text_lib.PhonemeTokenizer().characters
         return text_lib.alphabet(self.language, self.keep_letters)
 
     @property
@@ -463,12 +469,24 @@ class NeuralConverter:
         Raises:
           Skip: it cannot be used.
         """
-        labels = labels_of(utterance.text, self.language, self.keep_letters, self.pad_space)
+        text = utterance.text
+        labels = labels_of(text, self.language, self.keep_letters, self.pad_space)
+        if self.lexicon:
+            words, _ = text_lib.normalize_text(text, self.language, self.keep_letters)
+            phonemes, unknown = text_lib.pronounced(words, _lexicon(self.lexicon))
+            if unknown:
+                raise Skip("unknown_words", f"{unknown} in {text!r}")
+            labels = text_lib.PhonemeTokenizer().encode(phonemes, self.pad_space)
         signal, rate = utterance.audio()
         if len(signal) < self.min_bins:
             raise Skip("too_short", f"{len(signal)} bins, at least {self.min_bins}")
         check_feasible(labels, len(signal), self.stride)
         return Converted(signal.astype(np.float32), labels, len(signal) / rate, False)
+
+
+@functools.lru_cache(maxsize=1)
+def _lexicon(path: str) -> dict[str, list[tuple[str, ...]]]:
+    return text_lib.read_lexicon(path)
 
 
 def prepare_sessions(
@@ -479,17 +497,20 @@ def prepare_sessions(
     language: str = "en",
     keep_letters: bool = False,
     pad_space: bool = False,
+    lexicon: str | os.PathLike[str] | None = None,
     workers: int = 1,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes recordings as a corpus whose users are days; what is wrong is counted.
 
-    The corpus gives "features" float32 [bins, channels], z-scored, and "labels" int32 [characters].
+    The corpus gives "features" float32 [bins, channels], z-scored, and "labels" int32.
     Which channels were set to zero is listed in `channels.json` of the folder, if any were.
 
     Args:
       source: what to read. stride: bins per output frame of the model, all its steps together.
+      lexicon: a pronouncing dictionary, for labels that are phonemes; sentences with a word that it
+        does not have are skipped ("unknown_words").
       out, language, keep_letters, pad_space, workers, progress, overwrite: see
         `fedasr.data.prepare.prepare`.
 
@@ -498,12 +519,18 @@ def prepare_sessions(
     """
     if stride < 1:
         raise UserError(f"stride must be at least 1, not {stride}")
+    if lexicon:
+        text_lib.read_lexicon(lexicon)  # a clear error if it is none
     converter = NeuralConverter(
         channels=source.channels,
         stride=stride,
         language=language,
         keep_letters=keep_letters,
         pad_space=pad_space,
+        lexicon=os.fspath(lexicon or ""),
+        lexicon_digest=hashlib.sha256(Path(lexicon).read_bytes()).hexdigest()[:16]
+        if lexicon
+        else "",
     )
 
     def write_broken(folder: Path) -> None:

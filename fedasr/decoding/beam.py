@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import heapq
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -253,31 +250,3 @@ def _add(a: float, b: float) -> float:
     if a < b:
         a, b = b, a
     return a if b == _NEVER else a + math.log1p(math.exp(b - a))
-
-
-def read_lexicon(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, ...]]]:
-    """Reads a pronouncing dictionary in the form of CMUdict.
-
-    A line holds a word and its phonemes; "WORD(2)" is another pronunciation, stress digits are
-    left out, and lines that begin with ";;;" are comments. Words come out in lower case.
-
-    Raises:
-      UserError: the file cannot be read, or a line has no phoneme.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    lexicon: dict[str, list[tuple[str, ...]]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith(";;;"):
-            continue
-        word, *phonemes = line.split(" #")[0].split()
-        if not phonemes:
-            raise UserError(f"{path}, line {number}: {word!r} has no phonemes")
-        spelling = tuple(p.rstrip("012") for p in phonemes)
-        spellings = lexicon.setdefault(re.sub(r"\(\d+\)$", "", word).lower(), [])
-        if spelling not in spellings:
-            spellings.append(spelling)
-    return lexicon

@@ -11,7 +11,7 @@ from fedasr.data.corpus import Corpus
 from fedasr.federated.cohort import client_mesh, client_sharding, replicated
 from fedasr.federated.local import Layout
 from fedasr.models.recogniser import ARRAYS, Recogniser
-from fedasr.text import CharTokenizer
+from fedasr.text import CharTokenizer, Tokenizer
 from fedasr.training.metrics import ErrorRate, char_errors, word_errors
 
 
@@ -33,7 +33,7 @@ class Evaluator:
         buckets: Sequence[Bucket],
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
-        tokenizer: CharTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         layout: Layout | None = None,
     ) -> None:
         mesh = client_mesh(devices or jax.local_devices())
@@ -83,7 +83,10 @@ class Evaluator:
     def __call__(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> dict[str, float]:
-        """{"wer": percent, "cer": percent, "loss": nats per utterance}; see `transcripts`."""
+        """{"wer": percent, "cer": percent, "loss": nats per utterance}; see `transcripts`.
+
+        Of labels that are phonemes "wer" is the phoneme error rate, and "cer" says nothing.
+        """
         references, hypotheses, loss = self.transcripts(params, corpus, rows)
         rates: tuple[ErrorRate, ErrorRate] = (
             word_errors(references, hypotheses),

@@ -56,7 +56,7 @@ from fedasr.models.recurrent import RecurrentConfig
 from fedasr.privacy import accounting, clipping
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_mechanism, make_sampler
-from fedasr.text import CharTokenizer, tokenizer_for
+from fedasr.text import Tokenizer, tokenizer_for
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import (
     Checkpointer,
@@ -121,7 +121,7 @@ def build_recogniser(config: Mapping[str, Any], augmented: bool = True) -> Recog
     return make_recogniser(config["model"]["name"], config["model"]["options"], augment)
 
 
-def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> CharTokenizer:
+def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of prepared data, if the configured model writes its alphabet.
 
     Args:

@@ -18,7 +18,7 @@ from fedasr.data.neural import (
 )
 from fedasr.data.neural_synthetic import NeuralConfig
 from fedasr.errors import UserError
-from fedasr.text import CharTokenizer
+from fedasr.text import CharTokenizer, tokenizer_for
 
 TINY = NeuralConfig(
     days=2,
@@ -81,6 +81,26 @@ def test_features_are_the_chosen_channels_z_scored_by_block(tmp_path):
             np.testing.assert_allclose(found[i]["features"], expected, atol=1e-4)
     tokenizer = CharTokenizer(read_metadata(tmp_path / "out")["options"]["characters"])
     assert [tokenizer.decode(x["labels"]) for x in found] == TEXTS
+
+
+def test_labels_may_be_phonemes(tmp_path):
+    write_day(tmp_path / "raw" / "train" / "t1.mat", ["One two.", "three", "two one"])
+    lexicon = tmp_path / "dict"
+    lexicon.write_text("ONE W AH1 N\nTWO T UW1\n")
+    summary, skipped = prepared(tmp_path, lexicon=lexicon)
+    assert summary["skipped"] == {"unknown_words": 1}
+    assert [line["reason"] for line in skipped.values()] == ["unknown_words"]
+    tokenizer = tokenizer_for(read_metadata(tmp_path / "out"))
+    found = open_corpus(tmp_path / "out", "train").get(0, range(2))
+    texts = [tokenizer.decode(x["labels"]) for x in found]
+    assert texts == ["W AH N SIL T UW", "T UW SIL W AH N"]
+    # Another dictionary is another corpus.
+    lexicon.write_text("ONE W AH1 N\nTWO T UW1\nTHREE TH R IY1\n")
+    with pytest.raises(UserError, match="overwrite"):
+        prepared(tmp_path, lexicon=lexicon)
+    lexicon.write_text("ONE\n")
+    with pytest.raises(UserError, match="line 1"):
+        prepared(tmp_path, lexicon=lexicon, overwrite=True)
 
 
 def test_folders_become_splits_and_a_day_is_one_user(tmp_path):

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from fedasr.decoding.beam import BeamConfig, BeamDecoder, read_lexicon
+from fedasr.decoding.beam import BeamConfig, BeamDecoder
 from fedasr.decoding.ngram import END, estimate
 from fedasr.errors import UserError
 
@@ -142,18 +142,6 @@ def test_a_narrow_search_keeps_to_the_best():
     assert values == sorted(values)
 
 
-def test_a_lexicon_is_read(tmp_path):
-    path = tmp_path / "dict"
-    path.write_text(";;; c\nTWO  T UW1\nREAD  R EH1 D # past\nREAD(2)  R IY1 D\n")
-    assert read_lexicon(path) == {
-        "two": [("T", "UW")],
-        "read": [("R", "EH", "D"), ("R", "IY", "D")],
-    }
-    path.write_text("TWO\n")
-    with pytest.raises(UserError, match="line 1"):
-        read_lexicon(path)
-
-
 def test_mistakes():
     with pytest.raises(UserError, match="each once"):
         BeamDecoder("ab", " ")
@@ -161,15 +149,3 @@ def test_mistakes():
         BeamDecoder(TOKENS, " ", None, {"abc": ["abc"]})
     with pytest.raises(UserError, match="beam"):
         BeamConfig(beam=0)
-
-
-def test_words_of_a_lexicon_may_begin_like_a_comment(tmp_path):
-    path = tmp_path / "lexicon.txt"
-    path.write_text(
-        ";;; a comment\n#HASH HH AE1 SH\n(PAREN P ER0\nread R EH1 D # past\nread(2) R IY1 D\n"
-    )
-    assert read_lexicon(path) == {
-        "#hash": [("HH", "AE", "SH")],
-        "(paren": [("P", "ER")],
-        "read": [("R", "EH", "D"), ("R", "IY", "D")],
-    }
