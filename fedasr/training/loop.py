@@ -456,8 +456,12 @@ def _check(config: Mapping[str, Any]) -> None:
     _local_batches(config)
     options = config["model"]["options"]
     mels = LogMelConfig().num_mels
-    # Those of neural recordings are known with the data (`Data`).
-    if config["model"]["name"] != "recurrent" and options.get("features", mels) != mels:
+    if config["model"]["name"] == "recurrent":
+        sections = ("seed_training", "central", "client")
+        if timed := [name for name in sections if config[name]["batch_seconds"]]:
+            raise UserError(f"{timed[0]}.batch_seconds counts audio: a recurrent model has none")
+    # The channels of neural recordings are known with the data (`Data`).
+    elif options.get("features", mels) != mels:
         raise UserError(f"the data needs model.options.features={mels}")
     if not 0 < config["privacy"]["delta"] < 1:
         raise UserError(f"privacy.delta={config['privacy']['delta']} must lie between 0 and 1")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedasr.data.prepare import Utterance, prepare
+from fedasr.errors import UserError
 from fedasr.text import CharTokenizer
 from fedasr.training import loop
 from fedasr.training.logging import to_json
@@ -62,3 +63,36 @@ def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
     assert summary["status"] == "completed" and summary["rounds"] == 1
     assert summary["invalid_client_updates"] == 0
     assert summary["clients"][-1]["up_bytes"] > 0
+
+
+def test_neural_recordings(tmp_path):
+    """From MATLAB files to a run in which each day has kept a layer of its own."""
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    from experiments.configs import neural as config_file
+    from fedasr.data import neural, neural_synthetic
+
+    recordings = neural_synthetic.NeuralConfig(
+        days=2, train_sentences=3, test_sentences=1, words=(3, 3), electrodes=4, informative=4
+    )
+    neural_synthetic.generate(recordings, tmp_path / "raw")
+    areas = neural.parse_areas("tx1[0:4],spikePow[0:4]")
+    source = neural.NeuralSessions(tmp_path / "raw", areas)
+    neural.prepare_sessions(source, tmp_path / "data", stride=2)
+    config = config_file.get_config("model=handwriting")
+    config.model.options.update(units=4, layers=1, features=8)
+    config.data.dir = str(tmp_path / "data")
+    config.update(rounds=1)
+    config.client.batch_size = 2
+    summary = loop.run(to_json(config.to_dict()), tmp_path / "run")
+    assert summary["status"] == "completed" and summary["local"]["users"] == 2
+    assert summary["local"]["parameters"] == 8 * 8 + 8
+    assert summary["wer"].keys() == {"test"}
+    for wrong, words in (
+        ({"model.options.features": 9}, "features=8"),
+        ({"model.options.vocab": 41}, "vocab=30"),
+        ({"client.batch_seconds": 2.0}, "batch_seconds"),
+    ):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict(wrong)
+        with pytest.raises(UserError, match=words):
+            loop.run(to_json(other.to_dict()), tmp_path / "wrong")
