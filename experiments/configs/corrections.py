@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config.model.options.update({"dim": 96, "mlp": 384, "blocks": 3})
     config.rounds = 80
     config.cohort = 8
+    config.chunk = 1
     config.seed_training.steps = 1200
     config.seed_training.learning_rate = 2e-3
     config.client.learning_rate = 0.3

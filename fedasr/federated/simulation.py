@@ -6,6 +6,7 @@ sampler -> batches -> vmap(client) -> clip -> sum -> /expected size -> noise -> 
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -286,6 +287,42 @@ class Simulation:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
         return hosts.place(zeros, replicated(self.mesh))
 
+    def chunk_bytes(self, params: Params) -> int:
+        """Bytes of a device's memory that rounds take, by compiling for the largest chunk.
+
+        The largest of the first round with anybody in it: later ones may be larger. Counted are the
+        compiled program, chunks on their way, the server's state and as much again for its step.
+
+        Args:
+          params: arrays or their shapes.
+        """
+        round, chunks = 0, []
+        while not chunks:
+            users = self.mechanism.sampler.cohort(round)
+            chunks = [chunk for chunk, _ in itertools.islice(self.batcher.chunks(users, round), 1)]
+            round += 1
+        state = jax.eval_shape(lambda p: init_server(p, self._chain), params)
+        view = jax.eval_shape(self._view, state)
+        chunk = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self.chunk * self.mesh.size, *x.shape[1:]), x.dtype),
+            chunks[0],
+        )
+        if self.store is not None:
+            rows = (chunk.user.shape[0], self.store.layout.size)
+            chunk = chunk._replace(local=jax.ShapeDtypeStruct(rows, np.float32))
+        sums = jax.eval_shape(self._cohort.zeros, view, chunk)
+        key = jax.eval_shape(self._round_key, 0)
+        lowered = self._cohort.add.lower(sums, view, chunk, key, np.int32(0))
+        found = lowered.compile().memory_analysis()
+        program = (
+            found.argument_size_in_bytes
+            + found.temp_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+        )
+        waiting = _AHEAD * _bytes(chunk) // self.mesh.size
+        return int(program + waiting + 2 * _bytes(state))
+
     def layer_names(self, params: Params) -> list[str]:
         """Names of the layers that metrics by layer are about: those of the trained variables."""
         return layer_names(keep_part(params, self._trained), self.mechanism.layers)
@@ -330,6 +367,10 @@ class _OwnParameters:
     def _write_next(self) -> None:
         users, rows = self._pending.popleft()
         self._store.write(users[users >= 0], np.asarray(rows)[users >= 0])
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _init_part(init: Any, trained: Sequence[bool] | None, view: Any) -> Any:

@@ -18,7 +18,7 @@ def default_config() -> ConfigDict:
     (noise of std clip_norm * sigma on the mean client update), learning rates belong to optax
     optimisers named in `fedasr.federated.server.SERVER_OPTIMIZERS`.
     """
-    from ml_collections import ConfigDict
+    from ml_collections import ConfigDict, FieldReference
 
     from fedasr.audio.augment import SpecAugmentConfig
     from fedasr.models.transformer import TransformerConfig
@@ -29,7 +29,9 @@ def default_config() -> ConfigDict:
     config.algorithm = "federated"  # or "central": the same data with the users forgotten
     config.rounds = 100  # federated rounds; unused by "central"
     config.cohort = 8  # expected number of users in a round
-    config.chunk = 1  # users vmapped together on a device; 0: the whole cohort
+    # Users vmapped together on a device; 0: the whole cohort; "auto": as many as its memory holds,
+    # but 1 on a CPU, where that is fastest.
+    config.chunk = FieldReference("auto", field_type=object)
     config.devices = 0  # 0: all; on a CPU, one for each core
     config.init_from = ""  # work directory or checkpoint to start from; it replaces the seed
 

@@ -38,7 +38,7 @@ from fedasr.data.corpus import (
     shared_users,
 )
 from fedasr.errors import UserError
-from fedasr.federated import hosts
+from fedasr.federated import chunks, hosts
 from fedasr.federated.client import local_training
 from fedasr.federated.local import (
     SLOTS_FILE,
@@ -72,6 +72,7 @@ from fedasr.training.report import write_report
 
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
 CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
+CHUNK_FILE = "chunk.json"  # what chunk="auto" came to, or what fitted: a resumed run takes it again
 LOCAL_FOLDER = "local"  # of a work directory, the users' local parameters
 
 
@@ -278,12 +279,15 @@ def make_simulation(
     loss: Any,
     devices: Sequence[jax.Device],
     store: LocalStore | None = None,
+    chunk: int | None = None,
 ) -> Simulation:
     """The federated rounds of a configuration.
 
     Args:
       config, data, loss, devices: of the run.
       store: the users' local parameters, if the configuration has any.
+      chunk: in place of the configuration's. That may be "auto": 1 on a CPU, where it is fastest,
+        otherwise as many clients as the devices' memory holds.
 
     Raises:
       UserError: for settings that make no sense together.
@@ -312,20 +316,31 @@ def make_simulation(
             schedule=factor if decays else None,
         )
 
-    return Simulation(
-        data.train,
-        make_mechanism(config, sampler),
-        compression.make_client_update(config, make_update, loss),
-        make_optimizer(server["optimizer"], schedule, **server["options"]),
-        _local_batches(config),
-        seed=config["seed"],
-        chunk=config["chunk"],
-        buckets=data.buckets,
-        devices=devices,
-        keep=ARRAYS,
-        trained=trained_variables(config),
-        store=store,
-    )
+    def build(chunk: int) -> Simulation:
+        return Simulation(
+            data.train,
+            make_mechanism(config, sampler),
+            compression.make_client_update(config, make_update, loss),
+            make_optimizer(server["optimizer"], schedule, **server["options"]),
+            _local_batches(config),
+            seed=config["seed"],
+            chunk=chunk,
+            buckets=data.buckets,
+            devices=devices,
+            keep=ARRAYS,
+            trained=trained_variables(config),
+            store=store,
+        )
+
+    chunk = config["chunk"] if chunk is None else chunk
+    if chunk != chunks.AUTO:
+        return build(chunk)
+    if (budget := chunks.device_budget(devices)) is None:
+        return build(1)
+    shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+    most = -(-sampler.slots // len(devices))
+    found = chunks.fit_chunk(lambda c: build(c).chunk_bytes(shapes), most, budget)
+    return build(int(hosts.leaders(np.array(found))))  # processes must agree
 
 
 def local_layout(config: Mapping[str, Any]) -> Layout | None:
@@ -422,7 +437,6 @@ def _check(config: Mapping[str, Any]) -> None:
         )
     least = {
         "rounds": 0,
-        "chunk": 0,
         "devices": 0,
         "data.buckets": 1,
         "seed_training.steps": 0,
@@ -448,6 +462,10 @@ def _check(config: Mapping[str, Any]) -> None:
     for name, bound in least.items():
         if flat[name] < bound:
             raise UserError(f"{name}={flat[name]} must be at least {bound}")
+    if config["chunk"] != chunks.AUTO and not (
+        isinstance(config["chunk"], int) and config["chunk"] >= 0
+    ):
+        raise UserError(f"chunk={config['chunk']!r} must be a number from 0, or 'auto'")
     compression.check(config)
     _check_local(config)
     for section in ("seed_training", "central", "client", "server"):
@@ -589,6 +607,12 @@ def _figure(epsilon: Any) -> dict[str, Any]:
     }
 
 
+def _dry_chunk(config: Mapping[str, Any]) -> int | str:
+    """As far as it is known without compiling."""
+    automatic = config["chunk"] == chunks.AUTO
+    return 1 if automatic and chunks.device_budget(jax.devices()) is None else config["chunk"]
+
+
 def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run would be: resolves the configuration, trains nothing, makes no data.
 
@@ -631,7 +655,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         summary |= {
             "rounds": config["rounds"],
             "cohort": config["cohort"] or population,
-            "chunk": config["chunk"],
+            "chunk": _dry_chunk(config),
             "bytes_per_client": {"down": clients[-1]["down_bytes"], "up": clients[-1]["up_bytes"]},
             "clients": clients,
             "privacy": describe_privacy(mechanism, config, config["rounds"], shared),
@@ -788,10 +812,9 @@ class _Run:
             if config["augment"]["enabled"] and (start := config["augment"]["start_round"]):
                 plain = build_recogniser(config, augmented=False)
                 losses.insert(0, (min(start, config["rounds"]), plain.loss))
-            self.simulations = [
-                (until, make_simulation(config, self.data, loss, self.devices, self.store))
-                for until, loss in losses
-            ]
+            self.losses, self.chunk_file = losses, workdir / CHUNK_FILE
+            kept = (_read_json(self.chunk_file) or {}).get("chunk")
+            self.simulations = self._simulations(kept)
             if config["privacy"]["enabled"]:
                 for case in config["privacy"]["deployments"]:
                     # Raises for one that cannot be, before anything is trained.
@@ -802,6 +825,25 @@ class _Run:
         else:
             self.checkpointer = CheckpointReader(checkpoints)
         self.latest = self.checkpointer.latest_step()
+
+    def _simulations(self, chunk: int | None) -> list[tuple[int, Simulation]]:
+        """(rounds until which it runs, simulation), in order."""
+        made: list[tuple[int, Simulation]] = []
+        for until, loss in self.losses:
+            made.append(
+                (
+                    until,
+                    make_simulation(self.config, self.data, loss, self.devices, self.store, chunk),
+                )
+            )
+            chunk = made[0][1].chunk
+        return made
+
+    def _keep_chunk(self) -> None:
+        """The float additions of a resumed run are in the order of the first."""
+        chunk = self.simulations[0][1].chunk
+        if hosts.is_leader() and chunk != self.config["chunk"]:
+            write_json_atomic(self.chunk_file, {"chunk": chunk, "device": _device(self.devices)})
 
     def _message(self, text: str) -> None:
         if not hosts.is_leader():
@@ -972,12 +1014,34 @@ class _Run:
         self, state: ServerState, done: int
     ) -> Iterator[tuple[ServerState, RoundMetrics, bool]]:
         """(state, metrics, whether something was compiled) of the rounds after the first `done`."""
-        for until, simulation in self.simulations:
+        self._keep_chunk()
+        shrunk, number = False, 0
+        while number < len(self.simulations):
+            until, simulation = self.simulations[number]
             compiled = 0
-            for state, metrics in simulation.run(state, max(until - done, 0)):
-                yield state, metrics, simulation.compilations() > compiled
-                compiled = simulation.compilations()
-            done = max(done, until)
+            try:
+                for state, metrics in simulation.run(state, max(until - done, 0)):
+                    done = metrics.round
+                    yield state, metrics, simulation.compilations() > compiled
+                    compiled = simulation.compilations()
+                number += 1
+            except jax.errors.JaxRuntimeError as error:
+                chunk = simulation.chunk
+                if not chunks.is_out_of_memory(error) or jax.process_count() > 1:
+                    raise
+                if shrunk or chunk == 1:
+                    raise UserError(
+                        f"out of memory on {_device(self.devices)} with chunk={chunk}: set a "
+                        "smaller chunk, smaller batches or gradient checkpointing"
+                    ) from error
+                self._message(
+                    f"out of memory on {_device(self.devices)} with chunk={chunk}: going on with "
+                    f"chunk={chunk // 2}"
+                )
+                shrunk = True
+                self.simulations = self._simulations(chunk // 2)
+                state = self.simulations[number][1].place(state)
+                self._keep_chunk()
 
     def _rounds(self, params: Any, latest: int | None, units: int) -> ServerState:
         config, total = self.config, self.config["rounds"]
@@ -1068,6 +1132,7 @@ class _Run:
                 "infeasible_utterances": totals.infeasible_utterances,
                 "invalid_client_updates": totals.invalid_client_updates,
                 "wall_seconds": self._wall_seconds(),
+                "chunk": self.simulations[0][1].chunk if federated else None,
                 "device": _device(self.devices),
             }
         )

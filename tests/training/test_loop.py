@@ -451,3 +451,46 @@ def test_prototypes_of_other_users_are_refused_with_privacy(configure):
             loop.dry_run(configure(changes))
         dry = loop.dry_run(configure(changes | {"privacy.enabled": False}))
         assert dry["local"] == {"parameters": 80 * 81}
+
+
+def test_out_of_memory_halves_the_chunk_once(configure, tmp_path, monkeypatch, capsys, no_report):
+    """And the run that is resumed begins with the half."""
+    config = configure({"chunk": 2, "rounds": 3, "privacy.sampler": "fixed", "checkpoint.every": 1})
+    whole = loop.run(
+        configure({"chunk": 1, "rounds": 3, "privacy.sampler": "fixed"}), tmp_path / "1"
+    )
+    seen = []
+
+    def limited(most):
+        def run(self, state, rounds):
+            for item in trained(self, state, rounds):
+                seen.append((self.chunk, item[1].round))
+                if self.chunk > most and item[1].round == 2:
+                    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GiB")
+                yield item
+
+        return run
+
+    trained = loop.Simulation.run
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Simulation, "run", limited(1))
+        summary = loop.run(config, tmp_path / "2")
+    assert "out of memory on" in capsys.readouterr().err
+    assert seen == [(2, 1), (2, 2), (1, 2), (1, 3)]
+    assert summary["chunk"] == 1 and summary["status"] == "completed"
+    a, b = (restore_params(tmp_path / name) for name in "12")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+    assert whole["privacy"] == summary["privacy"]
+    assert json.loads((tmp_path / "2" / "chunk.json").read_text())["chunk"] == 1
+
+    # Not even one client: a clear error, and a resumed run does not try the larger chunk again.
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Simulation, "run", limited(0))
+        with pytest.raises(UserError, match=r"out of memory on .* with chunk=1"):
+            loop.run(config, tmp_path / "3")
+        assert seen == [(2, 1), (2, 2), (1, 2)]
+        seen.clear()
+        with pytest.raises(UserError, match="chunk=1"):
+            loop.run(config, tmp_path / "3")
+        assert seen == [(1, 2)]
