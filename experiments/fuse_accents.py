@@ -5,7 +5,8 @@
         [--config.section.field=value ...] [--json]
 
 The users of the synthetic corpus are divided by accent into groups. For each seed a model is
-trained centrally on split "seed" (two further accents); from it one federated run starts in each
+trained centrally on split "seed" (two further accents, and a share of the groups' training users,
+who then take no part in the rounds); from it one federated run starts in each
 group (the specialists) and one on the union of the groups, with as many users a round as all of
 them. Then:
 
@@ -61,12 +62,17 @@ class Bench(NamedTuple):
 
 
 def by_group(
-    utterances: Iterator[Utterance], config: SyntheticConfig, groups: Mapping[str, Sequence[str]]
+    utterances: Iterator[Utterance],
+    config: SyntheticConfig,
+    groups: Mapping[str, Sequence[str]],
+    seed_share: float,
 ) -> Iterator[Utterance]:
     """The same utterances, their splits named by group ("train_british"); "seed" stays whole.
 
-    Users of accents that no group has are left out.
+    Users of accents that no group has are left out. About `seed_share` of the training users, by a
+    hash of their names, go to "seed".
     """
+    from fedasr.data.splits import user_hash
     from fedasr.data.synthetic import speaker_voice
 
     names = {accent: group for group, accents in groups.items() for accent in accents}
@@ -78,7 +84,10 @@ def by_group(
         user = utterance.user
         if user not in accents:
             accents[user] = speaker_voice(config, user).accent
-        if group := names.get(accents[user]):
+        group = names.get(accents[user])
+        if group and utterance.split == "train" and user_hash(user) / 2**64 < seed_share:
+            yield dataclasses.replace(utterance, split=SEED)
+        elif group:
             yield dataclasses.replace(utterance, split=f"{utterance.split}_{group}")
 
 
@@ -96,12 +105,18 @@ def prepare_groups(settings: Mapping[str, Any]) -> Path:
         for name, value in settings["corpus"].items()
     }
     config = synthetic.SyntheticConfig(**fields)
-    described = f"{synthetic.fingerprint(config)} {sorted(settings['groups'].items())}"
+    made_of = (sorted(settings["groups"].items()), settings["seed_share"])
+    described = f"{synthetic.fingerprint(config)} {made_of}"
     name = hashlib.sha256(described.encode()).hexdigest()[:16]
     out = cache_dir() / f"accents-{name}"
     with progress_bar("preparing speech") as report:
         prepare(
-            by_group(synthetic.synthetic_utterances(config), config, settings["groups"]),
+            by_group(
+                synthetic.synthetic_utterances(config),
+                config,
+                settings["groups"],
+                settings["seed_share"],
+            ),
             out,
             name="synthetic accents",
             fingerprint=name,

@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
                 "other": ("en-x-southern", "en-x-alpine", "en-x-iberian", "en-x-dental"),
             }
         )
+        config.accents.seed_share = 0.25  # of the groups' training users, for the seed instead
         # Of a search; of each of those between rounds; models in the archive.
         config.accents.evaluations = 200
         config.accents.evaluations_between = 50

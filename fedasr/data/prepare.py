@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -290,8 +291,6 @@ def prepare_synthetic(
 def progress_bar(description: str) -> Iterator[Progress]:
     """A progress bar on stderr that appears with the first report; nothing without rich."""
     try:
-        # Else first imported by the bar's thread, which may be too late at exit.
-        import rich.markup  # noqa: F401
         from rich import console, progress
     except ImportError:
         yield lambda done, total: None
@@ -302,15 +301,20 @@ def progress_bar(description: str) -> Iterator[Progress]:
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
         console=console.Console(file=sys.stderr),
+        # A thread that draws would import at its own times, which other packages' lazy imports break.
+        auto_refresh=False,
     )
-    task = None
+    task, drawn = None, 0.0
 
     def report(done: int, total: int | None) -> None:
-        nonlocal task
+        nonlocal task, drawn
         if task is None:
             bar.start()
             task = bar.add_task(description, total=total)
         bar.update(task, completed=done, total=total)
+        if done == total or time.monotonic() - drawn > 0.2:
+            bar.refresh()
+            drawn = time.monotonic()
 
     try:
         yield report

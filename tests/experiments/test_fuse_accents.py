@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 
 from experiments.fuse_accents import Bench, by_group, draw, lines, own_seed, summarize
 from fedasr.data.prepare import Utterance
-from fedasr.data.synthetic import SyntheticConfig
+from fedasr.data.synthetic import _TARGET_ACCENTS, SyntheticConfig
 
 
 def test_users_are_divided_by_accent():
@@ -18,7 +19,7 @@ def test_users_are_divided_by_accent():
     ]
     # Target users have the eight accents in turn.
     groups = {"north": ["en-gb-scotland"], "west": ["en-029"]}
-    found = list(by_group(iter(spoken), config, groups))
+    found = list(by_group(iter(spoken), config, groups, 0.0))
     splits = {utterance.user: utterance.split for utterance in found}
     assert splits == {
         "seed-000": "seed",
@@ -30,6 +31,26 @@ def test_users_are_divided_by_accent():
     assert [dataclasses.replace(u, split="") for u in found] == [
         dataclasses.replace(u, split="") for u in kept
     ]
+
+
+def test_some_training_users_go_to_the_seed_with_all_they_said():
+    config = SyntheticConfig(train_users=200)
+    spoken = [
+        Utterance(f"{i}-{split}-{k}", f"target-{i:03d}", "one", split, None)
+        for i in range(200)
+        for split in ("train" if i % 4 else "test",)
+        for k in range(2)
+    ]
+    groups = {"all": list(dict.fromkeys(_TARGET_ACCENTS))}
+    found = list(by_group(iter(spoken), config, groups, 0.3))
+    assert len(found) == len(spoken)
+    splits = {u.user: {v.split for v in found if v.user == u.user} for u in found}
+    assert all(len(names) == 1 for names in splits.values())
+    counts = collections.Counter(name for names in splits.values() for name in names)
+    assert counts["test_all"] == 50  # testers stay
+    # Three standard deviations of 150 draws.
+    assert abs(counts["seed"] - 45) < 3 * (150 * 0.3 * 0.7) ** 0.5
+    assert counts["seed"] + counts["train_all"] == 150
 
 
 def rates(a, b):
