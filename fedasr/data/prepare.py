@@ -301,7 +301,7 @@ def progress_bar(description: str) -> Iterator[Progress]:
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
         console=console.Console(file=sys.stderr),
-        # A thread that draws would import at its own times, which other packages' lazy imports break.
+        # A thread that draws imports at its own times: the lazy imports of other packages break it.
         auto_refresh=False,
     )
     task, drawn = None, 0.0
