@@ -39,13 +39,6 @@ from experiments import cli
 from fedasr.data import corpus as corpus_lib
 from fedasr.errors import UserError
 
-_USERS = flags.DEFINE_integer("users", 1_000_000, "Users of the corpus.", lower_bound=1)
-_COHORT = flags.DEFINE_integer("cohort", 1024, "Users in a round.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds timed.", lower_bound=1)
-_CHUNK = flags.DEFINE_integer("chunk", 8, "Clients vmapped on a device.", lower_bound=0)
-_LOCAL = flags.DEFINE_bool("local", False, "Users have local parameters, see above.")
-_DIR = flags.DEFINE_string("dir", None, "Keep the corpus here; default: a temporary folder.")
-
 MELS, SHORTEST, LONGEST, LABELS, KINDS = 80, 8, 24, 2, 512
 
 _OPEN = """
@@ -139,18 +132,20 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     from fedasr.privacy.mechanism import Mechanism
 
     config = quickstart.get_config()
-    config.model.options.input_layer = _LOCAL.value
+    config.model.options.input_layer = flags.FLAGS.local
     recogniser = make_recogniser(config.model.name, config.model.options.to_dict())
     params = recogniser.init(jax.random.key(0))
     corpus = corpus_lib.open_corpus(folder, "train")
-    sampler = FixedSizeSampler(len(corpus.users), min(_COHORT.value, len(corpus.users)), seed=0)
+    sampler = FixedSizeSampler(
+        len(corpus.users), min(flags.FLAGS.cohort, len(corpus.users)), seed=0
+    )
     buckets, local = make_buckets([corpus]), LocalBatches(1, steps=1)
     devices = jax.local_device_count()
-    chunk = _CHUNK.value or -(-sampler.slots // devices)
+    chunk = flags.FLAGS.chunk or -(-sampler.slots // devices)
 
     batcher = ClientBatcher(corpus, local, buckets, chunk * devices, 0, ARRAYS, devices)
     sampling, batching = [], []
-    for round in range(_ROUNDS.value + 1):
+    for round in range(flags.FLAGS.rounds + 1):
         began = time.perf_counter()
         users = sampler.cohort(round)
         sampled = time.perf_counter()
@@ -168,10 +163,10 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
         chunk=chunk,
         buckets=buckets,
         keep=ARRAYS,
-        store=filled_store(folder, params, len(corpus.users)) if _LOCAL.value else None,
+        store=filled_store(folder, params, len(corpus.users)) if flags.FLAGS.local else None,
     )
     rounds, local_seconds = [], []
-    for _, metrics in simulation.run(simulation.init(params), _ROUNDS.value + 1):
+    for _, metrics in simulation.run(simulation.init(params), flags.FLAGS.rounds + 1):
         rounds.append(metrics.seconds)
         if simulation.store is not None:
             local_seconds.append(simulation.store.seconds)
@@ -231,12 +226,12 @@ def run() -> None:
     """Measures and prints."""
     cli.configure_devices()
     with tempfile.TemporaryDirectory(prefix="fedasr-population-") as temporary:
-        folder = Path(_DIR.value or temporary)
-        written = write(folder, _USERS.value)
+        folder = Path(flags.FLAGS.dir or temporary)
+        written = write(folder, flags.FLAGS.users)
         opening, rss = measure_opening(folder)
         cli.show(
             {
-                "users": _USERS.value,
+                "users": flags.FLAGS.users,
                 "write_seconds": written,
                 "open_seconds": opening,
                 "rss_mb": rss,
@@ -245,5 +240,16 @@ def run() -> None:
         )
 
 
+def _define_flags() -> None:
+    # Not when this is imported: other programs have flags of the same names.
+    flags.DEFINE_integer("users", 1_000_000, "Users of the corpus.", lower_bound=1)
+    flags.DEFINE_integer("cohort", 1024, "Users in a round.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "Rounds timed.", lower_bound=1)
+    flags.DEFINE_integer("chunk", 8, "Clients vmapped on a device.", lower_bound=0)
+    flags.DEFINE_bool("local", False, "Users have local parameters, see above.")
+    flags.DEFINE_string("dir", None, "Keep the corpus here; default: a temporary folder.")
+
+
 if __name__ == "__main__":
+    _define_flags()
     cli.main(run)

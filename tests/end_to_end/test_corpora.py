@@ -202,6 +202,20 @@ def test_a_killed_preparation_goes_on(recorded, program, program_environment, tm
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.slow
+def test_scaling_benchmark_prints_its_figures(program, tmp_path):
+    flags = ("--users=40", "--cohorts=2,32,64", "--rounds=1", "--chunk=2")
+    plot = tmp_path / "plot.png"
+    done = program("experiments.benchmarks.scaling", *flags, f"--plot={plot}", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [row["cohort"] for row in found["rows"]] == [2, 32]  # 64 are not there
+    assert all(row["round_seconds"] > 0 and row["peak_mb"] > 50 for row in found["rows"])
+    # Memory does not grow with the cohort: chunks are streamed.
+    assert found["growth"]["40"] < 1.2
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_population_benchmark_prints_its_figures(program):
     flags = ("--users=500", "--cohort=8", "--rounds=1", "--chunk=1", "--json")
     done = program("experiments.benchmarks.population", *flags)
