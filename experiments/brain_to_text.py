@@ -9,14 +9,18 @@ them as MATLAB files and prepares a corpus from these. Then
 * days, shared: a decoder with a layer for each training day, and one with a single layer for all;
 * federated: the first of these by federated learning, where a day is a client whose layer is local
   (`fedasr.federated.local`);
-* language: its test sentences with and without an n-gram language model;
-* calibration: a new day's layer trained on a few labelled sentences, the rest at rest;
-* drift: the days after training, in order, decoded by the decoder as it is ("fixed") and by one
-  that trains on its own corrected output every day ("recalibrated"), without labels.
+* language: its test sentences with and without an n-gram language model, which has neither these
+  sentences nor those of later days in its text, nor some of the words at all;
+* calibration: new days, each through a layer of its own (at first the last known day's) that is
+  trained on a few labelled sentences, the rest at rest; and a decoder that was trained on all
+  sentences of these days, too;
+* drift: the days after training, in order, decoded by the decoder as it is ("fixed"), by one that
+  trains on its own corrected output every day ("recalibrated"), without labels, and by one that
+  goes on training as long on the labelled days alone ("past only").
 
 Character error rates are of greedy decoding, word error rates with the language model unless said
-otherwise, on each day's test sentences. Results are kept in the work directory: the same command
-goes on.
+otherwise, on each day's test sentences; several days' are pooled. Results are kept in the work
+directory: the same command goes on.
 """
 
 from __future__ import annotations
@@ -44,10 +48,6 @@ if TYPE_CHECKING:
     from fedasr.training.days import DayData, Scorer
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "brain_to_text.py")
-
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of recordings and of training.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where all is kept; default runs/NAME.")
-_PLOT = flags.DEFINE_string("plot", None, "Draws the error rate by day into this PNG file.")
 
 Log = Callable[[str], None]
 STREAMS = ("init", "training")
@@ -99,7 +99,8 @@ def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: Log) -> 
         raise UserError("train_days must leave days of the recordings for later")
     recordings = neural_synthetic.NeuralConfig(seed=seed, **fields)
     options = config["model"]
-    stride = options.get("subsample", 1) * options.get("stride", 1)
+    defaults = RecurrentConfig()
+    stride = options.get("subsample", defaults.subsample) * options.get("stride", defaults.stride)
     made_of = {"recordings": config["recordings"], "areas": config["areas"], "stride": stride}
     folder = folder / f"data-{fingerprint(made_of)}"
     neural_synthetic.generate(recordings, folder / "recordings")
@@ -112,8 +113,13 @@ def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: Log) -> 
     model = RecurrentConfig(vocab=tokenizer.vocab_size, features=source.channels, **options)
     names = sorted({name for corpus in corpora for name in corpus.users})
     days = [days_of(corpus, names) for corpus in corpora]
-    if any(number not in part for part in days[:2] for number in range(len(names))):
-        raise UserError(f"some day of {names} has no sentences to train on or to test")
+    known = range(config["train_days"])
+    if any(number not in part for part in days[:2] for number in range(len(names))) or any(
+        number not in days[2] for number in known
+    ):
+        raise UserError(
+            f"some day of {names} has no sentences to train on, to test or to choose by"
+        )
     scorer = Scorer(model, bucket)
     return Bench(config, seed, folder, model, bucket, tokenizer, names, *days, scorer, log)
 
@@ -152,16 +158,35 @@ def error_rates(
     return rates
 
 
-def make_decoder(bench: Bench, lm_weight: float, word_bonus: float) -> BeamDecoder:
-    """The beam search with the language model, which is estimated once and kept as ARPA."""
+def make_decoder(
+    bench: Bench, lm_weight: float, word_bonus: float, model: bool = True
+) -> BeamDecoder:
+    """The beam search with the language model, which is estimated once and kept as ARPA.
+
+    Args:
+      lm_weight, word_bonus: of the search. model: False for the search alone.
+    """
     from fedasr.data import neural_synthetic
     from fedasr.decoding.beam import BeamConfig, BeamDecoder
     from fedasr.decoding.ngram import estimate, read_arpa, write_arpa
+    from fedasr.training.config import fingerprint
 
     settings = bench.config["language"]
-    path = bench.folder / f"language-{settings['order']}-{settings['sentences']}.arpa"
+    if not model:
+        search = BeamConfig(beam=settings["beam"])
+        return BeamDecoder(bench.tokenizer.characters, " ", config=search)
+    made_of = {name: settings[name] for name in ("order", "sentences", "withheld")}
+    path = bench.folder / f"language-{fingerprint(made_of | {'days': len(bench.known)})}.arpa"
     if not path.is_file():
-        texts = neural_synthetic.language_text(settings["sentences"], bench.seed)
+        # Their pseudo-labels must not come from having been read.
+        later = [
+            bench.tokenizer.decode(example["labels"])
+            for day in bench.later
+            for example in bench.train[day].examples
+        ]
+        texts = neural_synthetic.language_text(
+            settings["sentences"], bench.seed, exclude=later, withheld=settings["withheld"]
+        )
         write_arpa(estimate(texts, settings["order"]), path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
     search = BeamConfig(
@@ -191,8 +216,13 @@ def _key(bench: Bench, stream: str) -> Any:
     return jax.random.fold_in(root, STREAMS.index(stream))
 
 
-def trained(bench: Bench, own_layers: bool) -> Any:
-    """Parameters of central training on the training days; kept in the folder."""
+def trained(bench: Bench, own_layers: bool, more_days: int = 0) -> Any:
+    """Parameters of central training on the training days; kept in the folder.
+
+    Args:
+      own_layers: a layer for each day, or one for all. more_days: so many later days are trained
+        on, too, with as many steps for each day.
+    """
     import jax
 
     from fedasr.federated.server import ServerState
@@ -200,8 +230,10 @@ def trained(bench: Bench, own_layers: bool) -> Any:
     from fedasr.training import days as lib
     from fedasr.training.checkpoint import Checkpointer, restore_params
 
-    training, kind = bench.config["training"], "days" if own_layers else "shared"
-    settings = {name: bench.config[name] for name in ("model", "training", "train_days")}
+    training, kind = dict(bench.config["training"]), "days" if own_layers else "shared"
+    days = [bench.train[day] for day in range(len(bench.known) + more_days)]
+    training["steps"] = round(training["steps"] * len(days) / len(bench.known))
+    settings = {"model": bench.config["model"], "training": training, "days": len(days)}
     folder = _folder(bench, kind, settings)
     if folder.is_dir():
         try:
@@ -216,7 +248,7 @@ def trained(bench: Bench, own_layers: bool) -> Any:
     else:
         loss = _without_day(recogniser.loss)  # the same batches
     items = lib.batches(
-        [bench.train[day] for day in bench.known],
+        days,
         bench.bucket,
         training["batch_size"],
         bench.seed,
@@ -329,6 +361,12 @@ def by_training_day(bench: Bench, params: Any, decoder: BeamDecoder | None) -> d
     return error_rates(bench, params, days, decoder) | {"cer_by_day": each}
 
 
+def beam_only(bench: Bench, params: Any) -> dict[str, float]:
+    """Error rates on the test sentences of the training days, searched without a model."""
+    days = [bench.test[day] for day in bench.known]
+    return error_rates(bench, params, days, make_decoder(bench, 0.0, 0.0, model=False))
+
+
 def calibrated(bench: Bench, params: Any) -> dict[str, Any]:
     """New days through a fresh layer (a copy of the last known day's) and few labels."""
     from fedasr.models.recogniser import recurrent_recogniser
@@ -342,23 +380,24 @@ def calibrated(bench: Bench, params: Any) -> dict[str, Any]:
     optimizer = lib.published_optimizer(settings["learning_rate"], settings["steps"])
     loss = lib.by_day(recurrent_recogniser(bench.model).loss)
     step = lib.make_step(loss, optimizer, day_only=True)
-    last = bench.known[-1]
-    before, after = [], []
-    for day in bench.later[: settings["days"]]:
-        fresh = lib.set_day(params, day, last)
+    new = bench.later[: settings["days"]]
+    fresh = fitted = params
+    for day in new:
+        fresh = lib.set_day(fresh, day, bench.known[-1])
         few = lib.DayData(day, bench.train[day].examples[: settings["sentences"]])
-        fitted, _ = recalibrate(step, optimizer, fresh, few, (), bench.bucket, options, bench.seed)
-        before.append(error_rates(bench, fresh, [bench.test[day]], None)["cer"])
-        after.append(error_rates(bench, fitted, [bench.test[day]], None)["cer"])
+        start = lib.set_day(fitted, day, bench.known[-1])
+        fitted, _ = recalibrate(step, optimizer, start, few, (), bench.bucket, options, bench.seed)
+    days = [bench.test[day] for day in new]
+    full = trained(bench, own_layers=True, more_days=len(new))
     return {
-        "cer_before": statistics.fmean(before),
-        "cer": statistics.fmean(after),
-        "cer_by_day": after,
+        "before": error_rates(bench, fresh, days, None)["cer"],
+        "calibrated": error_rates(bench, fitted, days, None)["cer"],
+        "trained": error_rates(bench, full, days, None)["cer"],
     }
 
 
 def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
-    """The days after training: the decoder as it is, and recalibrated day after day."""
+    """The days after training: the decoder as it is, recalibrated, and trained on without them."""
     import jax
 
     from fedasr.models.recogniser import recurrent_recogniser
@@ -368,20 +407,25 @@ def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
     settings = dict(bench.config["recalibration"])
     portion, rate = settings.pop("portion"), settings.pop("learning_rate")
     options = RecalibrationConfig(**settings)
+    control = RecalibrationConfig(**settings | {"today": 0.0})
     optimizer = lib.published_optimizer(rate, None)
     step = lib.make_step(lib.by_day(recurrent_recogniser(bench.model).loss), optimizer)
     last = bench.known[-1]
-    past = [bench.train[day] for day in bench.known]
-    moving = params
-    rows: dict[str, list[dict[str, float]]] = {"fixed": [], "recalibrated": []}
-    taken = []
+    labelled = [bench.train[day] for day in bench.known]
+    past: list[DayData] = list(labelled)
+    models = {"fixed": params, "recalibrated": params, "past only": params}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    taken, first_seen = [], []
     for day in bench.later:
-        fixed = lib.set_day(params, day, last)
-        moving = lib.set_day(moving, day, day - 1)
+        models["fixed"] = lib.set_day(models["fixed"], day, last)
+        models["recalibrated"] = lib.set_day(models["recalibrated"], day, day - 1)
         today: list[Any] = []
         for part, start in enumerate(range(0, len(bench.train[day].examples), portion)):
             new = bench.train[day].examples[start : start + portion]
-            scores = bench.scorer(lib.with_day(moving, day), new)
+            # Labels are read to say how many errors a user would have seen, and for nothing else.
+            now = error_rates(bench, models["recalibrated"], [lib.DayData(day, new)], None)
+            first_seen.append(now["cer"])
+            scores = bench.scorer(lib.with_day(models["recalibrated"], day), new)
             today += pseudo_labelled(
                 new,
                 scores,
@@ -389,29 +433,35 @@ def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
                 bench.tokenizer.encode,
                 bench.bucket["labels"],
             )
-            moving, losses = recalibrate(
-                step,
-                optimizer,
-                moving,
-                lib.DayData(day, today),
-                past,
-                bench.bucket,
-                options,
-                bench.seed,
-                part,
-            )
-            taken.append(len(losses))
+            for name, data, earlier, how in (
+                ("recalibrated", lib.DayData(day, today), past, options),
+                ("past only", lib.DayData(day, new), labelled, control),
+            ):
+                models[name], losses = recalibrate(
+                    step,
+                    optimizer,
+                    models[name],
+                    data,
+                    earlier,
+                    bench.bucket,
+                    how,
+                    bench.seed,
+                    part,
+                )
+                taken.append(len(losses))
+        models["past only"] = lib.set_day(models["past only"], day, last)
         past = [*past, lib.DayData(day, today)] if today else past
-        test = [bench.test[day]]
-        rows["fixed"].append(error_rates(bench, fixed, test, decoder))
-        rows["recalibrated"].append(error_rates(bench, moving, test, decoder))
-        moving = jax.device_get(moving)
+        for name, model in models.items():
+            rows[name].append(error_rates(bench, model, [bench.test[day]], decoder))
+            models[name] = jax.device_get(model)
         bench.log(
-            f"seed {bench.seed}, day {day}: fixed {rows['fixed'][-1]['cer']:.1f}, "
-            f"recalibrated {rows['recalibrated'][-1]['cer']:.1f}"
+            f"seed {bench.seed}, day {day}: "
+            + ", ".join(f"{name} {found[-1]['cer']:.1f}" for name, found in rows.items())
         )
-    result: dict[str, Any] = {"steps": sum(taken)}
+    result: dict[str, Any] = {"steps": sum(taken), "as decoded": statistics.fmean(first_seen)}
+    known, later = ([bench.test[day] for day in days] for days in (bench.known, bench.later))
     for name, rates in rows.items():
+        # A recalibrated model has a layer for every day, which has gone on changing: by day.
         result[name] = {
             measure: {
                 "mean": statistics.fmean(row[measure] for row in rates),
@@ -419,6 +469,14 @@ def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
             }
             for measure in ("cer", "wer")
         }
+        result[name]["training days"] = error_rates(bench, models[name], known, None)["cer"]
+    unknown = [
+        word in decoder.model.vocabulary
+        for day in later
+        for example in day.examples
+        for word in bench.tokenizer.decode(example["labels"]).split()
+    ]
+    result["unknown_words"] = 100 * (1 - statistics.fmean(unknown))
     return result
 
 
@@ -446,6 +504,7 @@ def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: Log) -> d
     results = {
         "weights": weights,
         "days": once("days-rates", ["language"], lambda: by_training_day(bench, params, decoder)),
+        "beam": once("beam-rates", ["language"], lambda: beam_only(bench, params)),
         "shared": once(
             "shared-rates", [], lambda: by_training_day(bench, trained(bench, False), None)
         ),
@@ -459,7 +518,7 @@ def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: Log) -> d
             "drift", ["language", "recalibration"], lambda: drifted(bench, params, decoder)
         ),
     }
-    for line in _lines(summarize({seed: results})):
+    for line in _lines(summarize({seed: results}, config)):
         log(f"seed {seed}: {line}")
     return results
 
@@ -467,38 +526,59 @@ def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: Log) -> d
 # ------------------------------------------------------------------------------------- tables
 
 
-def summarize(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def ratio(a: float, b: float) -> float:
+    """a / b; NaN where b is 0: a model without errors has nothing to be compared with."""
+    return a / b if b else math.nan
+
+
+def summarize(results: Mapping[int, Mapping[str, Any]], config: Mapping[str, Any]) -> dict:
     """Means and standard deviations over the seeds, and the ratios the experiment is about."""
+    training, federated = config["training"], config["federated"]
+    sentences = config["train_days"] * config["recordings"]["train_sentences"]
     rows: dict[str, list[float]] = {}
-    by_day: dict[str, list[list[float]]] = {"fixed": [], "recalibrated": [], "training days": []}
+    by_day: dict[str, list[list[float]]] = {"training days": []}
     for found in results.values():
         days, shared, drift = found["days"], found["shared"], found["drift"]
-        fixed, moving = (drift[name]["cer"] for name in ("fixed", "recalibrated"))
+        calibration = found["calibration"]
         values = {
             "cer, a layer for each day": days["cer"],
             "cer, one layer for all": shared["cer"],
-            "gain of layers by day, percent": 100 * (1 - days["cer"] / shared["cer"]),
+            "gain of layers by day, percent": 100 * (1 - ratio(days["cer"], shared["cer"])),
             "cer, federated by day": found["federated"]["cer"],
-            "federated / central": found["federated"]["cer"] / days["cer"],
+            "federated / central": ratio(found["federated"]["cer"], days["cer"]),
             "wer, greedy": days["wer_greedy"],
+            "wer, beam without a model": found["beam"]["wer"],
             "wer, language model": days["wer"],
-            "gain of the language model, percent": 100 * (1 - days["wer"] / days["wer_greedy"]),
-            "cer, new day before calibration": found["calibration"]["cer_before"],
-            "cer, new day calibrated": found["calibration"]["cer"],
-            "calibrated / trained days": found["calibration"]["cer"] / days["cer"],
-            "cer, later days, fixed": fixed["mean"],
-            "cer, later days, recalibrated": moving["mean"],
-            "fixed / trained days": fixed["mean"] / days["cer"],
-            "recalibrated / trained days": moving["mean"] / days["cer"],
-            "worst later day recalibrated / trained days": max(moving["by_day"]) / days["cer"],
+            "gain of the language model over the beam, percent": 100
+            * (1 - ratio(days["wer"], found["beam"]["wer"])),
+            "words that the model does not know, percent": drift["unknown_words"],
+            "cer, new days before calibration": calibration["before"],
+            "cer, new days calibrated": calibration["calibrated"],
+            "cer, the same days trained": calibration["trained"],
+            "calibrated / trained": ratio(calibration["calibrated"], calibration["trained"]),
+            "cer, recalibrated, sentences as they were decoded": drift["as decoded"],
         }
+        for name in ("fixed", "past only", "recalibrated"):
+            cer = drift[name]["cer"]
+            values |= {
+                f"cer, later days, {name}": cer["mean"],
+                f"{name} / training days": ratio(cer["mean"], days["cer"]),
+                f"last later day, {name} / training days": ratio(cer["by_day"][-1], days["cer"]),
+                f"cer, training days, {name} in the end": drift[name]["training days"],
+            }
+            by_day.setdefault(name, []).append(cer["by_day"])
+        values["fixed / recalibrated"] = ratio(
+            values["cer, later days, fixed"], values["cer, later days, recalibrated"]
+        )
         for name, value in values.items():
             rows.setdefault(name, []).append(value)
-        by_day["fixed"].append(fixed["by_day"])
-        by_day["recalibrated"].append(moving["by_day"])
         by_day["training days"].append(days["cer_by_day"])
     return {
         "seeds": sorted(results),
+        "sentences": {
+            "central": training["steps"] * training["batch_size"],
+            "federated": federated["rounds"] * federated["epochs"] * sentences,
+        },
         "rows": {name: _spread(values) for name, values in rows.items()},
         "cer_by_day": {
             name: [statistics.fmean(column) for column in zip(*values, strict=True)]
@@ -514,6 +594,8 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """The summary for people."""
+    counts = summary["sentences"]
+    yield f"sentences trained on: central {counts['central']}, federated {counts['federated']}"
     for name, spread in summary["rows"].items():
         yield f"{name}: {spread['mean']:.2f} ({spread['std']:.2f})"
     for name, values in summary["cer_by_day"].items():
@@ -530,7 +612,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     before = summary["cer_by_day"]["training days"]
     axes.plot(range(1 - len(before), 1), before, "o-", color="gray", label="training days")
-    for name in ("fixed", "recalibrated"):
+    for name in ("fixed", "past only", "recalibrated"):
         values = summary["cer_by_day"][name]
         axes.plot(range(1, len(values) + 1), values, "o-", label=name)
     axes.set_xlabel("days after training")
@@ -547,22 +629,32 @@ def run() -> None:
     from fedasr.training.logging import to_json
 
     config = to_json(_CONFIG.value.to_dict())
-    seeds = cli.seeds(_SEEDS.value)
-    workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
+    seeds = cli.seeds(flags.FLAGS.seeds)
+    workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
     cli.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    summary = to_json(summarize({seed: run_seed(config, seed, workdir, log) for seed in seeds}))
-    if _PLOT.value:
-        draw(summary, Path(_PLOT.value))
+    summary = to_json(
+        summarize({seed: run_seed(config, seed, workdir, log) for seed in seeds}, config)
+    )
+    if flags.FLAGS.plot:
+        draw(summary, Path(flags.FLAGS.plot))
     if cli.JSON.value:
         cli.show(summary)
     else:
         print("\n".join(_lines(summary)))
 
 
+def _define_flags() -> None:
+    # Not when this is imported: other programs have flags of the same names.
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Of recordings and of training.")
+    flags.DEFINE_string("workdir", None, "Where all is kept; default runs/NAME.")
+    flags.DEFINE_string("plot", None, "Draws the error rate by day into this PNG file.")
+
+
 if __name__ == "__main__":
+    _define_flags()
     _CONFIG = cli.define_config(_DEFAULT)
     cli.main(run)

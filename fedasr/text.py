@@ -249,14 +249,18 @@ def read_lexicon(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, ...]
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    try:
+        lines = content.decode("utf-8").splitlines()
+    except UnicodeDecodeError:  # as CMUdict 0.7b is
+        lines = content.decode("latin-1").splitlines()
     lexicon: dict[str, list[tuple[str, ...]]] = {}
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith(";;;"):
+        if line.startswith(";;;") or not (parts := line.split(" #")[0].split()):
             continue
-        word, *phonemes = line.split(" #")[0].split()
+        word, *phonemes = parts
         if not phonemes:
             raise UserError(f"{path}, line {number}: {word!r} has no phonemes")
         spelling = tuple(p.rstrip("012") for p in phonemes)

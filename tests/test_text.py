@@ -166,11 +166,13 @@ def test_tokenizer_of_a_corpus():
 
 def test_a_lexicon_is_read(tmp_path):
     path = tmp_path / "dict"
-    path.write_text(";;; c\nTWO  T UW1\nREAD  R EH1 D # past\nREAD(2)  R IY1 D\n")
+    path.write_text(";;; c\nTWO  T UW1\n # other\n\nREAD  R EH1 D # past\nREAD(2)  R IY1 D\n")
     assert read_lexicon(path) == {
         "two": [("T", "UW")],
         "read": [("R", "EH", "D"), ("R", "IY", "D")],
     }
+    path.write_bytes("DÉJÀ  D EY2 ZH AA1\n".encode("latin-1"))
+    assert read_lexicon(path) == {"déjà": [("D", "EY", "ZH", "AA")]}
     path.write_text("TWO\n")
     with pytest.raises(UserError, match="line 1"):
         read_lexicon(path)

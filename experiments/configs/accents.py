@@ -10,12 +10,12 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.name = "accents"
     config.model.options.update({"dim": 96, "mlp": 384, "blocks": 3})
-    config.rounds = 60
+    config.rounds = 40
     config.cohort = 8  # of a group; a run on the union has as many of every group
     config.seed_training.steps = 600
     config.client.learning_rate = 0.3
     config.server.learning_rate = 0.01
-    config.server.decay_start = 40
+    config.server.decay_start = 25
     config.server.decay_rounds = 15
     config.privacy.clip_norm = 0.4
     config.privacy.sigma = 4.5e-4
@@ -45,8 +45,8 @@ def get_config() -> ConfigDict:
         )
         config.accents.seed_share = 0.25  # of the groups' training users, for the seed instead
         # Of a search; of each of those between rounds; models in the archive.
-        config.accents.evaluations = 200
-        config.accents.evaluations_between = 50
+        config.accents.evaluations = 100
+        config.accents.evaluations_between = 40
         config.accents.population = 10
         config.accents.every = 15  # rounds between fusions of groups that train side by side
     return config

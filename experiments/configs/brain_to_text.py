@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
             "recordings": {
                 "days": 22,
                 "train_sentences": 50,
-                "test_sentences": 12,
-                "holdout_sentences": 4,
+                "test_sentences": 50,
+                "holdout_sentences": 10,
                 "words": (3, 4),
                 "electrodes": 64,
                 "informative": 64,
@@ -47,11 +47,12 @@ def get_config() -> ConfigDict:
             },
             "language": {
                 "sentences": 5000,
+                "withheld": 0.03,  # of the words
                 "order": 3,
                 "beam": 16,
                 "unknown_penalty": 6.0,
                 # Tried on the held-out sentences of the training days.
-                "lm_weights": (0.6, 1.0, 1.5),
+                "lm_weights": (0.2, 0.4, 0.6, 1.0),
                 "word_bonuses": (0.0, 2.0),
             },
             # A new day's own layer from so many labelled sentences, the rest of the model at rest.

@@ -20,9 +20,10 @@ latter two. It is [time, channels], or [sentences, time, channels] with `row`; `
 length where it is padded. `id` (default: the line's number) and `split` (default "train") may be
 left out.
 
-Features are z-scored by block over the sentences of one split, as an online decoder would see them
-after its first sentences. Noise of training must come before smoothing, so smoothing, subsampling
-and windows are the model's (`fedasr.models.recurrent`).
+Features are z-scored by whole block over the sentences of one split: no label is used, but a
+sentence's scale depends on later ones of its block, which an online decoder would not have. Noise
+of training must come before smoothing, so smoothing, subsampling and windows are the model's
+(`fedasr.models.recurrent`).
 """
 
 from __future__ import annotations
@@ -473,7 +474,9 @@ class NeuralConverter:
         labels = labels_of(text, self.language, self.keep_letters, self.pad_space)
         if self.lexicon:
             words, _ = text_lib.normalize_text(text, self.language, self.keep_letters)
-            phonemes, unknown = text_lib.pronounced(words, _lexicon(self.lexicon))
+            phonemes, unknown = text_lib.pronounced(
+                words, _lexicon(self.lexicon, self.lexicon_digest)
+            )
             if unknown:
                 raise Skip("unknown_words", f"{unknown} in {text!r}")
             labels = text_lib.PhonemeTokenizer().encode(phonemes, self.pad_space)
@@ -485,7 +488,8 @@ class NeuralConverter:
 
 
 @functools.lru_cache(maxsize=1)
-def _lexicon(path: str) -> dict[str, list[tuple[str, ...]]]:
+def _lexicon(path: str, digest: str) -> dict[str, list[tuple[str, ...]]]:
+    del digest  # a file that has changed is read again
     return text_lib.read_lexicon(path)
 
 

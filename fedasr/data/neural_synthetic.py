@@ -11,8 +11,8 @@ that depends on the trajectory. From day to day
 * some electrodes are dead for a day, and all baselines are new.
 
 Within a day baselines move from block to block. Texts come from a small grammar of a few hundred
-words; which of its sentences are for testing is fixed, and neither training nor the language
-model's text ever holds one.
+words; which of its sentences are for `train`, `test` and `competitionHoldOut` is fixed, and the
+language model's text is made of the first kind only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,9 @@ from fedasr.text import CHARACTERS
 
 DESCRIPTION_FILE = "synthetic.json"
 _TAG = 0x4E45_5552  # separates these random numbers from others of the same seed
-_TEST_SHARE = 4  # one sentence in so many is for testing
+_TEST_SHARE = 4  # one sentence in so many is not for training, and of these
+_HOLDOUT_SHARE = 4  # one in so many is for `competitionHoldOut`, the others for `test`
+_VERSION = 2  # of what the same configuration gives
 _HEADER = b"MATLAB 5.0 MAT-file, synthetic recordings"
 _THINNING = (0.75, 0.6, 0.5)  # of each threshold's crossings that the next, lower one sees, too
 
@@ -195,40 +197,60 @@ def _sentence(rng: np.random.Generator) -> str:
     return " ".join(parts)
 
 
-def is_for_testing(sentence: str) -> bool:
-    """Whether a sentence belongs to the held-out part of the grammar, by a hash of its text."""
-    return hashlib.sha256(sentence.encode()).digest()[0] % _TEST_SHARE == 0
+def split_of(sentence: str) -> str:
+    """Which of `SPLITS` a sentence of the grammar may be in, by a hash of its text."""
+    digest = hashlib.sha256(sentence.encode()).digest()
+    if digest[0] % _TEST_SHARE:
+        return "train"
+    return "test" if digest[1] % _HOLDOUT_SHARE else "competitionHoldOut"
 
 
 def sentences(
-    rng: np.random.Generator, count: int, words: tuple[int, int], testing: bool
+    rng: np.random.Generator, count: int, words: tuple[int, int], split: str
 ) -> list[str]:
-    """So many different sentences of the grammar, with a number of words within `words`."""
+    """So many different sentences of a split, with a number of words within `words`."""
     found: dict[str, None] = {}
     for _ in range(1000 * max(count, 1)):
         if len(found) == count:
             break
         text = _sentence(rng)
-        if words[0] <= len(text.split()) <= words[1] and is_for_testing(text) == testing:
+        if words[0] <= len(text.split()) <= words[1] and split_of(text) == split:
             found[text] = None
     if len(found) < count:
         raise UserError(f"the grammar has too few sentences of {words[0]} to {words[1]} words")
     return list(found)
 
 
-def language_text(count: int, seed: int = 0, words: tuple[int, int] = (2, 12)) -> list[str]:
-    """Text for a language model: sentences of the training part, with repetitions.
+def language_text(
+    count: int,
+    seed: int = 0,
+    words: tuple[int, int] = (2, 12),
+    exclude: Collection[str] = (),
+    withheld: float = 0.0,
+) -> list[str]:
+    """Text for a language model: sentences that may be in `train`, with repetitions.
 
     Args:
       count: of sentences. seed: of their choice. words: fewest and most.
+      exclude: sentences that must not be among them.
+      withheld: share of the grammar's words, by a hash, that no sentence has: a model of this text
+        does not know them.
     """
     rng = np.random.default_rng([_TAG, seed, 1])
+    exclude = frozenset(exclude)
     found = []
     while len(found) < count:
         text = _sentence(rng)
-        if words[0] <= len(text.split()) <= words[1] and not is_for_testing(text):
+        if not words[0] <= len(text.split()) <= words[1] or split_of(text) != "train":
+            continue
+        if text not in exclude and not any(_hash(word) < withheld for word in text.split()):
             found.append(text)
     return found
+
+
+def _hash(word: str) -> float:
+    """In [0, 1)."""
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") / 2**32
 
 
 # ---------------------------------------------------------------------------------- recordings
@@ -353,7 +375,7 @@ def generate(config: NeuralConfig, out: str | os.PathLike[str]) -> Path:
     except ImportError:
         raise UserError("MATLAB files need scipy: install it (pip install scipy)") from None
     out = Path(out)
-    described = {"synthetic": True, "config": dataclasses.asdict(config)}
+    described = {"synthetic": True, "version": _VERSION, "config": dataclasses.asdict(config)}
     content = json.dumps(described, indent=1)
     if (out / DESCRIPTION_FILE).is_file():
         if (out / DESCRIPTION_FILE).read_text() == content:
@@ -371,7 +393,7 @@ def generate(config: NeuralConfig, out: str | os.PathLike[str]) -> Path:
                 continue
             number = SPLITS.index(split)
             rng = np.random.default_rng([_TAG, config.seed, 4, day, number])
-            texts = sentences(rng, count, config.words, split != "train")
+            texts = sentences(rng, count, config.words, split)
             file = out / split / f"synthetic.day{day:03d}.mat"
             file.parent.mkdir(parents=True, exist_ok=True)
             block_of = np.arange(count) * blocks // count

@@ -116,7 +116,7 @@ class BeamDecoder:
         if separator not in ids or len(ids) != len(tokens):
             raise UserError(f"the tokens {tokens!r} must hold {separator!r}, each once")
         self._separator = ids[separator]
-        self._model, self.config = model, config or BeamConfig()
+        self.model, self.config = model, config or BeamConfig()
         self._joint = "" if all(len(token) == 1 for token in tokens) else "-"
         self._root: _Trie | None = None
         if lexicon is None and model is not None:
@@ -149,7 +149,7 @@ class BeamDecoder:
         """
         if log_probs.ndim != 2 or log_probs.shape[1] != len(self._tokens):
             raise ValueError(f"log_probs must be [frames, {len(self._tokens)}]")
-        context = self._model.start if self._model else None
+        context = self.model.start if self.model else None
         root = _Node(BLANK, (), (), self._root, context, 0.0, 0.0)
         # node -> (log probability of alignments that end in a blank, of those that do not)
         beam: dict[_Node, tuple[float, float]] = {root: (0.0, _NEVER)}
@@ -223,8 +223,8 @@ class BeamDecoder:
         closed = []
         for word in choices:
             value, context = 0.0, None
-            if self._model is not None:
-                value, context = self._model.score(node.context, word)
+            if self.model is not None:
+                value, context = self.model.score(node.context, word)
             total = bonus + self.config.lm_weight * value
             closed.append(((*node.words, word), context, node.language + value, total))
         return closed
@@ -234,8 +234,8 @@ class BeamDecoder:
         for node, pair in beam.items():
             acoustic = _add(*pair)
             for words, context, language, bonus in self._closed(node):
-                if self._model is not None:
-                    value, _ = self._model.score(context, END)
+                if self.model is not None:
+                    value, _ = self.model.score(context, END)
                     language += value
                     bonus += self.config.lm_weight * value
                 score = acoustic + bonus

@@ -30,8 +30,9 @@ class RecalibrationConfig:
     """Defaults are the published ones.
 
     steps: at most so many. today: probability that a batch is of today, otherwise of an earlier
-    day, each alike. batch_size: sentences. threshold, window: training stops when the mean of the
-    last `window` losses falls below the threshold (nats per sentence).
+    day, each alike (0: of earlier days only). batch_size: sentences. threshold, window: training
+    stops when the mean of the last `window` losses, those of training with its noise, falls below
+    the threshold (nats per sentence).
     """
 
     steps: int = 200
@@ -41,9 +42,9 @@ class RecalibrationConfig:
     window: int = 10
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.window) < 1 or not 0 < self.today <= 1:
+        if min(self.steps, self.batch_size, self.window) < 1 or not 0 <= self.today <= 1:
             raise UserError(
-                "recalibration: steps, batch_size and window must be positive, today in (0, 1]"
+                "recalibration: steps, batch_size and window must be positive, today in [0, 1]"
             )
 
 

@@ -318,7 +318,12 @@ def test_no_sentence_for_testing_is_in_any_training_text(recordings):
 
     heard = texts("train") | set(neural_synthetic.language_text(3000))
     tested = texts("test") | texts("competitionHoldOut")
-    assert not heard & tested
+    assert not heard & tested and not texts("test") & texts("competitionHoldOut")
+    excluded = set(neural_synthetic.language_text(300))
+    without = neural_synthetic.language_text(300, exclude=excluded, withheld=0.1)
+    assert not excluded & set(without)
+    words, fewer = ({w for t in part for w in t.split()} for part in (heard, without))
+    assert 0.02 < len(words - fewer) / len(words) < 0.3
     # All the words of the tests are known, or a language model could not help.
     assert {w for t in tested for w in t.split()} <= {w for t in heard for w in t.split()}
 

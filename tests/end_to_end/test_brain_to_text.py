@@ -1,8 +1,12 @@
 """The experiment on recording days, shrunken: everything runs, goes on, and is drawn."""
 
 import json
+import math
 
 import pytest
+
+from experiments.brain_to_text import summarize
+from experiments.configs.brain_to_text import get_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,7 +52,8 @@ def test_the_experiment_runs_goes_on_and_draws(program, tmp_path):
     for name in ("cer, one layer for all", "cer, federated by day", "cer, later days, fixed"):
         assert len(found["rows"][name]["values"]) == 2
     days = {name: len(values) for name, values in found["cer_by_day"].items()}
-    assert days == {"fixed": 2, "recalibrated": 2, "training days": 2}
+    assert days == {"fixed": 2, "past only": 2, "recalibrated": 2, "training days": 2}
+    assert found["sentences"] == {"central": 8, "federated": 16}
 
     # Nothing is done twice, and another setting redoes what depends on it, in the same folder.
     kept = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.json")}
@@ -57,7 +62,24 @@ def test_the_experiment_runs_goes_on_and_draws(program, tmp_path):
     assert json.loads(again.stdout.splitlines()[-1]) == found
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert plot.read_bytes().startswith(b"\x89PNG")
-    other = program(*command, "--seeds=0", "--config.federated.rounds=1")
+    change = ("--config.federated.rounds=1", "--config.calibration.steps=1")
+    other = program(*command, "--seeds=0", *change)
     assert other.returncode == 0, other.stderr
     changed = {path.name for path in kept if path.stat().st_mtime_ns != kept[path]}
-    assert changed == {"federated-rates.json"}
+    assert changed == {"federated-rates.json", "calibration.json"}
+
+
+def test_a_model_without_errors_has_no_ratios():
+    rates = {"cer": 0.0, "wer": 0.0, "wer_greedy": 0.0, "cer_by_day": [0.0]}
+    arm = {"cer": {"mean": 1.0, "by_day": [1.0]}, "training days": 0.0}
+    arms = {name: arm for name in ("fixed", "past only", "recalibrated")}
+    found = {
+        **{name: rates for name in ("days", "shared", "federated", "beam")},
+        "calibration": {"before": 1.0, "calibrated": 0.5, "trained": 0.0},
+        "drift": arms | {"unknown_words": 0.0, "as decoded": 0.0},
+    }
+    config = get_config().to_dict()
+    rows = summarize({0: found}, config)["rows"]
+    assert math.isnan(rows["federated / central"]["mean"])
+    assert math.isnan(rows["calibrated / trained"]["mean"])
+    assert rows["fixed / recalibrated"]["mean"] == 1.0

@@ -129,6 +129,10 @@ def test_batches_mix_today_with_single_earlier_days():
     jax.tree.map(np.testing.assert_array_equal, found[7], again[7])
     assert any((b["day"][0] != 2) for b in found)
     assert {b["day"][0] for b in mixed_batches(day(2), [], options, BUCKET, 0)} == {2}
+    never = RecalibrationConfig(steps=50, today=0.0, batch_size=4)
+    assert {int(b["day"][0]) for b in mixed_batches(day(2), past, never, BUCKET, 0)} == {0, 1}
+    first, second = (list(mixed_batches(day(2), past, options, BUCKET, 0, part)) for part in (0, 1))
+    assert any((a["features"] != b["features"]).any() for a, b in zip(first, second, strict=True))
 
 
 def test_pseudo_labels_never_read_the_labels():
@@ -178,4 +182,4 @@ def test_greedy_labels_collapse_repeats_then_blanks():
 
 def test_mistakes():
     with pytest.raises(UserError, match="today"):
-        RecalibrationConfig(today=0.0)
+        RecalibrationConfig(today=-0.1)
