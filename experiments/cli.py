@@ -1,8 +1,11 @@
 """What the command-line programs share: flags, JSON on stdout, errors in one line."""
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +51,7 @@ def main(program: Callable[[], int | None]) -> None:
         status = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and _TOGETHER:
+    if status not in (0, STOPPED) and _TOGETHER:
         os._exit(status)  # the usual end waits for the other processes, which may wait for this one
     sys.exit(status)
 
@@ -115,6 +118,15 @@ def configure_devices() -> None:
     jax.config.update("jax_num_cpu_devices", cores)
 
 
+def _processor() -> str:
+    """Names the kind of CPU: code that was compiled for one need not run on another."""
+    described = f"{platform.machine()} {platform.processor()}"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        described += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(described.encode()).hexdigest()[:8]
+
+
 def configure_compilation(folder: Path) -> None:
     """Keeps compiled programs for the next process, and says on stderr what takes long to compile.
 
@@ -125,7 +137,7 @@ def configure_compilation(folder: Path) -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = folder.absolute() / ".compile-cache"
+        cache = folder.absolute() / ".compile-cache" / _processor()
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
     def report(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
@@ -148,6 +160,7 @@ def in_step(
       program: the same in all of them.
     """
     from fedasr.federated import hosts
+    from fedasr.federated.chunks import is_out_of_memory
 
     _TOGETHER.append(process)
     hosts.initialize(None if coordinator == "auto" else coordinator, processes, process)
@@ -156,6 +169,10 @@ def in_step(
     try:
         return program()
     except jax.errors.JaxRuntimeError as error:
+        traceback.print_exc()
+        if is_out_of_memory(error):
+            fail("out of memory: set a smaller chunk")
+            return FAILED
         fail(
             "another process of this run has ended, or cannot be reached; start the same commands "
             f"again to go on ({error})"

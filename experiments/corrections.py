@@ -567,6 +567,8 @@ def run() -> None:
     if unknown := sorted(set(systems) - set(SYSTEMS)):
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
     seeds = cli.seeds(_SEEDS.value)
+    if config["chunk"] == "auto":
+        raise UserError("chunk must be a number here")
     workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
     cli.configure_compilation(workdir.parent)
 

@@ -175,6 +175,7 @@ def fused_between(
     """The model of groups that train side by side and are fused every few rounds."""
     import jax
 
+    from fedasr.federated.chunks import AUTO
     from fedasr.fusion import groups, recognisers, tasks
     from fedasr.training import loop
     from fedasr.training.checkpoint import Checkpointer, lock_directory, restore_params
@@ -191,7 +192,10 @@ def fused_between(
         config = run_config(bench, seed, privacy, f"train_{group}", start, name=method)
         data = loop.Data(bench.data, config, log)
         loss = loop.build_recogniser(config).loss
-        simulations.append(loop.make_simulation(config, data, loss, jax.local_devices()))
+        # The same whenever the run goes on: "auto" would be measured again.
+        chunk = 1 if config["chunk"] == AUTO else config["chunk"]
+        devices = jax.local_devices()
+        simulations.append(loop.make_simulation(config, data, loss, devices, chunk=chunk))
     params = restore_params(start)
     states = [simulation.init(params) for simulation in simulations]
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ def run() -> int | None:
     cli.configure_devices()
     if _COORDINATOR.value:
         return cli.in_step(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, train)
+    if _PROCESSES.value is not None or _PROCESS.value is not None:
+        raise UserError("--processes and --process need --coordinator")
     return train()
 
 
@@ -47,7 +49,9 @@ def train() -> int | None:
 
     config = to_json(_CONFIG.value.to_dict())
     if _DRY_RUN.value:
-        cli.show(loop.dry_run(config))
+        summary = loop.dry_run(config)
+        if hosts.is_leader():
+            cli.show(summary)
         return None
     name = f"{config['name']}-{config_lib.fingerprint(config)}"
     workdir = Path(_WORKDIR.value or Path("runs") / name)

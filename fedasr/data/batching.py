@@ -5,6 +5,7 @@ A user's arrays are padded along axis 0 to the shape of a *bucket*; one bucket a
 steps make one compiled program.
 """
 
+import copy
 import math
 import queue
 import threading
@@ -277,12 +278,19 @@ class LocalBatches:
 
 
 class _Client(NamedTuple):
-    """plan: indices of the examples of each batch. real: their elements, of axis 0, in all."""
+    """plan: indices of the examples of each batch. real: their elements, of axis 0, in all.
+
+    wanted, where: the examples of the plan, each once, and for all its indices which of these.
+    lengths: of `wanted`, by ragged array.
+    """
 
     user: int
     bucket: int
     plan: list[np.ndarray]
     real: int
+    wanted: np.ndarray
+    where: np.ndarray
+    lengths: dict[str, np.ndarray]
 
 
 class ClientBatcher:
@@ -330,11 +338,17 @@ class ClientBatcher:
         size = int(self._corpus.sizes[user])
         unit = None if self._local.frames is None else np.asarray(lengths[self._unit])
         plan = self._local.plan(size, self._seed, round, user, unit)
-        used = np.concatenate(plan)
-        longest = {name: int(values[used].max()) for name, values in lengths.items()}
+        wanted, where = np.unique(np.concatenate(plan), return_inverse=True)
+        of_wanted = {name: np.asarray(values)[wanted] for name, values in lengths.items()}
+        longest = {name: int(values.max()) for name, values in of_wanted.items()}
         bucket = fitting_bucket(self._buckets, longest) if longest else 0
-        real = len(used) if self._unit is None else int(lengths[self._unit][used].sum())
-        return _Client(user, bucket, plan, real)
+        if self._unit is None:
+            real = len(where)
+        elif self._unit in of_wanted:
+            real = int(of_wanted[self._unit][where].sum())
+        else:  # an array that the corpus knows to be of one length
+            real = len(where) * len(self._corpus.get(user, [int(wanted[0])])[0][self._unit])
+        return _Client(user, bucket, plan, real, wanted, where, of_wanted)
 
     def _step_slots(self, steps: int) -> int:
         """Rounded up to a power of four where users differ, so that few shapes are compiled.
@@ -379,6 +393,12 @@ class ClientBatcher:
         chunk = Chunk(batches, num_steps[own], user[own], weight[own])
         return chunk, Padding(sum(c.real for c in clients), trips * shape[2] * unit)
 
+    def example_chunk(self, users: Iterable[int], round: int) -> Chunk | None:
+        """The first chunk of a round with the data of one row alone; None of an empty cohort."""
+        one = copy.copy(self)
+        one._rows = range(1)
+        return next((chunk for chunk, _ in one.chunks(users, round)), None)
+
     def _own(self, clients: list[_Client]) -> list[tuple[int, _Client]]:
         """The clients whose data this process needs, and their places among its rows."""
         return [(i - self._rows.start, c) for i, c in enumerate(clients) if i in self._rows]
@@ -399,10 +419,9 @@ class ClientBatcher:
             place(batches, (0, 0, 0), shape, self._template(clients), bucket, self._keep)
             batches = {name: np.zeros_like(value) for name, value in batches.items()}
         for position, client in own:
-            wanted, where = np.unique(np.concatenate(client.plan), return_inverse=True)
-            examples = self._corpus.get(client.user, wanted.tolist())
+            examples = self._corpus.get(client.user, client.wanted.tolist())
             ends = np.cumsum([len(batch) for batch in client.plan])
-            for step, inverse in enumerate(np.split(where, ends[:-1])):
+            for step, inverse in enumerate(np.split(client.where, ends[:-1])):
                 for slot, example in enumerate(inverse):
                     at = (position, step, slot)
                     place(batches, at, shape, examples[example], bucket, self._keep)
@@ -413,14 +432,12 @@ class ClientBatcher:
         index = np.full(shape, -1, np.int32)
         held: dict[int, list[Example]] = {}
         for position, client in self._own(clients):
-            wanted, where = np.unique(np.concatenate(client.plan), return_inverse=True)
-            held[position] = self._corpus.get(client.user, wanted.tolist())
+            held[position] = self._corpus.get(client.user, client.wanted.tolist())
             ends = np.cumsum([len(batch) for batch in client.plan])
-            for step, inverse in enumerate(np.split(where, ends[:-1])):
+            for step, inverse in enumerate(np.split(client.where, ends[:-1])):
                 index[position, step, : len(inverse)] = inverse
         # Shapes are the same in all processes: they follow from lengths, which all know.
-        used = [np.unique(np.concatenate(client.plan)) for client in clients]
-        room = _power_of_four(max(map(len, used)))
+        room = _power_of_four(max(len(client.wanted) for client in clients))
         first = next(iter(held.values()))[0] if held else self._template(clients)
         arrays, offsets, lengths, spans = {}, {}, {}, {}
         for name, value in first.items():
@@ -434,8 +451,8 @@ class ClientBatcher:
                 continue
             span = bucket[name]
             longest = max(
-                int(self._corpus.lengths(client.user)[name][wanted].sum())
-                for client, wanted in zip(clients, used, strict=True)
+                int(c.lengths[name].sum()) if name in c.lengths else len(c.wanted) * len(value)
+                for c in clients
             )
             frames = span << (-(-longest // span) - 1).bit_length()
             arrays[name] = _zeros(name, (shape[0], frames, *value.shape[1:]), value.dtype)

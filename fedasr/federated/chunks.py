@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from fedasr.errors import UserError
+from fedasr.federated import hosts
 
 AUTO = "auto"
 # Of the memory that the device reports: the rest is for what the estimate leaves out.
@@ -43,10 +44,15 @@ def fit_chunk(memory: Callable[[int], int], most: int, budget: int) -> int:
 
 
 def device_budget(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that every one of the devices has for a run; None if they do not tell (a CPU)."""
-    stats = [device.memory_stats() or {} for device in devices]
+    """Bytes that every one of the devices has for a run; None if they do not tell (a CPU).
+
+    All processes must ask, and get the same: each can ask its own devices only.
+    """
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() or {} for device in own]
     limits = [s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats if "bytes_limit" in s]
-    return int(SHARE * min(limits)) if len(limits) == len(devices) else None
+    least = int(SHARE * min(limits)) if limits and len(limits) == len(own) else 0
+    return hosts.smallest(least) or None
 
 
 def is_out_of_memory(error: Exception) -> bool:

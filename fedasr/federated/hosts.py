@@ -5,17 +5,19 @@ the data of the clients on its own devices only; the sums over clients are the o
 processes exchange. Process 0, the *leader*, writes the work directory, which all can read.
 """
 
+import hashlib
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedasr.errors import UserError
 
 # Seconds after which the others give up on a process that says nothing any more.
 HEARTBEAT_SECONDS = 20
 _JOIN_SECONDS = 300
+_WAIT_SECONDS = 24 * 3600  # while the leader prepares data
 
 
 def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -37,6 +39,8 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         raise UserError("a coordinator needs the number of processes and which this is")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"process {process} of {processes}: they are counted from 0")
+    # It would take SIGTERM for itself, from `fedasr.training.interrupts` and from Python.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -105,12 +109,46 @@ def any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def smallest(value: int) -> int:
+    """The smallest of the processes' numbers; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.array(value, np.float64)).min())
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has got here; `name` must be the same in all."""
     if jax.process_count() > 1:
+        # Not a collective of the devices: those give up on a process that is half a minute late.
+        from jax._src import distributed
+
+        milliseconds = 1000 * _WAIT_SECONDS
+        distributed.global_state.client.wait_at_barrier(f"fedasr {name}", milliseconds)
+
+
+def connect() -> None:
+    """Lets the devices of all processes find each other, while the processes are in step."""
+    if jax.process_count() > 1:
+        mesh = Mesh(np.asarray(jax.devices()), ("all",))
+        ones = place(np.ones(mesh.size), NamedSharding(mesh, PartitionSpec("all")))
+        total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        total(ones).block_until_ready()
+
+
+def check_alike(what: str, value: str) -> None:
+    """Raises UserError in every process unless all have the same string.
+
+    Args:
+      what: for the message. value: in this process.
+    """
+    if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+        digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+        if (multihost_utils.process_allgather(digest) != digest).any():
+            raise UserError(f"the processes differ in their {what}: give all the same command")
 
 
 def leaders(tree: Any) -> Any:

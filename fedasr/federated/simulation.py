@@ -6,7 +6,6 @@ sampler -> batches -> vmap(client) -> clip -> sum -> /expected size -> noise -> 
 import collections
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,6 +47,7 @@ from fedasr.privacy.mechanism import Mechanism
 
 # Streams of the root key: what is drawn for clients and for the noise never meets.
 CLIENT_STREAM, NOISE_STREAM = 0, 1
+_QUEUED = 4  # chunks on the devices beside the one in work: in the queue, in the thread's hand
 _AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
 
 
@@ -254,9 +254,9 @@ class Simulation:
                 total = self._cohort.total(sums) if sums is not None else None
                 scales = self._view(state).scales if self._adaptive else np.zeros(0, np.float32)
                 state = self._step(state, self._delta(state, total), **self._votes(state, total))
-                if own is not None:
-                    own.commit()
                 jax.block_until_ready(state.params)
+                if own is not None:  # not before: a step that fails is done again
+                    own.commit()
                 seconds = time.perf_counter() - began
                 scales = jax.device_get(scales)
                 yield state, _metrics(round + 1, total, scales, padding, seconds, waiting)
@@ -290,22 +290,22 @@ class Simulation:
     def chunk_bytes(self, params: Params) -> int:
         """Bytes of a device's memory that rounds take, by compiling for the largest chunk.
 
-        The largest of the first round with anybody in it: later ones may be larger. Counted are the
-        compiled program, chunks on their way, the server's state and as much again for its step.
+        The largest of the first round with anybody in it: later ones may be larger, where there are
+        several buckets or users with many steps. Counted are the compiled program, chunks on their
+        way, the server's state and as much again for its step.
 
         Args:
           params: arrays or their shapes.
         """
-        round, chunks = 0, []
-        while not chunks:
-            users = self.mechanism.sampler.cohort(round)
-            chunks = [chunk for chunk, _ in itertools.islice(self.batcher.chunks(users, round), 1)]
+        round, example = 0, None
+        while example is None:
+            example = self.batcher.example_chunk(self.mechanism.sampler.cohort(round), round)
             round += 1
         state = jax.eval_shape(lambda p: init_server(p, self._chain), params)
         view = jax.eval_shape(self._view, state)
         chunk = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((self.chunk * self.mesh.size, *x.shape[1:]), x.dtype),
-            chunks[0],
+            example,
         )
         if self.store is not None:
             rows = (chunk.user.shape[0], self.store.layout.size)
@@ -320,7 +320,7 @@ class Simulation:
             + found.output_size_in_bytes
             - found.alias_size_in_bytes
         )
-        waiting = _AHEAD * _bytes(chunk) // self.mesh.size
+        waiting = _QUEUED * _bytes(chunk) // self.mesh.size
         return int(program + waiting + 2 * _bytes(state))
 
     def layer_names(self, params: Params) -> list[str]:

@@ -339,8 +339,16 @@ def make_simulation(
         return build(1)
     shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
     most = -(-sampler.slots // len(devices))
-    found = chunks.fit_chunk(lambda c: build(c).chunk_bytes(shapes), most, budget)
-    return build(int(hosts.leaders(np.array(found))))  # processes must agree
+
+    def memory(chunk: int) -> int:
+        try:
+            return build(chunk).chunk_bytes(shapes)
+        except jax.errors.JaxRuntimeError as error:
+            if not chunks.is_out_of_memory(error):
+                raise
+            return 2 * budget  # some compilers refuse what does not fit
+
+    return build(chunks.fit_chunk(memory, most, budget))
 
 
 def local_layout(config: Mapping[str, Any]) -> Layout | None:
@@ -711,11 +719,15 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         if not hosts.is_leader():
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         this = _Run(config, directory, workdir, scratch, stop)
-        # Before anything is written all have read.
+        # Before anything is written all have read, and the same.
+        hosts.check_alike("configuration, data or work directory", f"{config} {this.latest}")
         hosts.wait_for_all("begun")
+        hosts.connect()
         if new and hosts.is_leader():  # not before: a mistake must not claim the directory
             write_json_atomic(workdir / CONFIG_FILE, config)
-        return this.run()
+        summary = this.run()
+        hosts.wait_for_all("ended")  # who leaves before would end the others
+        return summary
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -813,8 +825,9 @@ class _Run:
                 plain = build_recogniser(config, augmented=False)
                 losses.insert(0, (min(start, config["rounds"]), plain.loss))
             self.losses, self.chunk_file = losses, workdir / CHUNK_FILE
-            kept = (_read_json(self.chunk_file) or {}).get("chunk")
-            self.simulations = self._simulations(kept)
+            kept = _read_json(self.chunk_file) or {}
+            same = kept.get("device") == _device(self.devices)
+            self.simulations = self._simulations(kept["chunk"] if same else None)
             if config["privacy"]["enabled"]:
                 for case in config["privacy"]["deployments"]:
                     # Raises for one that cannot be, before anything is trained.
@@ -839,9 +852,9 @@ class _Run:
             chunk = made[0][1].chunk
         return made
 
-    def _keep_chunk(self) -> None:
+    def _keep_chunk(self, chunk: int | None = None) -> None:
         """The float additions of a resumed run are in the order of the first."""
-        chunk = self.simulations[0][1].chunk
+        chunk = chunk or self.simulations[0][1].chunk
         if hosts.is_leader() and chunk != self.config["chunk"]:
             write_json_atomic(self.chunk_file, {"chunk": chunk, "device": _device(self.devices)})
 
@@ -878,6 +891,7 @@ class _Run:
         if hosts.any_process(self.stop.requested):
             self._save(stage, units, state)
             self.checkpointer.wait()
+            hosts.wait_for_all("stopped")
             raise Interrupted(f"stopped in {stage} at {units}: run the same command to go on")
 
     def run(self) -> dict[str, Any]:
@@ -1030,9 +1044,11 @@ class _Run:
                 if not chunks.is_out_of_memory(error) or jax.process_count() > 1:
                     raise
                 if shrunk or chunk == 1:
+                    self._keep_chunk(max(1, chunk // 2))
                     raise UserError(
-                        f"out of memory on {_device(self.devices)} with chunk={chunk}: set a "
-                        "smaller chunk, smaller batches or gradient checkpointing"
+                        f"out of memory on {_device(self.devices)} with chunk={chunk}: the same "
+                        "command tries half of that; or take smaller batches or gradient "
+                        "checkpointing"
                     ) from error
                 self._message(
                     f"out of memory on {_device(self.devices)} with chunk={chunk}: going on with "

@@ -300,6 +300,19 @@ def test_processes_read_their_own_rows_and_no_others(options, keep):
         jax.tree.map(np.testing.assert_array_equal, joined, chunk)
 
 
+@pytest.mark.parametrize("options", [{"steps": 1}, {"epochs": 1}])
+def test_buckets_of_arrays_that_do_not_vary(options):
+    corpus = InMemoryCorpus({f"u{i}": [{"x": np.ones((5, 2), np.float32)}] * 2 for i in range(3)})
+    assert not corpus.lengths(0)
+    batcher = ClientBatcher(corpus, LocalBatches(2, **options), [{"x": 8}], 2, 0)
+    chunks = list(batcher.chunks(range(3), 0))
+    assert [padding.real for _, padding in chunks] == [20, 10]
+    one = batcher.example_chunk(range(3), 0)
+    whole = chunks[0][0]
+    assert jax.tree.map(lambda x: x[:1].shape, whole) == jax.tree.map(lambda x: x.shape, one)
+    assert batcher.example_chunk([], 0) is None
+
+
 def test_step_slots_are_few():
     corpus = speech_corpus([1, 2, 3, 5, 6, 6])
     batcher = ClientBatcher(corpus, LocalBatches(1, epochs=1), make_buckets([corpus]), 1, 0)

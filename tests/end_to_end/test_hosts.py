@@ -21,10 +21,13 @@ SOON = 60.0  # seconds within which it must notice that the other is gone
 
 @pytest.fixture
 def start(program_environment):
-    """start(flags, processes): a run's processes, four CPU devices each, one for a single one."""
+    """start(flags, processes, last): a run's processes, of four CPU devices or one if alone.
+
+    `last` are more flags of the last process.
+    """
     running = []
 
-    def begin(flags, processes):
+    def begin(flags, processes, last=()):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -40,6 +43,7 @@ def start(program_environment):
                     [
                         *(sys.executable, "-m", "experiments.train", *flags, "--json"),
                         *(together if processes > 1 else ()),
+                        *(last if process == processes - 1 else ()),
                     ],
                     env=program_environment | devices,
                     stdout=subprocess.PIPE,
@@ -55,26 +59,43 @@ def start(program_environment):
         process.communicate()
 
 
+def wait_for_round(number, workdir, processes):
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + LONGEST
+    while not (metrics.exists() and f'"round": {number}' in metrics.read_text()):
+        assert processes[0].poll() is None, processes[0].communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_run_and_end_together(start, tiny_flags, tmp_path):
-    flags = (*tiny_flags, "--config.rounds=5", "--config.checkpoint.every=1")
+    flags = (*tiny_flags, "--config.rounds=6", "--config.checkpoint.every=1")
     flags = (*flags, "--config.cohort=6", "--config.privacy.sampler=everyone")
     flags = (*flags, "--config.evaluation.every=0", "--config.seed_training.steps=0")
     (alone,) = start((*flags, f"--workdir={tmp_path}/alone"), 1)
     both = start((*flags, f"--workdir={tmp_path}/both"), 2)
 
     # Killed after two rounds: the leader must not wait forever.
-    metrics = tmp_path / "both" / "metrics.jsonl"
-    deadline = time.monotonic() + LONGEST
-    while not (metrics.exists() and '"round": 2' in metrics.read_text()):
-        assert both[0].poll() is None, both[0].communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_round(2, tmp_path / "both", both)
     both[1].send_signal(signal.SIGKILL)
     output, errors = both[0].communicate(timeout=SOON)
     assert both[0].returncode not in (0, None)
     assert "error: another process of this run has ended" in errors or "distributed" in errors
     assert not (tmp_path / "both" / "summary.json").exists()
+
+    # Told to stop, even if not the leader: both save and leave.
+    both = start((*flags, f"--workdir={tmp_path}/both"), 2)
+    wait_for_round(3, tmp_path / "both", both)
+    both[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=SOON) for process in both]
+    assert [process.returncode for process in both] == [3, 3], outputs
+    assert "resuming in stage 'main' at" in outputs[0][1]
+
+    # Another configuration in one of them is not trained at all.
+    both = start((*flags, f"--workdir={tmp_path}/both"), 2, ("--config.seed=7",))
+    outputs = [process.communicate(timeout=LONGEST) for process in both]
+    assert both[0].returncode and both[1].returncode, outputs
 
     both = start((*flags, f"--workdir={tmp_path}/both"), 2)
     outputs = [process.communicate(timeout=LONGEST) for process in both]

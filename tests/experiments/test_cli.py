@@ -36,4 +36,4 @@ def test_compiled_programs_are_kept_and_named(tmp_path):
         assert "compiling jit(doubled) ..." in done.stderr
         assert "compiled jit(doubled) in " in done.stderr
         folder = tmp_path / ("own" if own else ".compile-cache")
-        assert any("doubled" in path.name for path in folder.iterdir())
+        assert any("doubled" in path.name for path in folder.rglob("*"))
