@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         config.accents.corpus = ConfigDict(
             {
                 "seed_users": 24,
-                "train_users": 96,
+                "train_users": 192,
                 "dev_users": 32,
                 "test_users": 64,
                 "seed_utterances": (30, 50),
@@ -43,9 +43,9 @@ def get_config() -> ConfigDict:
                 "other": ("en-x-southern", "en-x-alpine", "en-x-iberian", "en-x-dental"),
             }
         )
-        config.accents.seed_share = 0.25  # of the groups' training users, for the seed instead
+        config.accents.seed_share = 0.5  # of the groups' training users, for the seed instead
         # Of a search; of each of those between rounds; models in the archive.
-        config.accents.evaluations = 100
+        config.accents.evaluations = 60
         config.accents.evaluations_between = 40
         config.accents.population = 10
         config.accents.every = 15  # rounds between fusions of groups that train side by side
