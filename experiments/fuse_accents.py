@@ -184,7 +184,9 @@ def fused_between(
     fuse = groups.average
     if method != AVERAGE:
         parents = recognisers.load_parents([start, start], bench.data)
-        task = tasks.recognisers_task(parents, [start, start], bench.data, bench.split("dev"))
+        task = tasks.recognisers_task(
+            parents, [start, start], bench.data, bench.split("dev"), settings["by_module"]
+        )
         searched = tasks.make_method(method, task, settings["population"])
         fuse = groups.by_search(searched, settings["evaluations_between"], seed)
     simulations = []
@@ -236,6 +238,7 @@ def run_seed(
     from fedasr.fusion.run import run
     from fedasr.training import loop
     from fedasr.training.checkpoint import restore_params
+    from fedasr.training.config import fingerprint
 
     settings = bench.config["accents"]
     start, folder = workdir / f"seed-{seed}" / SEED, workdir / f"seed-{seed}" / privacy
@@ -262,7 +265,9 @@ def run_seed(
     wer |= {group: measure(parents.model(i)) for i, group in enumerate(bench.groups)}
     wer[UNION] = measure(restore_params(folder / UNION))
     wer[AVERAGE] = measure(jax.tree.map(lambda x: x.mean(0), parents.params))
-    task = tasks.recognisers_task(parents, specialists, bench.data, bench.split("dev"))
+    task = tasks.recognisers_task(
+        parents, specialists, bench.data, bench.split("dev"), settings["by_module"]
+    )
     search = {}
     for name in methods:
         method = tasks.make_method(name, task, settings["population"])
@@ -272,7 +277,7 @@ def run_seed(
             [seed],
             settings["evaluations"],
             every=max(1, settings["evaluations"] // 10),
-            workdir=folder / "fused" / name,
+            workdir=folder / "fused" / f"{name}-{fingerprint(settings)}",
             identity={**task.identity, "method": name, "population": settings["population"]},
             log=lambda line, name=name: log(f"seed {seed}, {privacy}, {name}: {line}"),
         )

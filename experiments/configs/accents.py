@@ -48,5 +48,6 @@ def get_config() -> ConfigDict:
         config.accents.evaluations = 60
         config.accents.evaluations_between = 40
         config.accents.population = 10
+        config.accents.by_module = False  # a ratio and a split point for each module of the model
         config.accents.every = 15  # rounds between fusions of groups that train side by side
     return config

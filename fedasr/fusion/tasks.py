@@ -23,7 +23,7 @@ class Task:
       score: see `fedasr.fusion.methods`. make_parents, measure: see `fedasr.fusion.run`.
       like: shapes of a model. base: what the parents were trained from, or None if unknown.
       mutation: standard deviation. halves: bool [points], for MAP-Elites. identity: of the data
-      and models.
+      and models. chromosome: of `methods.Evolution`.
     """
 
     score: Callable[[Any], Any]
@@ -34,6 +34,7 @@ class Task:
     mutation: float
     halves: np.ndarray
     identity: Mapping[str, Any]
+    chromosome: Callable[[str], str] | None = None
 
 
 def digits_task(pretrained: bool, raw: bool = False) -> Task:
@@ -61,13 +62,18 @@ def digits_task(pretrained: bool, raw: bool = False) -> Task:
 
 
 def recognisers_task(
-    parents: recognisers.Parents, models: Sequence[str | Path], data: str | Path, split: str
+    parents: recognisers.Parents,
+    models: Sequence[str | Path],
+    data: str | Path,
+    split: str,
+    by_module: bool = False,
 ) -> Task:
     """Merging recognisers by the scores of utterances; `measure` measures nothing.
 
     Args:
       parents: read from `models`. models: their folders. data: a prepared corpus. split: of it,
-        to score on.
+        to score on. by_module: whether each module of the model (the front end, a block, ...) is a
+        chromosome, with a ratio and a split point of its own; otherwise the model is one.
     """
     corpus = open_corpus(data, split)
     start = parents.metadata["config"]["init_from"]
@@ -84,7 +90,9 @@ def recognisers_task(
             "models": [str(Path(path).resolve()) for path in models],
             "data": str(Path(data).resolve()),
             "split": split,
-        },
+        }
+        | ({"by_module": True} if by_module else {}),
+        (lambda path: path.split("/")[0]) if by_module else None,
     )
 
 
@@ -97,7 +105,9 @@ def make_method(name: str, task: Task, population: int = 20, alpha: float = 1.0)
     Raises:
       UserError: for an unknown name, or a method that the task has nothing for.
     """
-    evolution = methods.Evolution(population=population, alpha=alpha, mutation=task.mutation)
+    evolution = methods.Evolution(
+        population=population, alpha=alpha, mutation=task.mutation, chromosome=task.chromosome
+    )
     if name in methods.ABLATIONS:
         return methods.evolve(task.score, methods.make_evolution(name, evolution))
     if name == "map_elites":

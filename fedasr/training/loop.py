@@ -720,8 +720,8 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         this = _Run(config, directory, workdir, scratch, stop)
         # Before anything is written all have read, and the same.
-        hosts.check_alike("configuration, data or work directory", f"{config} {this.latest}")
         hosts.wait_for_all("begun")
+        hosts.check_alike("configuration, data or work directory", f"{config} {this.latest}")
         hosts.connect()
         if new and hosts.is_leader():  # not before: a mistake must not claim the directory
             write_json_atomic(workdir / CONFIG_FILE, config)

@@ -22,6 +22,7 @@ TINY = (
     "--config.accents.evaluations=6",
     "--config.accents.evaluations_between=3",
     "--config.accents.population=3",
+    "--config.accents.by_module=True",
     *(f"--config.accents.corpus.{split}_users=8" for split in SPLITS),
     *(f"--config.accents.corpus.{split}_utterances=(2,2)" for split in SPLITS),
 )
