@@ -45,25 +45,25 @@ def test_the_experiment_runs_goes_on_and_draws(program, tmp_path):
     pytest.importorskip("scipy", reason="scipy is not installed")
     workdir, plot = tmp_path / "run", tmp_path / "plot.png"
     command = ("experiments.brain_to_text", *TINY, f"--workdir={workdir}", "--json")
-    first = program(*command, "--seeds=0,1")
+    first = program(*command, "--seeds=1")
     assert first.returncode == 0, first.stderr
     found = json.loads(first.stdout.splitlines()[-1])
-    assert found["seeds"] == [0, 1]
+    assert found["seeds"] == [1]
     for name in ("cer, one layer for all", "cer, federated by day", "cer, later days, fixed"):
-        assert len(found["rows"][name]["values"]) == 2
+        assert len(found["rows"][name]["values"]) == 1
     days = {name: len(values) for name, values in found["cer_by_day"].items()}
     assert days == {"fixed": 2, "past only": 2, "recalibrated": 2, "training days": 2}
     assert found["sentences"] == {"central": 8, "federated": 16}
 
     # Nothing is done twice, and another setting redoes what depends on it, in the same folder.
     kept = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.json")}
-    again = program(*command, "--seeds=0,1", f"--plot={plot}")
+    again = program(*command, "--seeds=1", f"--plot={plot}")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1]) == found
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert plot.read_bytes().startswith(b"\x89PNG")
     change = ("--config.federated.rounds=1", "--config.calibration.steps=1")
-    other = program(*command, "--seeds=0", *change)
+    other = program(*command, "--seeds=1", *change)
     assert other.returncode == 0, other.stderr
     changed = {path.name for path in kept if path.stat().st_mtime_ns != kept[path]}
     assert changed == {"federated-rates.json", "calibration.json"}

@@ -25,6 +25,8 @@ TINY = (
     "--config.accents.by_module=True",
     *(f"--config.accents.corpus.{split}_users=8" for split in SPLITS),
     *(f"--config.accents.corpus.{split}_utterances=(2,2)" for split in SPLITS),
+    "--config.accents.corpus.train_users=16",
+    "--config.accents.seed_share=0.2",
 )
 
 
