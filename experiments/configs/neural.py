@@ -3,7 +3,7 @@
     --config=experiments/configs/neural.py:model=speech --config.data.dir=DIR
 
 model: "speech" (256 channels, five layers of 1024; Willett et al., 2023) or "handwriting" (192
-channels, two of 512; Fan et al., 2023).
+channels, two of 512; Fan et al., 2023; its data is prepared with --stride=2).
 """
 
 import dataclasses
