@@ -184,7 +184,6 @@ def _with_canaries(
     """The configuration's simulation over the training users and the canaries."""
     import copy
 
-    from fedasr.data.batching import make_buckets
     from fedasr.data.corpus import InMemoryCorpus, open_corpus
     from fedasr.data.splits import UnionCorpus
     from fedasr.training import loop
@@ -199,8 +198,7 @@ def _with_canaries(
     everybody.train = UnionCorpus([train, joined])
     # The same shapes whoever is present.
     whole = InMemoryCorpus({c.user: c.present + c.absent for c in canaries}, joined.ragged)
-    multiples = {"features": 24, "labels": 4}
-    everybody.buckets = make_buckets([train, whole], config["data"]["buckets"], multiples)
+    everybody.buckets, everybody.shapes = loop.padded_shapes(config, [train, whole], train)
     return loop.make_simulation(config, everybody, recogniser.loss, devices)
 
 

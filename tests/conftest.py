@@ -28,11 +28,11 @@ def dense_batches(batches):
     """A chunk's batches as arrays [clients, steps, batch, ...], by a plain loop over a `Store`."""
     if not isinstance(batches, Store):
         return batches
-    index = batches.index
+    index = batches.index.reshape(*batches.index.shape[:2], -1)
     out = {"mask": index >= 0}
     for name, values in batches.arrays.items():
         if name in batches.offsets:
-            tail = (batches.spans[name].shape[1], *values.shape[2:])
+            tail = (max(span[name].shape[1] for span in batches.spans), *values.shape[2:])
             out[f"{name}_length"] = np.zeros(index.shape, np.int32)
         else:
             tail = values.shape[2:]

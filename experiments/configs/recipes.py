@@ -103,6 +103,7 @@ def base_config(name: str, arguments: Mapping[str, Any], batch_seconds: float) -
     config.augment.start_round = arguments["specaugment_start"]
 
     config.client.batch_seconds = batch_seconds
+    config.client.micro_batch = 2 if arguments["chunk"] == 1 else 0  # ours
     config.client.steps, config.client.epochs = 0, 10
     config.client.max_steps = arguments["max_steps"]
     config.client.proximal = arguments["fedprox"]

@@ -21,6 +21,7 @@ from fedasr.errors import UserError
 Bucket = Mapping[str, int]  # the padded length of axis 0 of every ragged array
 # Of one array of a chunk; beyond this a machine would be out of memory.
 MAX_ARRAY_BYTES = 16 << 30
+_SHAPE_USERS = 60
 _ORDER_TAG = 0x0B47C4  # separates the order of examples from the other uses of a run's seed
 
 
@@ -30,18 +31,25 @@ class Store(NamedTuple):
     `fedasr.federated.client.take_batch` gathers a batch on the device. However many epochs a client
     makes, and however its examples differ in length, it needs little more memory than its data.
 
-    index: int32 [steps, batch], an example's number; -1 for padding.
+    A batch may be computed in several parts, each padded to a shape of its own.
+
+    index: int32 [steps, parts, slots], an example's number; -1 for padding, which comes last.
     arrays: {name: [frames, ...] for a ragged array, its examples laid end to end; [examples, ...]
       for others}.
     offsets, lengths: {ragged name: int32 [examples]}, where an example begins in `arrays` and ends.
-    spans: {ragged name: bool [padded length]}; only the shape is meant.
+    spans: for each of the shapes {ragged name: bool [padded length]} and {"": bool [slots]}; only
+      the shapes of these arrays are meant.
+    kinds: int32 [steps, parts], which of the shapes holds the part. parts: int32 [steps], how many
+      there are.
     """
 
     index: Any
     arrays: Mapping[str, Any]
     offsets: Mapping[str, Any]
     lengths: Mapping[str, Any]
-    spans: Mapping[str, Any]
+    spans: Sequence[Mapping[str, Any]]
+    kinds: Any
+    parts: Any
 
 
 class Chunk(NamedTuple):
@@ -277,9 +285,114 @@ class LocalBatches:
         return batches[: self.max_steps]
 
 
+class Shape(NamedTuple):
+    """What a part of a batch is padded to: so many examples, and a bucket by its place."""
+
+    slots: int
+    bucket: int
+
+
+def make_shapes(
+    corpora: Sequence[Corpus],
+    corpus: Corpus,
+    local: LocalBatches,
+    slots: int,
+    count: int,
+    multiples: Mapping[str, int] | None = None,
+) -> tuple[tuple[dict[str, int], ...], tuple[Shape, ...]]:
+    """Buckets, and shapes for parts of batches with little padding and few parts.
+
+    The first shape holds any single example. The others, powers of two of examples of a bucket, are
+    taken one after another, each the one that saves most, and exchanged until nothing saves more.
+    What counts are the padded frames and, for each part, a twentieth of the mean example's.
+    Estimated from users who are drawn in proportion to their examples.
+
+    Args:
+      corpora, multiples: see `make_buckets`; the buckets have room for all of these.
+      corpus, local: what clients train on, and how (see `ClientBatcher`).
+      slots: at most so many examples are computed together.
+      count: at most so many shapes.
+
+    Raises:
+      UserError: the examples' lengths do not vary.
+    """
+    buckets = make_buckets(corpora, 2 * count, multiples)
+    if not buckets:
+        raise UserError("batches in parts need examples whose lengths vary")
+    unit = next(iter(buckets[0]))
+    sizes, lengths = np.asarray(corpus.sizes), all_lengths(corpus)
+    ends = np.cumsum(sizes)
+    fitting = _fitting_buckets(buckets, lengths, int(ends[-1]))
+    frames = np.array([bucket[unit] for bucket in buckets])
+    extra = float(frames[fitting].mean()) * 0.05
+    picks = (np.arange(_SHAPE_USERS) + 0.5) / _SHAPE_USERS * ends[-1]
+    users, times = np.unique(np.searchsorted(ends, picks, side="right"), return_counts=True)
+    found, weights = [], []
+    for user, weight in zip(users.tolist(), times.tolist(), strict=True):
+        own = slice(ends[user] - sizes[user], ends[user])
+        plan = local.plan(sizes[user], 0, 0, user, lengths[unit][own])
+        some = plan[:: -(-len(plan) // 4)]
+        found += [np.sort(fitting[own][batch]) for batch in some]
+        weights += [weight * len(plan) / len(some) / sizes[user]] * len(some)
+    longest = max(map(len, found))
+    # Beyond its end a batch is as if it went on, but what that costs is not read.
+    needs = np.array([np.pad(x, (0, longest - len(x)), mode="edge") for x in found])
+    rows, counts = np.arange(len(found)), np.array([len(x) for x in found])
+
+    def total(shapes: Sequence[Shape]) -> float:
+        costs = [shape.slots * int(frames[shape.bucket]) + extra for shape in shapes]
+        least, _ = _cheapest(needs, shapes, costs)
+        return float(np.array(weights) @ least[rows, counts])
+
+    powers = [1 << i for i in range(slots.bit_length()) if 1 << i < slots]
+    options = {Shape(n, b) for n in [*powers, slots] for b in range(len(buckets))}
+    shapes = [Shape(1, len(buckets) - 1)]
+    best, saving = total(shapes), True
+    while saving:
+        saving = False
+        for place in range(1, min(count, len(options))):
+            rest = shapes[:place] + shapes[place + 1 :]
+            least, shape = min((total([*rest, o]), o) for o in options - set(rest))
+            if least < best:
+                best, saving = least, True
+                shapes = [*shapes[:place], shape, *shapes[place + 1 :]]
+    return buckets, tuple(shapes)
+
+
+def _cheapest(
+    needs: np.ndarray, shapes: Sequence[Shape], costs: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Batches divided into parts at the lowest cost, by dynamic programming.
+
+    Args:
+      needs: int [batches, n], the bucket of each example, in ascending order.
+      shapes: one of them must hold an example of any bucket. costs: of each.
+
+    Returns:
+      float64 and int [batches, n + 1]: what the first k examples cost, and the shape of the part
+      that holds the last of them, with as many before it as there is room for.
+    """
+    least = np.zeros((len(needs), needs.shape[1] + 1))
+    kinds = np.zeros(least.shape, np.int64)
+    limits = np.array([shape.bucket for shape in shapes])
+    for count in range(1, least.shape[1]):
+        before = np.stack(
+            [
+                least[:, max(count - shape.slots, 0)] + cost
+                for shape, cost in zip(shapes, costs, strict=True)
+            ],
+            axis=1,
+        )
+        before[limits < needs[:, count - 1, None]] = np.inf
+        kinds[:, count] = before.argmin(axis=1)
+        least[:, count] = before.min(axis=1)
+    return least, kinds
+
+
 class _Client(NamedTuple):
     """plan: indices of the examples of each batch. real: their elements, of axis 0, in all.
 
+    parts: of each batch, the shape and the number of examples of each of its parts.
     wanted, where: the examples of the plan, each once, and for all its indices which of these.
     lengths: of `wanted`, by ragged array.
     """
@@ -287,6 +400,7 @@ class _Client(NamedTuple):
     user: int
     bucket: int
     plan: list[np.ndarray]
+    parts: list[list[tuple[int, int]]]
     real: int
     wanted: np.ndarray
     where: np.ndarray
@@ -307,6 +421,8 @@ class ClientBatcher:
       weights: of the users, [users], such as their numbers of examples; None for 1.
       rows: of a chunk that this process needs; the others are not read, and not in the chunks. None
         for all.
+      shapes: of the parts in which batches are computed, from `make_shapes`; None for whole
+        batches. Clients vmapped together would wait for the longest of their parts: one a device.
     """
 
     def __init__(
@@ -320,49 +436,121 @@ class ClientBatcher:
         devices: int = 1,
         weights: np.ndarray | None = None,
         rows: slice | None = None,
+        shapes: Sequence[Shape] | None = None,
     ) -> None:
         if chunk_size < 1:
             raise UserError(f"chunk must be at least 1 (got {chunk_size})")
+        if shapes is not None and chunk_size != devices:
+            raise UserError("batches in parts (micro_batch) need chunk=1: one client on a device")
         self._corpus, self._local, self._buckets = corpus, local, tuple(buckets)
         self._chunk_size, self._seed, self._keep = chunk_size, seed, keep
         self._devices, self._weights = devices, weights
         self._rows = range(chunk_size) if rows is None else range(chunk_size)[rows]
         self._unit = next(iter(self._buckets[0]), None) if self._buckets else None
-        # A fixed number of batches of a fixed size is as small dense, and one shape for everybody.
-        self._stored = local.steps is None or local.frames is not None
         if local.frames is not None and self._unit is None:
             raise UserError("batches measured in frames need examples whose lengths vary")
+        # A fixed number of batches of a fixed size is as small dense, and one shape for everybody.
+        self._stored = local.steps is None or local.frames is not None or shapes is not None
+        self._shapes = None if shapes is None else tuple(shapes)
+        self._frames = [next(iter(bucket.values()), 1) for bucket in self._buckets] or [1]
+        # A little more for a part than for its frames, so that of equals the fewest are taken.
+        self._costs = [1 + s.slots * self._frames[s.bucket] for s in self._shapes or ()]
+        self._most_parts = 1
+        if shapes is not None:
+            self._most_parts = local.batch_size or int(
+                local.frames // all_lengths(corpus)[self._unit].min() + 1
+            )
+        if self._stored:
+            self._largest = self._largest_client()
 
     def _client(self, user: int, round: int) -> _Client:
         lengths = self._corpus.lengths(user)
         size = int(self._corpus.sizes[user])
         unit = None if self._local.frames is None else np.asarray(lengths[self._unit])
         plan = self._local.plan(size, self._seed, round, user, unit)
+        if self._shapes is not None:
+            needs = _fitting_buckets(self._buckets, lengths, size)
+            plan = [batch[np.argsort(-needs[batch], kind="stable")] for batch in plan]
+            parts = [self._parts(needs[batch]) for batch in plan]
         wanted, where = np.unique(np.concatenate(plan), return_inverse=True)
         of_wanted = {name: np.asarray(values)[wanted] for name, values in lengths.items()}
         longest = {name: int(values.max()) for name, values in of_wanted.items()}
         bucket = fitting_bucket(self._buckets, longest) if longest else 0
+        if self._shapes is None:
+            parts = [[(0, len(batch))] for batch in plan]
         if self._unit is None:
             real = len(where)
         elif self._unit in of_wanted:
             real = int(of_wanted[self._unit][where].sum())
         else:  # an array that the corpus knows to be of one length
             real = len(where) * len(self._corpus.get(user, [int(wanted[0])])[0][self._unit])
-        return _Client(user, bucket, plan, real, wanted, where, of_wanted)
+        return _Client(user, bucket, plan, parts, real, wanted, where, of_wanted)
 
-    def _step_slots(self, steps: int) -> int:
-        """Rounded up to a power of four where users differ, so that few shapes are compiled.
+    def _parts(self, needs: np.ndarray) -> list[tuple[int, int]]:
+        """The shape and the number of examples of each part of a batch (`needs`: descending)."""
+        _, kinds = _cheapest(needs[None, ::-1], self._shapes, self._costs)
+        parts, left = [], len(needs)
+        while left:
+            size = min(self._shapes[kinds[0, left]].slots, left)
+            parts.append((int(kinds[0, left]), size))
+            left -= size
+        return parts
 
-        Padding steps cost memory and transfer but no compute: the loop's bound is a traced value.
+    def _largest_client(self) -> dict[str, int]:
+        """Sizes of a `Store` that holds every client: "steps", "examples", "/name" (frames).
+
+        An estimate, from which the sizes that chunks have are derived (`_store_sizes`).
         """
-        if self._local.steps is not None:
-            return self._local.steps
-        return _power_of_four(steps)
+        local, sizes = self._local, np.asarray(self._corpus.sizes)
+        ends, lengths = np.cumsum(sizes), all_lengths(self._corpus)
+        examples = int(sizes.max())
+        batches = (local.epochs or local.steps) * examples  # no batch is empty
+        if local.batch_size is not None and local.epochs is not None:
+            batches = local.epochs * -(-examples // local.batch_size)
+        batches = min(batches, local.steps or local.max_steps or batches)
+        largest = {"steps": batches, "examples": examples}
+        for name, values in lengths.items():
+            before = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+            longest, total = int(values.max()), int((before[ends] - before[ends - sizes]).max())
+            if name == self._unit and local.frames is not None:
+                largest["steps"] = min(
+                    batches, (local.epochs or batches) * (2 * total // local.frames + 1)
+                )
+                most = batches * (local.frames + longest)
+            else:
+                most = batches * longest * (local.batch_size or examples)
+            largest[f"/{name}"] = max(min(total, most), 1)
+        return largest
+
+    def _store_sizes(self, need: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of `_largest_client` divided by a power of 4, the largest that leaves enough.
+
+        All together: sizes rounded one by one would be many more shapes to compile. What is too
+        large costs memory and transfer, but no computation: the loop's bound is a traced value.
+        """
+
+        def divided(power: int) -> dict[str, int]:
+            if power < 0:
+                return {name: size * 4**-power for name, size in self._largest.items()}
+            return {name: -(-size // 4**power) for name, size in self._largest.items()}
+
+        def enough(power: int) -> bool:
+            return all(size >= need.get(name, 0) for name, size in divided(power).items())
+
+        power = 0
+        while not enough(power):
+            power -= 1
+        while divided(power + 1) != divided(power) and enough(power + 1):
+            power += 1
+        return divided(power)
 
     def chunks(self, users: Iterable[int], round: int) -> Iterator[tuple[Chunk, Padding]]:
         """Reads and pads the data of a round's cohort, chunk by chunk (numpy arrays)."""
         clients = [self._client(int(user), round) for user in users]
-        clients.sort(key=lambda c: (-c.bucket, -self._slots([c]), -len(c.plan), c.user))
+        if self._shapes is None:
+            clients.sort(key=lambda c: (-c.bucket, -self._slots([c]), -len(c.plan), c.user))
+        else:
+            clients.sort(key=lambda c: (-c.real, c.user))  # devices side by side: like work
         for start in range(0, len(clients), self._chunk_size):
             yield self._build(clients[start : start + self._chunk_size])
 
@@ -374,11 +562,7 @@ class ClientBatcher:
 
     def _build(self, clients: list[_Client]) -> tuple[Chunk, Padding]:
         slots = self._chunk_size
-        bucket = self._buckets[max(c.bucket for c in clients)] if self._buckets else {}
-        steps = self._step_slots(max(len(c.plan) for c in clients))
-        shape = (len(self._rows), steps, self._slots(clients))
-        build = self._store if self._stored else self._dense
-        batches = build(clients, bucket, shape)
+        shapes = self._shapes or (Shape(self._slots(clients), max(c.bucket for c in clients)),)
         num_steps = np.zeros(slots, np.int32)
         num_steps[: len(clients)] = [len(c.plan) for c in clients]
         user = np.zeros(slots, np.int32)
@@ -386,12 +570,22 @@ class ClientBatcher:
         weight = (num_steps > 0).astype(np.float32)
         if self._weights is not None:
             weight[: len(clients)] = [self._weights[c.user] for c in clients]
-        unit = next(iter(bucket.values()), 1)
-        longest = num_steps.reshape(self._devices, -1).max(axis=1)
-        trips = int(longest.sum()) * (slots // self._devices)
         own = slice(self._rows.start, self._rows.stop)
+        if self._stored:
+            batches: Any = self._store(clients, shapes)
+        else:
+            (shape,) = shapes
+            bucket = self._buckets[shape.bucket] if self._buckets else {}
+            size = (len(self._rows), self._local.steps, shape.slots)
+            batches = self._dense(clients, bucket, size)
+        frames = [shape.slots * self._frames[shape.bucket] for shape in shapes]
+        if self._shapes is None:
+            longest = num_steps.reshape(self._devices, -1).max(axis=1)
+            computed = int(longest.sum()) * (slots // self._devices) * frames[0]
+        else:
+            computed = sum(frames[kind] for c in clients for step in c.parts for kind, _ in step)
         chunk = Chunk(batches, num_steps[own], user[own], weight[own])
-        return chunk, Padding(sum(c.real for c in clients), trips * shape[2] * unit)
+        return chunk, Padding(sum(c.real for c in clients), computed)
 
     def example_chunk(self, users: Iterable[int], round: int) -> Chunk | None:
         """The first chunk of a round with the data of one row alone; None of an empty cohort."""
@@ -427,50 +621,64 @@ class ClientBatcher:
                     place(batches, at, shape, examples[example], bucket, self._keep)
         return batches
 
-    def _store(self, clients: list[_Client], bucket: Bucket, shape: tuple[int, int, int]) -> Store:
+    def _store(self, clients: list[_Client], shapes: Sequence[Shape]) -> Store:
         """Every example of every client once (see `Store`)."""
-        index = np.full(shape, -1, np.int32)
+        rows = len(self._rows)
         held: dict[int, list[Example]] = {}
         for position, client in self._own(clients):
             held[position] = self._corpus.get(client.user, client.wanted.tolist())
-            ends = np.cumsum([len(batch) for batch in client.plan])
-            for step, inverse in enumerate(np.split(client.where, ends[:-1])):
-                index[position, step, : len(inverse)] = inverse
-        # Shapes are the same in all processes: they follow from lengths, which all know.
-        room = _power_of_four(max(len(client.wanted) for client in clients))
         first = next(iter(held.values()))[0] if held else self._template(clients)
-        arrays, offsets, lengths, spans = {}, {}, {}, {}
+        first = {
+            n: np.asarray(v) for n, v in first.items() if self._keep is None or n in self._keep
+        }
+        buckets = [self._buckets[shape.bucket] if self._buckets else {} for shape in shapes]
+        ragged = [name for name in first if name in buckets[0]]
+        # Shapes are the same in all processes: they follow from lengths, which all know.
+        need = {
+            "steps": max(len(c.plan) for c in clients),
+            "examples": max(len(c.wanted) for c in clients),
+        }
+        need |= {
+            f"/{name}": max(int(c.lengths[name].sum()) for c in clients)
+            for name in ragged
+            if name in clients[0].lengths
+        }
+        sizes = self._store_sizes(need)
+        room = sizes["examples"]
+        parts = np.zeros((rows, sizes["steps"]), np.int32)
+        kinds = np.zeros((*parts.shape, self._most_parts), np.int32)
+        index = np.full((*kinds.shape, max(shape.slots for shape in shapes)), -1, np.int32)
+        for position, client in self._own(clients):
+            begin = 0
+            for step, own in enumerate(client.parts):
+                parts[position, step] = len(own)
+                for part, (kind, size) in enumerate(own):
+                    kinds[position, step, part] = kind
+                    index[position, step, part, :size] = client.where[begin : begin + size]
+                    begin += size
+        spans = [
+            {"": np.zeros((rows, shape.slots), np.bool_)}
+            | {name: np.zeros((rows, bucket[name]), np.bool_) for name in ragged}
+            for shape, bucket in zip(shapes, buckets, strict=True)
+        ]
+        arrays, offsets, lengths = {}, {}, {}
         for name, value in first.items():
-            if self._keep is not None and name not in self._keep:
-                continue
-            value = np.asarray(value)
-            if name not in bucket:
-                arrays[name] = _zeros(name, (shape[0], room, *value.shape), value.dtype)
+            if name not in ragged:
+                arrays[name] = _zeros(name, (rows, room, *value.shape), value.dtype)
                 for position, examples in held.items():
                     arrays[name][position, : len(examples)] = [x[name] for x in examples]
                 continue
-            span = bucket[name]
-            longest = max(
-                int(c.lengths[name].sum()) if name in c.lengths else len(c.wanted) * len(value)
-                for c in clients
-            )
-            frames = span << (-(-longest // span) - 1).bit_length()
-            arrays[name] = _zeros(name, (shape[0], frames, *value.shape[1:]), value.dtype)
-            offsets[name] = np.zeros((shape[0], room), np.int32)
-            lengths[name] = np.zeros((shape[0], room), np.int32)
-            spans[name] = np.zeros((shape[0], span), np.bool_)
+            frames = sizes.get(f"/{name}", room * len(value))
+            arrays[name] = _zeros(name, (rows, frames, *value.shape[1:]), value.dtype)
+            offsets[name] = np.zeros((rows, room), np.int32)
+            lengths[name] = np.zeros((rows, room), np.int32)
             for position, examples in held.items():
                 size = np.array([len(x[name]) for x in examples])
                 joined = np.concatenate([x[name] for x in examples])
                 arrays[name][position, : len(joined)] = joined
                 offsets[name][position, : len(size)] = np.cumsum(size) - size
                 lengths[name][position, : len(size)] = size
-        return Store(index, arrays, offsets, lengths, spans)
-
-
-def _power_of_four(count: int) -> int:
-    """The smallest that is at least `count`: few shapes, for what costs little."""
-    return 4 ** -(-(count - 1).bit_length() // 2)
+        return Store(index, arrays, offsets, lengths, spans, kinds, parts)
 
 
 def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

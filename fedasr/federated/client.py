@@ -8,6 +8,7 @@ and `fedasr.federated.cohort` maps it over many. Write your own with this signat
 local algorithm.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,8 @@ from fedasr.data.batching import Store
 
 Params = Any
 Batch = Mapping[str, jax.Array]
-# loss(params, batch, key) -> (mean loss over the valid examples, {name: scalar to be summed})
+# loss(params, batch, key) -> (mean loss over the valid examples, {name: scalar to be summed}). The
+# scalar "utterances", if there, is the number of valid examples: else all of the mask's are.
 Loss = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
 
 
@@ -50,7 +52,7 @@ class ClientUpdate(Protocol):
         Args:
           params: the server's parameters theta.
           batches: named arrays [steps, batch, ...], those from `num_steps` on padding; or a
-            `Store` of examples. `take_batch` reads either.
+            `Store` of examples. `batch_gradient` and `take_batch` read either.
           num_steps: int32 scalar, how many of the batches are real; 0 for an empty slot.
           key: the client's own key of this round.
           max_steps: bound of the loop, >= num_steps. Clients that are vmapped together share the
@@ -64,7 +66,7 @@ class ClientUpdate(Protocol):
 
 
 def take_batch(batches: Batch | Store, step: jax.Array | int) -> dict[str, jax.Array]:
-    """Batch number `step` of one client.
+    """Batch number `step` of one client, with all of its parts where it has several.
 
     Args:
       batches: arrays [steps, batch, ...], or a `fedasr.data.batching.Store`.
@@ -75,22 +77,69 @@ def take_batch(batches: Batch | Store, step: jax.Array | int) -> dict[str, jax.A
     """
     if not isinstance(batches, Store):
         return jax.tree.map(lambda x: x[step], dict(batches))
-    index = batches.index[step]
+    spans = batches.spans
+    longest = {name: max(span[name].shape[0] for span in spans) for name in spans[0]}
+    return _gather(batches, batches.index[step].reshape(-1), longest)
+
+
+def _gather(store: Store, index: jax.Array, frames: Mapping[str, int]) -> dict[str, jax.Array]:
+    """Examples of a store, ragged arrays padded to so many frames; zeros where index is -1."""
     mask = index >= 0
     row = jnp.maximum(index, 0)
     batch = {"mask": mask}
-    for name, values in batches.arrays.items():
-        if name in batches.offsets:
-            frames = jnp.arange(batches.spans[name].shape[0])
-            length = jnp.where(mask, batches.lengths[name][row], 0)
+    for name, values in store.arrays.items():
+        if name in store.offsets:
+            within = jnp.arange(frames[name])
+            length = jnp.where(mask, store.lengths[name][row], 0)
             batch[f"{name}_length"] = length
-            inside = frames < length[:, None]
-            picked = values[jnp.where(inside, batches.offsets[name][row][:, None] + frames, 0)]
+            inside = within < length[:, None]
+            picked = values[jnp.where(inside, store.offsets[name][row][:, None] + within, 0)]
         else:
             inside, picked = mask, values[row]
         inside = inside.reshape(inside.shape + (1,) * (picked.ndim - inside.ndim))
         batch[name] = jnp.where(inside, picked, jnp.zeros_like(picked))
     return batch
+
+
+def batch_gradient(loss: Loss) -> Callable[..., tuple[tuple[jax.Array, Any], Params]]:
+    """`jax.value_and_grad(loss, has_aux=True)` of a client's batch, part by part.
+
+    Returns:
+      gradient(params, batches, step, key) -> ((loss, aux), gradients) of batch number `step`. The
+      parts' losses and gradients are weighted by their numbers of examples: those that the loss
+      counts as "utterances" in aux, or else those of the mask. Aux is summed. Each part draws from
+      a key of its own.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def gradient(params, batches, step, key):
+        if not isinstance(batches, Store) or batches.index.shape[1] == 1:
+            return value_and_grad(params, take_batch(batches, step), key)
+
+        def one_part(kind, part):
+            frames = {name: x.shape[0] for name, x in batches.spans[kind].items()}
+            index = batches.index[step, part, : frames[""]]
+            batch = _gather(batches, index, frames)
+            (value, aux), grads = value_and_grad(params, batch, jax.random.fold_in(key, part))
+            count = aux.get("utterances", jnp.sum(batch["mask"])).astype(jnp.float32)
+            (value, grads) = jax.tree.map(lambda x: (x * count).astype(x.dtype), (value, grads))
+            return count, value, aux, grads
+
+        branches = [functools.partial(one_part, kind) for kind in range(len(batches.spans))]
+
+        def add(part, sums):
+            new = jax.lax.switch(batches.kinds[step, part], branches, part)
+            return jax.tree.map(jnp.add, sums, new)
+
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(branches[0], jnp.int32(0))
+        )
+        count, value, aux, grads = jax.lax.fori_loop(0, batches.parts[step], add, zeros)
+        share = 1.0 / jnp.maximum(count, 1.0)
+        value, grads = jax.tree.map(lambda x: (x * share).astype(x.dtype), (value, grads))
+        return (value, aux), grads
+
+    return gradient
 
 
 def local_training(
@@ -117,7 +166,7 @@ def local_training(
     """
     if grad_clip is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), optimizer)
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    gradient = batch_gradient(loss)
 
     def update(params, batches, num_steps, key, max_steps=None, round=0):
         factor = None if schedule is None else schedule(round)
@@ -127,8 +176,7 @@ def local_training(
 
         def step(i, carry):
             local, opt_state, loss_sum, aux_sum = carry
-            batch = take_batch(batches, i)
-            (value, aux), grads = value_and_grad(local, batch, jax.random.fold_in(key, i))
+            (value, aux), grads = gradient(local, batches, i, jax.random.fold_in(key, i))
             if proximal:
                 grads = jax.tree.map(lambda g, a, b: g + proximal * (a - b), grads, local, params)
             updates, new_opt_state = optimizer.update(grads, opt_state, local)

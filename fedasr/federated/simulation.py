@@ -22,6 +22,7 @@ from fedasr.data.batching import (
     LocalBatches,
     Padding,
     Prefetcher,
+    Shape,
     make_buckets,
 )
 from fedasr.data.corpus import Corpus
@@ -102,6 +103,8 @@ class Simulation:
       store: the users' local parameters (see `fedasr.federated.local`), which `client_update`
         trains with the rest. Its layout must know `trained`, and its round be the state's:
         `store.restore` makes it so. None if all variables are shared; not together with `weigh`.
+      shapes: of the parts in which batches are computed, with the buckets, from
+        `fedasr.data.batching.make_shapes`; None for whole batches.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Simulation:
         weigh: Weigh | None = None,
         trained: Sequence[bool] | None = None,
         store: LocalStore | None = None,
+        shapes: Sequence[Shape] | None = None,
     ) -> None:
         if mechanism.sampler.population != len(corpus.users):
             raise UserError(
@@ -150,6 +154,7 @@ class Simulation:
             self.mesh.size,
             weights,
             hosts.own_rows(self.mesh, per_device * self.mesh.size),
+            shapes,
         )
         self.store = store
         if store is not None:

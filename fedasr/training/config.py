@@ -40,7 +40,7 @@ def default_config() -> ConfigDict:
     config.data.task = "digits"  # the synthetic corpus's: "digits" or "commands"
     config.data.train = "train"
     config.data.eval = ("dev", "test")
-    config.data.buckets = 1
+    config.data.buckets = 1  # at most so many shapes of padded batches
     # IID control: utterances dealt out afresh over the users, whose numbers of them are kept.
     config.data.iid = False
     config.data.population = 0  # training users, for --dry_run before the data is there
@@ -89,6 +89,9 @@ def default_config() -> ConfigDict:
     config.client.steps = 4  # 0: use epochs
     config.client.epochs = 0  # 0: use steps
     config.client.max_steps = 0  # with epochs, at most so many steps; 0: no limit
+    # Utterances computed together; above 0 a batch's gradient is summed over parts of at most so
+    # many utterances of like length, in data.buckets shapes that are compiled into one program.
+    config.client.micro_batch = 0
     config.client.grad_clip = 1.0
     config.client.proximal = 0.0  # FedProx's mu
     config.client.weighting = "uniform"  # or "examples", without privacy only

@@ -26,7 +26,7 @@ import optax
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.audio.features import LogMelConfig
 from fedasr.compression import settings as compression
-from fedasr.data.batching import LocalBatches, Padding, make_buckets
+from fedasr.data.batching import LocalBatches, Padding, Shape, make_buckets, make_shapes
 from fedasr.data.corpus import (
     METADATA_FILE,
     Corpus,
@@ -70,6 +70,7 @@ from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, to_json, write_json_atomic
 from fedasr.training.report import write_report
 
+_MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
 CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
 CHUNK_FILE = "chunk.json"  # what chunk="auto" came to, or what fitted: a resumed run takes it again
@@ -151,8 +152,8 @@ def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) ->
 class Data:
     """The corpora of a run and the shapes that hold them.
 
-    Attributes: train; seed (None if there is none); evaluation {split: corpus}; buckets for
-    training; tokenizer; skipped {reason: count} of the preparation.
+    Attributes: train; seed (None if there is none); evaluation {split: corpus}; buckets and shapes
+    for training; tokenizer; skipped {reason: count} of the preparation.
     """
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any], log: Any = print) -> None:
@@ -188,10 +189,23 @@ class Data:
                 f"{metadata['options']['stride']}: transcripts too long for it are left out"
             )
         self.skipped = dict(metadata["summary"]["skipped"])
-        multiples = {"features": 24, "labels": 4}
-        self.buckets = make_buckets([self.train], settings["buckets"], multiples)
+        self.buckets, self.shapes = padded_shapes(config, [self.train], self.train)
         others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
-        self.other_buckets = make_buckets(others, 1, multiples) if others else ()
+        self.other_buckets = make_buckets(others, 1, _MULTIPLES) if others else ()
+
+
+def padded_shapes(
+    config: Mapping[str, Any], corpora: Sequence[Corpus], train: Corpus
+) -> tuple[tuple[dict[str, int], ...], tuple[Shape, ...] | None]:
+    """The buckets of clients' batches, and the shapes of their parts if they have any.
+
+    Args:
+      corpora: must all fit in the buckets. train: the clients'.
+    """
+    count, slots = config["data"]["buckets"], config["client"]["micro_batch"]
+    if not slots:
+        return make_buckets(corpora, count, _MULTIPLES), None
+    return make_shapes(corpora, train, _local_batches(config), slots, count, _MULTIPLES)
 
 
 def _check_features(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -330,9 +344,12 @@ def make_simulation(
             keep=ARRAYS,
             trained=trained_variables(config),
             store=store,
+            shapes=data.shapes,
         )
 
     chunk = config["chunk"] if chunk is None else chunk
+    if chunk == chunks.AUTO and data.shapes is not None:
+        return build(1)
     if chunk != chunks.AUTO:
         return build(chunk)
     if (budget := chunks.device_budget(devices)) is None:
@@ -459,6 +476,7 @@ def _check(config: Mapping[str, Any]) -> None:
         "server.decay_rounds": 1,
         "client.decay_rounds": 1,
         "client.batch_seconds": 0,
+        "client.micro_batch": 0,
         "central.batch_seconds": 0,
         "central.decay_steps": 0,
         "seed_training.batch_seconds": 0,

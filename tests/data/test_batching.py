@@ -318,7 +318,7 @@ def test_step_slots_are_few():
     batcher = ClientBatcher(corpus, LocalBatches(1, epochs=1), make_buckets([corpus]), 1, 0)
     chunks = [chunk for chunk, _ in batcher.chunks(range(6), 0)]
     assert [int(c.num_steps[0]) for c in chunks] == [6, 6, 5, 3, 2, 1]
-    assert [c.batches.index.shape[1] for c in chunks] == [16, 16, 16, 4, 4, 1]
+    assert [c.batches.index.shape[1] for c in chunks] == [6, 6, 6, 6, 6, 2]
 
 
 def test_only_the_kept_arrays_are_read():

@@ -101,6 +101,7 @@ MISTAKES = {
     "privacy.delta": 0.0,
     "privacy.deployments": ((10, 5),),
     "client.batch_seconds": -1.0,
+    "client.micro_batch": -1,
     "client.weighting": "examples",  # with noise
     "central.decay_steps": -1,
     "augment.start_round": -1,
@@ -296,6 +297,22 @@ def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, no_report,
     record = next(r for r in read_metrics(tmp_path / "run") if r.get("round") == 1)
     assert record["client_steps"] == 3 * record["cohort"] > 0
     assert any("data.iid" in limit for limit in summary["privacy"]["not_covered"])
+
+
+def test_batches_in_parts_train_as_whole_ones(configure, no_report, tmp_path):
+    settings = {"client.steps": 0, "client.epochs": 2, "model.options.dropout": 0.0}
+    settings |= {"client.batch_size": 3, "data.buckets": 3, "rounds": 2}
+    padding = [
+        loop.run(configure(settings | {"client.micro_batch": size}), tmp_path / str(size))[
+            "padding_fraction"
+        ]
+        for size in (0, 1)
+    ]
+    assert padding[1] < 0.2 < padding[0]
+    whole, parts = (restore_params(tmp_path / name) for name in ("0", "1"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, parts)
+    with pytest.raises(UserError, match="chunk=1"):
+        loop.run(configure(settings | {"client.micro_batch": 1, "chunk": 2}), tmp_path / "2")
 
 
 def test_central_training_in_seconds_with_decay(configure, no_report, tmp_path):
