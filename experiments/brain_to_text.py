@@ -306,7 +306,9 @@ def federated(bench: Bench) -> Any:
         store = LocalStore(rows, layout, days)
         simulation = Simulation(
             corpus,
-            Mechanism(math.inf, "global", 0.0, ShuffledSampler(days, days, bench.seed)),
+            Mechanism(
+                math.inf, "global", 0.0, ShuffledSampler(days, settings["cohort"], bench.seed)
+            ),
             local_training(
                 recogniser.loss,
                 optax.sgd(settings["learning_rate"], momentum=settings["momentum"]),
@@ -534,7 +536,7 @@ def ratio(a: float, b: float) -> float:
 def summarize(results: Mapping[int, Mapping[str, Any]], config: Mapping[str, Any]) -> dict:
     """Means and standard deviations over the seeds, and the ratios the experiment is about."""
     training, federated = config["training"], config["federated"]
-    sentences = config["train_days"] * config["recordings"]["train_sentences"]
+    sentences = federated["cohort"] * config["recordings"]["train_sentences"]
     rows: dict[str, list[float]] = {}
     by_day: dict[str, list[list[float]]] = {"training days": []}
     for found in results.values():

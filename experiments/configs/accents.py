@@ -28,9 +28,9 @@ def get_config() -> ConfigDict:
         config.accents.corpus = ConfigDict(
             {
                 "seed_users": 24,
-                "train_users": 192,
-                "dev_users": 32,
-                "test_users": 64,
+                "train_users": 144,
+                "dev_users": 64,
+                "test_users": 128,
                 "seed_utterances": (30, 50),
                 "train_utterances": (24, 36),
                 "dev_utterances": (8, 12),
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
                 "other": ("en-x-southern", "en-x-alpine", "en-x-iberian", "en-x-dental"),
             }
         )
-        config.accents.seed_share = 0.5  # of the groups' training users, for the seed instead
+        config.accents.seed_share = 0.35  # of the groups' training users, for the seed instead
         # Of a search; of each of those between rounds; models in the archive.
         config.accents.evaluations = 60
         config.accents.evaluations_between = 40

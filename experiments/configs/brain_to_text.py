@@ -32,11 +32,11 @@ def get_config() -> ConfigDict:
                 "offset_noise": 0.2,
                 "walk_noise": 0.0,
             },
-            "training": {"steps": 600, "batch_size": 16, "learning_rate": 0.02},
-            # Every training day is a client in every round; local SGD, server SGD. The clients'
-            # rate falls linearly to 0.
+            "training": {"steps": 2400, "batch_size": 16, "learning_rate": 0.02},
+            # A day is a client; local SGD, server SGD. The clients' rate falls linearly to 0.
             "federated": {
-                "rounds": 60,
+                "rounds": 480,
+                "cohort": 3,
                 "epochs": 1,
                 "batch_size": 16,
                 "learning_rate": 0.2,
