@@ -1,0 +1,97 @@
+"""How long devices wait for data: rounds from a corpus on disk against the same from memory.
+
+    python -m experiments.benchmarks.pipeline [--config=FILE.py] [--config.field=value ...]
+        [--rounds=4] [--repeats=3] [--json]
+
+Rounds of a configuration (default: the quickstart's) are run several times from the same state, in
+turns: with chunks that a thread reads, pads and transfers as always ("disk"), and with chunks that
+were read and padded before ("memory"), which are only transferred. Every shape is compiled before.
+
+* disk_seconds, memory_seconds: of a round, the median of its repeats, in the mean of the rounds;
+* idle: the share of disk_seconds that memory_seconds does not need;
+* reading_seconds: of a round, what reading and padding take alone.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+_DEFAULT = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
+
+
+class _Stored:
+    """Stands for a `fedasr.data.batching.ClientBatcher`, with the chunks of one round."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        self._chunks = chunks
+
+    def chunks(self, users: Iterable[int], round: int) -> Iterator[Any]:
+        """What was read, whoever is asked for."""
+        del users, round
+        return iter(self._chunks)
+
+
+def measure(simulation: Any, state: Any, rounds: int, repeats: int) -> dict[str, float]:
+    """The figures above. `simulation` is left with what it had."""
+    batcher = simulation.batcher
+    disk, memory, reading = [], [], []
+    for _ in range(rounds):
+        number = int(state.round)
+        users = simulation.mechanism.sampler.cohort(number)
+        began = time.perf_counter()
+        stored = _Stored(list(batcher.chunks(users, number)))
+        reading.append(time.perf_counter() - began)
+        following, _ = next(simulation.run(state, 1))  # compiles what is new
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(repeats):
+            for source, seconds in zip((batcher, stored), times, strict=True):
+                simulation.batcher = source
+                seconds.append(next(simulation.run(state, 1))[1].seconds)
+        simulation.batcher = batcher
+        disk.append(statistics.median(times[0]))
+        memory.append(statistics.median(times[1]))
+        state = following
+    return {
+        "disk_seconds": statistics.fmean(disk),
+        "memory_seconds": statistics.fmean(memory),
+        "idle": max(0.0, 1 - sum(memory) / sum(disk)),
+        "reading_seconds": statistics.fmean(reading),
+    }
+
+
+def run() -> None:
+    """Measures and prints."""
+    cli.configure_devices()
+    import jax
+
+    from fedasr.training import loop
+    from fedasr.training.logging import to_json
+
+    config = to_json(_CONFIG.value.to_dict())
+    directory = loop.data_directory(config)
+    data = loop.Data(directory, config, lambda line: print(line, file=sys.stderr))
+    recogniser = loop.build_recogniser(config)
+    simulation = loop.make_simulation(config, data, recogniser.loss, jax.devices())
+    state = simulation.init(recogniser.init(jax.random.key(config["seed"])))
+    found = measure(simulation, state, flags.FLAGS.rounds, flags.FLAGS.repeats)
+    devices = jax.local_devices()
+    cli.show(found | {"device": f"{len(devices)} x {devices[0].device_kind}"})
+
+
+def _define_flags() -> None:
+    # Not when this is imported: other programs have flags of the same names.
+    flags.DEFINE_integer("rounds", 4, "Different rounds.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "Of each, from disk and from memory.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    _CONFIG = cli.define_config(_DEFAULT)
+    cli.main(run)

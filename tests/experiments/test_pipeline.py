@@ -1,0 +1,47 @@
+"""The benchmark of the input pipeline finds a slow one."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.benchmarks import pipeline
+from fedasr.data.batching import LocalBatches
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.data.sampling import FixedSizeSampler
+from fedasr.federated.client import local_training
+from fedasr.federated.simulation import Simulation
+from fedasr.privacy.mechanism import Mechanism
+
+USERS = {f"u{i}": [{"x": np.float32(i)}] for i in range(4)}
+
+
+class Slow(InMemoryCorpus):
+    def get(self, user, indices):
+        time.sleep(0.05)
+        return super().get(user, indices)
+
+
+@pytest.mark.parametrize(("corpus", "least", "most"), [(Slow, 0.5, 1.0), (InMemoryCorpus, 0, 0.9)])
+def test_waiting_for_data_is_found(corpus, least, most):
+    def loss(params, batch, key):
+        return jnp.mean(jnp.square(params["a"] - batch["x"])), {}
+
+    simulation = Simulation(
+        corpus(USERS),
+        Mechanism(1.0, "global", 0.0, FixedSizeSampler(4, 4, seed=0)),
+        local_training(loss, optax.sgd(0.1)),
+        optax.sgd(1.0),
+        LocalBatches(1, steps=1),
+        devices=jax.devices()[:1],
+    )
+    batcher, state = simulation.batcher, simulation.init({"a": jnp.float32(0)})
+    found = pipeline.measure(simulation, state, rounds=2, repeats=2)
+    assert simulation.batcher is batcher
+    assert least <= found["idle"] <= most
+    assert found["memory_seconds"] > 0
+    if corpus is Slow:
+        assert found["reading_seconds"] >= 0.2 and found["disk_seconds"] >= 0.2
