@@ -41,3 +41,41 @@ def test_large_benchmark_shrinks_without_an_accelerator(program, monkeypatch):
     steps = figures["cohort"] * figures["steps"]
     assert figures["client_steps_per_second"] * figures["seconds_per_round"] == pytest.approx(steps)
     assert figures["model_flop_utilisation"] is None
+
+
+@pytest.mark.slow
+def test_peers_do_rounds_in_turns(program, tmp_path):
+    """Without the peers themselves, which need a network to be installed."""
+    done = program(
+        "experiments.benchmarks.peers",
+        f"--envs={tmp_path}",
+        "--peers=fedasr,one client at a time,one jitted loop",
+        "--sizes=50k",
+        "--clients=2",
+        "--frames=100",
+        "--rounds=1",
+        f"--plot={tmp_path / 'plot.png'}",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    speeds = found["client_steps_per_second"]["50k"]
+    assert list(speeds) == ["fedasr", "one client at a time", "one jitted loop"]
+    assert all(value > 0 for kinds in speeds.values() for value in kinds.values())
+    for name, ratios in found["ratio"]["50k"].items():
+        for kind, ratio in ratios.items():
+            assert ratio == pytest.approx(speeds["fedasr"][kind] / speeds[name][kind])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_that_cannot_start_is_named(program, tmp_path):
+    (tmp_path / "pfl").mkdir()
+    python = tmp_path / "pfl" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    (tmp_path / "pfl" / "installed.json").write_text(json.dumps(["pfl==0.6.0", "torch"]))
+    done = program(
+        "experiments.benchmarks.peers", f"--envs={tmp_path}", "--peers=pfl 1 process", "--sizes=50k"
+    )
+    assert done.returncode == 2 and "pfl-1-process.log" in done.stderr.splitlines()[-1]
