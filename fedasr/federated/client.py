@@ -113,7 +113,10 @@ def batch_gradient(loss: Loss) -> Callable[..., tuple[tuple[jax.Array, Any], Par
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def gradient(params, batches, step, key):
-        if not isinstance(batches, Store) or batches.index.shape[1] == 1:
+        whole = not isinstance(batches, Store) or (
+            len(batches.spans) == batches.index.shape[1] == 1
+        )
+        if whole:
             return value_and_grad(params, take_batch(batches, step), key)
 
         def one_part(kind, part):

@@ -154,6 +154,23 @@ def test_gradient_is_that_of_the_whole_batch(how):
     assert seen > 20
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_is_computed_has_the_shapes_and_no_other(size):
+    local = LocalBatches(size, epochs=1)
+    buckets, shapes = make_shapes([CORPUS], CORPUS, local, 2, 4, MULTIPLES)
+    batcher = ClientBatcher(CORPUS, local, buckets, 1, seed=3, shapes=shapes)
+    seen = set()
+
+    def loss(params, batch, key):
+        seen.add(batch["x"].shape[:2])
+        return mean_loss(params, batch, key)
+
+    store = jax.tree.map(lambda x: x[0], next(batcher.chunks([0], 0))[0].batches)
+    jax.eval_shape(batch_gradient(loss), {"a": jnp.zeros(3)}, store, 0, jax.random.key(0))
+    assert seen == {(shape.slots, buckets[shape.bucket]["x"]) for shape in shapes}
+    assert len(seen) > 1
+
+
 def simulate(shapes=None, buckets=None, how=HOW[0], devices=1, rounds=3, chunk=1, corpus=CORPUS):
     simulation = Simulation(
         corpus,
