@@ -26,6 +26,7 @@ TINY = (
     "--config.training.steps=4",
     "--config.training.batch_size=2",
     "--config.federated.rounds=2",
+    "--config.federated.cohort=2",
     "--config.federated.batch_size=2",
     "--config.language.sentences=50",
     "--config.language.beam=2",

@@ -301,7 +301,8 @@ def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, no_report,
 
 def test_batches_in_parts_train_as_whole_ones(configure, no_report, tmp_path):
     settings = {"client.steps": 0, "client.epochs": 2, "model.options.dropout": 0.0}
-    settings |= {"client.batch_size": 3, "data.buckets": 3, "rounds": 2}
+    settings |= {"client.batch_size": 3, "data.buckets": 3, "rounds": 2, "data.eval": ()}
+    settings |= {"privacy.enabled": False, "server.optimizer": "sgd"}
     padding = [
         loop.run(configure(settings | {"client.micro_batch": size}), tmp_path / str(size))[
             "padding_fraction"

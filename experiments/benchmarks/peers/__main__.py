@@ -118,7 +118,11 @@ class Worker:
                         env=environment,
                     )
                 )
-        self._wait("ready")
+        try:
+            self._wait("ready")
+        except BaseException:
+            self.close()
+            raise
 
     def _wait(self, word: str) -> None:
         for process in self._processes:
@@ -159,7 +163,7 @@ def measure(
         for name, peer in chosen.items():
             python = Path(sys.executable)
             if peer.env:
-                wanted = [torch if name == "torch" else name for name in REQUIREMENTS[peer.env]]
+                wanted = [torch if x == "torch" else x for x in REQUIREMENTS[peer.env]]
                 python = make_env(envs / peer.env, wanted)
             print(f"starting {name}", file=sys.stderr, flush=True)
             log = envs / f"{name.replace(' ', '-')}.log"

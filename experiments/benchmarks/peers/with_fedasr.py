@@ -8,7 +8,7 @@ import jax
 import optax
 from work import KINDS, parse, serve
 
-from fedasr.data.batching import LocalBatches, make_buckets
+from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
 from fedasr.federated.client import local_training
@@ -51,13 +51,20 @@ def rounds(kind):
     return round
 
 
-def plain(kind):
-    batcher = rounds_batcher(kind)
-    clip = optax.clip_by_global_norm(1.0)
-    batches = [
-        [jax.device_put(jax.tree.map(lambda x: x[0, i], chunk.batches)) for i in range(n)]  # noqa: B023
-        for chunk, n in batcher
+def first_batches(kind):
+    """The batches of a client, on the device."""
+    corpus = corpus_of(kind)
+    how = LocalBatches(work.batch, steps=work.steps)
+    batcher = ClientBatcher(corpus, how, make_buckets([corpus]), 1, 0)
+    chunk, _ = next(batcher.chunks([0], 0))
+    return [
+        jax.device_put({n: x[0, i] for n, x in chunk.batches.items()}) for i in range(work.steps)
     ]
+
+
+def plain(kind):
+    batches = first_batches(kind)
+    clip = optax.clip_by_global_norm(1.0)
     counts = list(work.own(kind).values())
 
     def step(local, batch, key):
@@ -81,25 +88,15 @@ def plain(kind):
         for client, count in enumerate(counts):
             local, key = params, jax.random.key(client)
             for i in range(count):
-                own = batches[0][i % len(batches[0])]
+                own = batches[i % len(batches)]
                 local = one_step(local, own, jax.random.fold_in(key, i))
             total = add(total, params, local)
         jax.block_until_ready(total)
 
     def bound():
-        jax.block_until_ready(central(params, batches[0][0], sum(counts)))
+        jax.block_until_ready(central(params, batches[0], sum(counts)))
 
     return {"loop": loop, "bound": bound}[work.mode]
-
-
-def rounds_batcher(kind):
-    from fedasr.data.batching import ClientBatcher
-
-    corpus = corpus_of(kind)
-    batcher = ClientBatcher(
-        corpus, LocalBatches(work.batch, steps=work.steps), make_buckets([corpus]), 1, 0
-    )
-    return [(next(batcher.chunks([0], 0))[0], work.steps)]
 
 
 serve({kind: (rounds if work.mode == "rounds" else plain)(kind) for kind in KINDS})
