@@ -124,7 +124,7 @@ def batch_gradient(loss: Loss) -> Callable[..., tuple[tuple[jax.Array, Any], Par
             index = batches.index[step, part, : frames[""]]
             batch = _gather(batches, index, frames)
             (value, aux), grads = value_and_grad(params, batch, jax.random.fold_in(key, part))
-            count = aux.get("utterances", jnp.sum(batch["mask"])).astype(jnp.float32)
+            count = jnp.float32(aux.get("utterances", jnp.sum(batch["mask"])))
             (value, grads) = jax.tree.map(lambda x: (x * count).astype(x.dtype), (value, grads))
             return count, value, aux, grads
 

@@ -203,7 +203,7 @@ def padded_shapes(
       corpora: must all fit in the buckets. train: the clients'.
     """
     count, slots = config["data"]["buckets"], config["client"]["micro_batch"]
-    if not slots:
+    if not slots or config["algorithm"] == "central":
         return make_buckets(corpora, count, _MULTIPLES), None
     return make_shapes(corpora, train, _local_batches(config), slots, count, _MULTIPLES)
 

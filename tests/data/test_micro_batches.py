@@ -171,6 +171,22 @@ def test_what_is_computed_has_the_shapes_and_no_other(size):
     assert len(seen) > 1
 
 
+def test_every_part_draws_from_a_key_of_its_own():
+    local = LocalBatches(4, epochs=1)
+    buckets, shapes = make_shapes([CORPUS], CORPUS, local, 1, 4, MULTIPLES)
+    batcher = ClientBatcher(CORPUS, local, buckets, 1, seed=3, shapes=shapes)
+
+    def loss(params, batch, key):
+        return jax.random.uniform(key) + 0 * jnp.sum(params["a"]), {}
+
+    store = jax.tree.map(lambda x: x[0], next(batcher.chunks([0], 0))[0].batches)
+    key = jax.random.key(5)
+    (value, _), _ = jax.jit(batch_gradient(loss))({"a": jnp.zeros(3)}, store, 0, key)
+    drawn = [float(jax.random.uniform(jax.random.fold_in(key, part))) for part in range(4)]
+    assert store.parts[0] == 4 and len(set(drawn)) == 4
+    np.testing.assert_allclose(value, np.mean(drawn), rtol=1e-6)
+
+
 def simulate(shapes=None, buckets=None, how=HOW[0], devices=1, rounds=3, chunk=1, corpus=CORPUS):
     simulation = Simulation(
         corpus,
