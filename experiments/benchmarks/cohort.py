@@ -20,7 +20,7 @@ import time
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks.workload import RandomSpeech, peak_rss_mb
+from experiments.benchmarks.workload import RandomSpeech, peak_rss_mb, plain_training
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds timed for each figure.")
 _CLIENTS = flags.DEFINE_integer("clients", 32, "Clients in a round.")
@@ -36,7 +36,6 @@ def run() -> None:
     """Measures and prints."""
     cli.configure_devices()
     import jax
-    import jax.numpy as jnp
     import optax
 
     from fedasr.data.batching import LocalBatches, make_buckets
@@ -50,37 +49,19 @@ def run() -> None:
         "transformer", {"dim": _DIM.value, "mlp": 4 * _DIM.value, "blocks": _BLOCKS.value}
     )
     params = recogniser.init(jax.random.key(0))
-    optimizer = optax.sgd(0.1)
-    clip = optax.clip_by_global_norm(1.0)
     clients, frames = _CLIENTS.value, _FRAMES.value
 
     def simulation(corpus, local, chunk):
         mechanism = Mechanism(
             0.1, "uniform", 0.01, FixedSizeSampler(len(corpus.users), len(corpus.users), seed=0)
         )
-        update = local_training(recogniser.loss, optimizer)
+        update = local_training(recogniser.loss, optax.sgd(0.1))
         buckets = make_buckets([corpus])
         return Simulation(
             corpus, mechanism, update, optax.lamb(1e-3), local, chunk=chunk, buckets=buckets
         )
 
-    def step(params, batch, key):
-        grads = jax.grad(recogniser.loss, has_aux=True)(params, batch, key)[0]
-        grads, _ = clip.update(grads, clip.init(params))
-        updates, _ = optimizer.update(grads, optimizer.init(params))
-        return optax.apply_updates(params, updates)
-
-    @jax.jit
-    def central(params, batches, count):
-        def body(i, p):
-            batch = jax.tree.map(lambda x: x[i % STEPS], batches)
-            return step(p, batch, jax.random.fold_in(jax.random.key(0), i))
-
-        return jax.lax.fori_loop(0, count, body, params)
-
-    one_step = jax.jit(step)
-    add = jax.jit(lambda a, p, q: jax.tree.map(lambda x, y, z: x + y - z, a, p, q))
-
+    plain = plain_training(recogniser.loss)
     uniform = RandomSpeech([STEPS * BATCH] * clients, frames)
     counts = [1 + i * (RAGGED - 1) // max(clients - 1, 1) for i in range(clients)]
     ragged = RandomSpeech([n * BATCH for n in counts], frames)
@@ -93,18 +74,9 @@ def run() -> None:
     states = {name: sim.init(params) for name, sim in sims.items()}
 
     some = next(iter(sims[_CHUNKS.value[0]].batcher.chunks([0], 0)))[0]
-    batches = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x[0]), some.batches))
-    singles = [jax.tree.map(lambda x: x[i], batches) for i in range(STEPS)]  # noqa: B023
-
-    def python_loop():
-        total = jax.tree.map(jnp.zeros_like, params)
-        for client in range(clients):
-            local = params
-            for i in range(STEPS):
-                key = jax.random.fold_in(jax.random.key(client), i)
-                local = one_step(local, singles[i], key)
-            total = add(total, params, local)
-        return total
+    batches = [
+        jax.device_put({name: x[0, i] for name, x in some.batches.items()}) for i in range(STEPS)
+    ]
 
     def rounds(name):
         states[name], _ = next(iter(sims[name].run(states[name], 1)))
@@ -112,9 +84,9 @@ def run() -> None:
 
     work = clients * STEPS
     tasks = {
-        "bound": (work, lambda: central(params, batches, work)),
-        "python_loop": (work, python_loop),
-        "ragged_bound": (sum(counts), lambda: central(params, batches, sum(counts))),
+        "bound": (work, lambda: plain.central(params, batches, work)),
+        "python_loop": (work, lambda: plain.one_by_one(params, batches, [STEPS] * clients)),
+        "ragged_bound": (sum(counts), lambda: plain.central(params, batches, sum(counts))),
     } | {
         name: (sum(counts) if name == "ragged" else work, lambda name=name: rounds(name))
         for name in sims

@@ -316,6 +316,15 @@ def test_batches_in_parts_train_as_whole_ones(configure, no_report, tmp_path):
         loop.run(configure(settings | {"client.micro_batch": 1, "chunk": 2}), tmp_path / "2")
 
 
+def test_central_training_has_no_parts(configure, corpus_dir):
+    settings = {"client.micro_batch": 1, "data.buckets": 3}
+    shapes = [
+        loop.Data(corpus_dir, configure(settings | {"algorithm": algorithm})).shapes
+        for algorithm in ("federated", "central")
+    ]
+    assert shapes[0] and shapes[1] is None
+
+
 def test_central_training_in_seconds_with_decay(configure, no_report, tmp_path):
     changes = {
         "algorithm": "central",

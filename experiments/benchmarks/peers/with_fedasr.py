@@ -8,6 +8,7 @@ import jax
 import optax
 from work import KINDS, parse, serve
 
+from experiments.benchmarks.workload import plain_training
 from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
@@ -20,7 +21,7 @@ work = parse(sys.argv[1])
 sizes = {"dim": work.dim, "mlp": work.mlp, "blocks": work.blocks, "heads": work.heads}
 recogniser = make_recogniser("transformer", sizes)
 params = recogniser.init(jax.random.key(0))
-optimizer = optax.sgd(0.1)
+training = plain_training(recogniser.loss)
 
 
 def corpus_of(kind):
@@ -38,7 +39,7 @@ def rounds(kind):
     simulation = Simulation(
         corpus,
         Mechanism(0.1, "uniform", 0.01, FixedSizeSampler(work.clients, work.clients, seed=0)),
-        local_training(recogniser.loss, optimizer),
+        local_training(recogniser.loss, optax.sgd(0.1)),
         optax.lamb(1e-3),
         LocalBatches(work.batch, **how),
         buckets=make_buckets([corpus]),
@@ -63,40 +64,10 @@ def first_batches(kind):
 
 
 def plain(kind):
-    batches = first_batches(kind)
-    clip = optax.clip_by_global_norm(1.0)
-    counts = list(work.own(kind).values())
-
-    def step(local, batch, key):
-        grads = jax.grad(recogniser.loss, has_aux=True)(local, batch, key)[0]
-        grads, _ = clip.update(grads, clip.init(local))
-        updates, _ = optimizer.update(grads, optimizer.init(local))
-        return optax.apply_updates(local, updates)
-
-    one_step = jax.jit(step)
-    add = jax.jit(lambda a, p, q: jax.tree.map(lambda x, y, z: x + y - z, a, p, q))
-
-    @jax.jit
-    def central(local, batch, count):
-        root = jax.random.key(0)
-        return jax.lax.fori_loop(
-            0, count, lambda i, p: step(p, batch, jax.random.fold_in(root, i)), local
-        )
-
-    def loop():
-        total = jax.tree.map(jax.numpy.zeros_like, params)
-        for client, count in enumerate(counts):
-            local, key = params, jax.random.key(client)
-            for i in range(count):
-                own = batches[i % len(batches)]
-                local = one_step(local, own, jax.random.fold_in(key, i))
-            total = add(total, params, local)
-        jax.block_until_ready(total)
-
-    def bound():
-        jax.block_until_ready(central(params, batches[0], sum(counts)))
-
-    return {"loop": loop, "bound": bound}[work.mode]
+    batches, counts = first_batches(kind), list(work.own(kind).values())
+    if work.mode == "loop":
+        return lambda: jax.block_until_ready(training.one_by_one(params, batches, counts))
+    return lambda: jax.block_until_ready(training.central(params, batches, sum(counts)))
 
 
 serve({kind: (rounds if work.mode == "rounds" else plain)(kind) for kind in KINDS})
