@@ -5,9 +5,9 @@ Graves et al., "Connectionist temporal classification", ICML 2006. The blank is 
 
 import jax
 import jax.numpy as jnp
-import optax
 
 BLANK = 0
+_NEVER = -1e30  # log of the probability of what can't be; finite, lest differences of it be NaN
 
 
 def is_feasible(labels: jax.Array, label_lengths: jax.Array, logit_lengths: jax.Array) -> jax.Array:
@@ -48,17 +48,105 @@ def ctc_loss(
     # Zero what must not count before the loss, not after it: no NaN can then reach a gradient.
     valid = frame & feasible[:, None]
     logits = jnp.where(valid[:, :, None], logits.astype(jnp.float32), 0)
-    label = jnp.arange(labels.shape[1]) < jnp.where(feasible, label_lengths, 0)[:, None]
-    # The loss selects log-probabilities by a matrix product, which accelerators round by default.
-    with jax.default_matmul_precision("highest"):
-        loss = optax.ctc_loss(
-            logits,
-            1.0 - frame.astype(jnp.float32),
-            labels,
-            1.0 - label.astype(jnp.float32),
-            blank_id=BLANK,
-        )
+    log_probs = jax.nn.log_softmax(logits)
+    # The states of an alignment: blank, label, blank, ..., label, blank. A product with one-hot
+    # rows, for gathering would scatter in the backward pass; accelerators round it by default.
+    one_hot = jax.nn.one_hot(labels, logits.shape[2])
+    of_labels = jnp.einsum("btv,buv->btu", log_probs, one_hot, precision="highest")
+    blank = log_probs[:, :, BLANK, None]
+    pairs = jnp.stack([jnp.broadcast_to(blank, of_labels.shape), of_labels], axis=-1)
+    emissions = jnp.concatenate([pairs.reshape(*blank.shape[:2], -1), blank], axis=-1)
+    # A label may follow another without a blank, unless they are equal.
+    differ = labels[:, 1:] != labels[:, :-1]
+    jumps = jnp.zeros((labels.shape[0], emissions.shape[2]), bool).at[:, 3::2].set(differ)
+    states = 2 * jnp.where(feasible, label_lengths, 0) + 1
+    frames = jnp.where(feasible, logit_lengths, 0)
+    loss = -_log_likelihood(emissions, jumps, frames, states)
     return jnp.where(feasible, loss, 0), feasible
+
+
+@jax.custom_vjp
+def _log_likelihood(
+    emissions: jax.Array, jumps: jax.Array, frames: jax.Array, states: jax.Array
+) -> jax.Array:
+    """Log of the summed probability of all paths through the states: float32 [b].
+
+    A path begins in one of the first two states, ends in one of the last two, and stays or goes on
+    by one state, or by two where `jumps` says so, from frame to frame. The derivative by an
+    emission is the state's posterior probability (Graves et al., 2006, equation 14): one loop walks
+    forwards and backwards at once, and there is nothing left for the backward pass to do.
+
+    Args:
+      emissions: float32 [b, t, s]. jumps: bool [b, s], whether the state before the last may be
+        left out. frames, states: int [b], how many are true.
+    """
+    first, _, inside = _ends(emissions, frames, states)
+    after, _ = _walk(first, jnp.moveaxis(emissions, 1, 0), jumps, inside)
+    return _at_last(after, states)
+
+
+def _log_likelihood_forward(emissions, jumps, frames, states):
+    first, last, inside = _ends(emissions, frames, states)
+    by_frame = jnp.moveaxis(emissions, 1, 0)
+    # Backwards in time and in states is the same walk.
+    from_end = jnp.pad(jumps, ((0, 0), (0, 2)))[:, :1:-1]
+    after, before = _walk(
+        jnp.stack([first, last[:, ::-1]]),
+        jnp.stack([by_frame, by_frame[::-1, :, ::-1]], axis=1),
+        jnp.stack([jumps, from_end]),
+        jnp.stack([inside, inside[::-1]], axis=1),
+    )
+    total = _at_last(after[0], states)
+    log_posterior = before[:, 0] + by_frame + before[::-1, 1, :, ::-1] - total[:, None]
+    posterior = jnp.where(inside, jnp.exp(log_posterior), 0)
+    return total, jnp.moveaxis(posterior, 0, 1)
+
+
+def _log_likelihood_backward(posterior, gradient):
+    return posterior * gradient[:, None, None], None, None, None
+
+
+_log_likelihood.defvjp(_log_likelihood_forward, _log_likelihood_backward)
+
+
+def _ends(emissions, frames, states):
+    """Scores [b, s] of states where paths begin and end, and which frames are true [t, b, 1]."""
+    state = jnp.arange(emissions.shape[2])
+    first = jnp.broadcast_to(jnp.where(state < 2, 0.0, _NEVER), emissions.shape[::2])
+    to_end = states[:, None] - 1 - state
+    last = jnp.where((to_end == 0) | (to_end == 1), 0.0, _NEVER)
+    return first, last, (jnp.arange(emissions.shape[1])[:, None] < frames)[..., None]
+
+
+def _walk(start, emissions, jumps, inside):
+    """Sums over paths, frame by frame; a frame that is not inside is passed over.
+
+    Args:
+      start: [..., s], score of being about to enter a state. emissions: [t, ..., s]. jumps: [...,
+        s]. inside: [t, ..., 1].
+
+    Returns:
+      The score after the last frame, and before each frame, [t, ..., s].
+    """
+    penalty = jnp.where(jumps, 0.0, _NEVER)
+    nowhere = jnp.full((*start.shape[:-1], 2), _NEVER)
+
+    def step(score, frame):
+        emission, real = frame
+        # Materialised: reading through the concatenation keeps XLA from vectorising the rest.
+        padded = jax.lax.optimization_barrier(jnp.concatenate([nowhere, score + emission], axis=-1))
+        here, one, two = padded[..., 2:], padded[..., 1:-1], padded[..., :-2] + penalty
+        most = jnp.maximum(jnp.maximum(here, one), two)
+        sum = jnp.exp(here - most) + jnp.exp(one - most) + jnp.exp(two - most)
+        return jnp.where(real, most + jnp.log(sum), score), score
+
+    return jax.lax.scan(step, start, (emissions, inside))
+
+
+def _at_last(score, states):
+    """The score [b] after the last true state: of paths that have left it or the one before."""
+    last = jnp.arange(score.shape[1]) == states[:, None] - 1
+    return jnp.sum(jnp.where(last, score, 0), axis=1)
 
 
 def greedy_decode(logits: jax.Array, logit_lengths: jax.Array) -> tuple[jax.Array, jax.Array]:

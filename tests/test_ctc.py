@@ -3,6 +3,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -243,3 +244,27 @@ def test_greedy_decode_ignores_padding():
     tokens, counts = greedy_decode(jnp.asarray(logits), jnp.array([3]))
     np.testing.assert_array_equal(tokens, [[2, 2, 0, 0, 0, 0]])
     assert counts[0] == 2
+
+
+def test_long_utterances_equal_optax():
+    """Where scores are thousands of nats; optax differentiates its forward recursion."""
+    frames, labels = 400, 60
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((2, frames, 30)) * 2, jnp.float32)
+    tokens = rng.integers(1, 30, (2, labels)).astype(np.int32)
+    lengths, label_lengths = np.array([frames, frames - 50]), np.array([labels, labels - 9])
+
+    def oracle(logits):
+        return optax.ctc_loss(
+            logits,
+            jnp.float32(np.arange(frames) >= lengths[:, None]),
+            tokens,
+            jnp.float32(np.arange(labels) >= label_lengths[:, None]),
+        ).sum()
+
+    loss, _, gradient = loss_and_gradient(logits, lengths, tokens, label_lengths)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(oracle))(logits)
+    np.testing.assert_allclose(loss.sum(), expected, rtol=1e-6)
+    # The rounding of such scores, float32(1e3), is 6e-5.
+    np.testing.assert_allclose(gradient, expected_gradient, atol=2e-3)
+    np.testing.assert_allclose(gradient.sum(axis=-1), 0, atol=2e-3)
