@@ -83,12 +83,12 @@ class Convolution(nn.Module):
         d = x.shape[-1]
         init = layers.uniform_fan_in()
         options = {"use_bias": False, "kernel_init": init, "dtype": self.dtype}
-        x = jax.nn.glu(nn.Dense(2 * d, name="up", **options)(x))
+        x = jax.nn.glu(layers.Dense(2 * d, name="up", **options)(x))
         # The one place beside attention where frames meet: padding must be silent.
         x = jnp.where(mask[..., None], x, jnp.zeros_like(x))
         x = layers.depthwise_convolution(x, self.param("depthwise", init, (self.kernel, d)))
         x = nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(x)
-        return nn.Dense(d, name="down", **options)(jax.nn.swish(x))
+        return layers.Dense(d, name="down", **options)(jax.nn.swish(x))
 
 
 class Block(nn.Module):
@@ -151,7 +151,7 @@ class Conformer(nn.Module):
         options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
         for i in range(c.stride.bit_length() - 1):
             x = layers.patches(x, c.kernel, 2)
-            x = jax.nn.glu(nn.Dense(2 * c.dim, name=f"front_end_{i}", **options)(x))
+            x = jax.nn.glu(layers.Dense(2 * c.dim, name=f"front_end_{i}", **options)(x))
             lengths = -(-lengths // 2)
             mask = jnp.arange(x.shape[1]) < lengths[:, None]
             # A bias has given padding a sound, which the next layer's windows would hear.
@@ -160,5 +160,5 @@ class Conformer(nn.Module):
         for i, k in enumerate(k_blocks):
             y = layers.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k)
             x = layers.drop_block(y, x, c.layer_drop, k, _STREAMS)
-        out = nn.Dense(c.outputs(c.vocab), name="output", **options)(x)
+        out = layers.Dense(c.outputs(c.vocab), name="output", **options)(x)
         return out.astype(jnp.float32), lengths

@@ -283,6 +283,37 @@ def _depthwise_backward(saved, gradient):
 depthwise_convolution.defvjp(_depthwise_forward, _depthwise_backward)
 
 
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel for a matrix that all of x shares: [..., f] and [f, g] -> [..., g].
+
+    The derivative by the kernel is written as a product over rows. JAX's own is the transpose of a
+    product, for which XLA copies its operands on CPUs: it took 1.9 times as long, a whole training
+    step 8% longer.
+    """
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_forward(x, kernel):
+    return product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved, gradient):
+    x, kernel = saved
+    by_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    rows = [a.reshape(-1, a.shape[-1]) for a in (x, gradient)]
+    return by_x, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+class Dense(nn.Dense):
+    """flax's dense layer on `product`."""
+
+    dot_general: Callable[..., jax.Array] = lambda x, kernel, *_, **__: product(x, kernel)
+
+
 class MaskedNorm(nn.Module):
     """Zero mean and unit variance over the true frames of each utterance, scalar scale and bias."""
 
@@ -317,7 +348,7 @@ class InputLayer(nn.Module):
         kernel = self.param("kernel", lambda key: jnp.eye(size))
         bias = self.param("bias", nn.initializers.zeros, (size,))
         mask = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
-        return jnp.where(mask, x @ kernel + bias, 0.0)
+        return jnp.where(mask, product(x, kernel) + bias, 0.0)
 
 
 class SelfAttention(nn.Module):
@@ -335,7 +366,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
         """x: [b, t, d]; mask: bool [b, t], True for true frames; keys: [b] or None."""
         b, t, d = x.shape
-        qkv = nn.Dense(
+        qkv = Dense(
             3 * d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="qkv"
         )(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
@@ -352,9 +383,9 @@ class SelfAttention(nn.Module):
             kept = jax.vmap(draw)(keys)[:, :, 0]
             weights = weights * jnp.transpose(kept, (0, 3, 1, 2))
         context = jnp.einsum("bhqk,bkhe->bqhe", weights.astype(self.dtype), v).reshape(b, t, d)
-        return nn.Dense(
-            d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out"
-        )(context)
+        return Dense(d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out")(
+            context
+        )
 
 
 class FeedForward(nn.Module):
@@ -369,5 +400,5 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """x: [b, t, d] -> [b, t, d]; keys: [b] or None."""
         options = {"use_bias": False, "kernel_init": uniform_fan_in(), "dtype": self.dtype}
-        hidden = self.activation(nn.Dense(self.hidden, name="up", **options)(x))
-        return nn.Dense(x.shape[-1], name="down", **options)(dropout(hidden, self.dropout, keys))
+        hidden = self.activation(Dense(self.hidden, name="up", **options)(x))
+        return Dense(x.shape[-1], name="down", **options)(dropout(hidden, self.dropout, keys))

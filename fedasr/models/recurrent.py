@@ -136,22 +136,84 @@ def gru(
     Returns:
       h after each frame, float32 [b, t, u].
     """
-    units = params["initial"].shape[0]
-    projected = jnp.moveaxis(x @ params["input"] + params["bias"], 1, 0)
+    projected = jnp.moveaxis(layers.product(x, params["input"]) + params["bias"], 1, 0)
     inside = (jnp.arange(x.shape[1]) < lengths[:, None]).T[..., None]
+    if backwards:  # frames beyond the end come first, and pass
+        projected, inside = projected[::-1], inside[::-1]
+    start = jnp.broadcast_to(params["initial"], (x.shape[0], params["initial"].shape[0]))
+    states = _recurrence(projected, params["recurrent"], params["recurrent_bias"], start, inside)
+    return jnp.moveaxis(states[::-1] if backwards else states, 0, 1)
+
+
+@jax.custom_vjp
+def _recurrence(
+    projected: jax.Array,
+    recurrent: jax.Array,
+    bias: jax.Array,
+    start: jax.Array,
+    inside: jax.Array,
+) -> jax.Array:
+    """The loop of `gru`: states after each frame, float32 [t, b, u].
+
+    The backward pass computes gates and products for all frames at once and leaves to its loop what
+    must be in order: one product a frame. Automatically the recurrent matrix's gradient would be
+    added up frame by frame, too.
+
+    Args:
+      projected: [t, b, 3u]. recurrent: [u, 3u]. bias: [u]. start: [b, u]. inside: bool [t, b, 1].
+    """
 
     def step(h, frame):
         given, real = frame
-        old = h @ params["recurrent"]
-        gates = jax.nn.sigmoid(given[:, : 2 * units] + old[:, : 2 * units])
-        z, r = gates[:, :units], gates[:, units:]
-        new = jnp.tanh(given[:, 2 * units :] + r * (old[:, 2 * units :] + params["recurrent_bias"]))
+        z, _, new = _gates(given, h @ recurrent, bias)
         h = jnp.where(real, z * h + (1 - z) * new, h)
         return h, h
 
-    start = jnp.broadcast_to(params["initial"], (x.shape[0], units))
-    _, states = jax.lax.scan(step, start, (projected, inside), reverse=backwards)
-    return jnp.moveaxis(states, 0, 1)
+    return jax.lax.scan(step, start, (projected, inside))[1]
+
+
+def _gates(given, old, bias):
+    """z, r and the new content, from the products of the input and of the state [..., 3u]."""
+    units = bias.shape[0]
+    gates = jax.nn.sigmoid(given[..., : 2 * units] + old[..., : 2 * units])
+    z, r = gates[..., :units], gates[..., units:]
+    return z, r, jnp.tanh(given[..., 2 * units :] + r * (old[..., 2 * units :] + bias))
+
+
+def _recurrence_forward(projected, recurrent, bias, start, inside):
+    states = _recurrence(projected, recurrent, bias, start, inside)
+    return states, (projected, recurrent, bias, start, inside, states)
+
+
+def _recurrence_backward(saved, gradient):
+    projected, recurrent, bias, start, inside, states = saved
+    before = jnp.concatenate([start[None], states[:-1]])
+    old = layers.product(before, recurrent)
+    z, r, new = _gates(projected, old, bias)
+    # What the gradient of a state is multiplied by on its way to each gate's argument.
+    to_new = jnp.where(inside, (1 - z) * (1 - new**2), 0)
+    to_z = jnp.where(inside, (before - new) * z * (1 - z), 0)
+    to_r = to_new * (old[..., 2 * bias.shape[0] :] + bias) * r * (1 - r)
+    factors = jnp.stack([to_z, to_r, to_new * r], axis=2)  # [t, b, 3, u]
+    kept = jnp.where(inside, z, 1)
+
+    def step(after, frame):
+        arriving, kept, factors = frame
+        now = after + arriving
+        back = (now[:, None] * factors).reshape(now.shape[0], -1)
+        return now * kept + back @ recurrent.T, now
+
+    last = jnp.zeros_like(start)
+    by_start, by_state = jax.lax.scan(step, last, (gradient, kept, factors), reverse=True)
+    by_old = (by_state[:, :, None] * factors).reshape(old.shape)
+    rows = [a.reshape(-1, a.shape[-1]) for a in (before, by_old)]
+    by_recurrent = jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+    by_new = by_state * to_new
+    by_projected = jnp.concatenate([by_old[..., : 2 * bias.shape[0]], by_new], axis=-1)
+    return by_projected, by_recurrent, jnp.sum(by_new * r, axis=(0, 1)), by_start, None
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def noisy(x: jax.Array, keys: jax.Array, config: RecurrentConfig) -> jax.Array:
@@ -226,7 +288,7 @@ def forward(
         x = noisy(x, noise, config)
     x = smooth(masked(x), config.smoothing, config.subsample)
     lengths = -(-lengths // config.subsample)
-    x = x @ params[DAY]["kernel"] + params[DAY]["bias"]
+    x = layers.product(x, params[DAY]["kernel"]) + params[DAY]["bias"]
     if config.day_layer == "softsign":
         x = jax.nn.soft_sign(x)
     x = layers.patches(
@@ -241,7 +303,7 @@ def forward(
             back = gru(shared[f"gru_{i}_back"], x, lengths, backwards=True)
             states = jnp.concatenate([states, back], axis=-1)
         x = states
-    return x @ shared["head"]["kernel"] + shared["head"]["bias"], lengths
+    return layers.product(x, shared["head"]["kernel"]) + shared["head"]["bias"], lengths
 
 
 def penalty(params: Any, config: RecurrentConfig) -> jax.Array:

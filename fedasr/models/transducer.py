@@ -63,13 +63,13 @@ class Transducer(nn.Module):
         init = layers.uniform_fan_in()
         # As a dense layer on one-hot labels: the gradient is a product, not a scatter. Each row is
         # a label's embedding, whatever the number of labels.
-        self.embedding = nn.Dense(
+        self.embedding = layers.Dense(
             c.prediction_dim, kernel_init=nn.initializers.normal(c.context**-0.5), dtype=dtype
         )
-        self.prediction = nn.Dense(c.joint_dim, use_bias=False, kernel_init=init, dtype=dtype)
-        self.output = nn.Dense(c.vocab, kernel_init=init, dtype=dtype)
+        self.prediction = layers.Dense(c.joint_dim, use_bias=False, kernel_init=init, dtype=dtype)
+        self.output = layers.Dense(c.vocab, kernel_init=init, dtype=dtype)
         if c.ctc_weight:
-            self.ctc = nn.Dense(c.vocab, kernel_init=init, dtype=dtype)
+            self.ctc = layers.Dense(c.vocab, kernel_init=init, dtype=dtype)
 
     def predict(self, last: jax.Array) -> jax.Array:
         """The prediction network: last labels int [..., context] -> [..., joint_dim]."""

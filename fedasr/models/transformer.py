@@ -113,9 +113,9 @@ class Transformer(nn.Module):
         if c.input_layer:
             x = layers.InputLayer(name="input_layer")(x, lengths)
         x = layers.patches(x, c.kernel, c.stride).astype(dtype)
-        x = nn.Dense(2 * c.dim, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="front_end")(
-            x
-        )
+        x = layers.Dense(
+            2 * c.dim, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="front_end"
+        )(x)
         x = jax.nn.glu(x)
         out_lengths = -(-lengths // c.stride)
         frames = jnp.arange(x.shape[1])
@@ -134,5 +134,5 @@ class Transformer(nn.Module):
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
-        out = nn.Dense(c.outputs(c.vocab), name="output", **options)(x)
+        out = layers.Dense(c.outputs(c.vocab), name="output", **options)(x)
         return out.astype(jnp.float32), out_lengths
