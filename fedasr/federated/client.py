@@ -191,6 +191,8 @@ def local_training(
                 loss_sum + value.astype(jnp.float32),
                 jax.tree.map(jnp.add, aux_sum, aux),
             )
+            if max_steps is None:
+                return new
             active = i < num_steps
             return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, carry)
 

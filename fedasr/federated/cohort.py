@@ -156,14 +156,15 @@ def make_cohort(
         return sums, own
 
     def one_device(accumulator, params, chunk, round_key, round):
-        most = jnp.max(chunk.num_steps)
         args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user, chunk.local)
         if chunk.num_steps.shape[0] == 1:
-            # A vmap of one would still turn every matrix product into a batched one.
+            # A vmap of one would still turn every matrix product into a batched one. Without a
+            # common bound of the loop no step has to be undone.
             first = jax.tree.map(lambda x: x[0], args)
-            sums, own = one_client(params, *first, round_key, most, round)
+            sums, own = one_client(params, *first, round_key, None, round)
             own = jax.tree.map(lambda x: x[None], own)
         else:
+            most = jnp.max(chunk.num_steps)
             mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, 0, None, None, None))
             sums, own = mapped(params, *args, round_key, most, round)
             sums = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
