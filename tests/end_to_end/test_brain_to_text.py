@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from experiments.brain_to_text import summarize
+from experiments.brain_to_text import open_bench, summarize
 from experiments.configs.brain_to_text import get_config
+from fedasr.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -84,3 +85,15 @@ def test_a_model_without_errors_has_no_ratios():
     assert math.isnan(rows["federated / central"]["mean"])
     assert math.isnan(rows["calibrated / trained"]["mean"])
     assert rows["fixed / recalibrated"]["mean"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [(None, {"train_days": 22}, "train_days"), ("calibration", {"days": 0}, "calibration.days")],
+)
+def test_days_that_there_are_not(section, values, said, tmp_path):
+    config = get_config().to_dict()
+    (config[section] if section else config).update(values)
+    with pytest.raises(UserError, match=said):
+        open_bench(config, 0, tmp_path, print)
+    assert not list(tmp_path.iterdir())
