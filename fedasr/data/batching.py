@@ -674,8 +674,8 @@ class ClientBatcher:
             lengths[name] = np.zeros((rows, room), np.int32)
             for position, examples in held.items():
                 size = np.array([len(x[name]) for x in examples])
-                joined = np.concatenate([x[name] for x in examples])
-                arrays[name][position, : len(joined)] = joined
+                laid = arrays[name][position, : size.sum()]
+                np.concatenate([x[name] for x in examples], out=laid)
                 offsets[name][position, : len(size)] = np.cumsum(size) - size
                 lengths[name][position, : len(size)] = size
         return Store(index, arrays, offsets, lengths, spans, kinds, parts)

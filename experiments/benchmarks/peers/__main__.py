@@ -9,8 +9,10 @@ turns, one peer at work at a time, so that what else the machine does meets all 
 round is 32 clients x 4 steps x 2 utterances x 200 frames; in a ragged one clients make 1 to 16
 steps.
 
-fedasr does more than the others in a round: clipping by layer, noise and LAMB. Where a peer has
-several processes each does its share of the clients, and no time is counted for adding up.
+fedasr does more than the others in a round: clipping by layer, noise and LAMB, and it pads and
+batches examples in every round, up to three of a round's 16 chunks before its turn. FedJAX runs
+fedasr's model and loss. Where a peer has several processes each does its share of the clients, and
+no time is counted for adding up.
 
 Figures are client steps per second, the median of the rounds; "ratio" is fedasr's over the peer's.
 """

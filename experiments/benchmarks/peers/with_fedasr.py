@@ -44,12 +44,8 @@ def rounds(kind):
         LocalBatches(work.batch, **how),
         buckets=make_buckets([corpus]),
     )
-    state = [simulation.init(params)]
-
-    def round():
-        state[0], _ = next(simulation.run(state[0], 1))
-
-    return round
+    stream = simulation.run(simulation.init(params), 1_000_000)
+    return lambda: next(stream)
 
 
 def first_batches(kind):
