@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.model.options.update({"dim": 96, "mlp": 384, "blocks": 3})
     config.rounds = 40
     config.cohort = 8  # of a group; a run on the union has as many of every group
-    config.seed_training.steps = 600
+    config.seed_training.steps = 900
     config.client.learning_rate = 0.3
     config.server.learning_rate = 0.01
     config.server.decay_start = 25
