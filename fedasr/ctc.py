@@ -80,13 +80,13 @@ def _log_likelihood(
       emissions: float32 [b, t, s]. jumps: bool [b, s], whether the state before the last may be
         left out. frames, states: int [b], how many are true.
     """
-    first, _, inside = _ends(emissions, frames, states)
+    emissions, offset, first, _, inside = _prepared(emissions, frames, states)
     after, _ = _walk(first, jnp.moveaxis(emissions, 1, 0), jumps, inside)
-    return _at_last(after, states)
+    return _at_last(after, states) + offset
 
 
 def _log_likelihood_forward(emissions, jumps, frames, states):
-    first, last, inside = _ends(emissions, frames, states)
+    emissions, offset, first, last, inside = _prepared(emissions, frames, states)
     by_frame = jnp.moveaxis(emissions, 1, 0)
     # Backwards in time and in states is the same walk.
     from_end = jnp.pad(jumps, ((0, 0), (0, 2)))[:, :1:-1]
@@ -96,10 +96,11 @@ def _log_likelihood_forward(emissions, jumps, frames, states):
         jnp.stack([jumps, from_end]),
         jnp.stack([inside, inside[::-1]], axis=1),
     )
-    total = _at_last(after[0], states)
-    log_posterior = before[:, 0] + by_frame + before[::-1, 1, :, ::-1] - total[:, None]
-    posterior = jnp.where(inside, jnp.exp(log_posterior), 0)
-    return total, jnp.moveaxis(posterior, 0, 1)
+    # Summed over states, exp of this is the likelihood in every frame: but for rounding, which
+    # would grow with the scores.
+    joint = before[:, 0] + by_frame + before[::-1, 1, :, ::-1]
+    posterior = jnp.where(inside, jax.nn.softmax(joint, axis=-1), 0)
+    return _at_last(after[0], states) + offset, jnp.moveaxis(posterior, 0, 1)
 
 
 def _log_likelihood_backward(posterior, gradient):
@@ -109,13 +110,22 @@ def _log_likelihood_backward(posterior, gradient):
 _log_likelihood.defvjp(_log_likelihood_forward, _log_likelihood_backward)
 
 
-def _ends(emissions, frames, states):
-    """Scores [b, s] of states where paths begin and end, and which frames are true [t, b, 1]."""
-    state = jnp.arange(emissions.shape[2])
-    first = jnp.broadcast_to(jnp.where(state < 2, 0.0, _NEVER), emissions.shape[::2])
+def _prepared(emissions, frames, states):
+    """What the walks need.
+
+    Returns:
+      emissions [b, t, s] relative to each frame's largest, for the sake of rounding, and the sum of
+      those [b]; scores [b, s] of states where paths begin and end; and which frames are true
+      [t, b, 1].
+    """
+    state, inside = jnp.arange(emissions.shape[2]), jnp.arange(emissions.shape[1]) < frames[:, None]
     to_end = states[:, None] - 1 - state
+    emissions = jnp.where((to_end >= 0)[:, None], emissions, _NEVER)
+    most = jnp.max(emissions, axis=2)
+    first = jnp.broadcast_to(jnp.where(state < 2, 0.0, _NEVER), to_end.shape)
     last = jnp.where((to_end == 0) | (to_end == 1), 0.0, _NEVER)
-    return first, last, (jnp.arange(emissions.shape[1])[:, None] < frames)[..., None]
+    offset = jnp.sum(jnp.where(inside, most, 0), axis=1)
+    return emissions - most[..., None], offset, first, last, inside.T[..., None]
 
 
 def _walk(start, emissions, jumps, inside):

@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
             "calibration": {
                 "days": 5,
                 "sentences": 20,
-                "steps": 60,
+                "steps": 200,
                 "batch_size": 10,
                 "learning_rate": 0.02,
             },
@@ -68,10 +68,10 @@ def get_config() -> ConfigDict:
             "recalibration": {
                 "portion": 25,
                 "learning_rate": 0.01,
-                "steps": 40,
+                "steps": 120,
                 "today": 0.6,
                 "batch_size": 16,
-                "threshold": 4.0,
+                "threshold": 0.0,  # the published 4.0 ended training too early
                 "window": 10,
             },
         }

@@ -302,7 +302,8 @@ def _product_backward(saved, gradient):
     x, kernel = saved
     by_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     rows = [a.reshape(-1, a.shape[-1]) for a in (x, gradient)]
-    return by_x, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+    by_kernel = jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+    return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)

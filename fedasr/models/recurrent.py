@@ -187,7 +187,7 @@ def _recurrence_forward(projected, recurrent, bias, start, inside):
 
 def _recurrence_backward(saved, gradient):
     projected, recurrent, bias, start, inside, states = saved
-    before = jnp.concatenate([start[None], states[:-1]])
+    before = jnp.concatenate([start[None], states])[:-1]
     old = layers.product(before, recurrent)
     z, r, new = _gates(projected, old, bias)
     # What the gradient of a state is multiplied by on its way to each gate's argument.
