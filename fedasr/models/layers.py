@@ -288,7 +288,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x @ kernel for a matrix that all of x shares: [..., f] and [f, g] -> [..., g].
 
     The derivative by the kernel is written as a product over rows. JAX's own is the transpose of a
-    product, for which XLA copies its operands on CPUs: it took 1.9 times as long, a whole training
+    product, for which XLA copies an operand on CPUs: it took 1.9 times as long, a whole training
     step 8% longer.
     """
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
