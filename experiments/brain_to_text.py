@@ -12,8 +12,8 @@ them as MATLAB files and prepares a corpus from these. Then
 * language: its test sentences with and without an n-gram language model, which has neither these
   sentences nor those of later days in its text, nor some of the words at all;
 * calibration: new days, each through a layer of its own (at first the last known day's) that is
-  trained on a few labelled sentences, the rest at rest; and a decoder that was trained on all
-  sentences of these days, too;
+  trained on a few labelled sentences, the rest at rest; and a decoder that was trained in full on
+  these days, in place of as many of the first training days: with as much data, and as long;
 * drift: the days after training, in order, decoded by the decoder as it is ("fixed"), by one that
   trains on its own corrected output every day ("recalibrated"), without labels, and by one that
   goes on training as long on the labelled days alone ("past only").
@@ -218,12 +218,12 @@ def _key(bench: Bench, stream: str) -> Any:
     return jax.random.fold_in(root, STREAMS.index(stream))
 
 
-def trained(bench: Bench, own_layers: bool, more_days: int = 0) -> Any:
+def trained(bench: Bench, own_layers: bool, later: int = 0) -> Any:
     """Parameters of central training on the training days; kept in the folder.
 
     Args:
-      own_layers: a layer for each day, or one for all. more_days: so many later days are trained
-        on, too, with as many steps for each day.
+      own_layers: a layer for each day, or one for all. later: so many days after the training days
+        are trained on in place of as many of the first.
     """
     import jax
 
@@ -233,9 +233,10 @@ def trained(bench: Bench, own_layers: bool, more_days: int = 0) -> Any:
     from fedasr.training.checkpoint import Checkpointer, restore_params
 
     training, kind = dict(bench.config["training"]), "days" if own_layers else "shared"
-    days = [bench.train[day] for day in range(len(bench.known) + more_days)]
-    training["steps"] = round(training["steps"] * len(days) / len(bench.known))
+    days = [bench.train[day + later] for day in bench.known]
     settings = {"model": bench.config["model"], "training": training, "days": len(days)}
+    if later:
+        settings["later"] = later
     folder = _folder(bench, kind, settings)
     if folder.is_dir():
         try:
@@ -392,7 +393,7 @@ def calibrated(bench: Bench, params: Any) -> dict[str, Any]:
         start = lib.set_day(fitted, day, bench.known[-1])
         fitted, _ = recalibrate(step, optimizer, start, few, (), bench.bucket, options, bench.seed)
     days = [bench.test[day] for day in new]
-    full = trained(bench, own_layers=True, more_days=len(new))
+    full = trained(bench, own_layers=True, later=len(new))
     return {
         "before": error_rates(bench, fresh, days, None)["cer"],
         "calibrated": error_rates(bench, fitted, days, None)["cer"],
@@ -560,6 +561,7 @@ def summarize(results: Mapping[int, Mapping[str, Any]], config: Mapping[str, Any
             "cer, new days calibrated": calibration["calibrated"],
             "cer, the same days trained": calibration["trained"],
             "calibrated / trained": ratio(calibration["calibrated"], calibration["trained"]),
+            "calibrated / training days": ratio(calibration["calibrated"], days["cer"]),
             "cer, recalibrated, sentences as they were decoded": drift["as decoded"],
         }
         for name in ("fixed", "past only", "recalibrated"):

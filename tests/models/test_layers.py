@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,7 @@ def test_sinusoidal_positions():
 def norm():
     module = layers.MaskedNorm()
     return jax.jit(lambda scale, bias, x, n: module.apply(
-        {"params": {"scale": scale, "bias": bias}}, x, n))  # fmt: skip
+        {"params": {"scale": scale, "bias": bias}}, x, n).value())  # fmt: skip
 
 
 @given(
@@ -111,6 +112,51 @@ def test_masked_norm_sees_only_the_true_frames(norm, seed, lengths, garbage):
         if length:
             expected = (true - true.mean()) / np.sqrt(true.var() + 1e-5) * 2.0 + 0.5
             np.testing.assert_allclose(row[:length], expected, rtol=1e-4, atol=1e-4)
+
+
+class FrontEnd(nn.Module):
+    """The first dense layer on normalised features, by `normed_windows` or one after another."""
+
+    at_once: bool
+    input_layer: bool = False
+
+    @nn.compact
+    def __call__(self, x, lengths):
+        how = {}
+        if self.at_once:
+            x, how = layers.normed_windows(x, lengths, self.input_layer, 7, 3, jnp.float32)
+        else:
+            x = layers.MaskedNorm(name="input_norm")(x, lengths).value()
+            if self.input_layer:
+                x = layers.InputLayer(name="input_layer")(x, lengths)
+            x = layers.patches(x, 7, 3)
+        return layers.Dense(6, **how, name="front_end")(x)
+
+
+@pytest.mark.parametrize("input_layer", [False, True])
+def test_normalisation_inside_the_first_product_changes_nothing(input_layer):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(2.0, 3.0, (2, 20, 5)), jnp.float32)
+    lengths, weights = jnp.int32([20, 11]), rng.normal(size=(2, 7, 6))
+    plain = FrontEnd(False, input_layer)
+    params = plain.init(jax.random.key(0), x, lengths)
+    params = jax.tree.map(lambda a: a + rng.normal(size=a.shape).astype(np.float32), params)
+
+    def outcome(module):
+        def total(params):
+            out = module.apply(params, x, lengths)
+            return jnp.sum(out * weights), out
+
+        return jax.jit(jax.grad(total, has_aux=True)).lower(params).compile()
+
+    compiled = [outcome(module) for module in (plain, FrontEnd(True, input_layer))]
+    (expected, found) = (program(params) for program in compiled)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    flops = [program.cost_analysis()["flops"] for program in compiled]
+    if not input_layer:  # the product of the derivative by the features is gone
+        assert flops[1] < flops[0] - 2 * (2 * 7) * 35 * 6
 
 
 @pytest.fixture(scope="module")
