@@ -632,6 +632,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 def run() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
+    cli.keep_memory()
     from fedasr.training.logging import to_json
 
     config = to_json(_CONFIG.value.to_dict())

@@ -1,6 +1,7 @@
 """What the command-line programs share: flags, JSON on stdout, errors in one line."""
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from fedasr.errors import UserError
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
 _TOGETHER: list[int | None] = []  # not empty: this is one of several processes
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 FAILED, MISTAKE, STOPPED = 1, 2, 3  # exit statuses, beside 0 for work done
 
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line of stdout.")
@@ -116,6 +118,26 @@ def configure_devices() -> None:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", cores)
+
+
+def keep_memory() -> None:
+    """Has glibc keep what a training step frees for the next step, on Linux with a CPU.
+
+    It would give large arrays back to the system and have their pages made anew every time, which
+    took 7 to 12% of a step's time. A process then holds on to the most that it has ever needed.
+    Variables `MALLOC_*_` in the environment come first. For programs that train; not for such as
+    measure memory.
+    """
+    if not sys.platform.startswith("linux") or any(x.startswith("MALLOC_") for x in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in (
+            (_M_MMAP_MAX, 0),
+            (_M_TRIM_THRESHOLD, 2**31 - 1),
+            (_M_TOP_PAD, 1 << 26),
+        ):
+            libc.mallopt(option, value)
 
 
 def _processor() -> str:

@@ -33,6 +33,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which this is, from 0.", lower
 def run() -> int | None:
     """Runs what the flags ask for; returns the exit status if not 0."""
     cli.configure_devices()
+    cli.keep_memory()
     if _COORDINATOR.value:
         return cli.in_step(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, train)
     if _PROCESSES.value is not None or _PROCESS.value is not None:

@@ -6,6 +6,7 @@ steps make one compiled program.
 """
 
 import copy
+import itertools
 import math
 import queue
 import threading
@@ -21,7 +22,10 @@ from fedasr.errors import UserError
 Bucket = Mapping[str, int]  # the padded length of axis 0 of every ragged array
 # Of one array of a chunk; beyond this a machine would be out of memory.
 MAX_ARRAY_BYTES = 16 << 30
+# Of one device's clients that are trained in turns: enough for calls to cost little.
+TURN_BYTES = 16 << 20
 _SHAPE_USERS = 60
+_ALIGNMENT = 64
 _ORDER_TAG = 0x0B47C4  # separates the order of examples from the other uses of a run's seed
 
 
@@ -53,7 +57,7 @@ class Store(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Clients that are trained side by side; the leading axis is the client.
+    """Clients that are trained side by side, or in turns; the leading axis is the client.
 
     batches: {name: [clients, steps, batch, ...]}, with "<name>_length" int32
       [clients, steps, batch] for every ragged array, and "mask" bool, False for padding; or a
@@ -423,6 +427,9 @@ class ClientBatcher:
         for all.
       shapes: of the parts in which batches are computed, from `make_shapes`; None for whole
         batches. Clients vmapped together would wait for the longest of their parts: one a device.
+      turns: with one client on a device, make one chunk of so many: each device trains its clients
+        of all of them one after another, and its rows are side by side. Fewer where the largest
+        clients' data would exceed `TURN_BYTES`.
     """
 
     def __init__(
@@ -437,9 +444,12 @@ class ClientBatcher:
         weights: np.ndarray | None = None,
         rows: slice | None = None,
         shapes: Sequence[Shape] | None = None,
+        turns: int = 1,
     ) -> None:
         if chunk_size < 1:
             raise UserError(f"chunk must be at least 1 (got {chunk_size})")
+        if turns > 1 and chunk_size != devices:
+            raise UserError("turns need one client on a device")
         if shapes is not None and chunk_size != devices:
             raise UserError("batches in parts (micro_batch) need chunk=1: one client on a device")
         self._corpus, self._local, self._buckets = corpus, local, tuple(buckets)
@@ -462,6 +472,8 @@ class ClientBatcher:
             )
         if self._stored:
             self._largest = self._largest_client()
+        self._most_turns = turns
+        self._turns: int | None = None if turns > 1 else 1  # the data tells
 
     def _client(self, user: int, round: int) -> _Client:
         lengths = self._corpus.lengths(user)
@@ -551,8 +563,40 @@ class ClientBatcher:
             clients.sort(key=lambda c: (-c.bucket, -self._slots([c]), -len(c.plan), c.user))
         else:
             clients.sort(key=lambda c: (-c.real, c.user))  # devices side by side: like work
-        for start in range(0, len(clients), self._chunk_size):
-            yield self._build(clients[start : start + self._chunk_size])
+        side_by_side = [
+            clients[start : start + self._chunk_size]
+            for start in range(0, len(clients), self._chunk_size)
+        ]
+        if self._turns is None and clients:
+            most = TURN_BYTES // self._largest_bytes(self._template(clients))
+            self._turns = int(np.clip(most, 1, self._most_turns))
+        for _, alike in itertools.groupby(side_by_side, self._shapes_of):
+            together = list(alike)
+            for start in range(0, len(together), self._turns):
+                yield self._build(together[start : start + self._turns])
+
+    def _shapes_of(self, clients: list[_Client]) -> tuple[Shape, ...]:
+        """The shapes that batches of clients side by side are computed in."""
+        if self._shapes is not None:
+            return self._shapes
+        return (Shape(self._slots(clients), max(c.bucket for c in clients)),)
+
+    def _largest_bytes(self, example: Example) -> int:
+        """No less than what chunks hold of any client, indices aside.
+
+        Args:
+          example: of any user, for the sizes of frames and of what is not ragged.
+        """
+        bucket = self._buckets[-1] if self._buckets else {}
+        slots = self._local.batch_size or rounded_slots(int(np.max(self._corpus.sizes)))
+        total = 0
+        for name, value in example.items():
+            if self._stored:
+                room = self._largest.get(f"/{name}", self._largest["examples"])
+            else:
+                room = self._local.steps * slots * bucket.get(name, 1)
+            total += room * value.nbytes // (max(len(value), 1) if name in bucket else 1)
+        return max(total, 1)
 
     def _slots(self, clients: list[_Client]) -> int:
         """Examples that a batch of these clients must have room for."""
@@ -560,28 +604,41 @@ class ClientBatcher:
             return self._local.batch_size
         return rounded_slots(max(len(batch) for c in clients for batch in c.plan))
 
-    def _build(self, clients: list[_Client]) -> tuple[Chunk, Padding]:
-        slots = self._chunk_size
-        shapes = self._shapes or (Shape(self._slots(clients), max(c.bucket for c in clients)),)
+    def _build(self, turns: list[list[_Client]]) -> tuple[Chunk, Padding]:
+        """A chunk of clients that are trained side by side, or in `self._turns` turns."""
+        clients = [client for turn in turns for client in turn]
+        shapes = self._shapes_of(turns[0])
+        per_device = self._chunk_size // self._devices
+        rows = [  # those of a device are side by side
+            (i // per_device * self._turns + turn) * per_device + i % per_device
+            for turn, own in enumerate(turns)
+            for i in range(len(own))
+        ]
+        slots = self._chunk_size * self._turns
         num_steps = np.zeros(slots, np.int32)
-        num_steps[: len(clients)] = [len(c.plan) for c in clients]
+        num_steps[rows] = [len(c.plan) for c in clients]
         user = np.zeros(slots, np.int32)
-        user[: len(clients)] = [c.user for c in clients]
+        user[rows] = [c.user for c in clients]
         weight = (num_steps > 0).astype(np.float32)
         if self._weights is not None:
-            weight[: len(clients)] = [self._weights[c.user] for c in clients]
-        own = slice(self._rows.start, self._rows.stop)
+            weight[rows] = [self._weights[c.user] for c in clients]
+        own = slice(self._rows.start * self._turns, self._rows.stop * self._turns)
+        held = [
+            (row - own.start, client)
+            for row, client in zip(rows, clients, strict=True)
+            if own.start <= row < own.stop
+        ]
         if self._stored:
-            batches: Any = self._store(clients, shapes)
+            batches: Any = self._store(clients, held, shapes)
         else:
             (shape,) = shapes
             bucket = self._buckets[shape.bucket] if self._buckets else {}
-            size = (len(self._rows), self._local.steps, shape.slots)
-            batches = self._dense(clients, bucket, size)
+            size = (len(self._rows) * self._turns, self._local.steps, shape.slots)
+            batches = self._dense(clients, held, bucket, size)
         frames = [shape.slots * self._frames[shape.bucket] for shape in shapes]
         if self._shapes is None:
-            longest = num_steps.reshape(self._devices, -1).max(axis=1)
-            computed = int(longest.sum()) * (slots // self._devices) * frames[0]
+            longest = num_steps.reshape(-1, per_device).max(axis=1)
+            computed = int(longest.sum()) * per_device * frames[0]
         else:
             computed = sum(frames[kind] for c in clients for step in c.parts for kind, _ in step)
         chunk = Chunk(batches, num_steps[own], user[own], weight[own])
@@ -593,10 +650,6 @@ class ClientBatcher:
         one._rows = range(1)
         return next((chunk for chunk, _ in one.chunks(users, round)), None)
 
-    def _own(self, clients: list[_Client]) -> list[tuple[int, _Client]]:
-        """The clients whose data this process needs, and their places among its rows."""
-        return [(i - self._rows.start, c) for i, c in enumerate(clients) if i in self._rows]
-
     def _template(self, clients: list[_Client]) -> dict[str, np.ndarray]:
         """An example, for names and dtypes."""
         example = self._corpus.get(clients[0].user, [int(clients[0].plan[0][0])])[0]
@@ -604,15 +657,18 @@ class ClientBatcher:
         return {name: np.asarray(example[name]) for name in names}
 
     def _dense(
-        self, clients: list[_Client], bucket: Bucket, shape: tuple[int, int, int]
+        self,
+        clients: list[_Client],
+        held: list[tuple[int, _Client]],
+        bucket: Bucket,
+        shape: tuple[int, int, int],
     ) -> dict[str, np.ndarray]:
-        """Every batch of every client, padded."""
+        """Every batch of the clients whose data this process needs, at their rows, padded."""
         batches: dict[str, np.ndarray] = {}
-        own = self._own(clients)
-        if not own:
+        if not held:
             place(batches, (0, 0, 0), shape, self._template(clients), bucket, self._keep)
             batches = {name: np.zeros_like(value) for name, value in batches.items()}
-        for position, client in own:
+        for position, client in held:
             examples = self._corpus.get(client.user, client.wanted.tolist())
             ends = np.cumsum([len(batch) for batch in client.plan])
             for step, inverse in enumerate(np.split(client.where, ends[:-1])):
@@ -621,13 +677,16 @@ class ClientBatcher:
                     place(batches, at, shape, examples[example], bucket, self._keep)
         return batches
 
-    def _store(self, clients: list[_Client], shapes: Sequence[Shape]) -> Store:
-        """Every example of every client once (see `Store`)."""
-        rows = len(self._rows)
-        held: dict[int, list[Example]] = {}
-        for position, client in self._own(clients):
-            held[position] = self._corpus.get(client.user, client.wanted.tolist())
-        first = next(iter(held.values()))[0] if held else self._template(clients)
+    def _store(
+        self, clients: list[_Client], held: list[tuple[int, _Client]], shapes: Sequence[Shape]
+    ) -> Store:
+        """Every example of the clients whose data this process needs once, at their rows."""
+        rows = len(self._rows) * self._turns
+        read = {
+            position: self._corpus.get(client.user, client.wanted.tolist())
+            for position, client in held
+        }
+        first = next(iter(read.values()))[0] if read else self._template(clients)
         first = {
             n: np.asarray(v) for n, v in first.items() if self._keep is None or n in self._keep
         }
@@ -648,7 +707,7 @@ class ClientBatcher:
         parts = np.zeros((rows, sizes["steps"]), np.int32)
         kinds = np.zeros((*parts.shape, self._most_parts), np.int32)
         index = np.full((*kinds.shape, max(shape.slots for shape in shapes)), -1, np.int32)
-        for position, client in self._own(clients):
+        for position, client in held:
             begin = 0
             for step, own in enumerate(client.parts):
                 parts[position, step] = len(own)
@@ -665,14 +724,14 @@ class ClientBatcher:
         for name, value in first.items():
             if name not in ragged:
                 arrays[name] = _zeros(name, (rows, room, *value.shape), value.dtype)
-                for position, examples in held.items():
+                for position, examples in read.items():
                     arrays[name][position, : len(examples)] = [x[name] for x in examples]
                 continue
             frames = sizes.get(f"/{name}", room * len(value))
             arrays[name] = _zeros(name, (rows, frames, *value.shape[1:]), value.dtype)
             offsets[name] = np.zeros((rows, room), np.int32)
             lengths[name] = np.zeros((rows, room), np.int32)
-            for position, examples in held.items():
+            for position, examples in read.items():
                 size = np.array([len(x[name]) for x in examples])
                 laid = arrays[name][position, : size.sum()]
                 np.concatenate([x[name] for x in examples], out=laid)
@@ -688,7 +747,10 @@ def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             f"{name!r} would take {size / 2**30:.0f} GiB for clients that are trained together: "
             "limit the steps of users with much data (client.max_steps), or take a smaller chunk"
         )
-    return np.zeros(shape, dtype)
+    # JAX takes arrays that begin at such an address as they are on a CPU, and copies others.
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def place(

@@ -1,4 +1,4 @@
-"""The cohort's sum: clients vmapped within a chunk, chunks streamed, devices side by side.
+"""The cohort's sum: clients of a chunk vmapped or in turns, chunks streamed, devices side by side.
 
 The result is the same, up to the order of float additions, whatever the chunk size, the number of
 devices, the order of the clients and the padding: a client's randomness comes from (round key,
@@ -104,6 +104,7 @@ def make_cohort(
     mesh: Mesh,
     weigh: Weigh | None = None,
     local: bool = False,
+    in_turns: bool = False,
 ) -> Cohort:
     """Builds the cohort's sum from a client update, the client-side clipping and the weights.
 
@@ -120,6 +121,7 @@ def make_cohort(
       local: whether chunks hold local parameters and `client_update` is one that trains them. They
         are returned beside the sums and have no part in them. Those of empty slots and of clients
         that are not valid, or whose new ones are not finite, stay as they were.
+      in_turns: each device trains its clients of a chunk one after another, not vmapped.
     """
 
     def one_client(params, batches, num_steps, weight, user, own, round_key, max_steps, round):
@@ -157,18 +159,25 @@ def make_cohort(
 
     def one_device(accumulator, params, chunk, round_key, round):
         args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user, chunk.local)
+
+        # A vmap of one would still turn every matrix product into a batched one. Without a common
+        # bound of the loop no step has to be undone.
+        def one_more(accumulator, client):
+            sums, own = one_client(params, *client, round_key, None, round)
+            return jax.tree.map(lambda a, s: a + s[None], accumulator, sums), own
+
         if chunk.num_steps.shape[0] == 1:
-            # A vmap of one would still turn every matrix product into a batched one. Without a
-            # common bound of the loop no step has to be undone.
-            first = jax.tree.map(lambda x: x[0], args)
-            sums, own = one_client(params, *first, round_key, None, round)
+            accumulator, own = one_more(accumulator, jax.tree.map(lambda x: x[0], args))
             own = jax.tree.map(lambda x: x[None], own)
+        elif in_turns:
+            accumulator, own = jax.lax.scan(one_more, accumulator, args)
         else:
             most = jnp.max(chunk.num_steps)
             mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, 0, None, None, None))
             sums, own = mapped(params, *args, round_key, most, round)
-            sums = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
-        accumulator = jax.tree.map(lambda a, s: a + s[None], accumulator, sums)
+            accumulator = jax.tree.map(
+                lambda a, s: a + jnp.sum(s, axis=0, dtype=s.dtype)[None], accumulator, sums
+            )
         return (accumulator, own) if local else accumulator
 
     clients, whole = PartitionSpec(AXIS), PartitionSpec()

@@ -49,6 +49,7 @@ from fedasr.privacy.mechanism import Mechanism
 # Streams of the root key: what is drawn for clients and for the noise never meets.
 CLIENT_STREAM, NOISE_STREAM = 0, 1
 _QUEUED = 4  # chunks on the devices beside the one in work: in the queue, in the thread's hand
+_TURNS = 8  # clients that a device trains in one call where it does not vmap them
 _AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
 
 
@@ -155,6 +156,7 @@ class Simulation:
             weights,
             hosts.own_rows(self.mesh, per_device * self.mesh.size),
             shapes,
+            min(_TURNS, -(-mechanism.sampler.slots // self.mesh.size)) if per_device == 1 else 1,
         )
         self.store = store
         if store is not None:
@@ -182,7 +184,12 @@ class Simulation:
         clip = mechanism.client_transform()
         clip = clip._replace(init=functools.partial(_init_part, clip.init, trained))
         self._cohort = make_cohort(
-            client_update, clip, self.mesh, _for_all(weigh, trained), store is not None
+            client_update,
+            clip,
+            self.mesh,
+            _for_all(weigh, trained),
+            store is not None,
+            per_device == 1,
         )
         noise_key = jax.random.fold_in(root, NOISE_STREAM)
         if self._adaptive:
@@ -309,8 +316,10 @@ class Simulation:
         state = jax.eval_shape(lambda p: init_server(p, self._chain), params)
         view = jax.eval_shape(self._view, state)
         chunk = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((self.chunk * self.mesh.size, *x.shape[1:]), x.dtype),
-            example,
+            lambda x: jax.ShapeDtypeStruct(
+                (x.shape[0] * self.chunk * self.mesh.size, *x.shape[1:]), x.dtype
+            ),
+            example,  # of one row, or of a device's turns
         )
         if self.store is not None:
             rows = (chunk.user.shape[0], self.store.layout.size)

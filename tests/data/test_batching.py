@@ -300,6 +300,71 @@ def test_processes_read_their_own_rows_and_no_others(options, keep):
         jax.tree.map(np.testing.assert_array_equal, joined, chunk)
 
 
+@pytest.mark.parametrize("options", [{"steps": 3}, {"epochs": 2}])
+@pytest.mark.parametrize("rows", [None, slice(1, 2)])
+def test_turns_are_the_next_chunks_side_by_side(dense, options, rows):
+    """Each device has its clients of several chunks of one shape, in their order."""
+    corpus = speech_corpus([1, 4, 2, 3, 6, 5, 2, 1, 3], seed=1)
+    buckets, local = make_buckets([corpus], 2, MULTIPLES), LocalBatches(2, **options)
+    users, turns, own = range(8, -1, -1), 2, range(2)[rows or slice(0, 2)]
+
+    def chunks(turns):
+        batcher = ClientBatcher(corpus, local, buckets, 2, 0, devices=2, rows=rows, turns=turns)
+        return list(batcher.chunks(users, 1))
+
+    def clients(chunk):
+        batches = dense(chunk.batches)
+        for row, steps in enumerate(chunk.num_steps):
+            data = {name: value[row, :steps] for name, value in batches.items()}
+            yield int(chunk.user[row]), int(steps), float(chunk.weight[row]), data
+
+    def frames(chunk):
+        return dense(chunk.batches)["features"].shape[3]
+
+    single, several = chunks(1), chunks(turns)
+    assert len({frames(chunk) for chunk, _ in single}) == 2  # a boundary between shapes
+    assert len(several) < len(single)
+    assert sum(p.real for _, p in several) == sum(p.real for _, p in single)
+    assert sum(p.computed for _, p in several) == sum(p.computed for _, p in single)
+    left = [chunk for chunk, _ in single]
+    for chunk, _ in several:
+        assert len(chunk.num_steps) == turns * len(own)
+        found = list(clients(chunk))
+        for turn in range(turns):
+            rows_of_turn = found[turn::turns]
+            if not any(steps for _, steps, _, _ in rows_of_turn):
+                continue  # nobody left of this shape: all slots empty
+            before = left.pop(0)
+            assert frames(before) == frames(chunk)
+            for (user, steps, weight, data), expected in zip(
+                rows_of_turn, clients(before), strict=True
+            ):
+                assert (user, steps, weight) == expected[:3]
+                jax.tree.map(np.testing.assert_array_equal, data, expected[3])
+    assert not [chunk for chunk in left if chunk.num_steps.any()]
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"epochs": 2}])
+def test_turns_are_few_where_clients_have_much_data(options, monkeypatch):
+    corpus = speech_corpus([4, 4, 4, 4])
+    buckets, local = make_buckets([corpus]), LocalBatches(2, **options)
+
+    def rows():
+        batcher = ClientBatcher(corpus, local, buckets, 1, 0, turns=4)
+        return [len(chunk.user) for chunk, _ in batcher.chunks(range(4), 0)]
+
+    assert rows() == [4]
+    ((chunk, _),) = ClientBatcher(corpus, local, buckets, 1, 0, turns=4).chunks(range(4), 0)
+    data = chunk.batches.arrays if isinstance(chunk.batches, batching.Store) else chunk.batches
+    each = sum(data[name].nbytes for name in ("features", "labels", "id")) // 4
+    monkeypatch.setattr(batching, "TURN_BYTES", 2 * each)
+    assert rows() == [2, 2]
+    monkeypatch.setattr(batching, "TURN_BYTES", 1)
+    assert rows() == [1, 1, 1, 1]
+    with pytest.raises(UserError, match="turns"):
+        ClientBatcher(corpus, local, buckets, 4, 0, turns=2)
+
+
 @pytest.mark.parametrize("options", [{"steps": 1}, {"epochs": 1}])
 def test_buckets_of_arrays_that_do_not_vary(options):
     corpus = InMemoryCorpus({f"u{i}": [{"x": np.ones((5, 2), np.float32)}] * 2 for i in range(3)})

@@ -8,6 +8,7 @@ import jax
 import optax
 from work import KINDS, parse, serve
 
+from experiments import cli
 from experiments.benchmarks.workload import plain_training
 from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
@@ -18,6 +19,8 @@ from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.mechanism import Mechanism
 
 work = parse(sys.argv[1])
+if work.mode == "rounds":  # as the programs that train do
+    cli.keep_memory()
 sizes = {"dim": work.dim, "mlp": work.mlp, "blocks": work.blocks, "heads": work.heads}
 recogniser = make_recogniser("transformer", sizes)
 params = recogniser.init(jax.random.key(0))
