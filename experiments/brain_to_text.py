@@ -97,8 +97,11 @@ def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: Log) -> 
     }
     if not 0 < config["train_days"] < fields["days"]:
         raise UserError("train_days must leave days of the recordings for later")
-    if not 0 < config["calibration"]["days"] <= fields["days"] - config["train_days"]:
-        raise UserError("calibration.days must be at least 1 and no more than the later days")
+    most = min(config["train_days"], fields["days"] - config["train_days"])
+    if not 0 < config["calibration"]["days"] <= most:
+        raise UserError(
+            "calibration.days must be at least 1 and no more than the later or the training days"
+        )
     recordings = neural_synthetic.NeuralConfig(seed=seed, **fields)
     options = config["model"]
     defaults = RecurrentConfig()

@@ -121,11 +121,11 @@ def configure_devices() -> None:
 
 
 def keep_memory() -> None:
-    """Has glibc keep what a training step frees for the next step, on Linux with a CPU.
+    """Has glibc, on Linux, keep what a training step frees for the next step.
 
     It would give large arrays back to the system and have their pages made anew every time, which
-    took 7 to 12% of a step's time. A process then holds on to the most that it has ever needed.
-    Variables `MALLOC_*_` in the environment come first. For programs that train; not for such as
+    took up to 12% of a step's time on a CPU. A process then holds on to what it has needed once.
+    Variables `MALLOC_*` in the environment come first. For programs that train; not for such as
     measure memory.
     """
     if not sys.platform.startswith("linux") or any(x.startswith("MALLOC_") for x in os.environ):
@@ -134,7 +134,7 @@ def keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for option, value in (
             (_M_MMAP_MAX, 0),
-            (_M_TRIM_THRESHOLD, 2**31 - 1),
+            (_M_TRIM_THRESHOLD, -1),
             (_M_TOP_PAD, 1 << 26),
         ):
             libc.mallopt(option, value)

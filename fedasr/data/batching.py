@@ -423,8 +423,8 @@ class ClientBatcher:
       keep: names of the arrays that the loss needs; default all.
       devices: among which a chunk is divided; each computes the steps of its own longest client.
       weights: of the users, [users], such as their numbers of examples; None for 1.
-      rows: of a chunk that this process needs; the others are not read, and not in the chunks. None
-        for all.
+      rows: of a chunk that this process needs, counted without turns; the others are not read (but
+        for an example of the first, for its sizes) and not in the chunks. None for all.
       shapes: of the parts in which batches are computed, from `make_shapes`; None for whole
         batches. Clients vmapped together would wait for the longest of their parts: one a device.
       turns: with one client on a device, make one chunk of so many: each device trains its clients
@@ -582,20 +582,17 @@ class ClientBatcher:
         return (Shape(self._slots(clients), max(c.bucket for c in clients)),)
 
     def _largest_bytes(self, example: Example) -> int:
-        """No less than what chunks hold of any client, indices aside.
-
-        Args:
-          example: of any user, for the sizes of frames and of what is not ragged.
-        """
+        """No less than what chunks hold of any client, indices aside; `example`: of any user."""
         bucket = self._buckets[-1] if self._buckets else {}
-        slots = self._local.batch_size or rounded_slots(int(np.max(self._corpus.sizes)))
         total = 0
         for name, value in example.items():
+            size = value.dtype.itemsize * math.prod(value.shape[name in bucket :])
             if self._stored:
-                room = self._largest.get(f"/{name}", self._largest["examples"])
+                room = self._largest["examples"] * (len(value) if name in bucket else 1)
+                room = self._largest.get(f"/{name}", room)
             else:
-                room = self._local.steps * slots * bucket.get(name, 1)
-            total += room * value.nbytes // (max(len(value), 1) if name in bucket else 1)
+                room = self._local.steps * self._local.batch_size * bucket.get(name, 1)
+            total += room * size
         return max(total, 1)
 
     def _slots(self, clients: list[_Client]) -> int:
@@ -645,7 +642,10 @@ class ClientBatcher:
         return chunk, Padding(sum(c.real for c in clients), computed)
 
     def example_chunk(self, users: Iterable[int], round: int) -> Chunk | None:
-        """The first chunk of a round with the data of one row alone; None of an empty cohort."""
+        """The first chunk of a round with the data of one row, or of one device's turns, alone.
+
+        None of an empty cohort.
+        """
         one = copy.copy(self)
         one._rows = range(1)
         return next((chunk for chunk, _ in one.chunks(users, round)), None)
@@ -747,7 +747,8 @@ def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             f"{name!r} would take {size / 2**30:.0f} GiB for clients that are trained together: "
             "limit the steps of users with much data (client.max_steps), or take a smaller chunk"
         )
-    # JAX takes arrays that begin at such an address as they are on a CPU, and copies others.
+    # What begins at such an address JAX takes as it is for a CPU; other arrays, and other devices'
+    # parts that don't, it copies.
     raw = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)

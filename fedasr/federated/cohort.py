@@ -170,7 +170,16 @@ def make_cohort(
             accumulator, own = one_more(accumulator, jax.tree.map(lambda x: x[0], args))
             own = jax.tree.map(lambda x: x[None], own)
         elif in_turns:
-            accumulator, own = jax.lax.scan(one_more, accumulator, args)
+
+            def turn(i, carry):
+                accumulator, own = carry
+                accumulator, new = one_more(accumulator, jax.tree.map(lambda x: x[i], args))
+                return accumulator, jax.tree.map(lambda o, n: o.at[i].set(n), own, new)
+
+            slots = 1 + jnp.arange(chunk.num_steps.shape[0])
+            last = jnp.max(jnp.where(chunk.num_steps > 0, slots, 0))  # then come empty slots
+            carry = (accumulator, chunk.local)
+            accumulator, own = jax.lax.fori_loop(0, last, turn, carry)
         else:
             most = jnp.max(chunk.num_steps)
             mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, 0, None, None, None))

@@ -49,7 +49,7 @@ from fedasr.privacy.mechanism import Mechanism
 # Streams of the root key: what is drawn for clients and for the noise never meets.
 CLIENT_STREAM, NOISE_STREAM = 0, 1
 _QUEUED = 4  # chunks on the devices beside the one in work: in the queue, in the thread's hand
-_TURNS = 8  # clients that a device trains in one call where it does not vmap them
+_TURNS = 8  # clients that a CPU device trains in one call, at most, where it does not vmap them
 _AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
 
 
@@ -156,7 +156,7 @@ class Simulation:
             weights,
             hosts.own_rows(self.mesh, per_device * self.mesh.size),
             shapes,
-            min(_TURNS, -(-mechanism.sampler.slots // self.mesh.size)) if per_device == 1 else 1,
+            self._most_turns(buckets),
         )
         self.store = store
         if store is not None:
@@ -206,6 +206,13 @@ class Simulation:
                     lambda d: d * (expected / jnp.maximum(total.weight, 1.0)), total.delta
                 )
             )
+
+    def _most_turns(self, buckets: Sequence[Bucket] | None) -> int:
+        """Clients that a device trains in one call. Accelerators queue calls: there, one."""
+        if self.chunk > 1 or self.mesh.devices.flat[0].platform != "cpu":
+            return 1
+        groups = self.mesh.size * len(buckets or ({},))  # clients in turns have one padded length
+        return max(1, min(_TURNS, self.mechanism.sampler.slots // groups))
 
     def init(self, params: Params) -> ServerState:
         """The state before the first round, on every device."""

@@ -377,9 +377,10 @@ def normed_windows(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Windows of normalised features for an encoder's first dense layer; called in its module.
 
-    The scale and bias of the normalisation go into that layer's product. The outcome is the same,
-    but the derivative by the features, as costly as that by the kernel and wanted for two scalars
-    only, is never computed.
+    The scale and bias of the normalisation go into that layer's product. The outcome is the same up
+    to rounding, but the derivative by the features, as costly as that by the kernel and wanted for
+    two scalars only, is never computed. Not in half precision, where the two scalars' derivatives
+    would be sums of rounded numbers.
 
     Args:
       features: [b, t, f]. lengths: int32 [b].
@@ -390,17 +391,18 @@ def normed_windows(
       [b, ceil(t / stride), width * f], and further arguments of the `Dense` layer.
     """
     normed = MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
-    if input_layer:
-        x = InputLayer(name="input_layer")(normed.value(), lengths)
+    if input_layer or dtype != jnp.float32:
+        x = normed.value()
+        if input_layer:
+            x = InputLayer(name="input_layer")(x, lengths)
         return patches(x, width, stride).astype(dtype), {}
     inside = patches(normed.mask.astype(dtype), width, stride)  # true of all features of a frame
 
     def dot_general(x, kernel, *_, **__):
         by_frame = kernel.reshape(width, -1, kernel.shape[-1]).sum(axis=1)
-        scale, bias = (a.astype(kernel.dtype) for a in (normed.scale, normed.bias))
-        return product(x, scale * kernel) + product(inside, bias * by_frame)
+        return product(x, normed.scale * kernel) + product(inside, normed.bias * by_frame)
 
-    return patches(normed.x, width, stride).astype(dtype), {"dot_general": dot_general}
+    return patches(normed.x, width, stride), {"dot_general": dot_general}
 
 
 class SelfAttention(nn.Module):

@@ -264,7 +264,8 @@ def test_chunks_hold_exactly_the_plan(dense, sizes, chunk_size, count, batch, ep
 
 @pytest.mark.parametrize("options", [{"steps": 3}, {"epochs": 2}])
 @pytest.mark.parametrize("keep", [None, ("features", "labels")])
-def test_processes_read_their_own_rows_and_no_others(options, keep):
+@pytest.mark.parametrize(("side_by_side", "turns"), [(6, 1), (3, 2)])
+def test_processes_read_their_own_rows_and_no_others(options, keep, side_by_side, turns):
     """Put together they are the chunks of a single process; empty slots among them."""
     corpus = speech_corpus([1, 4, 2, 3, 6])
     read = []
@@ -282,16 +283,22 @@ def test_processes_read_their_own_rows_and_no_others(options, keep):
     buckets, local = make_buckets([corpus], 2, MULTIPLES), LocalBatches(2, **options)
 
     def chunks(rows=None):
-        batcher = ClientBatcher(watched, local, buckets, 6, 0, keep, devices=3, rows=rows)
+        batcher = ClientBatcher(
+            watched, local, buckets, side_by_side, 0, keep, 3, rows=rows, turns=turns
+        )
         return list(batcher.chunks(range(5), 1)) + list(batcher.chunks([2], 1))
 
     whole = chunks()
     read.clear()
     parts = []
-    for rows in (slice(0, 2), slice(2, 6)):
+    boundary = side_by_side // 3
+    for rows in (slice(0, boundary), slice(boundary, side_by_side)):
         parts.append(chunks(rows))
-        # User 2 is alone in the last chunk: its dtypes are everybody's.
-        assert set(read) <= set(whole[0][0].user[rows].tolist()) | {2}
+        own = slice(rows.start * turns, rows.stop * turns)
+        found = {int(user) for chunk, _ in whole for user in chunk.user[own]}
+        # User 2 is alone in the last chunk: its dtypes are everybody's. Turns need an example's
+        # sizes: the first user's, who has the most work.
+        assert set(read) <= found | {2} | ({4} if turns > 1 else set())
         read.clear()
     for (chunk, padding), *several in zip(whole, *parts, strict=True):
         assert {part_padding for _, part_padding in several} == {padding}

@@ -41,8 +41,9 @@ UPDATE = local_training(noisy_mlp, optax.sgd(0.2))
 
 
 @functools.cache
-def mlp_cohort(devices):
-    return make_cohort(UPDATE, CLIP, client_mesh(jax.devices()[:devices]))
+def mlp_cohort(devices, in_turns=False):
+    mesh = client_mesh(jax.devices()[:devices])
+    return make_cohort(UPDATE, CLIP, mesh, in_turns=in_turns)
 
 
 @jax.jit
@@ -137,17 +138,18 @@ def assert_same_sum(result, expected, rtol=1e-5):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("chunk", [1, 3, 8])
+@pytest.mark.parametrize(("chunk", "in_turns"), [(1, False), (3, False), (8, False), (3, True)])
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, SLOTS), round=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=12)
-def test_the_sum_equals_a_python_loop(chunk, devices, seed, count, round):
+def test_the_sum_equals_a_python_loop(chunk, in_turns, devices, seed, count, round):
     # A chunk of 8 clients is the whole cohort.
     round_key = jax.random.fold_in(jax.random.key(11), round)
     clients = random_clients(seed, count)
     expected = python_loop(clients, PARAMS, round_key)
     order = np.random.default_rng(seed + 1).permutation(count)
     shuffled = [clients[i] for i in order]
-    result = cohort_sum(mlp_cohort(devices), devices, shuffled, PARAMS, round_key, chunk)
+    cohort = mlp_cohort(devices, in_turns)
+    result = cohort_sum(cohort, devices, shuffled, PARAMS, round_key, chunk)
     assert_same_sum(result, expected)
 
 
@@ -161,8 +163,8 @@ def test_more_room_for_steps_and_examples_changes_nothing(seed, count):
     assert_same_sum(result, expected)
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_a_client_that_is_not_finite_adds_zero_and_is_counted(chunk):
+@pytest.mark.parametrize(("chunk", "in_turns"), [(1, False), (3, False), (3, True)])
+def test_a_client_that_is_not_finite_adds_zero_and_is_counted(chunk, in_turns):
     round_key = jax.random.key(3)
     clients = random_clients(4, 6, least_steps=1)
     for bad, value in ((1, np.nan), (4, np.inf)):
@@ -171,10 +173,11 @@ def test_a_client_that_is_not_finite_adds_zero_and_is_counted(chunk):
     expected = python_loop(clients, PARAMS, round_key)
     assert expected[1]["invalid"] == 2
     good = [client for i, client in enumerate(clients) if i not in (1, 4)]
-    result = cohort_sum(mlp_cohort(1), 1, clients, PARAMS, round_key, chunk)
+    cohort = mlp_cohort(1, in_turns)
+    result = cohort_sum(cohort, 1, clients, PARAMS, round_key, chunk)
     assert_same_sum(result, expected)
     assert (result.clients, result.invalid) == (6, 2)
-    alone = cohort_sum(mlp_cohort(1), 1, good, PARAMS, round_key, chunk)
+    alone = cohort_sum(cohort, 1, good, PARAMS, round_key, chunk)
     for a, b in zip(jax.tree.leaves(result.delta), jax.tree.leaves(alone.delta), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(result.loss, alone.loss, rtol=1e-6)

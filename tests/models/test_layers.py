@@ -119,18 +119,19 @@ class FrontEnd(nn.Module):
 
     at_once: bool
     input_layer: bool = False
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, lengths):
         how = {}
         if self.at_once:
-            x, how = layers.normed_windows(x, lengths, self.input_layer, 7, 3, jnp.float32)
+            x, how = layers.normed_windows(x, lengths, self.input_layer, 7, 3, self.dtype)
         else:
             x = layers.MaskedNorm(name="input_norm")(x, lengths).value()
             if self.input_layer:
                 x = layers.InputLayer(name="input_layer")(x, lengths)
-            x = layers.patches(x, 7, 3)
-        return layers.Dense(6, **how, name="front_end")(x)
+            x = layers.patches(x, 7, 3).astype(self.dtype)
+        return layers.Dense(6, dtype=self.dtype, **how, name="front_end")(x)
 
 
 @pytest.mark.parametrize("input_layer", [False, True])
@@ -221,3 +222,18 @@ def test_product_has_the_derivatives_of_a_product(dtype, clients):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=atol)
+
+
+def test_half_precision_normalises_before_the_first_product():
+    x = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, (3, 2, 40, 80)), jnp.float32)
+    lengths = jnp.int32([[40, 29]] * 3)
+    params = FrontEnd(False).init(jax.random.key(0), x[0], lengths[0])
+
+    def gradients(at_once):
+        def total(params, x, lengths):
+            out = FrontEnd(at_once, dtype=jnp.bfloat16).apply(params, x, lengths)
+            return jnp.sum(out.astype(jnp.float32) ** 2)
+
+        return jax.jit(jax.vmap(jax.grad(total), (None, 0, 0)))(params, x, lengths)
+
+    jax.tree.map(np.testing.assert_array_equal, gradients(True), gradients(False))
