@@ -144,12 +144,14 @@ class Conformer(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         k_input, *k_blocks = layers.split_keys(keys, 1 + c.blocks)
+        x = layers.MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
+        if c.input_layer:
+            x = layers.InputLayer(name="input_layer")(x, lengths)
+        x = x.astype(dtype)
         options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
-        x, how = layers.normed_windows(features, lengths, c.input_layer, c.kernel, 2, dtype)
         for i in range(c.stride.bit_length() - 1):
-            if i:
-                x, how = layers.patches(x, c.kernel, 2), {}
-            x = jax.nn.glu(layers.Dense(2 * c.dim, **options, **how, name=f"front_end_{i}")(x))
+            x = layers.patches(x, c.kernel, 2)
+            x = jax.nn.glu(layers.Dense(2 * c.dim, name=f"front_end_{i}", **options)(x))
             lengths = -(-lengths // 2)
             mask = jnp.arange(x.shape[1]) < lengths[:, None]
             # A bias has given padding a sound, which the next layer's windows would hear.

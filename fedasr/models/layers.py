@@ -6,7 +6,7 @@ however far it is padded.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -315,30 +315,14 @@ class Dense(nn.Dense):
     dot_general: Callable[..., jax.Array] = lambda x, kernel, *_, **__: product(x, kernel)
 
 
-class Normed(NamedTuple):
-    """What `MaskedNorm` gives: x * scale + bias where mask, and zeros elsewhere.
-
-    x: float32 [b, t, f], zero in padding. mask: bool [b, t, 1]. scale, bias: scalars.
-    """
-
-    x: jax.Array
-    mask: jax.Array
-    scale: jax.Array
-    bias: jax.Array
-
-    def value(self) -> jax.Array:
-        """float32 [b, t, f]."""
-        return jnp.where(self.mask, self.x * self.scale + self.bias, 0.0)
-
-
 class MaskedNorm(nn.Module):
     """Zero mean and unit variance over the true frames of each utterance, scalar scale and bias."""
 
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array) -> Normed:
-        """x: float32 [b, t, f]; lengths: int32 [b]."""
+    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        """x: float32 [b, t, f]; lengths: int32 [b]. Padding frames come out as zeros."""
         scale = self.param("scale", nn.initializers.ones, ())
         bias = self.param("bias", nn.initializers.zeros, ())
         mask = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
@@ -346,7 +330,8 @@ class MaskedNorm(nn.Module):
         mean = jnp.sum(jnp.where(mask, x, 0.0), axis=(1, 2), keepdims=True) / count
         centred = jnp.where(mask, x - mean, 0.0)
         variance = jnp.sum(centred**2, axis=(1, 2), keepdims=True) / count
-        return Normed(centred * jax.lax.rsqrt(variance + self.epsilon), mask, scale, bias)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return jnp.where(mask, normed * scale + bias, 0.0)
 
 
 class InputLayer(nn.Module):
@@ -365,44 +350,6 @@ class InputLayer(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (size,))
         mask = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
         return jnp.where(mask, product(x, kernel) + bias, 0.0)
-
-
-def normed_windows(
-    features: jax.Array,
-    lengths: jax.Array,
-    input_layer: bool,
-    width: int,
-    stride: int,
-    dtype: jnp.dtype,
-) -> tuple[jax.Array, dict[str, Any]]:
-    """Windows of normalised features for an encoder's first dense layer; called in its module.
-
-    The scale and bias of the normalisation go into that layer's product. The outcome is the same up
-    to rounding, but the derivative by the features, as costly as that by the kernel and wanted for
-    two scalars only, is never computed. Not in half precision, where the two scalars' derivatives
-    would be sums of rounded numbers.
-
-    Args:
-      features: [b, t, f]. lengths: int32 [b].
-      input_layer: an `InputLayer` follows the normalisation, as "input_layer".
-      width, stride: see `patches`. dtype: of the windows.
-
-    Returns:
-      [b, ceil(t / stride), width * f], and further arguments of the `Dense` layer.
-    """
-    normed = MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
-    if input_layer or dtype != jnp.float32:
-        x = normed.value()
-        if input_layer:
-            x = InputLayer(name="input_layer")(x, lengths)
-        return patches(x, width, stride).astype(dtype), {}
-    inside = patches(normed.mask.astype(dtype), width, stride)  # true of all features of a frame
-
-    def dot_general(x, kernel, *_, **__):
-        by_frame = kernel.reshape(width, -1, kernel.shape[-1]).sum(axis=1)
-        return product(x, normed.scale * kernel) + product(inside, normed.bias * by_frame)
-
-    return patches(normed.x, width, stride), {"dot_general": dot_general}
 
 
 class SelfAttention(nn.Module):
