@@ -316,7 +316,10 @@ def test_turns_are_the_next_chunks_side_by_side(dense, options, rows):
     users, turns, own = range(8, -1, -1), 2, range(2)[rows or slice(0, 2)]
 
     def chunks(turns):
-        batcher = ClientBatcher(corpus, local, buckets, 2, 0, devices=2, rows=rows, turns=turns)
+        weights = np.linspace(0.1, 0.9, 9)  # each user's own
+        batcher = ClientBatcher(
+            corpus, local, buckets, 2, 0, devices=2, weights=weights, rows=rows, turns=turns
+        )
         return list(batcher.chunks(users, 1))
 
     def clients(chunk):
