@@ -10,9 +10,10 @@ round is 32 clients x 4 steps x 2 utterances x 200 frames; in a ragged one clien
 steps.
 
 fedasr does more than the others in a round: clipping by layer, noise and LAMB, and it pads and
-batches examples in every round, up to three of a round's 16 chunks before its turn. FedJAX runs
-fedasr's model and loss. Where a peer has several processes each does its share of the clients, and
-no time is counted for adding up.
+batches examples in every round, up to three of a round's 16 chunks before its turn. FedJAX runs a
+model from flax's layers and optax's loss, and beside it fedasr's own model and loss ("our model"),
+which it does not come with. Where a peer has several processes each does its share of the clients,
+and no time is counted for adding up.
 
 Figures are client steps per second, the median of the rounds; "ratio" is fedasr's over the peer's.
 """
@@ -66,6 +67,8 @@ def peers(cores: int) -> dict[str, Peer]:
         "one client at a time": Peer("", "fedasr", "loop"),
         "fedjax jit": Peer("fedjax", "fedjax", "jit"),
         "fedjax pmap": Peer("fedjax", "fedjax", "pmap"),
+        "fedjax jit (our model)": Peer("fedjax", "fedjax", "jit ours"),
+        "fedjax pmap (our model)": Peer("fedjax", "fedjax", "pmap ours"),
         "pfl 1 process": Peer("pfl", "pfl"),
         "flower": Peer("flower", "flower"),
     }
@@ -101,7 +104,7 @@ class Worker:
     def __init__(self, python: Path, peer: Peer, work: Work, cores: int, log: Path) -> None:
         environment = dict(os.environ, PYTHONPATH=str(_ROOT), PYTHONUNBUFFERED="1")
         environment.pop("XLA_FLAGS", None)
-        if peer.mode in ("rounds", "pmap"):  # a stream of clients for each core
+        if peer.mode.split(" ")[0] in ("rounds", "pmap"):  # a stream of clients for each core
             environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={cores}"
         if peer.script in ("pfl", "flower"):
             environment["OMP_NUM_THREADS"] = "1"
