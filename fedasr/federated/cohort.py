@@ -15,10 +15,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedasr.data.batching import Chunk
+from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Params
 from fedasr.federated.local import LocalUpdate
 
-AXIS = "clients"
+AXIS, MODEL = "clients", "model"  # of a mesh
 # Folded into a client's key for its weight; its steps are never so many.
 _WEIGHT = 0xFFFFFFFF
 
@@ -68,9 +69,23 @@ class Weigh(Protocol):
         """
 
 
-def client_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A one-dimensional mesh over `devices` (default: those of all processes), by client."""
-    return Mesh(np.asarray(devices if devices is not None else jax.devices()), (AXIS,))
+def client_mesh(devices: Sequence[jax.Device] | None = None, model_devices: int = 1) -> Mesh:
+    """A mesh over `devices` (default: those of all processes), by client.
+
+    Args:
+      devices: side by side, or in groups.
+      model_devices: so many neighbours train a client together, each of which holds a part of
+        every large array that is shaped like a parameter (`model_sharding`).
+
+    Raises:
+      UserError: the devices cannot be grouped so.
+    """
+    every = np.asarray(devices if devices is not None else jax.devices())
+    if model_devices == 1:
+        return Mesh(every, (AXIS,))
+    if model_devices < 1 or every.size % model_devices:
+        raise UserError(f"{every.size} devices cannot be grouped by model_devices={model_devices}")
+    return Mesh(every.reshape(-1, model_devices), (AXIS, MODEL))
 
 
 def client_sharding(mesh: Mesh) -> NamedSharding:
@@ -79,8 +94,45 @@ def client_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays that every device holds whole, such as the parameters."""
+    """Sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def model_sharding(mesh: Mesh, tree: Any, by_device: bool = False) -> Any:
+    """Shardings of parameters, of what is shaped like them, and of all that lies beside them.
+
+    Where a client has one device everything is whole on each. Where it has several, arrays with at
+    least two axes are split over them along the longest axis that can be.
+
+    Args:
+      mesh: from `client_mesh`. tree: of arrays or their shapes.
+      by_device: whether arrays have an axis of the clients' devices before their own.
+
+    Returns:
+      A `NamedSharding`, or a tree of such.
+    """
+    lead = (AXIS,) if by_device else ()
+    parts = mesh.shape.get(MODEL, 1)
+    if parts == 1:
+        return NamedSharding(mesh, PartitionSpec(*lead))
+
+    def one(x):
+        own = x.shape[len(lead) :]
+        axes = [i for i, size in enumerate(own) if size % parts == 0]
+        spec: list[str | None] = [None] * len(own)
+        if len(own) > 1 and axes:
+            spec[max(axes, key=lambda i: own[i])] = MODEL
+        return NamedSharding(mesh, PartitionSpec(*lead, *spec))
+
+    return jax.tree.map(one, tree)
+
+
+def settled(mesh: Mesh, tree: Any, by_device: bool = False) -> Any:
+    """Within a compiled function: what comes out lies as `model_sharding` says.
+
+    Else the compiler might choose another place, and the next call would compile again.
+    """
+    return jax.lax.with_sharding_constraint(tree, model_sharding(mesh, tree, by_device))
 
 
 class Cohort(NamedTuple):
@@ -116,7 +168,7 @@ def make_cohort(
       client_update: see `fedasr.federated.client.ClientUpdate`.
       clip: its state after an update has the fields `norms` [layers], `clipped` [layers] and
         `finite` (see `fedasr.privacy.clipping.ClipState`).
-      mesh: from `client_mesh`; a chunk's client axis must be a multiple of its size.
+      mesh: from `client_mesh`; a chunk's client axis must be a multiple of its clients' axis.
       weigh: see `Weigh`; None for 1.
       local: whether chunks hold local parameters and `client_update` is one that trains them. They
         are returned beside the sums and have no part in them. Those of empty slots and of clients
@@ -190,27 +242,41 @@ def make_cohort(
         return (accumulator, own) if local else accumulator
 
     clients, whole = PartitionSpec(AXIS), PartitionSpec()
-    # check_vma=False: a user's loss may hold loops whose carry it would want annotated.
+    # check_vma=False: a user's loss may hold loops whose carry it would want annotated. The
+    # devices of one client, if there are several, are left to the compiler.
     sharded = jax.shard_map(
         one_device,
         mesh=mesh,
         in_specs=(clients, whole, clients, whole, whole),
         out_specs=clients,
         check_vma=False,
+        axis_names={AXIS},
     )
 
     def zeros(params, chunk):
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk)
         args = (first.batches, first.num_steps, first.weight, first.user, first.local)
         shapes, _ = jax.eval_shape(one_client, params, *args, jax.random.key(0), 1, 0)
-        return jax.tree.map(lambda s: jnp.zeros((mesh.size, *s.shape), s.dtype), shapes)
+        lanes = mesh.shape[AXIS]
+        return jax.tree.map(lambda s: jnp.zeros((lanes, *s.shape), s.dtype), shapes)
+
+    def total(accumulator):
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), accumulator)
+
+    if MODEL not in mesh.shape:
+        return Cohort(
+            zeros=jax.jit(zeros, out_shardings=client_sharding(mesh)),
+            # The accumulator must come out as `zeros` made it, or its second use compiles again.
+            add=jax.jit(sharded, donate_argnums=0, out_shardings=client_sharding(mesh)),
+            total=jax.jit(total, out_shardings=replicated(mesh)),
+        )
+
+    def add(*args):
+        out = sharded(*args)
+        return (settled(mesh, out[0], True), out[1]) if local else settled(mesh, out, True)
 
     return Cohort(
-        zeros=jax.jit(zeros, out_shardings=client_sharding(mesh)),
-        # The accumulator must come out as `zeros` made it, or its second use compiles again.
-        add=jax.jit(sharded, donate_argnums=0, out_shardings=client_sharding(mesh)),
-        total=jax.jit(
-            lambda acc: jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), acc),
-            out_shardings=replicated(mesh),
-        ),
+        zeros=jax.jit(lambda *args: settled(mesh, zeros(*args), True)),
+        add=jax.jit(add, donate_argnums=0),
+        total=jax.jit(lambda accumulator: settled(mesh, total(accumulator))),
     )

@@ -62,23 +62,28 @@ def own_rows(mesh: Mesh, rows: int) -> slice:
     """Which of a chunk's rows are on this process's devices.
 
     Args:
-      mesh: one-dimensional.
-      rows: of a chunk, a multiple of the mesh's size.
+      mesh: whose first axis is the clients'.
+      rows: of a chunk, a multiple of that axis's size.
 
     Raises:
       UserError: this process has no device in the mesh, or its devices are not side by side.
     """
     me = jax.process_index()
-    own = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == me]
+    lanes = mesh.devices.reshape(len(mesh.devices), -1)
+    own = [i for i, lane in enumerate(lanes) if lane[0].process_index == me]
     if not own or own != list(range(own[0], own[-1] + 1)):
         raise UserError(f"process {me} has the devices {own} of the mesh: it needs neighbours")
-    each = rows // mesh.size
+    each = rows // len(lanes)
     return slice(own[0] * each, (own[-1] + 1) * each)
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts a pytree that every process holds whole, and alike, on the devices of all."""
-    if sharding.is_fully_addressable:
+def place(tree: Any, sharding: Any) -> Any:
+    """Puts a pytree that every process holds whole, and alike, on the devices of all.
+
+    Args:
+      tree: of arrays. sharding: of all of them, or in one process a tree of shardings.
+    """
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
     def put(leaf):

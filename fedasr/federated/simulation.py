@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from fedasr.data.batching import (
     Bucket,
@@ -30,12 +31,16 @@ from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.federated.client import ClientUpdate, Params
 from fedasr.federated.cohort import (
+    AXIS,
+    MODEL,
     CohortSum,
     Weigh,
     client_mesh,
     client_sharding,
     make_cohort,
+    model_sharding,
     replicated,
+    settled,
 )
 from fedasr.federated.local import LocalStore, with_local
 from fedasr.federated.server import ServerState, init_server, server_step
@@ -92,6 +97,9 @@ class Simulation:
       buckets: padded shapes (default: one that holds everything).
       devices: default all devices, of all processes (see `fedasr.federated.hosts`); each works on
         a part of every chunk.
+      model_devices: so many neighbouring devices train a client together, for models that do not
+        fit on one: each holds a part of every matrix and of what the server and the sum keep of it.
+        The result does not depend on it beyond the order of float additions. One process only.
       keep: names of the example arrays that the loss needs (default all).
       weights: of the users, in [0, 1], float [users], for a mechanism whose weighting is "bounded".
         A user's own may depend on their data and on what is public or private by itself (such as
@@ -120,6 +128,7 @@ class Simulation:
         chunk: int = 1,
         buckets: Sequence[Bucket] | None = None,
         devices: Sequence[jax.Device] | None = None,
+        model_devices: int = 1,
         keep: Sequence[str] | None = None,
         weights: Sequence[float] | np.ndarray | None = None,
         weigh: Weigh | None = None,
@@ -142,19 +151,22 @@ class Simulation:
             raise UserError("weigh would judge a model without the user's local parameters")
         self.mechanism = mechanism
         self.seed = seed
-        self.mesh = client_mesh(devices)
-        per_device = chunk or -(-mechanism.sampler.slots // self.mesh.size)
+        if model_devices > 1 and jax.process_count() > 1:
+            raise UserError("model_devices above 1 needs all devices in one process")
+        self.mesh = client_mesh(devices, model_devices)
+        self._lanes = self.mesh.shape[AXIS]
+        per_device = chunk or -(-mechanism.sampler.slots // self._lanes)
         self.chunk = per_device
         self.batcher = ClientBatcher(
             corpus,
             local,
             make_buckets([corpus]) if buckets is None else buckets,
-            per_device * self.mesh.size,
+            per_device * self._lanes,
             seed,
             keep,
-            self.mesh.size,
+            self._lanes,
             weights,
-            hosts.own_rows(self.mesh, per_device * self.mesh.size),
+            hosts.own_rows(self.mesh, per_device * self._lanes),
             shapes,
             self._most_turns(buckets),
         )
@@ -196,7 +208,12 @@ class Simulation:
             server_optimizer = hold(server_optimizer, mechanism.adaptive.warmup)
         chain = optax.chain(mechanism.server_transform(noise_key), server_optimizer)
         self._chain = transform_part(chain, trained)
-        self._step = jax.jit(functools.partial(server_step, chain=self._chain))
+
+        def step(state, total, **extra):
+            state = server_step(state, total, chain=self._chain, **extra)
+            return settled(self.mesh, state) if model_devices > 1 else state
+
+        self._step = jax.jit(step)
         self._reweigh = None
         if mechanism.weighting == "examples":
             # The server divides by the expected cohort; this makes that a division by the weights.
@@ -211,7 +228,7 @@ class Simulation:
         """Clients that a device trains in one call. Accelerators queue calls: there, one."""
         if self.chunk > 1 or self.mesh.devices.flat[0].platform != "cpu":
             return 1
-        groups = self.mesh.size * len(buckets or ({},))  # clients in turns have one padded length
+        groups = self._lanes * len(buckets or ({},))  # clients in turns have one padded length
         return max(1, min(_TURNS, self.mechanism.sampler.slots // groups))
 
     def init(self, params: Params) -> ServerState:
@@ -220,7 +237,7 @@ class Simulation:
 
     def place(self, state: ServerState) -> ServerState:
         """Puts a state, such as a restored one, on every device."""
-        return hosts.place(state, replicated(self.mesh))
+        return hosts.place(state, model_sharding(self.mesh, state))
 
     def _items(self, first: int, last: int) -> Iterator[tuple[Chunk | None, Padding, bool]]:
         """Chunks of the rounds first..last-1, each round ended by (None, padding, True)."""
@@ -304,7 +321,7 @@ class Simulation:
             return self._reweigh(total) if self._reweigh else total.delta
         like = keep_part(state.params, self._trained)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
-        return hosts.place(zeros, replicated(self.mesh))
+        return hosts.place(zeros, model_sharding(self.mesh, zeros))
 
     def chunk_bytes(self, params: Params) -> int:
         """Bytes of a device's memory that rounds take, by compiling for the largest chunk.
@@ -324,7 +341,7 @@ class Simulation:
         view = jax.eval_shape(self._view, state)
         chunk = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
-                (x.shape[0] * self.chunk * self.mesh.size, *x.shape[1:]), x.dtype
+                (x.shape[0] * self.chunk * self._lanes, *x.shape[1:]), x.dtype
             ),
             example,  # of one row, or of a device's turns
         )
@@ -333,6 +350,9 @@ class Simulation:
             chunk = chunk._replace(local=jax.ShapeDtypeStruct(rows, np.float32))
         sums = jax.eval_shape(self._cohort.zeros, view, chunk)
         key = jax.eval_shape(self._round_key, 0)
+        if MODEL in self.mesh.shape:
+            sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
+            view = _laid(view, model_sharding(self.mesh, view))
         lowered = self._cohort.add.lower(sums, view, chunk, key, np.int32(0))
         found = lowered.compile().memory_analysis()
         program = (
@@ -341,8 +361,12 @@ class Simulation:
             + found.output_size_in_bytes
             - found.alias_size_in_bytes
         )
-        waiting = _QUEUED * _bytes(chunk) // self.mesh.size
-        return int(program + waiting + 2 * _bytes(state))
+        waiting = _QUEUED * _bytes(chunk) // self._lanes
+        kept = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
+            _laid(state, model_sharding(self.mesh, state)),
+        )
+        return int(program + waiting + 2 * _bytes(kept))
 
     def layer_names(self, params: Params) -> list[str]:
         """Names of the layers that metrics by layer are about: those of the trained variables."""
@@ -388,6 +412,15 @@ class _OwnParameters:
     def _write_next(self) -> None:
         users, rows = self._pending.popleft()
         self._store.write(users[users >= 0], np.asarray(rows)[users >= 0])
+
+
+def _laid(tree: Any, sharding: Any) -> Any:
+    """Shapes of arrays that lie as a sharding, or a tree of such, says."""
+    if isinstance(sharding, NamedSharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(
+        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), tree, sharding
+    )
 
 
 def _bytes(tree: Any) -> int:

@@ -9,7 +9,15 @@ import optax
 from fedasr.data.batching import Bucket, PooledBatcher, Prefetcher
 from fedasr.data.corpus import Corpus
 from fedasr.federated.client import Loss, Params
-from fedasr.federated.cohort import client_mesh, client_sharding, replicated
+from fedasr.federated.cohort import (
+    AXIS,
+    MODEL,
+    client_mesh,
+    client_sharding,
+    model_sharding,
+    replicated,
+    settled,
+)
 from fedasr.federated.server import ServerState, init_server, server_step
 
 CENTRAL_STREAM = 2  # beside the federated streams of `fedasr.federated.simulation`
@@ -27,6 +35,7 @@ class CentralTraining:
       devices: of this process; default all.
       frames: about so many frames per step over all devices (see `PooledBatcher`).
       steps_per_report: steps in one item of `run`.
+      model_devices: devices that hold the model together, see `client_mesh`.
     """
 
     def __init__(
@@ -42,8 +51,9 @@ class CentralTraining:
         steps_per_report: int = 10,
         devices: Sequence[jax.Device] | None = None,
         keep: Sequence[str] | None = None,
+        model_devices: int = 1,
     ) -> None:
-        self._mesh = client_mesh(devices or jax.local_devices())
+        self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
         # Every device needs an equal share; the padding examples are masked.
         self._batcher = PooledBatcher(
             corpus,
@@ -51,7 +61,7 @@ class CentralTraining:
             seed,
             batch_size=batch_size,
             frames=frames,
-            multiple=self._mesh.size,
+            multiple=self._mesh.shape[AXIS],
             keep=keep,
         )
         self._optimizer = optimizer
@@ -61,12 +71,12 @@ class CentralTraining:
         def step(state: ServerState, batch):
             key = jax.random.fold_in(root, state.round)
             (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-            return server_step(state, grads, optimizer), value
+            state = server_step(state, grads, optimizer)
+            return (settled(self._mesh, state) if model_devices > 1 else state), value
 
         whole = replicated(self._mesh)
-        self._step = jax.jit(
-            step, in_shardings=(whole, client_sharding(self._mesh)), out_shardings=whole
-        )
+        where = {"in_shardings": (whole, client_sharding(self._mesh)), "out_shardings": whole}
+        self._step = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
 
     def init(self, params: Params) -> ServerState:
         """The state before the first step; its `round` counts optimiser steps."""
@@ -74,7 +84,7 @@ class CentralTraining:
 
     def place(self, state: ServerState) -> ServerState:
         """Puts a state, such as a restored one, on every device."""
-        return jax.device_put(state, replicated(self._mesh))
+        return jax.device_put(state, model_sharding(self._mesh, state))
 
     def run(self, state: ServerState, steps: int) -> Iterator[tuple[ServerState, int, float]]:
         """Trains until `steps` more steps are done.

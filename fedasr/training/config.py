@@ -33,6 +33,7 @@ def default_config() -> ConfigDict:
     # but 1 on a CPU, where that is fastest.
     config.chunk = FieldReference("auto", field_type=object)
     config.devices = 0  # 0: all; on a CPU, one for each core
+    config.model_devices = 1  # so many train a client together, for models too large for one
     config.init_from = ""  # work directory or checkpoint to start from; it replaces the seed
 
     config.data = ConfigDict()

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedasr.data.batching import Bucket, eval_batches
 from fedasr.data.corpus import Corpus
-from fedasr.federated.cohort import client_mesh, client_sharding, replicated
+from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
 from fedasr.federated.local import Layout
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.text import CharTokenizer, Tokenizer
@@ -25,6 +25,7 @@ class Evaluator:
       devices: of this process; default all.
       tokenizer: that wrote the labels; default that of the 29 characters.
       layout: of local parameters, to evaluate users with their own.
+      model_devices: devices that hold the model together, see `client_mesh`.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class Evaluator:
         devices: Sequence[jax.Device] | None = None,
         tokenizer: Tokenizer | None = None,
         layout: Layout | None = None,
+        model_devices: int = 1,
     ) -> None:
-        mesh = client_mesh(devices or jax.local_devices())
-        self._sharding, self._whole = client_sharding(mesh), replicated(mesh)
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
+        self._sharding, lanes = client_sharding(self._mesh), self._mesh.shape[AXIS]
+        self._batch_size = -(-batch_size // lanes) * lanes
         self._buckets = tuple(buckets)
         self._evaluate = jax.jit(recogniser.evaluate)
         self._tokenizer = tokenizer or CharTokenizer()
@@ -62,7 +64,8 @@ class Evaluator:
             (float32 [b, n]); None for those in `params`.
         """
         references, hypotheses, losses, count = [], [], 0.0, 0
-        params = jax.device_put(params, self._whole)  # placed otherwise they would compile again
+        # Placed otherwise they would compile again.
+        params = jax.device_put(params, model_sharding(self._mesh, params))
         for batch in eval_batches(corpus, self._buckets, self._batch_size, ARRAYS, owners=True):
             users = batch.pop("user")
             on_device = jax.device_put(batch, self._sharding)

@@ -269,6 +269,7 @@ def _central(
         steps_per_report=math.gcd(10, config["checkpoint"]["seed_every"]),  # saved when reported
         devices=devices,
         keep=ARRAYS,
+        model_devices=config["model_devices"],
     )
 
 
@@ -341,6 +342,7 @@ def make_simulation(
             chunk=chunk,
             buckets=data.buckets,
             devices=devices,
+            model_devices=config["model_devices"],
             keep=ARRAYS,
             trained=trained_variables(config),
             store=store,
@@ -355,7 +357,7 @@ def make_simulation(
     if (budget := chunks.device_budget(devices)) is None:
         return build(1)
     shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
-    most = -(-sampler.slots // len(devices))
+    most = -(-sampler.slots * config["model_devices"] // len(devices))
 
     def memory(chunk: int) -> int:
         try:
@@ -463,6 +465,7 @@ def _check(config: Mapping[str, Any]) -> None:
     least = {
         "rounds": 0,
         "devices": 0,
+        "model_devices": 1,
         "data.buckets": 1,
         "seed_training.steps": 0,
         "seed_training.batch_size": 1,
@@ -519,6 +522,8 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError("devices must be 0, all of them, with several processes")
         if config["algorithm"] != "federated" or config["local"]["patterns"]:
             raise UserError("central training and local parameters need a single process")
+        if config["model_devices"] > 1:
+            raise UserError("model_devices above 1 needs a single process")
     if config["init_from"]:
         checkpoint_metadata(config["init_from"])
 
@@ -825,6 +830,7 @@ class _Run:
             self.own_devices,
             self.data.tokenizer,
             layout := local_layout(config),
+            config["model_devices"],
         )
         self.store: LocalStore | None = None
         self.known: dict[str, np.ndarray] = {}
