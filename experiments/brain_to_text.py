@@ -11,9 +11,11 @@ them as MATLAB files and prepares a corpus from these. Then
   (`fedasr.federated.local`);
 * language: its test sentences with and without an n-gram language model, which has neither these
   sentences nor those of later days in its text, nor some of the words at all;
-* calibration: new days, each through a layer of its own (at first the last known day's) that is
-  trained on a few labelled sentences, the rest at rest; and a decoder that was trained in full on
-  these days, in place of as many of the first training days: with as much data, and as long;
+* calibration: new days, each through a layer of its own (at first the day before's) that is trained
+  on a few labelled sentences, the rest at rest, and then with them on the decoder's own corrected
+  output for the day's other sentences; and a decoder that was trained in full on these days, in
+  place of as many of the first training days: with as much data, and as long. Both decoders are
+  trained with noise that imitates drift;
 * drift: the days after training, in order, decoded by the decoder as it is ("fixed"), by one that
   trains on its own corrected output every day ("recalibrated"), without labels, and by one that
   goes on training as long on the labelled days alone ("past only").
@@ -221,13 +223,18 @@ def _key(bench: Bench, stream: str) -> Any:
     return jax.random.fold_in(root, STREAMS.index(stream))
 
 
-def trained(bench: Bench, own_layers: bool, later: int = 0) -> Any:
+def trained(
+    bench: Bench, own_layers: bool, later: int = 0, noise: Mapping[str, float] | None = None
+) -> Any:
     """Parameters of central training on the training days; kept in the folder.
 
     Args:
       own_layers: a layer for each day, or one for all. later: so many days after the training days
-        are trained on in place of as many of the first.
+        are trained on in place of as many of the first. noise: fields of the model's configuration
+        in place of its own.
     """
+    import dataclasses
+
     import jax
 
     from fedasr.federated.server import ServerState
@@ -240,13 +247,15 @@ def trained(bench: Bench, own_layers: bool, later: int = 0) -> Any:
     settings = {"model": bench.config["model"], "training": training, "days": len(days)}
     if later:
         settings["later"] = later
+    if noise:
+        settings["noise"] = dict(noise)
     folder = _folder(bench, kind, settings)
     if folder.is_dir():
         try:
             return restore_params(folder)
         except UserError:
             pass  # of a run that was killed before it had saved
-    recogniser = recurrent_recogniser(bench.model)
+    recogniser = recurrent_recogniser(dataclasses.replace(bench.model, **noise or {}))
     optimizer = lib.published_optimizer(training["learning_rate"], training["steps"])
     params = recogniser.init(_key(bench, "init"))
     if own_layers:
@@ -375,8 +384,14 @@ def beam_only(bench: Bench, params: Any) -> dict[str, float]:
     return error_rates(bench, params, days, make_decoder(bench, 0.0, 0.0, model=False))
 
 
-def calibrated(bench: Bench, params: Any) -> dict[str, Any]:
-    """New days through a fresh layer (a copy of the last known day's) and few labels."""
+def calibrated(bench: Bench, decoder: BeamDecoder) -> dict[str, Any]:
+    """New days in order, each through a layer of its own and few labels; the rest is at rest.
+
+    A day's layer begins as a copy of the day before's. "labels" are error rates of layers that
+    were trained on the labelled sentences alone; "calibrated" of such as went on with the day's
+    other sentences, without their labels: with what was decoded and corrected in their place,
+    decoded anew in every pass. The decoder is one that was trained for it.
+    """
     from fedasr.models.recogniser import recurrent_recogniser
     from fedasr.training import days as lib
     from fedasr.training.recalibration import RecalibrationConfig, recalibrate
@@ -389,19 +404,47 @@ def calibrated(bench: Bench, params: Any) -> dict[str, Any]:
     loss = lib.by_day(recurrent_recogniser(bench.model).loss)
     step = lib.make_step(loss, optimizer, day_only=True)
     new = bench.later[: settings["days"]]
-    fresh = fitted = params
+    start = trained(bench, own_layers=True, noise=settings["noise"])
+    fresh = labels = both = start
+
+    def trained_on(params: Any, day: int, examples: Sequence[Any], part: int) -> Any:
+        data = lib.DayData(day, examples)
+        args = (step, optimizer, params, data, (), bench.bucket, options, bench.seed, part)
+        return recalibrate(*args)[0]
+
     for day in new:
+        examples = bench.train[day].examples
+        few, rest = examples[: settings["sentences"]], examples[settings["sentences"] :]
         fresh = lib.set_day(fresh, day, bench.known[-1])
-        few = lib.DayData(day, bench.train[day].examples[: settings["sentences"]])
-        start = lib.set_day(fitted, day, bench.known[-1])
-        fitted, _ = recalibrate(step, optimizer, start, few, (), bench.bucket, options, bench.seed)
+        labels = trained_on(lib.set_day(labels, day, day - 1), day, few, 0)
+        both = trained_on(lib.set_day(both, day, day - 1), day, few, 0)
+        for part in range(1, settings["passes"] + 1) if rest else ():
+            own = [*few, *corrected(bench, both, day, rest, decoder)]
+            both = trained_on(both, day, own, part)
     days = [bench.test[day] for day in new]
-    full = trained(bench, own_layers=True, later=len(new))
+    full = trained(bench, own_layers=True, later=len(new), noise=settings["noise"])
+    arms = {"before": fresh, "labels": labels, "calibrated": both, "trained": full}
+    known = [bench.test[day] for day in bench.known]
     return {
-        "before": error_rates(bench, fresh, days, None)["cer"],
-        "calibrated": error_rates(bench, fitted, days, None)["cer"],
-        "trained": error_rates(bench, full, days, None)["cer"],
+        "training days": error_rates(bench, start, known, None)["cer"],
+        **{name: error_rates(bench, model, days, None)["cer"] for name, model in arms.items()},
     }
+
+
+def corrected(
+    bench: Bench, params: Any, day: int, examples: Sequence[Any], decoder: BeamDecoder
+) -> list[dict[str, Any]]:
+    """A day's sentences with what a model and the language model make of them as labels."""
+    from fedasr.training.days import with_day
+    from fedasr.training.recalibration import pseudo_labelled
+
+    return pseudo_labelled(
+        examples,
+        bench.scorer(with_day(params, day), examples),
+        lambda scores: decoder(scores).text,
+        bench.tokenizer.encode,
+        bench.bucket["labels"],
+    )
 
 
 def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
@@ -410,7 +453,7 @@ def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
 
     from fedasr.models.recogniser import recurrent_recogniser
     from fedasr.training import days as lib
-    from fedasr.training.recalibration import RecalibrationConfig, pseudo_labelled, recalibrate
+    from fedasr.training.recalibration import RecalibrationConfig, recalibrate
 
     settings = dict(bench.config["recalibration"])
     portion, rate = settings.pop("portion"), settings.pop("learning_rate")
@@ -433,14 +476,7 @@ def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
             # Labels are read to say how many errors a user would have seen, and for nothing else.
             now = error_rates(bench, models["recalibrated"], [lib.DayData(day, new)], None)
             first_seen.append(now["cer"])
-            scores = bench.scorer(lib.with_day(models["recalibrated"], day), new)
-            today += pseudo_labelled(
-                new,
-                scores,
-                lambda s: decoder(s).text,
-                bench.tokenizer.encode,
-                bench.bucket["labels"],
-            )
+            today += corrected(bench, models["recalibrated"], day, new, decoder)
             for name, data, earlier, how in (
                 ("recalibrated", lib.DayData(day, today), past, options),
                 ("past only", lib.DayData(day, new), labelled, control),
@@ -521,7 +557,9 @@ def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: Log) -> d
             ["federated"],
             lambda: by_training_day(bench, federated(bench), None),
         ),
-        "calibration": once("calibration", ["calibration"], lambda: calibrated(bench, params)),
+        "calibration": once(
+            "calibration", ["language", "calibration"], lambda: calibrated(bench, decoder)
+        ),
         "drift": once(
             "drift", ["language", "recalibration"], lambda: drifted(bench, params, decoder)
         ),
@@ -561,10 +599,15 @@ def summarize(results: Mapping[int, Mapping[str, Any]], config: Mapping[str, Any
             * (1 - ratio(days["wer"], found["beam"]["wer"])),
             "words that the model does not know, percent": drift["unknown_words"],
             "cer, new days before calibration": calibration["before"],
+            "cer, new days calibrated, labels alone": calibration["labels"],
             "cer, new days calibrated": calibration["calibrated"],
             "cer, the same days trained": calibration["trained"],
+            "labels alone / trained": ratio(calibration["labels"], calibration["trained"]),
             "calibrated / trained": ratio(calibration["calibrated"], calibration["trained"]),
-            "calibrated / training days": ratio(calibration["calibrated"], days["cer"]),
+            "cer, training days, of the decoder that is calibrated": calibration["training days"],
+            "calibrated / training days": ratio(
+                calibration["calibrated"], calibration["training days"]
+            ),
             "cer, recalibrated, sentences as they were decoded": drift["as decoded"],
         }
         for name in ("fixed", "past only", "recalibrated"):

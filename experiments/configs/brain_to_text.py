@@ -55,13 +55,17 @@ def get_config() -> ConfigDict:
                 "lm_weights": (0.2, 0.4, 0.6, 1.0),
                 "word_bonuses": (0.0, 2.0),
             },
-            # A new day's own layer from so many labelled sentences, the rest of the model at rest.
+            # A new day's own layer from so many labelled sentences, the rest of the model at rest;
+            # then so many passes, each as long, with the day's other sentences as they are decoded.
             "calibration": {
                 "days": 5,
                 "sentences": 20,
+                "passes": 2,
                 "steps": 200,
-                "batch_size": 10,
+                "batch_size": 20,
                 "learning_rate": 0.02,
+                # Of the decoder's training, in place of the model's.
+                "noise": {"drift_noise": 0.3, "channel_dropout": 0.1},
             },
             # `portion` sentences are decoded before each training. The other fields are those of
             # `fedasr.training.recalibration.RecalibrationConfig`.

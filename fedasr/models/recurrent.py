@@ -32,7 +32,11 @@ class RecurrentConfig:
     the GRU sees at once, and by how many they move on. day_layer: "affine", or "softsign" of it.
     day_dropout: on the day layer's output. dropout: on the input of each GRU layer. white_noise,
     offset_noise, walk_noise: standard deviations, in units of the z-scored features, of noise per
-    bin, of a constant per utterance and channel, and of the steps of a random walk. l2: times the
+    bin, of a constant per utterance and channel, and of the steps of a random walk. drift_noise:
+    before these, each utterance's channels are mixed by the identity plus a random matrix, whose
+    entries have the standard deviation drift_noise / sqrt(features). channel_dropout: probability
+    that a channel is zero for a whole utterance. Both imitate what a new day changes, and make the
+    shared part forgive what its day layer gets wrong; they are ours, not published. l2: times the
     squared norm of every matrix (the day layer's included) is added to the loss.
     """
 
@@ -51,6 +55,8 @@ class RecurrentConfig:
     white_noise: float = 1.2
     offset_noise: float = 0.6
     walk_noise: float = 0.02
+    drift_noise: float = 0.0
+    channel_dropout: float = 0.0
     l2: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -58,11 +64,13 @@ class RecurrentConfig:
         layers.check_sizes(self, sizes)
         if self.day_layer not in DAY_LAYERS:
             raise UserError(f"the model's day_layer must be one of {DAY_LAYERS}: {self.day_layer}")
-        noise = ("smoothing", "white_noise", "offset_noise", "walk_noise", "l2")
+        noise = ("smoothing", "white_noise", "offset_noise", "walk_noise", "drift_noise", "l2")
         if negative := [name for name in noise if not getattr(self, name) >= 0]:
             raise UserError(f"the model's {', '.join(negative)} must be at least 0")
-        if not (0 <= self.dropout < 1 and 0 <= self.day_dropout < 1):
-            raise UserError("the model's dropout and day_dropout must be in [0, 1)")
+        if not all(0 <= x < 1 for x in (self.dropout, self.day_dropout, self.channel_dropout)):
+            raise UserError(
+                "the model's dropout, day_dropout and channel_dropout must be in [0, 1)"
+            )
 
 
 # The published speech decoder: 39 phonemes, silence and the blank.
@@ -217,7 +225,7 @@ _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def noisy(x: jax.Array, keys: jax.Array, config: RecurrentConfig) -> jax.Array:
-    """Adds the noise of training: per bin, constant over time, and a random walk.
+    """Adds the noise of training: of the channels, per bin, constant over time, and a random walk.
 
     Args:
       x: float32 [b, t, c], z-scored and not smoothed. keys: one per utterance [b].
@@ -225,6 +233,13 @@ def noisy(x: jax.Array, keys: jax.Array, config: RecurrentConfig) -> jax.Array:
 
     def one(x, key):
         white, offset, walk = jax.random.split(key, 3)
+        size = x.shape[-1]
+        if config.drift_noise:
+            mixing = jax.random.normal(jax.random.fold_in(key, 3), (size, size))
+            x = x + config.drift_noise / math.sqrt(size) * (x @ mixing)
+        if config.channel_dropout:
+            keep = 1 - config.channel_dropout
+            x = x * jax.random.bernoulli(jax.random.fold_in(key, 4), keep, (size,))
         if config.white_noise:
             x = x + config.white_noise * jax.random.normal(white, x.shape)
         if config.offset_noise:

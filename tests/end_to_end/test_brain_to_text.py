@@ -77,13 +77,20 @@ def test_a_model_without_errors_has_no_ratios():
     arms = {name: arm for name in ("fixed", "past only", "recalibrated")}
     found = {
         **{name: rates for name in ("days", "shared", "federated", "beam")},
-        "calibration": {"before": 1.0, "calibrated": 0.5, "trained": 0.0},
+        "calibration": {
+            "training days": 0.0,
+            "before": 1.0,
+            "labels": 0.7,
+            "calibrated": 0.5,
+            "trained": 0.0,
+        },
         "drift": arms | {"unknown_words": 0.0, "as decoded": 0.0},
     }
     config = get_config().to_dict()
     rows = summarize({0: found}, config)["rows"]
     assert math.isnan(rows["federated / central"]["mean"])
-    assert math.isnan(rows["calibrated / trained"]["mean"])
+    for name in ("calibrated / trained", "labels alone / trained", "calibrated / training days"):
+        assert math.isnan(rows[name]["mean"])
     assert rows["fixed / recalibrated"]["mean"] == 1.0
 
 

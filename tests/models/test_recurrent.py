@@ -106,6 +106,31 @@ def test_noise_has_the_stated_sizes():
     assert np.abs(np.corrcoef(steps[0].T) - np.eye(3)).max() < 0.1
 
 
+def test_drift_mixes_an_utterances_channels_by_one_matrix():
+    quiet = dict.fromkeys(("white_noise", "offset_noise", "walk_noise"), 0.0)
+    config = dataclasses.replace(TINY, **quiet, drift_noise=0.5)
+    size = 40
+    x = jnp.broadcast_to(jnp.eye(size), (2, size, size))  # what comes out is the matrix itself
+    mixing = np.asarray(recurrent.noisy(x, keys(), config)) - np.eye(size)
+    assert mixing.std(axis=(1, 2)) == pytest.approx(np.full(2, 0.5 / np.sqrt(size)), rel=0.05)
+    assert np.abs(mixing.mean(axis=(1, 2))).max() < 0.01
+    assert np.abs(mixing[0] - mixing[1]).max() > 0.1  # each utterance has its own
+    # The same matrix for every bin, however many there are.
+    y = np.random.default_rng(0).normal(size=(2, 7, size)).astype(np.float32)
+    expected = y @ (np.eye(size) + mixing)
+    np.testing.assert_allclose(recurrent.noisy(y, keys(), config), expected, atol=1e-5)
+
+
+def test_channels_are_dropped_for_a_whole_utterance():
+    quiet = dict.fromkeys(("white_noise", "offset_noise", "walk_noise"), 0.0)
+    config = dataclasses.replace(TINY, **quiet, channel_dropout=0.25)
+    kept = np.asarray(recurrent.noisy(jnp.ones((2, 3, 4000)), keys(), config))
+    assert set(np.unique(kept)) == {0.0, 1.0}
+    assert np.ptp(kept, axis=1).max() == 0
+    assert kept.mean(axis=(1, 2)) == pytest.approx(np.full(2, 0.75), abs=0.03)
+    assert (kept[0] != kept[1]).any()
+
+
 def test_noise_comes_before_smoothing():
     noisy = dataclasses.replace(TINY, white_noise=1.0, offset_noise=0.0, walk_noise=0.0, dropout=0)
     plain = dataclasses.replace(noisy, smoothing=0.0, subsample=1, white_noise=0.0)
