@@ -1,6 +1,6 @@
 """How close a whole federated round comes to the compute it must do.
 
-    python -m experiments.benchmarks.cohort [--json]
+    python -m experiments.benchmarks.cohort [--plot=FILE.png] [--json]
 
 The workload: 32 clients x 4 steps x 2 utterances x 200 frames through a CTC Transformer of 1.1M
 parameters, per-layer clipping and server LAMB included. In one process, in turns:
@@ -20,6 +20,7 @@ import time
 from absl import flags
 
 from experiments import cli
+from experiments.benchmarks import plots
 from experiments.benchmarks.workload import RandomSpeech, peak_rss_mb, plain_training
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds timed for each figure.")
@@ -112,6 +113,8 @@ def run() -> None:
         one_round()
         memory[str(count)] = peak_rss_mb(one_round)
 
+    if flags.FLAGS.plot:
+        draw(median, memory, flags.FLAGS.plot)
     devices = jax.local_devices()
     cli.show(
         {
@@ -127,5 +130,17 @@ def run() -> None:
     )
 
 
+def draw(speeds: dict[str, float], memory: dict[str, float], path: str) -> None:
+    """Client steps per second of everything timed, and peak memory by number of clients."""
+    names = {name: f"chunk {name}" for name in _CHUNKS.value}
+    rows = {names.get(name, name): {"": value} for name, value in speeds.items()}
+    figure, (left, right) = plots.panels(2, 9, 3.4)
+    plots.bars(left, rows, "client steps per second")
+    peaks = {f"{count} clients": {"": value} for count, value in memory.items()}
+    plots.bars(right, peaks, "peak resident memory, MB")
+    plots.save(figure, path)
+
+
 if __name__ == "__main__":
+    plots.define_flag()
     cli.main(run)

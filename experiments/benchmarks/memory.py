@@ -1,6 +1,7 @@
 """What a device needs to train the 130M Conformer: peak memory and bytes, method by method.
 
-    python -m experiments.benchmarks.memory [--size=large|small] [--methods=NAME,...] [--json]
+    python -m experiments.benchmarks.memory [--size=large|small] [--methods=NAME,...]
+        [--plot=FILE.png] [--json]
 
 One client with a batch of 2 utterances of 15 s (arXiv 2408.10443 publishes methods, not settings:
 the batch, local steps and share of trained variables are ours). Nothing is trained: each method's
@@ -23,6 +24,7 @@ import time
 from absl import flags
 
 from experiments import cli
+from experiments.benchmarks import plots
 
 _SIZE = flags.DEFINE_enum("size", "large", ["large", "small"], "Of the Conformer.")
 _SECONDS = flags.DEFINE_float("seconds", 15.0, "Of audio in an utterance.")
@@ -152,6 +154,8 @@ def run() -> None:
             }
         )
         print(_line(rows[-1]), file=sys.stderr if cli.JSON.value else sys.stdout, flush=True)
+    if flags.FLAGS.plot:
+        draw(rows, flags.FLAGS.plot)
     start = init(jax.random.key(0))
     result = {
         "device": jax.local_devices()[0].device_kind,
@@ -174,6 +178,16 @@ def run() -> None:
     cli.show(result if cli.JSON.value else {k: v for k, v in result.items() if k != "rows"})
 
 
+def draw(rows: list[dict], path: str) -> None:
+    """Memory and transport of every method."""
+    figure, (left, right) = plots.panels(2, 11, 4)
+    for axes, keys in ((left, ("parameters", "peak")), (right, ("down", "up"))):
+        values = {row["method"]: {key: row[f"{key}_mb"] for key in keys} for row in rows}
+        plots.bars(axes, values, "MB")
+    right.set_yticklabels([])
+    plots.save(figure, path)
+
+
 def _line(row: dict) -> str:
     figures = "  ".join(
         f"{name} {row[f'{key}_mb']:9,.1f}"
@@ -188,4 +202,5 @@ def _line(row: dict) -> str:
 
 
 if __name__ == "__main__":
+    plots.define_flag()
     cli.main(run)

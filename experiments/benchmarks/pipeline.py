@@ -1,7 +1,7 @@
 """How long devices wait for data: rounds from a corpus on disk against the same from memory.
 
     python -m experiments.benchmarks.pipeline [--config=FILE.py] [--config.field=value ...]
-        [--rounds=4] [--repeats=3] [--json]
+        [--rounds=4] [--repeats=3] [--plot=FILE.png] [--json]
 
 Rounds of a configuration (default: the quickstart's) are run several times from the same state, in
 turns: with chunks that a thread reads, pads and transfers as always ("disk"), and with chunks that
@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from experiments.benchmarks import plots
 
 _DEFAULT = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
@@ -81,14 +82,26 @@ def run() -> None:
     simulation = loop.make_simulation(config, data, recogniser.loss, jax.devices())
     state = simulation.init(recogniser.init(jax.random.key(config["seed"])))
     found = measure(simulation, state, flags.FLAGS.rounds, flags.FLAGS.repeats)
+    if flags.FLAGS.plot:
+        draw(found, flags.FLAGS.plot)
     devices = jax.local_devices()
     cli.show(found | {"device": f"{len(devices)} x {devices[0].device_kind}"})
+
+
+def draw(found: dict[str, float], path: str) -> None:
+    """Seconds of a round from disk, from memory, and of reading alone."""
+    names = {"from disk": "disk", "from memory": "memory", "reading and padding": "reading"}
+    figure, (axes,) = plots.panels(1, 6, 2.2)
+    rows = {name: {"": found[f"{key}_seconds"]} for name, key in names.items()}
+    plots.bars(axes, rows, f"seconds of a round ({100 * found['idle']:.1f}% idle)")
+    plots.save(figure, path)
 
 
 def _define_flags() -> None:
     # Not when this is imported: other programs have flags of the same names.
     flags.DEFINE_integer("rounds", 4, "Different rounds.", lower_bound=1)
     flags.DEFINE_integer("repeats", 3, "Of each, from disk and from memory.", lower_bound=1)
+    plots.define_flag()
 
 
 if __name__ == "__main__":

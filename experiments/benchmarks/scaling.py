@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import population
+from experiments.benchmarks import plots, population
 from fedasr.data import corpus as corpus_lib
 from fedasr.errors import UserError
 
@@ -39,7 +39,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("rounds", 2, "Rounds timed.", lower_bound=1)
     flags.DEFINE_integer("chunk", 8, "Clients vmapped on a device.", lower_bound=1)
     flags.DEFINE_string("dir", None, "Keep the corpora here; default: a temporary folder.")
-    flags.DEFINE_string("plot", None, "Draws time and memory into this PNG file.")
+    plots.define_flag()
 
 
 def measure(folder: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]:
@@ -90,18 +90,11 @@ print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
 """
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: str) -> None:
     """Seconds and peak memory against the cohort, a line for each population."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure, both = plots.panels(2, 8, 3.4)
     for axes, key, label in zip(
-        figure.subplots(1, 2),
-        ("round_seconds", "peak_mb"),
-        ("seconds a round", "peak memory, MB"),
-        strict=True,
+        both, ("round_seconds", "peak_mb"), ("seconds a round", "peak memory, MB"), strict=True
     ):
         for users in dict.fromkeys(row["users"] for row in rows):
             own = [row for row in rows if row["users"] == users]
@@ -110,8 +103,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(xscale="log", xlabel="users in a round", ylabel=label)
         axes.set_ylim(bottom=0)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    plots.save(figure, path)
 
 
 def run() -> None:
@@ -145,7 +137,7 @@ def run() -> None:
         if peaks:
             growth[str(users)] = max(peaks) / peaks[0]
     if options.plot:
-        draw(rows, Path(options.plot))
+        draw(rows, options.plot)
     cli.show({"rows": rows, "growth": growth})
 
 

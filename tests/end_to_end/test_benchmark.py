@@ -8,7 +8,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.slow
-def test_cohort_benchmark_prints_its_figures(program):
+def test_cohort_benchmark_prints_its_figures(program, tmp_path):
     done = program(
         "experiments.benchmarks.cohort",
         "--clients=4",
@@ -17,6 +17,7 @@ def test_cohort_benchmark_prints_its_figures(program):
         "--frames=24",
         "--rounds=1",
         "--chunks=1,all",
+        f"--plot={tmp_path / 'plot.png'}",
         "--json",
     )
     assert done.returncode == 0, done.stderr
@@ -27,6 +28,7 @@ def test_cohort_benchmark_prints_its_figures(program):
     assert figures["peak_rss_mb"].keys() == {"4", "32"}
     assert all(megabytes > 10 for megabytes in figures["peak_rss_mb"].values())
     assert "x" in figures["device"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_programs_run(program, recordings, tmp_path):
         elif module == "experiments.sweep" and "--action" not in line:
             flags.append("--action=list")  # what would be run: the runs themselves take minutes
         elif module == "experiments.benchmarks.memory":
-            flags += ["--size=small", "--methods=all together"]
+            flags += ["--size=small", "--methods=all together", "--plot=memory.png"]
         elif module == "experiments.audit_privacy":
             flags.append("--trials=2")
         elif module == "experiments.train" and "--dry_run" not in flags:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.benchmarks import pipeline
+from experiments.benchmarks import pipeline, plots
 from fedasr.data.batching import LocalBatches
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
@@ -45,3 +45,15 @@ def test_waiting_for_data_is_found(corpus, least, most):
     assert found["memory_seconds"] > 0
     if corpus is Slow:
         assert found["reading_seconds"] >= 0.2 and found["disk_seconds"] >= 0.2
+
+
+def test_plots_show_every_figure(tmp_path):
+    """The bars of the benchmarks' plots are as long as the figures."""
+    found = {"disk_seconds": 3.0, "memory_seconds": 2.0, "reading_seconds": 1.0, "idle": 1 / 3}
+    pipeline.draw(found, tmp_path / "new" / "plot.png")
+    assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    _, (axes,) = plots.panels(1, 4, 3)
+    plots.bars(axes, {"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0, "y": 4.0}}, "steps")
+    assert [bar.get_width() for bar in axes.patches] == [1.0, 3.0, 2.0, 4.0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b"]
+    assert axes.get_xlabel() == "steps"

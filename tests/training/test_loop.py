@@ -71,6 +71,7 @@ MISTAKES = {
     "cohort": 5,  # of 4 users
     "chunk": -1,
     "devices": 999,
+    "model_devices": 0,
     "data.train": "no_such_split",
     "data.buckets": 0,
     "model.name": "oracle",
@@ -314,6 +315,23 @@ def test_batches_in_parts_train_as_whole_ones(configure, no_report, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, parts)
     with pytest.raises(UserError, match="chunk=1"):
         loop.run(configure(settings | {"client.micro_batch": 1, "chunk": 2}), tmp_path / "2")
+
+
+@pytest.mark.parametrize("algorithm", ["federated", "central"])
+def test_devices_that_hold_the_model_together(configure, no_report, tmp_path, algorithm):
+    """A run, its evaluation and its checkpoints; the noise is the same."""
+    settings = {"algorithm": algorithm, "client.steps": 2}
+    losses = []
+    for together in (1, 2):
+        config = configure(settings | {"model_devices": together, "devices": together})
+        summary = loop.run(config, tmp_path / str(together))
+        assert summary["status"] == "completed"
+        losses.append(summary["wer"])
+    alone, together = (restore_params(tmp_path / name) for name in ("1", "2"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), alone, together)
+    assert losses[0] == losses[1]
+    with pytest.raises(UserError, match="model_devices=3"):
+        loop.run(configure(settings | {"model_devices": 3}), tmp_path / "3")
 
 
 def test_central_training_has_no_parts(configure, corpus_dir):

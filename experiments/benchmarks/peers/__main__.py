@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import cli
+from experiments.benchmarks import plots
 from experiments.benchmarks.peers.work import KINDS, Work
 from fedasr.errors import UserError
 
@@ -190,25 +191,13 @@ def measure(
     }
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any], path: str) -> None:
     """Bars of client steps per second, a panel for each size of model."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (size, found) in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
-    ):
-        for i, kind in enumerate(KINDS):
-            rows = [position + 0.4 * i for position in range(len(found))]
-            axes.barh(rows, [speeds[kind] for speeds in found.values()], 0.38, label=kind)
-        axes.set_yticks([position + 0.2 for position in range(len(found))], list(found))
-        axes.invert_yaxis()
-        axes.set(title=f"{size} parameters", xlabel="client steps per second")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    figure, axes = plots.panels(len(results), 9, 4)
+    for panel, (size, found) in zip(axes, results.items(), strict=True):
+        plots.bars(panel, found, "client steps per second")
+        panel.set_title(f"{size} parameters")
+    plots.save(figure, path)
 
 
 def run() -> None:
@@ -235,7 +224,7 @@ def run() -> None:
                 if name != "fedasr"
             }
     if options.plot:
-        draw(results, Path(options.plot))
+        draw(results, options.plot)
     cli.show({"client_steps_per_second": results, "ratio": ratios, "cores": os.cpu_count()})
 
 
@@ -248,7 +237,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("clients", 32, "In a round.", lower_bound=1)
     flags.DEFINE_integer("frames", 200, "Of an utterance.", lower_bound=100)
     flags.DEFINE_string("torch", "torch", "The requirement of PyTorch, such as torch==2.13.0+cpu.")
-    flags.DEFINE_string("plot", None, "Draws the speeds into this PNG file.")
+    plots.define_flag()
 
 
 if __name__ == "__main__":
