@@ -36,7 +36,8 @@ class ConformerConfig(ObjectiveConfig):
     identity, follows the features' norm: see `layers.InputLayer`. dtype: of the compute; parameters
     are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
-    "none" to keep everything. The objective's fields: see `ObjectiveConfig`.
+    "none" to keep everything. attention: "plain", or "fused" for `layers.fused_attention`. The
+    objective's fields: see `ObjectiveConfig`.
 
     Raises:
       UserError: a size below 1, an unknown dtype, remat or objective, a stride other than 2, 4,
@@ -56,6 +57,7 @@ class ConformerConfig(ObjectiveConfig):
     layer_drop: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "plain"
     input_layer: bool = False
 
     def __post_init__(self) -> None:
@@ -109,7 +111,9 @@ class Block(nn.Module):
         def feed(name):
             return layers.FeedForward(c.mlp, c.dropout, dtype, jax.nn.swish, name=name)
 
-        attend = layers.SelfAttention(c.heads, c.dropout, dtype, True, name="attention")
+        attend = layers.SelfAttention(
+            c.heads, c.dropout, dtype, True, c.attention == "fused", name="attention"
+        )
         convolve = Convolution(c.conv_kernel, dtype, name="convolution")
         h = feed("mlp_0")(norm("mlp_norm_0")(x), k[0])
         x = x + 0.5 * layers.dropout(h, c.dropout, k[1])

@@ -21,16 +21,19 @@ def check_options(config: Any, sizes: Sequence[str]) -> None:
     """Checks what the models' configurations have in common.
 
     Args:
-      config: has `dtype`, `remat` and the fields named by `sizes`, which must be at least 1.
+      config: has `dtype`, `remat`, `attention` and the fields named by `sizes`, which must be at
+        least 1.
 
     Raises:
-      UserError: a size below 1, an unknown dtype or an unknown `remat`.
+      UserError: a size below 1, an unknown dtype, `remat` or `attention`.
     """
     check_sizes(config, sizes)
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"the model's dtype must be float32, bfloat16 or float16: {config.dtype!r}")
     if config.remat not in ("none", "block"):
         raise UserError(f"the model's remat must be 'none' or 'block': {config.remat!r}")
+    if config.attention not in ("plain", "fused"):
+        raise UserError(f"the model's attention must be 'plain' or 'fused': {config.attention!r}")
 
 
 def check_sizes(config: Any, sizes: Sequence[str]) -> None:
@@ -352,16 +355,41 @@ class InputLayer(nn.Module):
         return jnp.where(mask, product(x, kernel) + bias, 0.0)
 
 
+def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """JAX's own attention: cuDNN's flash attention on a GPU in half precision, else XLA's.
+
+    Scores are then never in memory as a whole [b, heads, t, t]; there is no dropout of weights.
+
+    Args:
+      q, k, v: [b, t, heads, e]. mask: bool [b, t], True for each utterance's true frames, which
+        come first.
+
+    Returns:
+      [b, t, heads, e].
+    """
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    lengths = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)  # never nothing to attend to
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn" if half and jax.default_backend() == "gpu" else "xla",
+    )
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention without biases; padding frames are never attended to.
 
     rotary_positions: whether scores depend on the distance between frames (see `rotary`).
+    fused: see `fused_attention`; no attention weight is then dropped.
     """
 
     heads: int
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     rotary_positions: bool = False
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -373,6 +401,9 @@ class SelfAttention(nn.Module):
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
         if self.rotary_positions:
             q, k = rotary(q), rotary(k)
+        last = Dense(d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out")
+        if self.fused:
+            return last(fused_attention(q, k, v, mask).reshape(b, t, d))
         scores = jnp.einsum("bqhe,bkhe->bhqk", q, k) * (d // self.heads) ** -0.5
         scores = jnp.where(mask[:, None, None, :], scores.astype(jnp.float32), -1e30)
         weights = jax.nn.softmax(scores, axis=-1)
@@ -383,10 +414,7 @@ class SelfAttention(nn.Module):
             draw = jax.vmap(lambda k: dropout(jnp.ones((1, t, self.heads)), self.dropout, k[None]))
             kept = jax.vmap(draw)(keys)[:, :, 0]
             weights = weights * jnp.transpose(kept, (0, 3, 1, 2))
-        context = jnp.einsum("bhqk,bkhe->bqhe", weights.astype(self.dtype), v).reshape(b, t, d)
-        return Dense(d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out")(
-            context
-        )
+        return last(jnp.einsum("bhqk,bkhe->bqhe", weights.astype(self.dtype), v).reshape(b, t, d))
 
 
 class FeedForward(nn.Module):

@@ -25,7 +25,7 @@ class TransformerConfig(ObjectiveConfig):
     input_layer: whether an affine layer, at first the identity, follows the features' norm: see
     `layers.InputLayer`. dtype: of the compute; parameters are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
-    "none" to keep everything.
+    "none" to keep everything. attention: "plain", or "fused" for `layers.fused_attention`.
     The objective's fields: see `ObjectiveConfig`.
 
     Raises:
@@ -49,6 +49,7 @@ class TransformerConfig(ObjectiveConfig):
     dtype: str = "float32"
     norm: str = "pre"
     remat: str = "none"
+    attention: str = "plain"
     input_layer: bool = False
 
     def __post_init__(self) -> None:
@@ -74,7 +75,9 @@ class Block(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         k = layers.split_keys(keys, 4)
-        attend = layers.SelfAttention(c.heads, c.dropout, dtype, name="attention")
+        attend = layers.SelfAttention(
+            c.heads, c.dropout, dtype, fused=c.attention == "fused", name="attention"
+        )
         feed = layers.FeedForward(c.mlp, c.dropout, dtype, name="mlp")
         attention_norm = nn.LayerNorm(1e-5, dtype=dtype, name="attention_norm")
         mlp_norm = nn.LayerNorm(1e-5, dtype=dtype, name="mlp_norm")

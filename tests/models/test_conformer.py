@@ -219,6 +219,7 @@ def test_arguments_of_the_configuration():
         ({"conv_kernel": 0}, "conv_kernel must be at least 1"),
         ({"remat": "all"}, "'none' or 'block'"),
         ({"dtype": "int8"}, "dtype"),
+        ({"attention": "flash"}, "'plain' or 'fused'"),
     ],
 )
 def test_mistaken_options(mistake, message):

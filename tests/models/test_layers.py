@@ -122,6 +122,31 @@ def attention():
     return jax.jit(module.apply), params, np.asarray(x), np.asarray(mask)
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+def test_fused_attention_equals_plain_attention(attention, rotary):
+    """Outputs of true frames and gradients; padding changes nothing, nor does an empty slot."""
+    _, params, x, _ = attention
+    mask = np.arange(7) < np.array([[5], [0]])
+    weights = np.random.default_rng(1).normal(size=x.shape).astype(np.float32) * mask[..., None]
+
+    def outputs(fused, x):
+        module = layers.SelfAttention(2, rotary_positions=rotary, fused=fused)
+
+        def total(params, x):
+            out = module.apply(params, x, mask, None)
+            return jnp.sum(out * weights), out
+
+        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(params, x)
+
+    (_, plain), plain_grads = outputs(False, x)
+    (_, fused), fused_grads = outputs(True, x)
+    np.testing.assert_allclose(fused[mask], plain[mask], atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), fused_grads, plain_grads)
+    (_, other), _ = outputs(True, np.where(mask[..., None], x, 9.0).astype(np.float32))
+    np.testing.assert_allclose(other[mask], fused[mask], atol=1e-6)
+    assert np.isfinite(fused).all()
+
+
 def test_attention_equals_a_plain_loop_over_heads(attention):
     apply, params, x, mask = attention
     out = np.asarray(apply(params, x, mask, None))

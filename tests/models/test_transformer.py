@@ -159,3 +159,16 @@ def test_post_norm_normalises_every_sum(params, features):
         dataclasses.replace(TINY, norm="both")
     with pytest.raises(UserError, match="'none' or 'block'"):
         dataclasses.replace(TINY, remat="layer")
+
+
+def test_fused_attention_scores_alike():
+    features = np.random.default_rng(0).normal(size=(2, 40, TINY.features)).astype(np.float32)
+    found = []
+    for attention in ("plain", "fused"):
+        module = Transformer(dataclasses.replace(TINY, attention=attention))
+        params = module.init(jax.random.key(0), features, np.int32([40, 25]))
+        logits, lengths = jit(module.apply)(params, features, np.int32([40, 25]))
+        found.append((params, [row[:n] for row, n in zip(logits, lengths, strict=True)]))
+    jax.tree.map(np.testing.assert_array_equal, found[0][0], found[1][0])
+    for plain, fused in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(plain, fused, atol=1e-5)
