@@ -112,14 +112,17 @@ class Transformer(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         k_input, k_shift, *k_blocks = layers.split_keys(keys, 2 + c.blocks)
-        x = layers.MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
-        if c.input_layer:
-            x = layers.InputLayer(name="input_layer")(x, lengths)
-        x = layers.patches(x, c.kernel, c.stride).astype(dtype)
-        x = layers.Dense(
-            2 * c.dim, kernel_init=layers.uniform_fan_in(), dtype=dtype, name="front_end"
-        )(x)
-        x = jax.nn.glu(x)
+        norm = layers.MaskedNorm(name="input_norm")
+        x, *parts = norm(features.astype(jnp.float32), lengths, parts=True)
+        options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
+        if c.input_layer or dtype != jnp.float32:  # half precision is rounded after the norm
+            if c.input_layer:
+                x = layers.InputLayer(name="input_layer")(x, lengths)
+            x, product = layers.patches(x, c.kernel, c.stride).astype(dtype), {}
+        else:
+            x, dot = layers.front_end_product(x, *parts, c.kernel, c.stride)
+            product = {"dot_general": dot}
+        x = jax.nn.glu(layers.Dense(2 * c.dim, name="front_end", **options, **product)(x))
         out_lengths = -(-lengths // c.stride)
         frames = jnp.arange(x.shape[1])
         positions = (frames - (out_lengths[:, None] - 1) / 2) * c.frame_seconds
@@ -136,6 +139,5 @@ class Transformer(nn.Module):
             x = layers.drop_block(y, x, c.layer_drop, k, 4)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
-        options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
         out = layers.Dense(c.outputs(c.vocab), name="output", **options)(x)
         return out.astype(jnp.float32), out_lengths

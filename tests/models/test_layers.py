@@ -200,3 +200,40 @@ def test_product_has_the_derivatives_of_a_product(dtype, clients):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=atol)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.7, 0.11, 0.05, 0.0])
+@pytest.mark.parametrize(("frames", "width", "stride"), [(13, 7, 3), (4, 3, 3), (6, 4, 2)])
+def test_affine_product_has_the_derivatives_of_patches(scale, frames, width, stride):
+    """Of scale and bias, too, also near a scale of zero, under a vmap and with padding."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(width * 5, 4)).astype(np.float32)
+    weights = rng.normal(size=(2, -(-frames // stride), 4)).astype(np.float32)
+    x = rng.normal(size=(2, frames, 5)).astype(np.float32)
+    lengths = np.int32([frames, frames - 2])
+    module = layers.MaskedNorm()
+
+    def loss(params, own):
+        norm, kernel = params
+        out, *parts = module.apply({"params": norm}, x, lengths, parts=True)
+        if own:
+            windows, dot = layers.front_end_product(out, *parts, width, stride)
+            y = dot(windows, kernel)
+        else:
+            y = layers.patches(out, width, stride) @ kernel
+        return jnp.sum(jnp.tanh(y) * weights)
+
+    norms = {"scale": jnp.float32([scale, 0.6]), "bias": jnp.float32([0.3, -0.2])}
+    kernels = jnp.stack([kernel, kernel[::-1]])
+    for i in (0, 1):
+        one = (jax.tree.map(lambda a, i=i: a[i], norms), kernels[i])
+        found, expected = (jax.value_and_grad(loss)(one, own) for own in (True, False))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+        )
+    found, expected = (
+        jax.vmap(jax.grad(loss), (0, None))((norms, kernels), own) for own in (True, False)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+    )
