@@ -567,6 +567,8 @@ class ClientBatcher:
             clients[start : start + self._chunk_size]
             for start in range(0, len(clients), self._chunk_size)
         ]
+        # The devices do not wait for each other between chunks: each has the most work in its turn.
+        side_by_side[1::2] = [group[::-1] for group in side_by_side[1::2]]
         if self._turns is None and clients:
             most = TURN_BYTES // self._largest_bytes(self._template(clients))
             self._turns = int(np.clip(most, 1, self._most_turns))
@@ -665,9 +667,8 @@ class ClientBatcher:
     ) -> dict[str, np.ndarray]:
         """Every batch of the clients whose data this process needs, at their rows, padded."""
         batches: dict[str, np.ndarray] = {}
-        if not held:
-            place(batches, (0, 0, 0), shape, self._template(clients), bucket, self._keep)
-            batches = {name: np.zeros_like(value) for name, value in batches.items()}
+        place(batches, (0, 0, 0), shape, self._template(clients), bucket, self._keep, fill=False)
+        batches["mask"][:] = False
         for position, client in held:
             examples = self._corpus.get(client.user, client.wanted.tolist())
             ends = np.cumsum([len(batch) for batch in client.plan])
@@ -675,6 +676,8 @@ class ClientBatcher:
                 for slot, example in enumerate(inverse):
                     at = (position, step, slot)
                     place(batches, at, shape, examples[example], bucket, self._keep)
+        for values in batches.values():
+            values[~batches["mask"]] = 0
         return batches
 
     def _store(
@@ -728,19 +731,28 @@ class ClientBatcher:
                     arrays[name][position, : len(examples)] = [x[name] for x in examples]
                 continue
             frames = sizes.get(f"/{name}", room * len(value))
-            arrays[name] = _zeros(name, (rows, frames, *value.shape[1:]), value.dtype)
+            arrays[name] = _room(name, (rows, frames, *value.shape[1:]), value.dtype)
+            arrays[name][[row for row in range(rows) if row not in read]] = 0
             offsets[name] = np.zeros((rows, room), np.int32)
             lengths[name] = np.zeros((rows, room), np.int32)
             for position, examples in read.items():
                 size = np.array([len(x[name]) for x in examples])
-                laid = arrays[name][position, : size.sum()]
-                np.concatenate([x[name] for x in examples], out=laid)
+                laid = arrays[name][position]
+                np.concatenate([x[name] for x in examples], out=laid[: size.sum()])
+                laid[size.sum() :] = 0
                 offsets[name][position, : len(size)] = np.cumsum(size) - size
                 lengths[name][position, : len(size)] = size
         return Store(index, arrays, offsets, lengths, spans, kinds, parts)
 
 
 def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    zeros = _room(name, shape, dtype)
+    zeros.fill(0)
+    return zeros
+
+
+def _room(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that holds anything."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size > MAX_ARRAY_BYTES:
         raise UserError(
@@ -749,7 +761,7 @@ def _zeros(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         )
     # What begins at such an address JAX takes as it is for a CPU; other arrays, and other devices'
     # parts that don't, it copies.
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 
@@ -761,8 +773,11 @@ def place(
     example: Example,
     bucket: Bucket,
     keep: Sequence[str] | None = None,
+    fill: bool = True,
 ) -> None:
     """Writes one example into zero-padded arrays of leading `shape`, making them when missing.
+
+    Without `fill`, arrays that are made hold anything where no example is written.
 
     Raises:
       UserError: an array would be larger than `MAX_ARRAY_BYTES`.
@@ -773,11 +788,13 @@ def place(
         value = np.asarray(value)
         tail = (bucket[name], *value.shape[1:]) if name in bucket else value.shape
         if name not in batches:
-            batches[name] = _zeros(name, (*shape, *tail), value.dtype)
+            make = _zeros if fill else _room
+            batches[name] = make(name, (*shape, *tail), value.dtype)
         if name in bucket:
             lengths = batches.setdefault(f"{name}_length", np.zeros(shape, np.int32))
             lengths[position] = len(value)
             batches[name][(*position, slice(len(value)))] = value
+            batches[name][(*position, slice(len(value), None))] = 0
         else:
             batches[name][position] = value
     batches.setdefault("mask", np.zeros(shape, np.bool_))[position] = True

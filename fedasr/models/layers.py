@@ -192,12 +192,14 @@ def patches(x: jax.Array, width: int, stride: int) -> jax.Array:
     Returns:
       [b, ceil(t / stride), width * f]; window i is centred on frame i * stride ("same" padding).
     """
-    out = -(-x.shape[1] // stride)
-    left = (width - 1) // 2
-    right = max(0, (out - 1) * stride + width - left - x.shape[1])
-    padded = jnp.pad(x, ((0, 0), (left, right), (0, 0)))
-    views = [padded[:, i : i + (out - 1) * stride + 1 : stride] for i in range(width)]
-    return jnp.concatenate(views, axis=-1)
+    b, t, f = x.shape
+    out, left = -(-t // stride), (width - 1) // 2
+    rows = out + -(-width // stride) - 1  # of `stride` frames side by side
+    right = rows * stride - left - t
+    padded = jnp.pad(x[:, : t + min(right, 0)], ((0, 0), (left, max(right, 0)), (0, 0)))
+    blocks = padded.reshape(b, rows, stride * f)
+    views = [blocks[:, i : i + out] for i in range(-(-width // stride))]
+    return jnp.concatenate(views, axis=-1)[..., : width * f]
 
 
 def sinusoidal_positions(positions: jax.Array, features: int) -> jax.Array:
