@@ -52,4 +52,4 @@ def bars(axes: Any, values: Mapping[str, Mapping[str, float]], label: str) -> No
     axes.invert_yaxis()
     axes.set_xlabel(label)
     if len(kinds) > 1:
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(kinds))
