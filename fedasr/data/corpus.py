@@ -66,7 +66,7 @@ _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 class Corpus(Protocol):
-    """Examples grouped by user.
+    """Examples grouped by user; all examples have arrays of the same names, dtypes and ranks.
 
     A corpus may also have `all_lengths()` and `user_hashes()`, which say for all users at once
     what the functions of these names in `fedasr.data.splits` otherwise ask for one by one.

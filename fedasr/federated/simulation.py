@@ -98,7 +98,8 @@ class Simulation:
       devices: default all devices, of all processes (see `fedasr.federated.hosts`); each works on
         a part of every chunk.
       model_devices: so many neighbouring devices train a client together, for models that do not
-        fit on one: each holds a part of every matrix and of what the server and the sum keep of it.
+        fit on one: each holds a part of every matrix that has an axis to divide, and of what the
+        server and the sum keep of it.
         The result does not depend on it beyond the order of float additions. One process only.
       keep: names of the example arrays that the loss needs (default all).
       weights: of the users, in [0, 1], float [users], for a mechanism whose weighting is "bounded".

@@ -329,8 +329,9 @@ def affine_product(
 
     No gradient goes to the windows: those of the two scalars follow from the kernel's, since both
     move all windows alike. That saves a product and the patches' transpose, a sixth of a step of a
-    small model. Where the scale is near zero the windows say too little of what was scaled, and
-    the scalars' gradients are computed from `normed`.
+    small model; not where clients are vmapped, each with a scale of its own: both ways are then
+    computed. Where the scale is near zero the windows say too little of what was scaled, and the
+    scalars' gradients are computed from `normed`.
 
     Args:
       windows: `patches` of the following, [b, o, w f]. kernel: [w f, g].
@@ -449,9 +450,10 @@ class InputLayer(nn.Module):
 
 
 def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """JAX's own attention: cuDNN's flash attention on a GPU in half precision, else XLA's.
+    """JAX's own attention, without dropout of weights.
 
-    Scores are then never in memory as a whole [b, heads, t, t]; there is no dropout of weights.
+    On a GPU in half precision it is cuDNN's flash attention, which never has all scores [b, heads,
+    t, t] in memory; elsewhere XLA's, which has.
 
     Args:
       q, k, v: [b, t, heads, e]. mask: bool [b, t], True for each utterance's true frames, which

@@ -100,7 +100,8 @@ class Transformer(nn.Module):
         """Encodes utterances.
 
         Args:
-          features: float [b, frames, features], zero beyond `lengths`.
+          features: float [b, frames, features], zero beyond `lengths`. Data: on a CPU no gradient
+            goes to them (see `layers.affine_product`).
           lengths: int32 [b], true frames.
           keys: PRNG keys [b], one per utterance, for dropout, layer drop and position shifts;
             None for evaluation.
@@ -115,7 +116,8 @@ class Transformer(nn.Module):
         norm = layers.MaskedNorm(name="input_norm")
         x, *parts = norm(features.astype(jnp.float32), lengths, parts=True)
         options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
-        if c.input_layer or dtype != jnp.float32:  # half precision is rounded after the norm
+        # Half precision is rounded after the norm; accelerators vmap clients, who gain nothing.
+        if c.input_layer or dtype != jnp.float32 or jax.default_backend() != "cpu":
             if c.input_layer:
                 x = layers.InputLayer(name="input_layer")(x, lengths)
             x, product = layers.patches(x, c.kernel, c.stride).astype(dtype), {}

@@ -517,6 +517,10 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError(f"privacy.deployments: {case} is not (cohort, population)")
     if config["devices"] > len(jax.local_devices()):
         raise UserError(f"devices={config['devices']}: only {len(jax.local_devices())} are here")
+    if (count := config["devices"] or len(jax.devices())) % config["model_devices"]:
+        raise UserError(
+            f"{count} devices cannot be grouped by model_devices={config['model_devices']}"
+        )
     if jax.process_count() > 1:
         if config["devices"]:
             raise UserError("devices must be 0, all of them, with several processes")

@@ -354,6 +354,47 @@ def test_turns_are_the_next_chunks_side_by_side(dense, options, rows):
     assert not [chunk for chunk in left if chunk.num_steps.any()]
 
 
+@pytest.mark.parametrize("options", [{"epochs": 2}, {"steps": 3}])
+@pytest.mark.parametrize("rows", [None, slice(1, 2)])
+def test_what_memory_held_before_is_nowhere(options, rows, monkeypatch):
+    """Chunks are the same whatever fills the arrays that they are written into."""
+    corpus = speech_corpus([1, 5, 2, 3, 4])
+    buckets = make_buckets([corpus], 2, MULTIPLES)
+    room = batching._room
+
+    def chunks(filling):
+        def filled(*args):
+            array = room(*args)
+            array.view(np.uint8).fill(filling)
+            return array
+
+        monkeypatch.setattr(batching, "_room", filled)
+        batcher = ClientBatcher(
+            corpus, LocalBatches(2, **options), buckets, 2, 0, devices=2, rows=rows, turns=2
+        )
+        return jax.tree.leaves([chunk for chunk, _ in batcher.chunks(range(5), 0)])
+
+    first, second = chunks(0x00), chunks(0xFF)  # the latter is NaN in floats
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+def test_devices_have_like_work(turns):
+    """Of 16 clients with 1 to 16 batches each of two devices gets as many, within one."""
+    corpus = speech_corpus(range(1, 17))
+    buckets = make_buckets([corpus])
+    batcher = ClientBatcher(
+        corpus, LocalBatches(1, epochs=1), buckets, 2, 0, devices=2, turns=turns
+    )
+    steps = np.zeros(2, int)
+    for chunk, _ in batcher.chunks(range(16), 0):
+        steps += chunk.num_steps.reshape(2, -1).sum(axis=1)
+    assert steps.sum() == 136
+    assert abs(steps[0] - steps[1]) <= 1
+
+
 @pytest.mark.parametrize("options", [{"steps": 3}, {"epochs": 2}])
 def test_turns_are_few_where_clients_have_much_data(options, monkeypatch):
     corpus = speech_corpus([4, 4, 4, 4])

@@ -71,7 +71,7 @@ MISTAKES = {
     "cohort": 5,  # of 4 users
     "chunk": -1,
     "devices": 999,
-    "model_devices": 0,
+    "model_devices": 3,  # of 2
     "data.train": "no_such_split",
     "data.buckets": 0,
     "model.name": "oracle",
@@ -330,8 +330,8 @@ def test_devices_that_hold_the_model_together(configure, no_report, tmp_path, al
     alone, together = (restore_params(tmp_path / name) for name in ("1", "2"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), alone, together)
     assert losses[0] == losses[1]
-    with pytest.raises(UserError, match="model_devices=3"):
-        loop.run(configure(settings | {"model_devices": 3}), tmp_path / "3")
+    with pytest.raises(UserError, match="model_devices=0 must be at least 1"):
+        loop.run(configure(settings | {"model_devices": 0}), tmp_path / "0")
 
 
 def test_central_training_has_no_parts(configure, corpus_dir):
