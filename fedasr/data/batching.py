@@ -38,8 +38,8 @@ class Store(NamedTuple):
     A batch may be computed in several parts, each padded to a shape of its own.
 
     index: int32 [steps, parts, slots], an example's number; -1 for padding, which comes last.
-    arrays: {name: [frames, ...] for a ragged array, its examples laid end to end; [examples, ...]
-      for others}.
+    arrays: {name: [frames, ...] for a ragged array, its examples laid end to end, then anything;
+      [examples, ...] for others}.
     offsets, lengths: {ragged name: int32 [examples]}, where an example begins in `arrays` and ends.
     spans: for each of the shapes {ragged name: bool [padded length]} and {"": bool [slots]}; only
       the shapes of these arrays are meant.
@@ -484,7 +484,10 @@ class ClientBatcher:
             needs = _fitting_buckets(self._buckets, lengths, size)
             plan = [batch[np.argsort(-needs[batch], kind="stable")] for batch in plan]
             parts = [self._parts(needs[batch]) for batch in plan]
-        wanted, where = np.unique(np.concatenate(plan), return_inverse=True)
+        order = np.concatenate(plan)
+        seen = np.zeros(size, bool)
+        seen[order] = True
+        wanted, where = np.flatnonzero(seen), (np.cumsum(seen) - 1)[order]
         of_wanted = {name: np.asarray(values)[wanted] for name, values in lengths.items()}
         longest = {name: int(values.max()) for name, values in of_wanted.items()}
         bucket = fitting_bucket(self._buckets, longest) if longest else 0
@@ -570,7 +573,7 @@ class ClientBatcher:
         # The devices do not wait for each other between chunks: each has the most work in its turn.
         side_by_side[1::2] = [group[::-1] for group in side_by_side[1::2]]
         if self._turns is None and clients:
-            most = TURN_BYTES // self._largest_bytes(self._template(clients))
+            most = TURN_BYTES // self._largest_bytes(self._template(clients[0]))
             self._turns = int(np.clip(most, 1, self._most_turns))
         for _, alike in itertools.groupby(side_by_side, self._shapes_of):
             together = list(alike)
@@ -652,9 +655,12 @@ class ClientBatcher:
         one._rows = range(1)
         return next((chunk for chunk, _ in one.chunks(users, round)), None)
 
-    def _template(self, clients: list[_Client]) -> dict[str, np.ndarray]:
+    def _template(self, client: _Client) -> dict[str, np.ndarray]:
         """An example, for names and dtypes."""
-        example = self._corpus.get(clients[0].user, [int(clients[0].plan[0][0])])[0]
+        return self._kept(self._corpus.get(client.user, [int(client.wanted[0])])[0])
+
+    def _kept(self, example: Example) -> dict[str, np.ndarray]:
+        """The arrays that the loss needs."""
         names = [n for n in example if self._keep is None or n in self._keep]
         return {name: np.asarray(example[name]) for name in names}
 
@@ -667,17 +673,37 @@ class ClientBatcher:
     ) -> dict[str, np.ndarray]:
         """Every batch of the clients whose data this process needs, at their rows, padded."""
         batches: dict[str, np.ndarray] = {}
-        place(batches, (0, 0, 0), shape, self._template(clients), bucket, self._keep, fill=False)
-        batches["mask"][:] = False
-        for position, client in held:
+        mask = np.zeros(shape, np.bool_)
+        for position, client in held or [(0, clients[0])]:
             examples = self._corpus.get(client.user, client.wanted.tolist())
-            ends = np.cumsum([len(batch) for batch in client.plan])
-            for step, inverse in enumerate(np.split(client.where, ends[:-1])):
-                for slot, example in enumerate(inverse):
-                    at = (position, step, slot)
-                    place(batches, at, shape, examples[example], bucket, self._keep)
-        for values in batches.values():
-            values[~batches["mask"]] = 0
+            if not batches:
+                first = self._kept(examples[0])
+                place(batches, (0, 0, 0), shape, first, bucket, fill=False)
+            if not held:  # read for the arrays' names and dtypes alone
+                break
+            per_batch = len(client.plan[0])  # the same in all of the plan's
+            mask[position, :, :per_batch] = True
+            picked = client.where.tolist()
+            places = list(itertools.product(range(shape[1]), range(per_batch)))
+            for name in first:
+                own, room = batches[name][position], bucket.get(name)
+                values = [examples[i][name] for i in picked]
+                if room is None:
+                    for at, value in zip(places, values, strict=True):
+                        own[at] = value
+                    continue
+                lengths = [len(value) for value in values]
+                for at, value, length in zip(places, values, lengths, strict=True):
+                    own[at][:length] = value
+                    if length < room:
+                        own[at][length:] = 0
+                batches[f"{name}_length"][position, :, :per_batch] = np.reshape(
+                    lengths, (-1, per_batch)
+                )
+        batches["mask"] = mask
+        if not mask.all():
+            for values in batches.values():
+                values[~mask] = 0
         return batches
 
     def _store(
@@ -689,10 +715,8 @@ class ClientBatcher:
             position: self._corpus.get(client.user, client.wanted.tolist())
             for position, client in held
         }
-        first = next(iter(read.values()))[0] if read else self._template(clients)
-        first = {
-            n: np.asarray(v) for n, v in first.items() if self._keep is None or n in self._keep
-        }
+        first = next(iter(read.values()))[0] if read else self._template(clients[0])
+        first = self._kept(first)
         buckets = [self._buckets[shape.bucket] if self._buckets else {} for shape in shapes]
         ragged = [name for name in first if name in buckets[0]]
         # Shapes are the same in all processes: they follow from lengths, which all know.
@@ -732,15 +756,14 @@ class ClientBatcher:
                 continue
             frames = sizes.get(f"/{name}", room * len(value))
             arrays[name] = _room(name, (rows, frames, *value.shape[1:]), value.dtype)
-            arrays[name][[row for row in range(rows) if row not in read]] = 0
             offsets[name] = np.zeros((rows, room), np.int32)
             lengths[name] = np.zeros((rows, room), np.int32)
             for position, examples in read.items():
-                size = np.array([len(x[name]) for x in examples])
-                laid = arrays[name][position]
-                np.concatenate([x[name] for x in examples], out=laid[: size.sum()])
-                laid[size.sum() :] = 0
-                offsets[name][position, : len(size)] = np.cumsum(size) - size
+                values = [x[name] for x in examples]
+                size = np.array([len(value) for value in values])
+                ends = np.cumsum(size)
+                np.concatenate(values, out=arrays[name][position, : ends[-1]])
+                offsets[name][position, : len(size)] = ends - size
                 lengths[name][position, : len(size)] = size
         return Store(index, arrays, offsets, lengths, spans, kinds, parts)
 

@@ -52,7 +52,8 @@ class ClientUpdate(Protocol):
         Args:
           params: the server's parameters theta.
           batches: named arrays [steps, batch, ...], those from `num_steps` on padding; or a
-            `Store` of examples. `batch_gradient` and `take_batch` read either.
+            `Store` of examples. `batch_gradient` and `take_batch` read either; a `Store` may hold
+            examples of other clients, too, which they never reach.
           num_steps: int32 scalar, how many of the batches are real; 0 for an empty slot.
           key: the client's own key of this round.
           max_steps: bound of the loop, >= num_steps. Clients that are vmapped together share the
@@ -80,6 +81,36 @@ def take_batch(batches: Batch | Store, step: jax.Array | int) -> dict[str, jax.A
     spans = batches.spans
     longest = {name: max(span[name].shape[0] for span in spans) for name in spans[0]}
     return _gather(batches, batches.index[step].reshape(-1), longest)
+
+
+def view_of_client(batches: Batch | Store, client: jax.Array | int) -> Batch | Store:
+    """One client's batches out of a chunk's, without a copy of the examples in a `Store`.
+
+    Args:
+      batches: as in a `Chunk`, with a leading client axis.
+      client: int32 scalar, a row of it.
+
+    Returns:
+      What `take_batch` reads as that client's; a `Store` still holds the examples of all.
+    """
+    if not isinstance(batches, Store):
+        return jax.tree.map(lambda x: x[client], batches)
+    rows = batches.index.shape[0]
+    room = next(iter((batches.offsets or batches.arrays).values())).shape[1]  # examples
+    index = batches.index[client]
+
+    def first(name):  # a client's frames in what is laid end to end
+        return batches.arrays[name].shape[1] * jnp.arange(rows, dtype=jnp.int32)[:, None]
+
+    return Store(
+        index=jnp.where(index >= 0, index + client * room, -1),
+        arrays={name: x.reshape(-1, *x.shape[2:]) for name, x in batches.arrays.items()},
+        offsets={name: (x + first(name)).ravel() for name, x in batches.offsets.items()},
+        lengths={name: x.ravel() for name, x in batches.lengths.items()},
+        spans=jax.tree.map(lambda x: x[client], batches.spans),
+        kinds=batches.kinds[client],
+        parts=batches.parts[client],
+    )
 
 
 def _gather(store: Store, index: jax.Array, frames: Mapping[str, int]) -> dict[str, jax.Array]:

@@ -16,12 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedasr.data.batching import Chunk
 from fedasr.errors import UserError
-from fedasr.federated.client import ClientUpdate, Params
+from fedasr.federated.client import ClientUpdate, Params, view_of_client
 from fedasr.federated.local import LocalUpdate
 
 AXIS, MODEL = "clients", "model"  # of a mesh
 # Folded into a client's key for its weight; its steps are never so many.
 _WEIGHT = 0xFFFFFFFF
+_TOGETHER_BYTES = 1 << 20  # of an array, at most, to be summed over devices with others
 
 
 class CohortSum(NamedTuple):
@@ -135,6 +136,24 @@ def settled(mesh: Mesh, tree: Any, by_device: bool = False) -> Any:
     return jax.lax.with_sharding_constraint(tree, model_sharding(mesh, tree, by_device))
 
 
+def _sums_over_devices(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """Sums over the first axis. Small arrays go together: each sum is a meeting of all devices."""
+    sums: list[Any] = [None] * len(leaves)
+    small: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        if x.nbytes > _TOGETHER_BYTES * x.shape[0]:
+            sums[i] = jnp.sum(x, axis=0, dtype=x.dtype)
+        else:
+            small.setdefault(x.dtype, []).append(i)
+    for places in small.values():
+        flat = [leaves[i].reshape(leaves[i].shape[0], -1) for i in places]
+        joined = jnp.sum(jnp.concatenate(flat, axis=1), axis=0, dtype=flat[0].dtype)
+        ends = np.cumsum([x.shape[1] for x in flat])
+        for i, part in zip(places, jnp.split(joined, ends[:-1]), strict=True):
+            sums[i] = part.reshape(leaves[i].shape[1:])
+    return sums
+
+
 class Cohort(NamedTuple):
     """The jitted parts of a cohort's sum.
 
@@ -176,9 +195,11 @@ def make_cohort(
       in_turns: each device trains its clients of a chunk one after another, not vmapped.
     """
 
-    def one_client(params, batches, num_steps, weight, user, own, round_key, max_steps, round):
+    def one_client(
+        params, batches, num_steps, weight, user, own, round_key, max_steps, round, view=None
+    ):
         key = jax.random.fold_in(round_key, user)
-        args = (batches, num_steps, key, max_steps, round)
+        args = (batches if view is None else view, num_steps, key, max_steps, round)
         if local:
             delta, metrics, new = client_update(params, own, *args)
         else:
@@ -214,18 +235,21 @@ def make_cohort(
 
         # A vmap of one would still turn every matrix product into a batched one. Without a common
         # bound of the loop no step has to be undone.
-        def one_more(accumulator, client):
-            sums, own = one_client(params, *client, round_key, None, round)
+        def one_more(accumulator, row):
+            client = jax.tree.map(lambda x: x[row], args)
+            # Of the copy of the client's data that this makes, what is not used is left out.
+            view = view_of_client(chunk.batches, row)
+            sums, own = one_client(params, *client, round_key, None, round, view)
             return jax.tree.map(lambda a, s: a + s[None], accumulator, sums), own
 
         if chunk.num_steps.shape[0] == 1:
-            accumulator, own = one_more(accumulator, jax.tree.map(lambda x: x[0], args))
+            accumulator, own = one_more(accumulator, 0)
             own = jax.tree.map(lambda x: x[None], own)
         elif in_turns:
 
             def turn(i, carry):
                 accumulator, own = carry
-                accumulator, new = one_more(accumulator, jax.tree.map(lambda x: x[i], args))
+                accumulator, new = one_more(accumulator, i)
                 return accumulator, jax.tree.map(lambda o, n: o.at[i].set(n), own, new)
 
             slots = 1 + jnp.arange(chunk.num_steps.shape[0])
@@ -261,7 +285,10 @@ def make_cohort(
         return jax.tree.map(lambda s: jnp.zeros((lanes, *s.shape), s.dtype), shapes)
 
     def total(accumulator):
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), accumulator)
+        if MODEL in mesh.shape or mesh.size == 1:
+            return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), accumulator)
+        leaves, treedef = jax.tree.flatten(accumulator)
+        return jax.tree.unflatten(treedef, _sums_over_devices(leaves))
 
     if MODEL not in mesh.shape:
         return Cohort(

@@ -198,8 +198,8 @@ def patches(x: jax.Array, width: int, stride: int) -> jax.Array:
     right = rows * stride - left - t
     padded = jnp.pad(x[:, : t + min(right, 0)], ((0, 0), (left, max(right, 0)), (0, 0)))
     blocks = padded.reshape(b, rows, stride * f)
-    views = [blocks[:, i : i + out] for i in range(-(-width // stride))]
-    return jnp.concatenate(views, axis=-1)[..., : width * f]
+    views = [blocks[:, i : i + out, : (width - i * stride) * f] for i in range(-(-width // stride))]
+    return jnp.concatenate(views, axis=-1)
 
 
 def sinusoidal_positions(positions: jax.Array, features: int) -> jax.Array:
@@ -327,7 +327,7 @@ def affine_product(
 ) -> jax.Array:
     """windows @ kernel of patches of normed * scale + bias: [b, o, w f] -> [b, o, g].
 
-    No gradient goes to the windows: those of the two scalars follow from the kernel's, since both
+    No gradient goes to the windows: those of the two scalars follow from the product's, since both
     move all windows alike. That saves a product and the patches' transpose, a sixth of a step of a
     small model; not where clients are vmapped, each with a scale of its own: both ways are then
     computed. Where the scale is near zero the windows say too little of what was scaled, and the
@@ -348,24 +348,25 @@ _NEAR_ZERO = 0.1  # of a scale, to divide by
 
 
 def _affine_product_forward(windows, kernel, scale, bias, normed, mask, stride):
-    return product(windows, kernel), (windows, kernel, scale, bias, normed, mask)
+    out = product(windows, kernel)
+    return out, (windows, kernel, scale, bias, normed, mask, out)
 
 
 def _affine_product_backward(stride, saved, gradient):
-    windows, kernel, scale, bias, normed, mask = saved
+    windows, kernel, scale, bias, normed, mask, out = saved
     _, by_kernel = _product_backward((windows, kernel), gradient)
     width, features = mask.shape[-1], normed.shape[-1]
     sums = kernel.reshape(width, features, -1).sum(axis=1)
-    by_bias = jnp.einsum("bow,bog,wg->", mask, gradient, sums)
+    by_bias = jnp.sum(jnp.einsum("bow,bog->wg", mask, gradient) * sums)
 
-    def from_kernel():  # <kernel, by_kernel> = scale * by_scale + bias * by_bias
-        return (jnp.sum(kernel * by_kernel) - bias * by_bias) / scale
+    def from_out():  # <out, gradient> = scale * by_scale + bias * by_bias
+        return (jnp.sum(out * gradient) - bias * by_bias) / scale
 
     def from_normed():
         by_window = jax.lax.dot_general(gradient, kernel, (((2,), (1,)), ((), ())))
         return jnp.sum(by_window * patches(normed, width, stride))
 
-    by_scale = jax.lax.cond(jnp.abs(scale) > _NEAR_ZERO, from_kernel, from_normed)
+    by_scale = jax.lax.cond(jnp.abs(scale) > _NEAR_ZERO, from_out, from_normed)
     return None, by_kernel, by_scale, by_bias, None, None
 
 
@@ -473,6 +474,53 @@ def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
     )
 
 
+@jax.custom_vjp
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, kept: jax.Array | None
+) -> jax.Array:
+    """Attention with dropout of weights, by way of all scores.
+
+    The derivative by the scores needs, for every query, the mean of the weights' derivatives: as
+    the product of the output and its derivative it is a sum over features, not over all frames
+    (FlashAttention, arXiv 2205.14135, equation 4), which saves 4% of a step of a small model.
+
+    Args:
+      q, k, v: [b, t, heads, e]. mask: bool [b, t], True for true frames.
+      kept: float32 [b, heads, t, t], factors of the weights, see `dropout`; None for 1.
+
+    Returns:
+      [b, t, heads, e] in v's dtype; the weights are computed in float32.
+    """
+    return _attention_forward(q, k, v, mask, kept)[0]
+
+
+def _attention_forward(q, k, v, mask, kept):
+    scores = jnp.einsum("bqhe,bkhe->bhqk", q, k) * q.shape[-1] ** -0.5
+    scores = jnp.where(mask[:, None, None, :], scores.astype(jnp.float32), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1)
+    used = (weights if kept is None else weights * kept).astype(v.dtype)
+    out = jnp.einsum("bhqk,bkhe->bqhe", used, v)
+    return out, (q, k, v, mask, weights, kept, out)
+
+
+def _attention_backward(saved, gradient):
+    q, k, v, mask, weights, kept, out = saved
+    used = (weights if kept is None else weights * kept).astype(v.dtype)
+    by_v = jnp.einsum("bhqk,bqhe->bkhe", used, gradient)
+    by_used = jnp.einsum("bqhe,bkhe->bhqk", gradient, v).astype(jnp.float32)
+    by_weights = by_used if kept is None else by_used * kept
+    mean = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+    by_scores = weights * (by_weights - jnp.moveaxis(mean, 1, 2)[..., None])
+    by_scores = jnp.where(mask[:, None, None, :], by_scores, 0.0).astype(q.dtype)
+    by_scores = by_scores * q.shape[-1] ** -0.5
+    by_q = jnp.einsum("bhqk,bkhe->bqhe", by_scores, k)
+    by_k = jnp.einsum("bhqk,bqhe->bkhe", by_scores, q)
+    return by_q, by_k, by_v, None, None
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention without biases; padding frames are never attended to.
 
@@ -499,17 +547,15 @@ class SelfAttention(nn.Module):
         last = Dense(d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out")
         if self.fused:
             return last(fused_attention(q, k, v, mask).reshape(b, t, d))
-        scores = jnp.einsum("bqhe,bkhe->bhqk", q, k) * (d // self.heads) ** -0.5
-        scores = jnp.where(mask[:, None, None, :], scores.astype(jnp.float32), -1e30)
-        weights = jax.nn.softmax(scores, axis=-1)
+        factors = None
         if self.dropout and keys is not None:
             # One key per (utterance, query frame), so that neither time axis's padding matters.
             frames = jnp.arange(t)
             keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(frames))(keys)
             draw = jax.vmap(lambda k: dropout(jnp.ones((1, t, self.heads)), self.dropout, k[None]))
             kept = jax.vmap(draw)(keys)[:, :, 0]
-            weights = weights * jnp.transpose(kept, (0, 3, 1, 2))
-        return last(jnp.einsum("bhqk,bkhe->bqhe", weights.astype(self.dtype), v).reshape(b, t, d))
+            factors = jnp.transpose(kept, (0, 3, 1, 2))
+        return last(attention(q, k, v, mask, factors).reshape(b, t, d))
 
 
 class FeedForward(nn.Module):

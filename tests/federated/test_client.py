@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedasr.data import batching
 from fedasr.data.batching import ClientBatcher, LocalBatches
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.federated.client import local_training, take_batch
+from fedasr.federated.client import local_training, take_batch, view_of_client
 
 STEPS, BATCH, FEATURES, OUTPUTS = 5, 3, 4, 2
 
@@ -184,7 +185,16 @@ def test_the_schedule_scales_the_learning_rate_by_round():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), delta, expected)
 
 
-def test_a_batch_from_a_store_is_the_dense_batch(dense):
+def test_a_batch_from_a_store_is_the_dense_batch(dense, monkeypatch):
+    """Also of the view of one client, whatever is left in memory that holds no example."""
+    room = batching._room
+
+    def filled(*args):
+        array = room(*args)
+        array.view(np.uint8).fill(0xFF)  # NaN in floats
+        return array
+
+    monkeypatch.setattr(batching, "_room", filled)
     rng = np.random.default_rng(0)
     users = {
         f"u{i}": [
@@ -202,6 +212,9 @@ def test_a_batch_from_a_store_is_the_dense_batch(dense):
     buckets = ({"x": 6, "y": 4}, {"x": 12, "y": 4})
     batcher = ClientBatcher(corpus, LocalBatches(2, epochs=3), buckets, 4, seed=0)
     gather = jax.jit(jax.vmap(take_batch, in_axes=(0, None)))
+    of_one = jax.jit(
+        lambda batches, client, step: take_batch(view_of_client(batches, client), step)
+    )
     ((chunk, _),) = batcher.chunks(range(3), 0)
     expected = dense(chunk.batches)
     for step in range(chunk.num_steps.max()):
@@ -210,3 +223,9 @@ def test_a_batch_from_a_store_is_the_dense_batch(dense):
         for name, value in batch.items():
             assert value.dtype == expected[name].dtype, name
             np.testing.assert_array_equal(value, expected[name][:, step], err_msg=name)
+        for client in range(4):
+            batch = jax.device_get(of_one(chunk.batches, client, step))
+            assert batch.keys() == expected.keys()
+            for name, value in batch.items():
+                assert value.dtype == expected[name].dtype, name
+                np.testing.assert_array_equal(value, expected[name][client, step], err_msg=name)

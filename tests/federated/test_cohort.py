@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.data.batching import Chunk, ClientBatcher, LocalBatches, Store
 from fedasr.data.corpus import InMemoryCorpus
+from fedasr.federated import cohort as cohort_module
 from fedasr.federated.client import local_training
 from fedasr.federated.cohort import client_mesh, client_sharding, make_cohort
 from fedasr.models.recogniser import make_recogniser
@@ -181,6 +182,19 @@ def test_a_client_that_is_not_finite_adds_zero_and_is_counted(chunk, in_turns):
     for a, b in zip(jax.tree.leaves(result.delta), jax.tree.leaves(alone.delta), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(result.loss, alone.loss, rtol=1e-6)
+
+
+def test_sums_over_devices_of_arrays_large_and_small(monkeypatch):
+    rng = np.random.default_rng(0)
+    shapes = [(3, 2, 5), (3,), (3, 40), (3, 4, 1), (3, 0), (3,)]
+    values = [rng.integers(-9, 9, shape).astype(np.float32) for shape in shapes]
+    values[3], values[5] = values[3].astype(np.int32), values[5].astype(np.int32)
+    for limit in (0, 40, 1 << 20):
+        monkeypatch.setattr(cohort_module, "_TOGETHER_BYTES", limit)
+        sums = cohort_module._sums_over_devices([jnp.asarray(x) for x in values])
+        for x, found in zip(values, sums, strict=True):
+            assert found.dtype == x.dtype
+            np.testing.assert_array_equal(found, x.sum(axis=0))
 
 
 def test_empty_slots_alone_add_exact_zeros():
