@@ -56,6 +56,17 @@ class Store(NamedTuple):
     parts: Any
 
 
+class Resident(NamedTuple):
+    """All examples of a corpus, for chunks that only say which of them make each batch.
+
+    arrays, offsets, lengths: as in a `Store`, of all users, in their order.
+    """
+
+    arrays: Mapping[str, Any]
+    offsets: Mapping[str, Any]
+    lengths: Mapping[str, Any]
+
+
 class Chunk(NamedTuple):
     """Clients that are trained side by side, or in turns; the leading axis is the client.
 
@@ -67,6 +78,8 @@ class Chunk(NamedTuple):
       number of examples, or a weight of the user's own; 0 if empty.
     local: None, or float32 [clients, n], the users' local parameters (see
       `fedasr.federated.local`); the batcher leaves them to the simulation.
+    resident: None, or the arrays that the `Store` in `batches` then leaves out, without a client
+      axis; the simulation adds them.
     """
 
     batches: Mapping[str, Any] | Store
@@ -74,6 +87,7 @@ class Chunk(NamedTuple):
     user: Any
     weight: Any
     local: Any = None
+    resident: Resident | None = None
 
 
 class Padding(NamedTuple):
@@ -411,6 +425,47 @@ class _Client(NamedTuple):
     lengths: dict[str, np.ndarray]
 
 
+def make_resident(
+    corpus: Corpus, buckets: Sequence[Bucket], keep: Sequence[str] | None = None
+) -> Resident:
+    """Reads all examples of a corpus.
+
+    Args:
+      corpus, buckets, keep: as in `ClientBatcher`.
+
+    Raises:
+      UserError: an array would be larger than `MAX_ARRAY_BYTES`, or have 2^31 rows.
+    """
+    sizes, lengths = np.asarray(corpus.sizes, np.int64), all_lengths(corpus)
+    ragged = next(iter(buckets), {})
+    user_ends = np.cumsum(sizes)
+    examples = int(user_ends[-1])
+    arrays: dict[str, np.ndarray] = {}
+    ends: dict[str, np.ndarray] = {}
+    for user, (end, size) in enumerate(zip(user_ends.tolist(), sizes.tolist(), strict=True)):
+        read = corpus.get(user, range(size))
+        for name in [n for n in read[0] if keep is None or n in keep]:
+            rows = [np.asarray(x[name]) for x in read]
+            if name not in arrays:
+                if name in ragged:  # or known to be of one length
+                    own = lengths.get(name, np.full(examples, len(rows[0])))
+                    ends[name] = np.cumsum(own, dtype=np.int64)
+                count = int(ends[name][-1]) if name in ragged else examples
+                if count > np.iinfo(np.int32).max:
+                    raise UserError(f"{name!r} has {count} rows: too many for a resident corpus")
+                tail = rows[0].shape[name in ragged :]
+                arrays[name] = _room(name, (max(count, 1), *tail), rows[0].dtype)
+            if name in ragged:
+                last = int(ends[name][end - 1])
+                first = last - sum(map(len, rows))
+                np.concatenate(rows, out=arrays[name][first:last])
+            else:
+                arrays[name][end - size : end] = rows
+    offsets = {name: np.append(0, end[:-1]).astype(np.int32) for name, end in ends.items()}
+    sizes_of = {name: np.diff(end, prepend=0).astype(np.int32) for name, end in ends.items()}
+    return Resident(arrays, offsets, sizes_of)
+
+
 class ClientBatcher:
     """Turns a cohort into chunks of equal shape, the clients with the most work first.
 
@@ -427,6 +482,7 @@ class ClientBatcher:
         for an example of the first, for its sizes) and not in the chunks. None for all.
       shapes: of the parts in which batches are computed, from `make_shapes`; None for whole
         batches. Clients vmapped together would wait for the longest of their parts: one a device.
+      resident: of this corpus, from `make_resident`: chunks hold indices only, whatever `rows` are.
       turns: with one client on a device, make one chunk of so many: each device trains its clients
         of all of them one after another, and its rows are side by side. Fewer where the largest
         clients' data would exceed `TURN_BYTES`.
@@ -445,6 +501,7 @@ class ClientBatcher:
         rows: slice | None = None,
         shapes: Sequence[Shape] | None = None,
         turns: int = 1,
+        resident: Resident | None = None,
     ) -> None:
         if chunk_size < 1:
             raise UserError(f"chunk must be at least 1 (got {chunk_size})")
@@ -460,7 +517,10 @@ class ClientBatcher:
         if local.frames is not None and self._unit is None:
             raise UserError("batches measured in frames need examples whose lengths vary")
         # A fixed number of batches of a fixed size is as small dense, and one shape for everybody.
-        self._stored = local.steps is None or local.frames is not None or shapes is not None
+        self._resident = resident
+        self._stored = (
+            resident is not None or local.steps is None or not (local.frames is shapes is None)
+        )
         self._shapes = None if shapes is None else tuple(shapes)
         self._frames = [next(iter(bucket.values()), 1) for bucket in self._buckets] or [1]
         # A little more for a part than for its frames, so that of equals the fewest are taken.
@@ -472,6 +532,10 @@ class ClientBatcher:
             )
         if self._stored:
             self._largest = self._largest_client()
+            if resident is not None:
+                sizes = np.asarray(corpus.sizes, np.int64)
+                self._before = np.cumsum(sizes) - sizes  # examples of users before each
+                self._largest = {"steps": self._largest["steps"]}
         self._most_turns = turns
         self._turns: int | None = None if turns > 1 else 1  # the data tells
 
@@ -572,6 +636,8 @@ class ClientBatcher:
         ]
         # The devices do not wait for each other between chunks: each has the most work in its turn.
         side_by_side[1::2] = [group[::-1] for group in side_by_side[1::2]]
+        if self._turns is None and self._resident is not None:
+            self._turns = self._most_turns
         if self._turns is None and clients:
             most = TURN_BYTES // self._largest_bytes(self._template(clients[0]))
             self._turns = int(np.clip(most, 1, self._most_turns))
@@ -711,36 +777,40 @@ class ClientBatcher:
     ) -> Store:
         """Every example of the clients whose data this process needs once, at their rows."""
         rows = len(self._rows) * self._turns
-        read = {
-            position: self._corpus.get(client.user, client.wanted.tolist())
-            for position, client in held
-        }
-        first = next(iter(read.values()))[0] if read else self._template(clients[0])
-        first = self._kept(first)
         buckets = [self._buckets[shape.bucket] if self._buckets else {} for shape in shapes]
-        ragged = [name for name in first if name in buckets[0]]
         # Shapes are the same in all processes: they follow from lengths, which all know.
-        need = {
-            "steps": max(len(c.plan) for c in clients),
-            "examples": max(len(c.wanted) for c in clients),
-        }
-        need |= {
-            f"/{name}": max(int(c.lengths[name].sum()) for c in clients)
-            for name in ragged
-            if name in clients[0].lengths
-        }
+        need = {"steps": max(len(c.plan) for c in clients)}
+        read: dict[int, list[Example]] = {}
+        if self._resident is None:
+            read = {
+                position: self._corpus.get(client.user, client.wanted.tolist())
+                for position, client in held
+            }
+            first = next(iter(read.values()))[0] if read else self._template(clients[0])
+            first = self._kept(first)
+            ragged = [name for name in first if name in buckets[0]]
+            need["examples"] = max(len(c.wanted) for c in clients)
+            need |= {
+                f"/{name}": max(int(c.lengths[name].sum()) for c in clients)
+                for name in ragged
+                if name in clients[0].lengths
+            }
+        else:
+            first, ragged = {}, list(self._resident.offsets)
         sizes = self._store_sizes(need)
-        room = sizes["examples"]
         parts = np.zeros((rows, sizes["steps"]), np.int32)
         kinds = np.zeros((*parts.shape, self._most_parts), np.int32)
         index = np.full((*kinds.shape, max(shape.slots for shape in shapes)), -1, np.int32)
         for position, client in held:
             begin = 0
+            number = client.where
+            if self._resident is not None:
+                number = self._before[client.user] + client.wanted[client.where]
             for step, own in enumerate(client.parts):
                 parts[position, step] = len(own)
                 for part, (kind, size) in enumerate(own):
                     kinds[position, step, part] = kind
-                    index[position, step, part, :size] = client.where[begin : begin + size]
+                    index[position, step, part, :size] = number[begin : begin + size]
                     begin += size
         spans = [
             {"": np.zeros((rows, shape.slots), np.bool_)}
@@ -748,6 +818,7 @@ class ClientBatcher:
             for shape, bucket in zip(shapes, buckets, strict=True)
         ]
         arrays, offsets, lengths = {}, {}, {}
+        room = sizes.get("examples", 0)
         for name, value in first.items():
             if name not in ragged:
                 arrays[name] = _zeros(name, (rows, room, *value.shape), value.dtype)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fedasr.data.batching import Chunk
+from fedasr.data.batching import Chunk, Resident
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Params, view_of_client
 from fedasr.federated.local import LocalUpdate
@@ -136,6 +136,11 @@ def settled(mesh: Mesh, tree: Any, by_device: bool = False) -> Any:
     return jax.lax.with_sharding_constraint(tree, model_sharding(mesh, tree, by_device))
 
 
+def _with_examples(batches: Any, resident: Resident | None) -> Any:
+    """A client's batches with the corpus's examples, where the batches are of a resident corpus."""
+    return batches if resident is None else batches._replace(**resident._asdict())
+
+
 def _sums_over_devices(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     """Sums over the first axis. Small arrays go together: each sum is a meeting of all devices."""
     sums: list[Any] = [None] * len(leaves)
@@ -233,12 +238,16 @@ def make_cohort(
     def one_device(accumulator, params, chunk, round_key, round):
         args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user, chunk.local)
 
+        def with_examples(batches):
+            return _with_examples(batches, chunk.resident)
+
         # A vmap of one would still turn every matrix product into a batched one. Without a common
         # bound of the loop no step has to be undone.
         def one_more(accumulator, row):
-            client = jax.tree.map(lambda x: x[row], args)
+            batches, *client = jax.tree.map(lambda x: x[row], args)
+            client = [with_examples(batches), *client]
             # Of the copy of the client's data that this makes, what is not used is left out.
-            view = view_of_client(chunk.batches, row)
+            view = view_of_client(chunk.batches, row) if chunk.resident is None else None
             sums, own = one_client(params, *client, round_key, None, round, view)
             return jax.tree.map(lambda a, s: a + s[None], accumulator, sums), own
 
@@ -258,28 +267,34 @@ def make_cohort(
             accumulator, own = jax.lax.fori_loop(0, last, turn, carry)
         else:
             most = jnp.max(chunk.num_steps)
-            mapped = jax.vmap(one_client, in_axes=(None, 0, 0, 0, 0, 0, None, None, None))
-            sums, own = mapped(params, *args, round_key, most, round)
+
+            def one(batches, *client):
+                return one_client(params, with_examples(batches), *client, round_key, most, round)
+
+            sums, own = jax.vmap(one)(*args)
             accumulator = jax.tree.map(
                 lambda a, s: a + jnp.sum(s, axis=0, dtype=s.dtype)[None], accumulator, sums
             )
         return (accumulator, own) if local else accumulator
 
     clients, whole = PartitionSpec(AXIS), PartitionSpec()
+    of_chunk = Chunk(*[clients] * (len(Chunk._fields) - 1), resident=whole)
     # check_vma=False: a user's loss may hold loops whose carry it would want annotated. The
     # devices of one client, if there are several, are left to the compiler.
     sharded = jax.shard_map(
         one_device,
         mesh=mesh,
-        in_specs=(clients, whole, clients, whole, whole),
+        in_specs=(clients, whole, of_chunk, whole, whole),
         out_specs=clients,
         check_vma=False,
         axis_names={AXIS},
     )
 
     def zeros(params, chunk):
-        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk)
-        args = (first.batches, first.num_steps, first.weight, first.user, first.local)
+        alone = chunk._replace(resident=None)
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), alone)
+        batches = _with_examples(first.batches, chunk.resident)
+        args = (batches, first.num_steps, first.weight, first.user, first.local)
         shapes, _ = jax.eval_shape(one_client, params, *args, jax.random.key(0), 1, 0)
         lanes = mesh.shape[AXIS]
         return jax.tree.map(lambda s: jnp.zeros((lanes, *s.shape), s.dtype), shapes)

@@ -23,6 +23,7 @@ from fedasr.data.batching import (
     LocalBatches,
     Padding,
     Prefetcher,
+    Resident,
     Shape,
     make_buckets,
 )
@@ -54,7 +55,7 @@ from fedasr.privacy.mechanism import Mechanism
 # Streams of the root key: what is drawn for clients and for the noise never meets.
 CLIENT_STREAM, NOISE_STREAM = 0, 1
 _QUEUED = 4  # chunks on the devices beside the one in work: in the queue, in the thread's hand
-_TURNS = 8  # clients that a CPU device trains in one call, at most, where it does not vmap them
+_TURNS = 16  # clients that a CPU device trains in one call, at most, where it does not vmap them
 _AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
 
 
@@ -115,6 +116,9 @@ class Simulation:
         `store.restore` makes it so. None if all variables are shared; not together with `weigh`.
       shapes: of the parts in which batches are computed, with the buckets, from
         `fedasr.data.batching.make_shapes`; None for whole batches.
+      resident: the corpus's examples, from `fedasr.data.batching.make_resident`, to put on every
+        device at once: batches are then gathered there, and rounds read, pad and transfer nothing
+        but indices. For corpora that fit there; None to read users' examples when they take part.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class Simulation:
         trained: Sequence[bool] | None = None,
         store: LocalStore | None = None,
         shapes: Sequence[Shape] | None = None,
+        resident: Resident | None = None,
     ) -> None:
         if mechanism.sampler.population != len(corpus.users):
             raise UserError(
@@ -170,7 +175,9 @@ class Simulation:
             hosts.own_rows(self.mesh, per_device * self._lanes),
             shapes,
             self._most_turns(buckets),
+            resident,
         )
+        self._resident = hosts.place(resident, replicated(self.mesh))
         self.store = store
         if store is not None:
             if jax.process_count() > 1:
@@ -255,7 +262,10 @@ class Simulation:
         users = None
         if chunk is not None and self.store is not None:
             users = np.where(chunk.num_steps > 0, chunk.user, -1)
-        return hosts.place_rows(chunk, client_sharding(self.mesh)), padding, last, users
+        chunk = hosts.place_rows(chunk, client_sharding(self.mesh))
+        if chunk is not None:
+            chunk = chunk._replace(resident=self._resident)
+        return chunk, padding, last, users
 
     def run(self, state: ServerState, rounds: int) -> Iterator[tuple[ServerState, RoundMetrics]]:
         """Trains, yielding the state and metrics after each of `rounds` more rounds.
@@ -349,6 +359,8 @@ class Simulation:
         if self.store is not None:
             rows = (chunk.user.shape[0], self.store.layout.size)
             chunk = chunk._replace(local=jax.ShapeDtypeStruct(rows, np.float32))
+        waiting = _QUEUED * _bytes(chunk) // self._lanes
+        chunk = chunk._replace(resident=self._resident)
         sums = jax.eval_shape(self._cohort.zeros, view, chunk)
         key = jax.eval_shape(self._round_key, 0)
         if MODEL in self.mesh.shape:
@@ -362,7 +374,6 @@ class Simulation:
             + found.output_size_in_bytes
             - found.alias_size_in_bytes
         )
-        waiting = _QUEUED * _bytes(chunk) // self._lanes
         kept = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
             _laid(state, model_sharding(self.mesh, state)),

@@ -42,6 +42,8 @@ def default_config() -> ConfigDict:
     config.data.train = "train"
     config.data.eval = ("dev", "test")
     config.data.buckets = 1  # at most so many shapes of padded batches
+    # Clients' examples are read once and kept on every device: for corpora that fit there.
+    config.data.resident = False
     # IID control: utterances dealt out afresh over the users, whose numbers of them are kept.
     config.data.iid = False
     config.data.population = 0  # training users, for --dry_run before the data is there

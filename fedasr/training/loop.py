@@ -26,7 +26,15 @@ import optax
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.audio.features import LogMelConfig
 from fedasr.compression import settings as compression
-from fedasr.data.batching import LocalBatches, Padding, Shape, make_buckets, make_shapes
+from fedasr.data.batching import (
+    LocalBatches,
+    Padding,
+    Resident,
+    Shape,
+    make_buckets,
+    make_resident,
+    make_shapes,
+)
 from fedasr.data.corpus import (
     METADATA_FILE,
     Corpus,
@@ -192,6 +200,16 @@ class Data:
         self.buckets, self.shapes = padded_shapes(config, [self.train], self.train)
         others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
         self.other_buckets = make_buckets(others, 1, _MULTIPLES) if others else ()
+        self._keep_on_devices = settings["resident"]
+        self._resident: tuple[Corpus, Resident] | None = None
+
+    def resident(self) -> Resident | None:
+        """All examples of `train` for the devices to keep, if the configuration wants that."""
+        if not self._keep_on_devices:
+            return None
+        if self._resident is None or self._resident[0] is not self.train:
+            self._resident = (self.train, make_resident(self.train, self.buckets, ARRAYS))
+        return self._resident[1]
 
 
 def padded_shapes(
@@ -347,6 +365,7 @@ def make_simulation(
             trained=trained_variables(config),
             store=store,
             shapes=data.shapes,
+            resident=data.resident(),
         )
 
     chunk = config["chunk"] if chunk is None else chunk

@@ -55,7 +55,8 @@ def test_peers_do_rounds_in_turns(program, tmp_path):
         "--sizes=50k",
         "--clients=2",
         "--frames=100",
-        "--rounds=1",
+        "--turns=1",
+        "--rounds=2",
         f"--plot={tmp_path / 'plot.png'}",
         "--json",
     )

@@ -1,19 +1,20 @@
 """fedasr beside FedJAX, pfl-research and Flower, and beside plain loops: the same local training.
 
     python -m experiments.benchmarks.peers --envs=DIR [--peers=fedasr,fedjax jit,...]
-        [--sizes=1.1M,50k] [--rounds=5] [--plot=FILE.png] [--json]
+        [--sizes=1.1M,50k] [--turns=5] [--rounds=5] [--plot=FILE.png] [--json]
 
 Every other package has a virtual environment of its own under --envs, made from PyPI when first
-needed (`REQUIREMENTS`; some GB in all). All are started and warmed up; then they do rounds in
-turns, one peer at work at a time, so that what else the machine does meets all alike. A uniform
-round is 32 clients x 4 steps x 2 utterances x 200 frames; in a ragged one clients make 1 to 16
-steps.
+needed (`REQUIREMENTS`; some GB in all). All are started and warmed up; then they have turns of
+several rounds of a kind, one peer at work at a time, so that what else the machine does meets all
+alike. (With single rounds in turns, what a peer does beside its rounds, as fedasr reads ahead,
+would be counted for the next peer or kind.) A uniform round is 32 clients x 4 steps x 2 utterances
+x 200 frames; in a ragged one clients make 1 to 16 steps.
 
 fedasr does more than the others in a round: clipping by layer, noise and LAMB, and it pads and
-batches examples in every round, up to three of a round's 16 chunks before its turn. FedJAX runs a
-model from flax's layers and optax's loss, and beside it fedasr's own model and loss ("our model"),
-which it does not come with. Where a peer has several processes each does its share of the clients,
-and no time is counted for adding up.
+batches examples in every round, beside the round before ("resident": its devices keep the corpus,
+and batches are gathered there). FedJAX runs a model from flax's layers and optax's loss, and beside
+it fedasr's own model and loss ("our model"), which it does not come with. Where a peer has several
+processes each does its share of the clients, and no time is counted for adding up.
 
 Figures are client steps per second, the median of the rounds; "ratio" is fedasr's over the peer's.
 """
@@ -64,6 +65,7 @@ def peers(cores: int) -> dict[str, Peer]:
     """All peers, on so many cores."""
     found = {
         "fedasr": Peer("", "fedasr", "rounds"),
+        "fedasr resident": Peer("", "fedasr", "rounds resident"),
         "one jitted loop": Peer("", "fedasr", "bound"),
         "one client at a time": Peer("", "fedasr", "loop"),
         "fedjax jit": Peer("fedjax", "fedjax", "jit"),
@@ -159,7 +161,7 @@ class Worker:
 
 
 def measure(
-    work: Work, chosen: dict[str, Peer], envs: Path, rounds: int, torch: str
+    work: Work, chosen: dict[str, Peer], envs: Path, turns: int, rounds: int, torch: str
 ) -> dict[str, Any]:
     """{peer: {kind of round: client steps per second}}."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -175,10 +177,10 @@ def measure(
             log = envs / f"{name.replace(' ', '-')}.log"
             workers[name] = Worker(python, peer, work, cores or 1, log)
             times[name] = {kind: [] for kind in KINDS}
-        for _ in range(rounds):
+        for _ in range(turns):
             for kind in KINDS:
                 for name, worker in workers.items():
-                    times[name][kind].append(worker.round(kind))
+                    times[name][kind] += [worker.round(kind) for _ in range(rounds)]
     finally:
         for worker in workers.values():
             worker.close()
@@ -216,7 +218,9 @@ def run() -> None:
     results, ratios = {}, {}
     for size in options.sizes:
         work = Work(clients=options.clients, frames=options.frames, **SIZES[size])
-        results[size] = found = measure(work, chosen, envs, options.rounds, options.torch)
+        results[size] = found = measure(
+            work, chosen, envs, options.turns, options.rounds, options.torch
+        )
         if "fedasr" in found:
             ratios[size] = {
                 name: {kind: found["fedasr"][kind] / speeds[kind] for kind in KINDS}
@@ -233,7 +237,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("envs", None, "Where the virtual environments are, or are made.")
     flags.DEFINE_list("peers", None, "Which; default all.")
     flags.DEFINE_list("sizes", list(SIZES), "Of the model.")
-    flags.DEFINE_integer("rounds", 5, "Of each kind, timed.", lower_bound=1)
+    flags.DEFINE_integer("turns", 5, "Of each peer, with each kind of round.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Of a turn, timed.", lower_bound=1)
     flags.DEFINE_integer("clients", 32, "In a round.", lower_bound=1)
     flags.DEFINE_integer("frames", 200, "Of an utterance.", lower_bound=100)
     flags.DEFINE_string("torch", "torch", "The requirement of PyTorch, such as torch==2.13.0+cpu.")

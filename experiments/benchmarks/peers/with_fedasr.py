@@ -1,6 +1,6 @@
-"""fedasr's rounds (mode "rounds"), with per-layer clipping, noise and LAMB; or in their place the
-same steps one jitted call after another, client by client ("loop"), or as one jitted loop without
-any clients ("bound")."""
+"""fedasr's rounds (mode "rounds"), with per-layer clipping, noise and LAMB, also from a corpus that
+the devices keep ("rounds resident"); or in their place the same steps one jitted call after another,
+client by client ("loop"), or as one jitted loop without any clients ("bound")."""
 
 import sys
 
@@ -10,7 +10,7 @@ from work import KINDS, parse, serve
 
 from experiments import cli
 from experiments.benchmarks.workload import plain_training
-from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
+from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets, make_resident
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
 from fedasr.federated.client import local_training
@@ -19,7 +19,8 @@ from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.mechanism import Mechanism
 
 work = parse(sys.argv[1])
-if work.mode == "rounds":  # as the programs that train do
+federated = work.mode.startswith("rounds")
+if federated:  # as the programs that train do
     cli.keep_memory()
 sizes = {"dim": work.dim, "mlp": work.mlp, "blocks": work.blocks, "heads": work.heads}
 recogniser = make_recogniser("transformer", sizes)
@@ -39,13 +40,15 @@ def corpus_of(kind):
 def rounds(kind):
     corpus = corpus_of(kind)
     how = {"steps": work.steps} if kind == "uniform" else {"epochs": 1}
+    buckets = make_buckets([corpus])
     simulation = Simulation(
         corpus,
         Mechanism(0.1, "uniform", 0.01, FixedSizeSampler(work.clients, work.clients, seed=0)),
         local_training(recogniser.loss, optax.sgd(0.1)),
         optax.lamb(1e-3),
         LocalBatches(work.batch, **how),
-        buckets=make_buckets([corpus]),
+        buckets=buckets,
+        resident=make_resident(corpus, buckets) if work.mode == "rounds resident" else None,
     )
     stream = simulation.run(simulation.init(params), 1_000_000)
     return lambda: next(stream)
@@ -69,4 +72,4 @@ def plain(kind):
     return lambda: jax.block_until_ready(training.central(params, batches, sum(counts)))
 
 
-serve({kind: (rounds if work.mode == "rounds" else plain)(kind) for kind in KINDS})
+serve({kind: (rounds if federated else plain)(kind) for kind in KINDS})

@@ -1,0 +1,142 @@
+"""Rounds from a corpus that the devices keep are those from one that is read as users take part."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedasr.data import batching
+from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets, make_resident
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.data.sampling import PoissonSampler
+from fedasr.errors import UserError
+from fedasr.federated.client import local_training
+from fedasr.federated.simulation import Simulation
+from fedasr.privacy.mechanism import Mechanism
+
+MULTIPLES = {"x": 4, "y": 2}
+KEEP = ("x", "y", "z")
+
+
+class Watched(InMemoryCorpus):
+    reads = 0
+
+    def get(self, user, indices):
+        self.reads += 1
+        return super().get(user, indices)
+
+
+def make_corpus():
+    rng = np.random.default_rng(0)
+
+    def example():
+        return {
+            "x": rng.normal(size=(rng.integers(1, 14), 3)).astype(np.float16),
+            "y": rng.integers(1, 9, rng.integers(0, 4)).astype(np.int32),
+            "z": rng.normal(size=2).astype(np.float32),
+            "name": np.array(b"left out"),
+        }
+
+    sizes = [5, 1, 3, 2, 9, 1, 4]
+    return Watched({f"u{i}": [example() for _ in range(n)] for i, n in enumerate(sizes)})
+
+
+CORPUS = make_corpus()
+
+
+def loss(params, batch, key):
+    """Reads every array, and would show any frame beyond an example's end."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(batch["mask"])))
+    noise = jax.vmap(lambda k: jax.random.normal(k, ()))(keys)
+    frames = jnp.sum(batch["x"].astype(jnp.float32) ** 2, axis=(1, 2))
+    wanted = jnp.sum(batch["y"], axis=1) / 9 + batch["x_length"] / 14 + batch["y_length"]
+    error = jnp.tanh(frames * params["a"] + batch["z"] @ params["b"]) - wanted + 0.1 * noise
+    count = jnp.sum(batch["mask"])
+    value = jnp.sum(jnp.where(batch["mask"], error**2, 0.0)) / jnp.maximum(count, 1)
+    return value, {"utterances": count.astype(jnp.float32)}
+
+
+PARAMS = {"a": jnp.float32(0.1), "b": jnp.float32([0.3, -0.2])}
+HOW = [{"batch_size": 2, "steps": 3}, {"batch_size": 2, "epochs": 2}, {"frames": 16, "epochs": 1}]
+
+
+def rounds(resident, how, chunk, devices, parts):
+    local = LocalBatches(**how)
+    buckets, shapes = make_buckets([CORPUS], 2, MULTIPLES), None
+    if parts:
+        buckets, shapes = batching.make_shapes([CORPUS], CORPUS, local, 2, 3, MULTIPLES)
+    simulation = Simulation(
+        CORPUS,
+        Mechanism(0.5, "uniform", 0.1, PoissonSampler(7, 4.0, seed=1)),
+        local_training(loss, optax.sgd(0.1)),
+        optax.sgd(1.0),
+        local,
+        seed=5,
+        chunk=chunk,
+        buckets=buckets,
+        devices=jax.devices()[:devices],
+        keep=KEEP,
+        shapes=shapes,
+        resident=make_resident(CORPUS, buckets, KEEP) if resident else None,
+    )
+    assert simulation.chunk_bytes(PARAMS) > 0
+    CORPUS.reads = 0
+    done = list(simulation.run(simulation.init(PARAMS), 4))
+    assert (CORPUS.reads == 0) == resident
+    return done, simulation.compilations()
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    ("chunk", "devices", "parts"), [(1, 1, False), (1, 2, False), (3, 2, False), (1, 2, True)]
+)
+def test_rounds_are_the_same(how, chunk, devices, parts):
+    expected, most = rounds(False, how, chunk, devices, parts)
+    found, programs = rounds(True, how, chunk, devices, parts)
+    assert sum(m.clients for _, m in expected) > 8
+    assert programs <= most + 1  # the room for steps is rounded alone, not with that for examples
+    for (a, x), (b, y) in zip(expected, found, strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a.params, b.params
+        )
+        assert (x.clients, x.steps, x.invalid) == (y.clients, y.steps, y.invalid)
+        assert x.padding == y.padding and x.aux == y.aux
+        np.testing.assert_allclose(x.loss, y.loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ragged", [("x", "y"), ()])
+def test_a_resident_corpus_is_every_example_in_order(ragged):
+    """Also where the buckets name an array that the corpus knows to be of one length."""
+    examples = [
+        {
+            "x": np.full((i % 3 if ragged else 2, 2), i, np.float16),
+            "y": np.arange(4) + i,
+            "w": np.float32(i),
+        }
+        for i in range(6)
+    ]
+    corpus = InMemoryCorpus({"a": examples[:1], "b": examples[1:4], "c": examples[4:]}, ragged)
+    buckets = ({"x": 2, "y": 4},)
+    found = make_resident(corpus, buckets)
+    assert set(found.offsets) == set(found.lengths) == {"x", "y"}
+    np.testing.assert_array_equal(found.arrays["w"], np.arange(6.0))
+    for name in ("x", "y"):
+        assert found.arrays[name].dtype == examples[0][name].dtype
+        assert found.offsets[name].dtype == found.lengths[name].dtype == np.int32
+        for i, example in enumerate(examples):
+            own = slice(found.offsets[name][i], found.offsets[name][i] + found.lengths[name][i])
+            np.testing.assert_array_equal(found.arrays[name][own], example[name])
+    batcher = ClientBatcher(corpus, LocalBatches(1, epochs=1), buckets, 3, 0, resident=found)
+    ((chunk, _),) = batcher.chunks(range(3), 0)
+    assert chunk.batches.arrays == {}
+    rows = dict(zip(chunk.user.tolist(), chunk.batches.index, strict=True))
+    for user, own in enumerate([{0}, {1, 2, 3}, {4, 5}]):
+        assert set(rows[user][rows[user] >= 0].tolist()) == own
+    assert set(make_resident(corpus, buckets, keep=("x",)).arrays) == {"x"}
+
+
+def test_a_corpus_that_is_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr(batching, "MAX_ARRAY_BYTES", 100)
+    with pytest.raises(UserError, match="'x'"):
+        make_resident(CORPUS, make_buckets([CORPUS]), KEEP)
