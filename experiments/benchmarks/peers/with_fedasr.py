@@ -1,5 +1,5 @@
 """fedasr's rounds (mode "rounds"), with per-layer clipping, noise and LAMB, also from a corpus that
-the devices keep ("rounds resident"); or in their place the same steps one jitted call after another,
+the devices keep ("rounds resident"); or in their place the same steps one jitted call at a time,
 client by client ("loop"), or as one jitted loop without any clients ("bound")."""
 
 import sys
