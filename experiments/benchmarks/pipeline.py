@@ -23,6 +23,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.benchmarks import plots
+from fedasr.errors import UserError
 
 _DEFAULT = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
@@ -76,6 +77,8 @@ def run() -> None:
     from fedasr.training.logging import to_json
 
     config = to_json(_CONFIG.value.to_dict())
+    if config["data"]["resident"]:
+        raise UserError("data.resident: there is nothing to wait for")
     directory = loop.data_directory(config)
     data = loop.Data(directory, config, lambda line: print(line, file=sys.stderr))
     recogniser = loop.build_recogniser(config)

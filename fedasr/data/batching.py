@@ -38,8 +38,8 @@ class Store(NamedTuple):
     A batch may be computed in several parts, each padded to a shape of its own.
 
     index: int32 [steps, parts, slots], an example's number; -1 for padding, which comes last.
-    arrays: {name: [frames, ...] for a ragged array, its examples laid end to end, then anything;
-      [examples, ...] for others}.
+    arrays: {name: [frames, ...] for a ragged array, its examples laid end to end; [examples, ...]
+      for others}.
     offsets, lengths: {ragged name: int32 [examples]}, where an example begins in `arrays` and ends.
     spans: for each of the shapes {ragged name: bool [padded length]} and {"": bool [slots]}; only
       the shapes of these arrays are meant.
@@ -454,6 +454,12 @@ def make_resident(
                 if count > np.iinfo(np.int32).max:
                     raise UserError(f"{name!r} has {count} rows: too many for a resident corpus")
                 tail = rows[0].shape[name in ragged :]
+                size_of = math.prod((count, *tail)) * rows[0].dtype.itemsize
+                if size_of > MAX_ARRAY_BYTES:
+                    raise UserError(
+                        f"{name!r} of all users would take {size_of / 2**30:.0f} GiB on every "
+                        "device: a corpus of this size cannot be resident"
+                    )
                 arrays[name] = _room(name, (max(count, 1), *tail), rows[0].dtype)
             if name in ragged:
                 last = int(ends[name][end - 1])
@@ -534,6 +540,9 @@ class ClientBatcher:
             self._largest = self._largest_client()
             if resident is not None:
                 sizes = np.asarray(corpus.sizes, np.int64)
+                whole = {**resident.arrays, **resident.offsets}
+                if any(len(x) != sizes.sum() for x in whole.values()):
+                    raise UserError("the resident examples are those of another corpus")
                 self._before = np.cumsum(sizes) - sizes  # examples of users before each
                 self._largest = {"steps": self._largest["steps"]}
         self._most_turns = turns
@@ -740,13 +749,13 @@ class ClientBatcher:
         """Every batch of the clients whose data this process needs, at their rows, padded."""
         batches: dict[str, np.ndarray] = {}
         mask = np.zeros(shape, np.bool_)
-        for position, client in held or [(0, clients[0])]:
+        if not held:
+            place(batches, (0, 0, 0), shape, self._template(clients[0]), bucket, fill=False)
+        for position, client in held:
             examples = self._corpus.get(client.user, client.wanted.tolist())
             if not batches:
                 first = self._kept(examples[0])
                 place(batches, (0, 0, 0), shape, first, bucket, fill=False)
-            if not held:  # read for the arrays' names and dtypes alone
-                break
             per_batch = len(client.plan[0])  # the same in all of the plan's
             mask[position, :, :per_batch] = True
             picked = client.where.tolist()
@@ -827,6 +836,7 @@ class ClientBatcher:
                 continue
             frames = sizes.get(f"/{name}", room * len(value))
             arrays[name] = _room(name, (rows, frames, *value.shape[1:]), value.dtype)
+            arrays[name][[row for row in range(rows) if row not in read]] = 0
             offsets[name] = np.zeros((rows, room), np.int32)
             lengths[name] = np.zeros((rows, room), np.int32)
             for position, examples in read.items():
@@ -834,6 +844,7 @@ class ClientBatcher:
                 size = np.array([len(value) for value in values])
                 ends = np.cumsum(size)
                 np.concatenate(values, out=arrays[name][position, : ends[-1]])
+                arrays[name][position, ends[-1] :] = 0
                 offsets[name][position, : len(size)] = ends - size
                 lengths[name][position, : len(size)] = size
         return Store(index, arrays, offsets, lengths, spans, kinds, parts)

@@ -96,7 +96,8 @@ def view_of_client(batches: Batch | Store, client: jax.Array | int) -> Batch | S
     if not isinstance(batches, Store):
         return jax.tree.map(lambda x: x[client], batches)
     rows = batches.index.shape[0]
-    room = next(iter((batches.offsets or batches.arrays).values())).shape[1]  # examples
+    of_examples = next(iter((batches.offsets or batches.arrays).values()), None)
+    room = 0 if of_examples is None else of_examples.shape[1]
     index = batches.index[client]
 
     def first(name):  # a client's frames in what is laid end to end

@@ -119,6 +119,7 @@ class Simulation:
       resident: the corpus's examples, from `fedasr.data.batching.make_resident`, to put on every
         device at once: batches are then gathered there, and rounds read, pad and transfer nothing
         but indices. For corpora that fit there; None to read users' examples when they take part.
+        Not together with `weigh`, whose batches are to be the client's own. One process only.
     """
 
     def __init__(
@@ -155,6 +156,10 @@ class Simulation:
             raise UserError("weigh needs a mechanism with weighting='bounded', without adaptive")
         if weigh is not None and store is not None:
             raise UserError("weigh would judge a model without the user's local parameters")
+        if resident is not None and weigh is not None:
+            raise UserError("weigh would be given the whole of a resident corpus")
+        if resident is not None and jax.process_count() > 1:
+            raise UserError("a resident corpus needs all devices in one process")
         self.mechanism = mechanism
         self.seed = seed
         if model_devices > 1 and jax.process_count() > 1:

@@ -48,6 +48,7 @@ from fedasr.data.corpus import (
 from fedasr.errors import UserError
 from fedasr.federated import chunks, hosts
 from fedasr.federated.client import local_training
+from fedasr.federated.cohort import client_mesh, replicated
 from fedasr.federated.local import (
     SLOTS_FILE,
     Layout,
@@ -201,15 +202,20 @@ class Data:
         others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
         self.other_buckets = make_buckets(others, 1, _MULTIPLES) if others else ()
         self._keep_on_devices = settings["resident"]
-        self._resident: tuple[Corpus, Resident] | None = None
+        self._resident: tuple[Corpus, Any, Resident] | None = None
 
-    def resident(self) -> Resident | None:
-        """All examples of `train` for the devices to keep, if the configuration wants that."""
+    def resident(self, sharding: Any) -> Resident | None:
+        """All examples of `train` on the devices, if the configuration wants that.
+
+        Read and placed once: what is placed already is not copied for another simulation.
+        """
         if not self._keep_on_devices:
             return None
-        if self._resident is None or self._resident[0] is not self.train:
-            self._resident = (self.train, make_resident(self.train, self.buckets, ARRAYS))
-        return self._resident[1]
+        if self._resident is None or self._resident[:2] != (self.train, sharding):
+            self._resident = None  # not two at once
+            found = make_resident(self.train, self.buckets, ARRAYS)
+            self._resident = (self.train, sharding, hosts.place(found, sharding))
+        return self._resident[2]
 
 
 def padded_shapes(
@@ -365,7 +371,7 @@ def make_simulation(
             trained=trained_variables(config),
             store=store,
             shapes=data.shapes,
-            resident=data.resident(),
+            resident=data.resident(replicated(client_mesh(devices, config["model_devices"]))),
         )
 
     chunk = config["chunk"] if chunk is None else chunk

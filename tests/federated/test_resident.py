@@ -11,7 +11,10 @@ from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets, make
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
+from fedasr.federated import hosts
 from fedasr.federated.client import local_training
+from fedasr.federated.cohort import client_mesh, replicated
+from fedasr.federated.local import LocalStore, make_layout
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
 
@@ -61,7 +64,7 @@ PARAMS = {"a": jnp.float32(0.1), "b": jnp.float32([0.3, -0.2])}
 HOW = [{"batch_size": 2, "steps": 3}, {"batch_size": 2, "epochs": 2}, {"frames": 16, "epochs": 1}]
 
 
-def rounds(resident, how, chunk, devices, parts):
+def rounds(resident, how, chunk, devices, parts, own=None, **options):
     local = LocalBatches(**how)
     buckets, shapes = make_buckets([CORPUS], 2, MULTIPLES), None
     if parts:
@@ -79,12 +82,24 @@ def rounds(resident, how, chunk, devices, parts):
         keep=KEEP,
         shapes=shapes,
         resident=make_resident(CORPUS, buckets, KEEP) if resident else None,
+        store=own,
+        **options,
     )
     assert simulation.chunk_bytes(PARAMS) > 0
     CORPUS.reads = 0
     done = list(simulation.run(simulation.init(PARAMS), 4))
     assert (CORPUS.reads == 0) == resident
     return done, simulation.compilations()
+
+
+def assert_same(expected, found):
+    for (a, x), (b, y) in zip(expected, found, strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a.params, b.params
+        )
+        assert (x.clients, x.steps, x.invalid) == (y.clients, y.steps, y.invalid)
+        assert x.padding == y.padding and x.aux == y.aux
+        np.testing.assert_allclose(x.loss, y.loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -96,13 +111,24 @@ def test_rounds_are_the_same(how, chunk, devices, parts):
     found, programs = rounds(True, how, chunk, devices, parts)
     assert sum(m.clients for _, m in expected) > 8
     assert programs <= most + 1  # the room for steps is rounded alone, not with that for examples
-    for (a, x), (b, y) in zip(expected, found, strict=True):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a.params, b.params
-        )
-        assert (x.clients, x.steps, x.invalid) == (y.clients, y.steps, y.invalid)
-        assert x.padding == y.padding and x.aux == y.aux
-        np.testing.assert_allclose(x.loss, y.loss, rtol=1e-5)
+    assert_same(expected, found)
+
+
+def test_clients_over_two_devices():
+    expected, found = (rounds(r, HOW[1], 1, 2, False, model_devices=2)[0] for r in (False, True))
+    assert_same(expected, found)
+
+
+def test_local_parameters_are_trained_as_well(tmp_path):
+    layout = make_layout(PARAMS, ("^b$",))
+    found, rows = [], []
+    for resident in (False, True):
+        with LocalStore(tmp_path / str(resident), layout, len(CORPUS.users)) as store:
+            found.append(rounds(resident, HOW[1], 1, 2, False, own=store)[0])
+            rows.append(store.gather(range(7), np.asarray(layout.extract(PARAMS))))
+    assert_same(*found)
+    np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-6)
+    assert np.abs(rows[0] - rows[0][0]).max() > 1e-3
 
 
 @pytest.mark.parametrize("ragged", [("x", "y"), ()])
@@ -136,7 +162,36 @@ def test_a_resident_corpus_is_every_example_in_order(ragged):
     assert set(make_resident(corpus, buckets, keep=("x",)).arrays) == {"x"}
 
 
-def test_a_corpus_that_is_too_large_is_refused(monkeypatch):
+def test_what_makes_no_sense_is_refused(monkeypatch):
+    buckets = make_buckets([CORPUS], 2, MULTIPLES)
+    found = make_resident(CORPUS, buckets, KEEP)
+    fewer = InMemoryCorpus({"a": CORPUS.get(0, range(5))}, ("x", "y"))
+    with pytest.raises(UserError, match="another corpus"):
+        ClientBatcher(fewer, LocalBatches(1, steps=1), buckets, 1, 0, resident=found)
+    mechanism = Mechanism(0.5, "uniform", 0.1, PoissonSampler(7, 4.0, seed=1), weighting="bounded")
+    with pytest.raises(UserError, match="weigh"):
+        Simulation(
+            CORPUS,
+            mechanism,
+            local_training(loss, optax.sgd(0.1)),
+            optax.sgd(1.0),
+            LocalBatches(1, steps=1),
+            buckets=buckets,
+            keep=KEEP,
+            resident=found,
+            weigh=lambda params, delta, batches, key: jnp.float32(1),
+        )
     monkeypatch.setattr(batching, "MAX_ARRAY_BYTES", 100)
-    with pytest.raises(UserError, match="'x'"):
-        make_resident(CORPUS, make_buckets([CORPUS]), KEEP)
+    with pytest.raises(UserError, match="'x' of all users"):
+        make_resident(CORPUS, buckets, KEEP)
+
+
+def test_what_lies_on_the_devices_is_not_copied():
+    placed = hosts.place(
+        make_resident(CORPUS, make_buckets([CORPUS], 2, MULTIPLES), KEEP),
+        replicated(client_mesh(jax.devices()[:2])),
+    )
+    again = hosts.place(placed, replicated(client_mesh(jax.devices()[:2])))
+    for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(again), strict=True):
+        pointers = [[s.data.unsafe_buffer_pointer() for s in x.addressable_shards] for x in (a, b)]
+        assert pointers[0] == pointers[1]

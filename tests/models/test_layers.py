@@ -178,6 +178,27 @@ def test_attention_has_the_derivatives_of_its_definition(dropped, dtype):
         assert not np.asarray(by[2], np.float32).any()
 
 
+def test_the_derivative_of_attention_in_half_precision_where_keys_are_alike():
+    """The derivatives by a query's scores cancel: what is left of them multiplies the mean key."""
+    rng = np.random.default_rng(0)
+    q, k, v, outer = (rng.standard_normal((4, 1, 100, 1, 8))).astype(np.float32)
+    k, v = k + 2, 0.3 * v + 2
+    mask = np.ones((1, 100), bool)
+
+    def by_query(dtype):
+        values = [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q, k, v, outer)]
+
+        def total(q):
+            out = layers.attention(q, *values[1:3], mask, None)
+            return jnp.sum(out * values[3], dtype=jnp.float32)
+
+        return np.asarray(jax.grad(total)(values[0]), np.float32)
+
+    exact = by_query(jnp.float32)
+    error = np.linalg.norm(by_query(jnp.bfloat16) - exact) / np.linalg.norm(exact)
+    assert error < 0.1
+
+
 def test_attention_equals_a_plain_loop_over_heads(attention):
     apply, params, x, mask = attention
     out = np.asarray(apply(params, x, mask, None))
