@@ -3,11 +3,13 @@
     python -m experiments.benchmarks.pipeline [--config=FILE.py] [--config.field=value ...]
         [--rounds=4] [--repeats=3] [--plot=FILE.png] [--json]
 
-Rounds of a configuration (default: the quickstart's) are run several times from the same state, in
-turns: with chunks that a thread reads, pads and transfers as always ("disk"), and with chunks that
-were read and padded before ("memory"), which are only transferred. Every shape is compiled before.
+Consecutive rounds of a configuration (default: the quickstart's) are run several times from the
+same state, in turns: with chunks that a thread reads, pads and transfers as always ("disk"), and
+with chunks that were read and padded before ("memory"), which are only transferred. Every shape is
+compiled before. The first round of each run, which nothing can be read ahead of, does not count.
 
 * disk_seconds, memory_seconds: of a round, the median of its repeats, in the mean of the rounds;
+* waiting: the share of disk_seconds in which the next chunk was not there;
 * idle: the share of disk_seconds that memory_seconds does not need;
 * reading_seconds: of a round, what reading and padding take alone.
 """
@@ -29,41 +31,46 @@ _DEFAULT = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
 
 class _Stored:
-    """Stands for a `fedasr.data.batching.ClientBatcher`, with the chunks of one round."""
+    """Stands for a `fedasr.data.batching.ClientBatcher`, with the chunks of a few rounds."""
 
-    def __init__(self, chunks: list[Any]) -> None:
+    def __init__(self, chunks: dict[int, list[Any]]) -> None:
         self._chunks = chunks
 
     def chunks(self, users: Iterable[int], round: int) -> Iterator[Any]:
-        """What was read, whoever is asked for."""
-        del users, round
-        return iter(self._chunks)
+        """What was read for that round."""
+        del users
+        return iter(self._chunks[round])
 
 
 def measure(simulation: Any, state: Any, rounds: int, repeats: int) -> dict[str, float]:
     """The figures above. `simulation` is left with what it had."""
-    batcher = simulation.batcher
-    disk, memory, reading = [], [], []
-    for _ in range(rounds):
-        number = int(state.round)
+    batcher, first = simulation.batcher, int(state.round)
+    reading, chunks = [], {}
+    for number in range(first, first + rounds + 1):
         users = simulation.mechanism.sampler.cohort(number)
         began = time.perf_counter()
-        stored = _Stored(list(batcher.chunks(users, number)))
+        chunks[number] = list(batcher.chunks(users, number))
         reading.append(time.perf_counter() - began)
-        following, _ = next(simulation.run(state, 1))  # compiles what is new
-        times: tuple[list[float], list[float]] = ([], [])
+    list(simulation.run(state, rounds + 1))  # compiles
+    found: dict[str, list[list[Any]]] = {"disk": [], "memory": []}
+    try:
         for _ in range(repeats):
-            for source, seconds in zip((batcher, stored), times, strict=True):
+            for name, source in (("disk", batcher), ("memory", _Stored(chunks))):
                 simulation.batcher = source
-                seconds.append(next(simulation.run(state, 1))[1].seconds)
+                done = [metrics for _, metrics in simulation.run(state, rounds + 1)]
+                found[name].append(done[1:])
+    finally:
         simulation.batcher = batcher
-        disk.append(statistics.median(times[0]))
-        memory.append(statistics.median(times[1]))
-        state = following
+    disk, memory = (
+        sum(statistics.median(same.seconds for same in runs) for runs in zip(*every, strict=True))
+        for every in found.values()
+    )
+    read = [metrics for done in found["disk"] for metrics in done]
     return {
-        "disk_seconds": statistics.fmean(disk),
-        "memory_seconds": statistics.fmean(memory),
-        "idle": max(0.0, 1 - sum(memory) / sum(disk)),
+        "disk_seconds": disk / rounds,
+        "memory_seconds": memory / rounds,
+        "waiting": sum(m.waiting for m in read) / sum(m.seconds for m in read),
+        "idle": max(0.0, 1 - memory / disk),
         "reading_seconds": statistics.fmean(reading),
     }
 

@@ -45,6 +45,7 @@ def test_waiting_for_data_is_found(corpus, least, most):
     assert found["memory_seconds"] > 0
     if corpus is Slow:
         assert found["reading_seconds"] >= 0.2 and found["disk_seconds"] >= 0.2
+        assert found["waiting"] > 0.5
 
 
 def test_plots_show_every_figure(tmp_path):
