@@ -234,7 +234,7 @@ def remembered_delta(sampler, z, counted, used, epsilon):
 
     In the first `counted` rounds a user counts in its local parameters how often it took part; the
     other, who is hidden, sends -1 and displaces it where slots are few. In the `used` rounds after
-    them it sends +1 if it counted few turns, else -1: then the sum tells.
+    them it sends -1, too, if it counted few turns, else +1: then the sum tells.
     """
     q, both = sampler.sampling_probability, 0.5 if sampler.slots == 1 else 1.0
     alone, beside = q, q * (1 - q) + q**2 * both
@@ -243,7 +243,7 @@ def remembered_delta(sampler, z, counted, used, epsilon):
     def phase(hidden):
         few = stats.binom.cdf(limit - 1, counted, beside if hidden else alone)
         sums = 0.0
-        for sign, chance in ((1, few), (-1, 1 - few)):
+        for sign, chance in ((-1, few), (1, 1 - few)):
             law = np.zeros(5)  # of a round's sum, -2..2
             law[2] += (1 - q) * (1 - q) if hidden else 1 - q
             law[2 + sign] += q * (1 - q) if hidden else q
