@@ -156,7 +156,7 @@ def _rdp_epsilon_and_order(
         if not isinstance(simple, dp_event.TruncatedSubsampledGaussianDpEvent):
             plain.append((simple, count))
             continue
-        full = _full_round_probability(simple)
+        full = full_round_probability(simple)
         q, z = simple.sampling_probability, simple.noise_multiplier
         ordinary = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(z))
         doubled = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(z / 2))
@@ -272,7 +272,7 @@ def _noise_multiplier(event: Any) -> float | None:
     return getattr(event, "noise_multiplier", None)
 
 
-def _full_round_probability(event: Any) -> float:
+def full_round_probability(event: Any) -> float:
     """Probability that, without one given user, a truncated round has no slot left."""
     from scipy import stats
 
