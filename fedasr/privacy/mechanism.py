@@ -22,6 +22,7 @@ from fedasr.privacy.correlated import Correlation, sensitivity
 
 # Of the claimed delta, so much may be lost where the tails of the noise end.
 _TAIL_SHARE = 0.01
+_NEVER = 1e-15  # a probability that no number of rounds makes visible
 _MOST_PARAMETERS = 10**10  # on which the loss at the tails hardly depends
 # How far numpy's normal draws go, of which what was `released` is made: they are resolved by 53
 # bits and, beyond 3.65, drawn from the tail by -log(u) / 3.65.
@@ -209,6 +210,32 @@ class Mechanism:
                 "than the clip norm."
             )
         return weights
+
+    def check_local(self, prototype: str) -> None:
+        """Refuses local parameters of users through which one user could reach another.
+
+        Args:
+          prototype: what a new user starts from, see `fedasr.federated.local.LocalStore`.
+
+        Raises:
+          UserError: there is noise to account for, and new users get a part of others' local
+            parameters, which nothing bounds; or rounds have so few slots that users displace each
+            other: who trains would then depend on who else is there, and local parameters remember
+            it beyond the round whose noise hides it.
+        """
+        if not self.noise_multiplier:
+            return
+        if prototype != "init":
+            raise UserError(
+                f"local.prototype={prototype!r} gives users a part of each other's local "
+                "parameters, which nothing bounds: with privacy it must be 'init'"
+            )
+        if self.sampler.overflow_probability > _NEVER:
+            raise UserError(
+                f"{self.sampler.slots} slots drop users from a round with probability "
+                f"{self.sampler.overflow_probability:.2g}, and local parameters remember who was "
+                "displaced: leave privacy.slots at 0, or take sampler 'fixed' or 'shuffled'"
+            )
 
     @property
     def sigma(self) -> float:
