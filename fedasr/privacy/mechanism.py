@@ -115,7 +115,7 @@ class Mechanism:
         `budget` are then where they begin).
       released: noise multipliers of what was published about all the users before the first round,
         such as histograms that weights are made from (`fedasr.feedback.weighting`): Gaussian
-        queries, the standard deviation over what adding or removing a user changes. They are part
+        queries, the standard deviation over what one user's contribution changes. They are part
         of `event`.
 
     Raises:
@@ -412,7 +412,7 @@ class Mechanism:
         return self.sampler.event(_joint(sum_noise / changed, count_noise / math.sqrt(turns)))
 
     def calibrated(self, target_epsilon: float, delta: float, rounds: int) -> "Mechanism":
-        """The same mechanism with the noise that gives `target_epsilon` by Rényi DP.
+        """The same mechanism with the smallest noise (to 0.1%) whose `epsilon` is at most that.
 
         Raises:
           UserError: if no noise does.
@@ -445,7 +445,9 @@ class Mechanism:
         The mean of `cohort` clients gets the noise that the simulation's mean got, so that training
         goes alike, while the noise multiplier grows to sigma_DP * cohort. See `Sampler.deployed`
         for the sampling. What was `released` about all users has the same noise on its shares of
-        them, so that those noise multipliers grow with the population.
+        them, so that those noise multipliers grow with the population, and with them every
+        threshold on a released count (of word histograms, say) that is to mean the same: a word
+        that counted from n users on counts there from n * population / this population users on.
 
         Args:
           cohort: expected number of users per round.
