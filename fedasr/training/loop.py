@@ -1017,9 +1017,12 @@ class _Run:
             same = kept.get("device") == _device(self.devices)
             self.simulations = self._simulations(kept["chunk"] if same else None)
             if config["privacy"]["enabled"]:
+                # Raises for what cannot be claimed, before anything is trained.
+                rounds, delta = config["rounds"], config["privacy"]["delta"]
+                mechanism = self.simulations[0][1].mechanism
+                mechanism.check_delta(rounds, delta)
                 for case in config["privacy"]["deployments"]:
-                    # Raises for one that cannot be, before anything is trained.
-                    self.simulations[0][1].mechanism.deployed(*case)
+                    mechanism.deployed(*case).check_delta(rounds, delta)
         checkpoints = workdir / "checkpoints"
         if hosts.is_leader():
             self.checkpointer = Checkpointer(checkpoints, config["checkpoint"]["keep"])
