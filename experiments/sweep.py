@@ -46,7 +46,7 @@ from experiments import cli, tables
 from experiments.tables import Outcome, Run, Table
 from fedasr.errors import UserError
 from fedasr.training.interrupts import graceful_stop
-from fedasr.training.logging import write_json_atomic
+from fedasr.training.logging import from_json, write_json_atomic
 
 # Every one of these in a run's folder is the sweep's; the rest is the launcher's.
 LOG_FILE, RECORD_FILE, TABLE_FILE = "sweep.log", "sweep.json", "table.json"
@@ -255,7 +255,7 @@ def _identity(run_flags: Sequence[str]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

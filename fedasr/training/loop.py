@@ -79,7 +79,7 @@ from fedasr.training.checkpoint import (
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
-from fedasr.training.logging import RunLogger, to_json, write_json_atomic
+from fedasr.training.logging import RunLogger, config_to_json, to_json, write_json_atomic
 from fedasr.training.report import write_report
 
 _MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
@@ -697,7 +697,7 @@ def describe_privacy(
                 "cohort": cohort,
                 "population": population,
                 "rounds": rounds,
-                "noise_multiplier": deployed.noise_multiplier / deployed.sampler.sensitivity,
+                **_multipliers(deployed),
                 **_figure(figure),
                 "neighbours": deployed.sampler.neighbours,
             }
@@ -714,7 +714,7 @@ def describe_privacy(
         "clip_norm": mechanism.clip_norm,
         "budget": privacy["budget"],
         "sigma": mechanism.sigma,
-        "noise_multiplier": mechanism.noise_multiplier / mechanism.sampler.sensitivity,
+        **_multipliers(mechanism),
         "delta": privacy["delta"],
         "delta_at_tails": mechanism.tail_delta(rounds),
         **_noise(mechanism, params),
@@ -726,6 +726,14 @@ def describe_privacy(
         **_figure(spent),
         "neighbours": mechanism.sampler.neighbours,
         "extrapolations": extrapolations,
+    }
+
+
+def _multipliers(mechanism: Mechanism) -> dict[str, float]:
+    """Noise on the sum, over the clip norm and over how far one user can move the sum."""
+    return {
+        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_over_sensitivity": mechanism.noise_over_sensitivity,
     }
 
 
@@ -798,7 +806,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: as the run itself would.
     """
-    config = to_json(config)
+    config = config_to_json(config)
     _check(config)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
@@ -855,7 +863,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         }
         if layout is not None:
             summary["local"] = {"parameters": layout.size}
-    return summary
+    return to_json(summary)
 
 
 def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
@@ -873,7 +881,7 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         configuration.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    config = to_json(config)
+    config = config_to_json(config)
     _check(config)
     workdir = Path(workdir)
     if hosts.is_leader():
