@@ -553,7 +553,7 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     def text(spread: Mapping[str, Any], scale: float = 1.0) -> str:
         return f"{scale * spread['mean']:.1f} ({scale * spread['std']:.1f})"
 
-    from fedasr.training.logging import epsilon_in_words
+    from fedasr.privacy.accounting import epsilon_in_words
 
     yield f"test, percent, mean (std) over seeds {summary['seeds']}: {', '.join(MEASURES)}"
     for name, row in summary["test"].items():

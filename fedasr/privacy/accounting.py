@@ -377,3 +377,10 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def epsilon_in_words(epsilon: float | None) -> str:
+    """An epsilon for people, with three digits; None is one that is not known."""
+    if epsilon is None:
+        return "unknown"
+    return f"{epsilon:.3g}" if math.isfinite(epsilon) else "infinite (no guarantee)"
