@@ -403,11 +403,11 @@ def in_words(described: Mapping[str, Any]) -> list[str]:
     assumed = (
         " (assumed where their users are not known)" if (described["users_assumed_shared"]) else ""
     )
+    total = accounting.epsilon_in_words(described["total_epsilon"])
     lines = [
-        f"privacy over this run and {len(earlier)} before it: epsilon "
-        f"{accounting.epsilon_in_words(described['total_epsilon'])} at delta {described['delta']:g} "
-        f"({described['accountant']}), for the {described['shared_users']} users who were in an "
-        f"earlier one{assumed}"
+        f"privacy over this run and {len(earlier)} before it: epsilon {total} at delta "
+        f"{described['delta']:g} ({described['accountant']}), for the {described['shared_users']} "
+        f"users who were in an earlier one{assumed}"
     ]
     for case in described["total_deployed"]:
         lines.append(

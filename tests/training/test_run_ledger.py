@@ -1,6 +1,8 @@
 """Runs that start from runs: independent draws, totals as dp-accounting has them, secret noise."""
 
+import itertools
 import json
+import shutil
 
 import dp_accounting as dp
 import jax
@@ -79,7 +81,7 @@ def steps(folder):
     """What each round added to the parameters, flat."""
     states = [restore_params(folder / "checkpoints" / str(i)) for i in range(ROUNDS + 1)]
     flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(s)]) for s in states]
-    return [b - a for a, b in zip(flat, flat[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(flat)]
 
 
 def correlation(a, b):
@@ -177,8 +179,6 @@ def test_a_secret_seed_is_in_the_checkpoints_alone(corpora, tmp_path, monkeypatc
         assert root.tobytes().hex() not in text and not any(str(int(w)) in text for w in root)
 
     # A resumed run has it from the checkpoint, and ends as the whole one.
-    import shutil
-
     shutil.copytree(tmp_path / "a", tmp_path / "resumed")
     (tmp_path / "resumed" / "summary.json").unlink()
     for gone in ("2", "3"):
