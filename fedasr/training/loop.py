@@ -627,15 +627,19 @@ def run_entry(
 
 
 def describe_ledger(
-    entries: Sequence[ledger.Entry], known: bool, delta: float, deployments: Sequence[Any]
+    entries: Sequence[ledger.Entry],
+    known: bool,
+    spent: accounting.Epsilon,
+    extrapolations: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The summary's "ledger": what this run's users are charged over all runs behind the model.
 
     Args:
       entries: of all of them, this run's own last.
       known: whether the model that it started from had a ledger.
-      delta: of the totals. deployments: (cohort, population) of each.
+      spent: by this run alone. extrapolations: the summary's, of this run alone.
     """
+    delta = spent.delta
     *earlier, own = entries
     runs = [
         {
@@ -651,11 +655,15 @@ def describe_ledger(
     described: dict[str, Any] = {"known": known, "run": own.run, "earlier": runs, "delta": delta}
     if not known:
         return described | {"total_epsilon": None, "total_deployed": []}
-    total = ledger.total(entries, delta)
-    deployed = [
-        {"cohort": c, "population": p, "epsilon": ledger.total_deployed(entries, (c, p), delta)}
-        for c, p in deployments
-    ]
+    total = ledger.Total(spent.epsilon, delta, spent.accountant, 0, ())
+    if earlier:
+        total = ledger.total(entries, delta)
+    deployed = []
+    for one in extrapolations:
+        case, epsilon = (one["cohort"], one["population"]), one["epsilon"]
+        if earlier:
+            epsilon = ledger.total_deployed(entries, case, delta)
+        deployed.append({"cohort": case[0], "population": case[1], "epsilon": epsilon})
     return described | {
         "total_epsilon": total.epsilon,
         "accountant": total.accountant,
@@ -686,7 +694,6 @@ def describe_privacy(
     privacy = config["privacy"]
     if not privacy["enabled"]:
         return {"enabled": False, "epsilon": None, "extrapolations": []}
-    delta = privacy["delta"]
     spent = mechanism.epsilon(rounds, privacy["delta"])
     extrapolations = []
     for cohort, population in privacy["deployments"]:
@@ -720,7 +727,7 @@ def describe_privacy(
         **_noise(mechanism, params),
         "layer_bounds": bounds,
         "not_covered": _not_covered(config, ledger_known),
-        "ledger": describe_ledger(entries, ledger_known, delta, privacy["deployments"])
+        "ledger": describe_ledger(entries, ledger_known, spent, extrapolations)
         if entries
         else None,
         **_figure(spent),
