@@ -97,7 +97,7 @@ def default_config() -> ConfigDict:
     config.client.max_steps = 0  # with epochs, at most so many steps; 0: no limit
     # Utterances computed together; above 0 a batch's gradient is summed over parts of at most so
     # many utterances of like length. Their shapes are compiled into one program for each doubling
-XX
+    # of the users' longest utterances; with data.buckets=4 they are 15.
     config.client.micro_batch = 0
     config.client.grad_clip = 1.0
     config.client.proximal = 0.0  # FedProx's mu
