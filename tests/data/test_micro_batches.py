@@ -245,7 +245,7 @@ def test_clients_side_by_side_on_a_device_are_refused():
 def test_lengths_must_vary():
     same = InMemoryCorpus({"a": [{"x": np.zeros((2, 1), np.float32)}]})
     with pytest.raises(UserError, match="vary"):
-        simulate(2, Grid(), corpus=same)
+        ClientBatcher(same, LocalBatches(4, epochs=1), Grid(), 1, 0, micro_batch=2)
 
 
 def lognormal(rng, mean, std, size):
