@@ -39,6 +39,7 @@ from absl import flags
 
 from experiments import cli
 from fedasr.errors import UserError
+from fedasr.streams import Stream, make_root, seed_key, sub_seed
 
 if TYPE_CHECKING:
     from fedasr.data.batching import Bucket
@@ -53,7 +54,6 @@ _DEFAULT = str(Path(__file__).parent / "configs" / "corrections.py")
 SYSTEMS = ("unfiltered", "uniform", "words", "quality", "federated", "private")
 WEIGHTED = ("words", "federated", "private")  # by their words
 MEASURES = ("fresh", "rare", "general", "rare_missed")
-_HISTOGRAM_SEEDS = {"pairs": 1, "words": 2}  # their noise must differ
 
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 _SYSTEMS = flags.DEFINE_list("systems", list(SYSTEMS), f"Which of {', '.join(SYSTEMS)}.")
@@ -184,7 +184,7 @@ def stale_model(bench: Bench, seed: int, folder: Path, log: Callable[[str], None
     from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
 
     settings = _settings(bench.config, "stale")
-    params = bench.recogniser.init(jax.random.key(seed))
+    params = bench.recogniser.init(seed_key(seed, Stream.INIT))
     if folder.is_dir():
         try:
             if read_metadata(folder) == settings:
@@ -209,6 +209,14 @@ def _remove(folder: Path) -> None:
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _histogram_seed(bench: Bench, seed: int, name: str) -> int:
+    """Of the noise on one histogram: no other histogram, seed or setting shares it."""
+    from fedasr.training.config import fingerprint
+
+    settings = {key: value for key, value in bench.config.items() if key != "seed"}
+    return sub_seed(make_root(seed, fingerprint(settings)), Stream.HISTOGRAM, name)
 
 
 class Corrections(NamedTuple):
@@ -237,7 +245,7 @@ def make_corrections(bench: Bench, params: Any, seed: int, noise: float) -> Corr
         lib.pairs_of_users(feedback, frames, len(corpus.users), filters),
         most=settings["most"],
         noise_multiplier=noise,
-        seed=_HISTOGRAM_SEEDS["pairs"] + 10 * seed,
+        seed=_histogram_seed(bench, seed, "pairs"),
     )
     reviews = [lib.review(one, n, filters, pairs) for one, n in zip(feedback, frames, strict=True)]
     return Corrections(feedback, reviews, pairs)
@@ -254,18 +262,19 @@ def server_words(bench: Bench) -> Counter[str]:
 
 def held_out_batch(bench: Bench) -> dict[str, Any]:
     """Utterances of the held-out split "dev", for weights by quality: one batch, general ones."""
-    from fedasr.data.batching import place
+    from fedasr.data.batching import make_buckets, place
     from fedasr.data.synthetic import FRESH_WORDS
     from fedasr.models.recogniser import ARRAYS
 
     corpus, count = bench.corpora["dev"], bench.config["corrections"]["quality"]["utterances"]
+    (bucket,) = make_buckets([corpus], 1, {"features": 24, "labels": 4})  # no training user's
     batch: dict[str, Any] = {}
     slot = 0
     for user, size in enumerate(corpus.sizes):
         for example in corpus.get(user, range(int(size))):
             words = set(bench.tokenizer.decode(example["labels"]).split())
             if slot < count and not words & set(FRESH_WORDS):
-                place(batch, (slot,), (count,), example, bench.bucket, ARRAYS)
+                place(batch, (slot,), (count,), example, bucket, ARRAYS)
                 slot += 1
     return batch
 
@@ -298,6 +307,8 @@ def train(
     from fedasr.feedback.joint import JointTraining, average_params
     from fedasr.models.recogniser import ARRAYS
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.training import loop
+    from fedasr.training.config import fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
     client, server, privacy = config["client"], config["server"], config["privacy"]
@@ -318,7 +329,7 @@ def train(
             words,
             most=settings["most"],
             noise_multiplier=noise,
-            seed=_HISTOGRAM_SEEDS["words"] + 10 * seed,
+            seed=_histogram_seed(bench, seed, "words"),
         )
         weights = weighting.word_weights(words, histogram, server_words(bench), **settings["words"])
     if system == "quality":
@@ -353,8 +364,9 @@ def train(
         make_optimizer(server["optimizer"], schedule, **server["options"]),
         LocalBatches(client["batch_size"], steps=client["steps"]),
         seed=seed,
+        identity=f"corrections {system} {fingerprint(_settings(config, system))}",
         chunk=config["chunk"],
-        buckets=[bench.bucket],
+        buckets=loop.client_grid(config),
         keep=ARRAYS,
         weights=weights,
         weigh=weigh,
@@ -543,7 +555,7 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     def text(spread: Mapping[str, Any], scale: float = 1.0) -> str:
         return f"{scale * spread['mean']:.1f} ({scale * spread['std']:.1f})"
 
-    from fedasr.training.logging import epsilon_in_words
+    from fedasr.privacy.accounting import epsilon_in_words
 
     yield f"test, percent, mean (std) over seeds {summary['seeds']}: {', '.join(MEASURES)}"
     for name, row in summary["test"].items():

@@ -335,7 +335,8 @@ def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], bench: Ben
 def lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """The summary for people: mean (standard deviation over the seeds)."""
 
-    from fedasr.training.logging import epsilon_in_words, from_json
+    from fedasr.privacy.accounting import epsilon_in_words
+    from fedasr.training.logging import from_json
 
     def text(value: Mapping[str, Any]) -> str:
         return f"{value['mean']:.1f} ({value['std']:.1f})"

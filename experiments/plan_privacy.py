@@ -29,7 +29,7 @@ from absl import flags
 from experiments import cli
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
-from fedasr.privacy import accounting
+from fedasr.privacy import accounting, ledger
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_correlation, make_sampler
 from fedasr.training.logging import from_json
@@ -194,6 +194,7 @@ def read_run(workdir: str) -> dict[str, Any]:
         "rounds": summary["rounds"],
         "delta": privacy["delta"],
         "wer": summary["wer"],
+        "ledger": privacy.get("ledger"),
     }
 
 
@@ -258,7 +259,8 @@ def run() -> dict[str, Any]:
                 rows.append({"cohort": cohort, "population": None, "rounds": rounds})
             else:
                 rows.append(plan(cohort, found, rounds, delta, sigma=sigma))
-        return {"target_epsilon": flags.FLAGS.target_epsilon, "wer": run["wer"], "rows": rows}
+        target = flags.FLAGS.target_epsilon
+        return {"target_epsilon": target, **_of_run(run), "rows": rows}
     if not cohorts or not populations:
         raise UserError("--cohort and --population are needed")
     rows = [
@@ -278,7 +280,12 @@ def run() -> dict[str, Any]:
     ]
     if not rows:
         raise UserError("every cohort is larger than every population")
-    return {"wer": run["wer"], "rows": rows} if run else {"rows": rows}
+    return {**_of_run(run), "rows": rows} if run else {"rows": rows}
+
+
+def _of_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of an extrapolated run beside the rows, which are of its own rounds alone."""
+    return {"wer": run["wer"], "ledger": run["ledger"]}
 
 
 def to_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -376,6 +383,8 @@ def program() -> None:
         print(f"epsilon compares: {known[0]['neighbours']}")
     if "wer" in result:
         print("word error rate of the run:", result["wer"])
+    for line in ledger.in_words(result.get("ledger") or {}):
+        print(line)
 
 
 if __name__ == "__main__":

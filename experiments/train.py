@@ -74,7 +74,9 @@ def train() -> int | None:
 
 def _describe(summary: dict) -> Iterator[str]:
     """The summary for people."""
-    from fedasr.training.logging import epsilon_in_words, from_json
+    from fedasr.privacy import ledger
+    from fedasr.privacy.accounting import epsilon_in_words
+    from fedasr.training.logging import from_json
 
     summary = from_json(summary)
     yield f"{summary['name']}: {summary['status']}, {summary['parameters']:,} parameters"
@@ -107,6 +109,11 @@ def _describe(summary: dict) -> Iterator[str]:
                 f"clip bounds were adaptive (quantile {adaptive['quantile']:g} of the users' "
                 f"norms); noise on the votes {adaptive['noise_multiplier']:.4g}, within epsilon"
             )
+        yield (
+            "the noise's tails end: what lies beyond them adds at most "
+            f"{privacy['delta_at_tails']:.1g} to delta"
+        )
+        yield from ledger.in_words(privacy["ledger"] or {})
         yield f"not covered by these figures: {'; '.join(privacy['not_covered'])}"
     if skipped := summary["skipped_utterances"]:
         yield f"utterances skipped: {skipped}"

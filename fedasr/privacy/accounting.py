@@ -172,7 +172,7 @@ def _rdp_epsilon_and_order(
         if not isinstance(simple, dp_event.TruncatedSubsampledGaussianDpEvent):
             plain.append((simple, count))
             continue
-        full = _full_round_probability(simple)
+        full = full_round_probability(simple)
         q, z = simple.sampling_probability, simple.noise_multiplier
         ordinary = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(z))
         doubled = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(z / 2))
@@ -365,7 +365,7 @@ def _noise_multiplier(event: Any) -> float | None:
     return getattr(event, "noise_multiplier", None)
 
 
-def _full_round_probability(event: Any) -> float:
+def full_round_probability(event: Any) -> float:
     """Probability that, without one given user, a truncated round has no slot left."""
     from scipy import stats
 
@@ -387,3 +387,10 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def epsilon_in_words(epsilon: float | None) -> str:
+    """An epsilon for people, with three digits; None is one that is not known."""
+    if epsilon is None:
+        return "unknown"
+    return f"{epsilon:.3g}" if math.isfinite(epsilon) else "infinite (no guarantee)"

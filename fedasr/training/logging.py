@@ -95,13 +95,6 @@ def _restored(value: Any, infinite: Any) -> Any:
     return value
 
 
-def epsilon_in_words(epsilon: float | None) -> str:
-    """An epsilon for people, with three digits; None is one that is not known."""
-    if epsilon is None:
-        return "unknown"
-    return f"{epsilon:.3g}" if math.isfinite(epsilon) else "infinite (no guarantee)"
-
-
 def config_to_json(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as JSON can hold it.
 

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from fedasr.errors import UserError
-from fedasr.training.logging import epsilon_in_words, from_json, read_metrics
+from fedasr.privacy import ledger
+from fedasr.privacy.accounting import epsilon_in_words
+from fedasr.training.logging import from_json, read_metrics
 
 Record = Mapping[str, Any]
 
@@ -534,11 +536,25 @@ def _privacy_tables(summary: Record, privacy: Record) -> str:
         f"ε compares: {compared}. "
         f"Sampling: {_text(sampling)}. Accountant: {_text(accountant)}. δ = {delta}."
     )
+    if (tails := _number(privacy, "delta_at_tails")) is not None:
+        how += f" What lies beyond the end of the noise's tails adds at most {tails:.1g} to δ."
+    described = from_json(dict(_mapping(privacy, "ledger")))
     return (
         _table(rows, header)
         + f'<p class="note">{_escape(explanation)}</p><p>{_escape(how)}</p>'
+        + "".join(f"<p>{_escape(line)}</p>" for line in ledger.in_words(described))
+        + _ledger_table(described)
         + _table(settings)
     )
+
+
+def _ledger_table(described: Record) -> str:
+    """The runs behind the model that the run started from."""
+    earlier = described.get("earlier") or []
+    keys = ("run", "stage", "rounds", "users", "epsilon")
+    rows = [[_epsilon_cell(e) if key == "epsilon" else e.get(key) for key in keys] for e in earlier]
+    header = ("earlier run", "stage", "rounds or steps", "users", "ε of its own")
+    return _table(rows, header) if rows else ""
 
 
 def _epsilon_cell(record: Record) -> float | str | None:
