@@ -208,9 +208,7 @@ def gaussian_delta(shift, epsilon):
     )
 
 
-@pytest.mark.parametrize(
-    "noise", [None, BandedNoise(5, 12), BufferedNoise(2, 12, 3, 4)]
-)
+@pytest.mark.parametrize("noise", [None, BandedNoise(5, 12), BufferedNoise(2, 12, 3, 4)])
 def test_users_in_turn(noise):
     """Any signs of a user's turns, as they may be: the worst moves the rounds the furthest."""
     sampler, z, rounds = ShuffledSampler(6, 2, 0), 4.0, 12
