@@ -20,11 +20,12 @@ setup(
     packages=find_packages(include=["fedasr", "fedasr.*", "experiments", "experiments.*"]),
     install_requires=[
         "absl-py>=2.1",
-        "anyascii>=0.3.2",
+        "anyascii>=0.3.2",  # transliterates Latin letters
         "array_record>=0.8",
         "chex>=0.1.88",
         "dp-accounting>=0.6",
         "flax>=0.12",
+        "ftfy>=6.3",  # repairs encoding damage of transcripts
         "importlib_resources>=6.0",  # tensorflow-datasets imports it without declaring it
         "jax>=0.8",
         "jax-privacy>=2.0",
