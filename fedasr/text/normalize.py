@@ -118,6 +118,9 @@ _C1_LETTERS = {"fr": {0x8C: "Œ", 0x9C: "œ"}}
 _C1 = re.compile("[\x80-\x9f]")
 # What UTF-8 looks like as Latin-1 or Windows-1252: a letter, then a sign beyond ASCII.
 _LEFT = re.compile("[\u00c0-\u00ff][^\\w\\s\\x00-\\x7f]|[\u00c2\u00c3\u00d7](?!\\w)")
+# Letters of phonetics and of few languages: that UTF-8 of them was damaged is less likely than that
+# nothing was.
+_RARE = re.compile("[\u0180-\u019f\u01a2-\u01ae\u01b1-\u0217\u021c-\u0385\u0483-\u0489]")
 # Words of these languages have no four letters in a row, three of them different and none ASCII:
 # this is another script, read as Latin-1.
 _FOREIGN = re.compile("[\u00c0-\u024f]{4,}")
@@ -168,8 +171,11 @@ def _without_mojibake(text: str, losses: list[Loss]) -> str:
     fixed = text
     for _ in range(4):  # damaged more than once
         once, steps = ftfy.fix_encoding_and_explain(fixed, config)
-        if once == fixed or ("decode", "windows-1252") in (steps or ()):  # see `_C1`
+        windows = ("decode", "windows-1252") in (steps or ())  # see `_C1`
+        if once == fixed or windows:
             break
+        if _RARE.search("".join(set(once) - set(fixed))):
+            return fixed
         fixed, plan = once, [*plan, *(steps or ())]
     if not plan and not is_bad(fixed):
         return fixed
