@@ -905,14 +905,49 @@ def place(
     batches.setdefault("mask", np.zeros(shape, np.bool_))[position] = True
 
 
+def fewest_buckets(
+    corpora: Sequence[Corpus],
+    padding: float,
+    most: int,
+    multiples: Mapping[str, int] | None = None,
+) -> tuple[dict[str, int], ...]:
+    """As few buckets as keep padding below a share, were every example padded to the first.
+
+    Args:
+      corpora, multiples: see `make_buckets`.
+      padding: share of the padded elements of the array that orders the buckets.
+      most: so many buckets at most, even if they pad more: each is a compiled program.
+    """
+    for count in range(1, most + 1):
+        buckets = make_buckets(corpora, count, multiples)
+        if len(buckets) < count or bucket_padding(corpora, buckets).fraction <= padding:
+            break
+    return buckets
+
+
+def bucket_padding(corpora: Sequence[Corpus], buckets: Sequence[Bucket]) -> Padding:
+    """Padding of the array that the buckets name first, were every example padded to the first."""
+    total, unit = Padding(0, 0), next(iter(buckets[0]), None) if buckets else None
+    for corpus in corpora:
+        lengths = all_lengths(corpus)
+        if unit not in lengths:
+            continue
+        fitting = _fitting_buckets(buckets, lengths, len(lengths[unit]))
+        sizes = np.array([bucket[unit] for bucket in buckets])
+        total += Padding(int(lengths[unit].sum()), int(sizes[fitting].sum()))
+    return total
+
+
 def eval_batches(
     corpus: Corpus,
     buckets: Sequence[Bucket],
-    batch_size: int,
+    batch_size: int | Sequence[int],
     keep: Sequence[str] | None = None,
     owners: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example of a corpus once, each bucket's in batches of equal shape (see "mask").
+
+    `batch_size` may be one for each bucket: long examples, few of them together.
 
     With `owners` also "user", int32 [batch]: whose example it is, -1 for padding.
     """
@@ -921,21 +956,26 @@ def eval_batches(
     fitting = _fitting_buckets(buckets, all_lengths(corpus), int(ends[-1]))
     for number, bucket in enumerate(buckets or ({},)):
         rows = np.flatnonzero(fitting == number)
-        for start in range(0, len(rows), batch_size):
+        size = batch_size if isinstance(batch_size, int) else batch_size[number]
+        for start in range(0, len(rows), size):
             batches: dict[str, np.ndarray] = {}
-            picked = rows[start : start + batch_size]
+            picked = rows[start : start + size]
             users = np.searchsorted(ends, picked, side="right")
             for slot, (user, row) in enumerate(zip(users, picked, strict=True)):
                 example = corpus.get(int(user), [int(row - ends[user] + sizes[user])])[0]
-                place(batches, (slot,), (batch_size,), example, bucket, keep)
+                place(batches, (slot,), (size,), example, bucket, keep)
             if owners:
-                batches["user"] = np.full(batch_size, -1, np.int32)
+                batches["user"] = np.full(size, -1, np.int32)
                 batches["user"][: len(users)] = users
             yield batches
 
 
 class PooledBatcher:
     """Batches of shuffled passes over all users' examples, for central training.
+
+    With several buckets, the examples of a batch are of like length: those of a pass, shuffled, are
+    put in the order of their buckets and cut into batches, which are shuffled again. One bucket
+    leaves them as they were shuffled first.
 
     Args:
       corpus: its users are forgotten.
@@ -979,25 +1019,57 @@ class PooledBatcher:
                 raise UserError(f"a batch of {frames} frames is shorter than an example: {longest}")
             # Any order has at least so many batches; a short last one may be left out.
             self._per_pass = (int(self._lengths.sum()) - longest) // frames + 1
-        self._order: tuple[int, np.ndarray, list[np.ndarray]] | None = None
+        self._fitting = None
+        if len(self._buckets) > 1:
+            self._fitting = _fitting_buckets(self._buckets, all_lengths(corpus), total)
+        self._order: tuple[int, list[np.ndarray]] | None = None
 
-    def _pass(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The order of examples in a pass, and with `frames` its batches."""
+    def _pass(self, number: int) -> list[np.ndarray]:
+        """The examples of each batch of a pass."""
         if self._order is None or self._order[0] != number:
             rng = np.random.default_rng(np.random.SeedSequence([_ORDER_TAG, self._seed, number]))
             order = rng.permutation(int(self._ends[-1]))
-            parts = pack(self._lengths[order], self._frames) if self._frames else []
-            self._order = (number, order, parts)
-        return self._order[1:]
+            if not self._frames:
+                order = order[: self._per_pass * self._batch]
+            if self._fitting is not None:
+                order = order[np.argsort(self._fitting[order], kind="stable")]
+            if self._frames:
+                parts = [order[part] for part in pack(self._lengths[order], self._frames)]
+            else:
+                parts = list(order.reshape(self._per_pass, self._batch))
+            if self._fitting is not None:
+                parts = [parts[i] for i in rng.permutation(len(parts))]
+            self._order = (number, parts)
+        return self._order[1]
+
+    def padding(self, steps: int) -> Padding:
+        """How much of the first `steps` batches is real, in the array that the buckets name first.
+
+        Places without an example count as padding, too.
+        """
+        total = Padding(0, 0)
+        if not self._buckets:
+            return total
+        unit = next(iter(self._buckets[0]))
+        every = all_lengths(self._corpus)
+        lengths = every.get(unit)
+        if lengths is None:
+            return total
+        fitting = _fitting_buckets(self._buckets, every, int(self._ends[-1]))
+        for step in range(steps):
+            number, first = divmod(step, self._per_pass)
+            picked = self._pass(number)[first]
+            size = self._buckets[int(fitting[picked].max())][unit]
+            total += Padding(int(lengths[picked].sum()), self._slots_for(len(picked)) * size)
+        return total
+
+    def _slots_for(self, count: int) -> int:
+        return round_up(self._slots or rounded_slots(count), self._multiple)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Batch number `step`: a pure function of (seed, step)."""
         number, first = divmod(step, self._per_pass)
-        order, parts = self._pass(number)
-        if self._frames is None:
-            picked = order[first * self._batch : (first + 1) * self._batch]
-        else:
-            picked = order[parts[first]]
+        picked = self._pass(number)[first]
         owners = np.searchsorted(self._ends, picked, side="right")
         places = [
             (int(user), int(index - (self._ends[user - 1] if user else 0)))
@@ -1011,7 +1083,7 @@ class PooledBatcher:
             if self._buckets
         ]
         bucket = self._buckets[max(need)] if need else {}
-        slots = round_up(self._slots or rounded_slots(len(places)), self._multiple)
+        slots = self._slots_for(len(places))
         batches: dict[str, np.ndarray] = {}
         for slot, (user, index) in enumerate(places):
             example = self._corpus.get(user, [index])[0]

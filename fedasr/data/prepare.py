@@ -143,6 +143,8 @@ def prepare(
         raise UserError(f"workers must be 0 (one a core) or more, not {workers}")
     if tokenizer is not None and (alphabet or keep_letters):
         raise UserError("a tokenizer has its own characters: leave the alphabet and letters out")
+    if alphabet == text_lib.FROM_DATA:
+        raise UserError("utterances are read once: find their alphabet by fedasr.text.alphabet_of")
     if alphabet in text_lib.SCRIPTS:
         alphabet = text_lib.script_alphabet(alphabet)
     elif alphabet.isascii() and len(set(alphabet)) < len(alphabet):

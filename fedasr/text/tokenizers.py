@@ -318,3 +318,17 @@ def tokenizer_for(metadata: Mapping[str, Any]) -> Tokenizer:
     if not isinstance(characters, str):
         raise UserError("the corpus does not say its alphabet (options.characters): prepare again")
     return CharTokenizer(characters)
+
+
+def learned_vocabulary(metadata: Mapping[str, Any]) -> str:
+    """What a corpus's labels say of texts without privacy, in one line; "" for nothing.
+
+    Args:
+      metadata: as for `tokenizer_for`.
+    """
+    options = metadata.get("options", {})
+    if options.get("subwords"):
+        return "the texts that the subword vocabulary was learned from, if they are of these users"
+    if options.get("learned"):
+        return "which characters occur in the transcripts (the alphabet was made from them)"
+    return ""

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from fedasr.data.batching import Bucket, PooledBatcher, Prefetcher
+from fedasr.data.batching import Bucket, Padding, PooledBatcher, Prefetcher
 from fedasr.data.corpus import Corpus
 from fedasr.federated.client import Loss, Params
 from fedasr.federated.cohort import (
@@ -77,6 +77,14 @@ class CentralTraining:
         whole = replicated(self._mesh)
         where = {"in_shardings": (whole, client_sharding(self._mesh)), "out_shardings": whole}
         self._step = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
+
+    def padding(self, steps: int) -> Padding:
+        """How much of the first `steps` batches is real; see `PooledBatcher.padding`."""
+        return self._batcher.padding(steps)
+
+    def compilations(self) -> int:
+        """How many programs were compiled: at most one for each bucket and number of examples."""
+        return self._step._cache_size()
 
     def init(self, params: Params) -> ServerState:
         """The state before the first step; its `round` counts optimiser steps."""
