@@ -1024,6 +1024,11 @@ class PooledBatcher:
             self._fitting = _fitting_buckets(self._buckets, all_lengths(corpus), total)
         self._order: tuple[int, list[np.ndarray]] | None = None
 
+    @property
+    def per_pass(self) -> int:
+        """Batches of a pass over all examples (but for those that fill none)."""
+        return self._per_pass
+
     def _pass(self, number: int) -> list[np.ndarray]:
         """The examples of each batch of a pass."""
         if self._order is None or self._order[0] != number:
@@ -1033,14 +1038,35 @@ class PooledBatcher:
                 order = order[: self._per_pass * self._batch]
             if self._fitting is not None:
                 order = order[np.argsort(self._fitting[order], kind="stable")]
-            if self._frames:
+            if not self._frames:
+                parts = list(order.reshape(self._per_pass, self._batch))
+            elif self._fitting is None:
                 parts = [order[part] for part in pack(self._lengths[order], self._frames)]
             else:
-                parts = list(order.reshape(self._per_pass, self._batch))
+                parts = self._by_bucket(order)
             if self._fitting is not None:
                 parts = [parts[i] for i in rng.permutation(len(parts))]
             self._order = (number, parts)
         return self._order[1]
+
+    def _by_bucket(self, order: np.ndarray) -> list[np.ndarray]:
+        """Batches of as many examples as `frames` has room for, at least as many as a pass takes.
+
+        `order` is by bucket. What is left of a bucket joins the next.
+        """
+        parts, left = [], order[:0]
+        for number in range(len(self._buckets)):
+            left = np.concatenate([left, order[self._fitting[order] == number]])
+            room = self._room(number)
+            full = len(left) // room * room
+            parts += list(left[:full].reshape(-1, room))
+            left = left[full:]
+        return parts if len(parts) >= self._per_pass else [*parts, left]
+
+    def _room(self, bucket: int) -> int:
+        """How many examples of a bucket make a batch of `frames`."""
+        room = max(1, self._frames // next(iter(self._buckets[bucket].values())))
+        return room - room % self._multiple if room > self._multiple else room
 
     def padding(self, steps: int) -> Padding:
         """How much of the first `steps` batches is real, in the array that the buckets name first.
@@ -1059,12 +1085,16 @@ class PooledBatcher:
         for step in range(steps):
             number, first = divmod(step, self._per_pass)
             picked = self._pass(number)[first]
-            size = self._buckets[int(fitting[picked].max())][unit]
-            total += Padding(int(lengths[picked].sum()), self._slots_for(len(picked)) * size)
+            bucket = int(fitting[picked].max())
+            slots = self._slots_for(bucket, len(picked))
+            total += Padding(int(lengths[picked].sum()), slots * self._buckets[bucket][unit])
         return total
 
-    def _slots_for(self, count: int) -> int:
-        return round_up(self._slots or rounded_slots(count), self._multiple)
+    def _slots_for(self, bucket: int, count: int) -> int:
+        slots = self._slots or rounded_slots(count)
+        if self._frames and self._fitting is not None:
+            slots = self._room(bucket)  # one number for each bucket is one program
+        return round_up(slots, self._multiple)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Batch number `step`: a pure function of (seed, step)."""
@@ -1082,13 +1112,42 @@ class PooledBatcher:
             for u, i in places
             if self._buckets
         ]
-        bucket = self._buckets[max(need)] if need else {}
-        slots = self._slots_for(len(places))
+        number = max(need, default=0)
+        bucket = self._buckets[number] if need else {}
+        slots = self._slots_for(number, len(places))
         batches: dict[str, np.ndarray] = {}
         for slot, (user, index) in enumerate(places):
             example = self._corpus.get(user, [index])[0]
             place(batches, (slot,), (slots,), example, bucket, self._keep)
         return batches
+
+
+def pooled_buckets(
+    corpus: Corpus,
+    *,
+    padding: float,
+    most: int,
+    multiples: Mapping[str, int] | None = None,
+    **batches: Any,
+) -> tuple[dict[str, int], ...]:
+    """As few buckets as keep the padding of a `PooledBatcher` below a share, or near its least.
+
+    Args:
+      corpus: to train on.
+      padding: share of the padded elements of the array that orders the buckets.
+      most: so many buckets at most: each is a compiled program.
+      multiples: see `make_buckets`.
+      batches: arguments of `PooledBatcher` (batch_size or frames, multiple).
+    """
+    found = []
+    for count in (c for c in (1, 2, 3, 4, 6, 8, 12, 16) if c <= most):
+        buckets = make_buckets([corpus], count, multiples)
+        batcher = PooledBatcher(corpus, buckets, 0, **batches)
+        found.append((batcher.padding(batcher.per_pass).fraction, buckets))
+        if found[-1][0] <= padding or len(buckets) < count:
+            break
+    enough = max(padding, min(share for share, _ in found) + 0.01)
+    return next(buckets for share, buckets in found if share <= enough)
 
 
 class Prefetcher:

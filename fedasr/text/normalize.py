@@ -358,6 +358,8 @@ def _compatible(c: str) -> str:
     """A presentation form, ligature or other font as plain letters; anything else as it is."""
     form = unicodedata.decomposition(c).split(" ")[0]
     name = unicodedata.name(c, "")
+    if c == "\u0587":  # Armenian spells with it
+        return c
     if form in _SAME or (form == "<compat>" and name.startswith(("LATIN ", "ARMENIAN "))):
         return unicodedata.normalize("NFC", unicodedata.normalize("NFKD", c)).lower()
     return c

@@ -31,7 +31,6 @@ from fedasr.data.batching import (
     Padding,
     Resident,
     Shape,
-    fewest_buckets,
     make_buckets,
     make_resident,
     make_shapes,
@@ -81,8 +80,6 @@ from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, to_json, write_json_atomic
 from fedasr.training.report import write_report
 
-# Of central training: every bucket is a program to compile, padding is time in every step.
-_CENTRAL_PADDING, _CENTRAL_BUCKETS = 0.08, 8
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
 CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
 CHUNK_FILE = "chunk.json"  # what chunk="auto" came to, or what fitted: a resumed run takes it again
@@ -290,7 +287,7 @@ def _central(
         batch["batch_size"],
         frames=batch["frames"],
         seed=config["seed"],
-        buckets=fewest_buckets([corpus], _CENTRAL_PADDING, _CENTRAL_BUCKETS, _MULTIPLES),
+        multiples=_MULTIPLES,
         steps_per_report=math.gcd(10, config["checkpoint"]["seed_every"]),  # saved when reported
         devices=devices,
         keep=ARRAYS,
@@ -697,7 +694,8 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         population = len(open_corpus(settings["dir"], settings["train"]).users)
         metadata = read_metadata(settings["dir"])
         fitting_tokenizer(config, metadata)
-        settings["vocabulary"] = learned_vocabulary(metadata)
+        if vocabulary := learned_vocabulary(metadata):
+            settings["vocabulary"] = vocabulary
     else:
         from fedasr.data.synthetic import SyntheticConfig, expected_users
 
