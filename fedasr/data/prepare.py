@@ -480,18 +480,18 @@ def _accepted(
 _SHOWN = 20  # kinds of unknown characters in a summary
 
 
-def _unknown(path: Path) -> list[tuple[str, str, int]]:
-    """What made transcripts unusable, most frequent first: (characters, reason, count)."""
+def _unknown(path: Path) -> list[list[Any]]:
+    """What made transcripts unusable, most frequent first: [characters, reason, count]."""
     counts: Counter[tuple[str, str]] = Counter()
     with open(path, encoding="utf-8") as lines:
         for line in map(json.loads, lines):
             if line["reason"] == "unknown_characters":
                 counts += text_lib.parse_losses(line["detail"])
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [(shown, reason, count) for (shown, reason), count in ordered[:_SHOWN]]
+    return [[shown, reason, count] for (shown, reason), count in ordered[:_SHOWN]]
 
 
-def describe_unknown(unknown: Sequence[tuple[str, str, int]]) -> str:
+def describe_unknown(unknown: Sequence[Sequence[Any]]) -> str:
     """One line: which characters, how often, and for each kind what keeps them."""
     shown = ", ".join(f"{characters} {count}x" for characters, _, count in unknown[:10])
     reasons = dict.fromkeys(reason for _, reason, _ in unknown)
