@@ -19,10 +19,10 @@ from fedasr.federated.cohort import (
     settled,
 )
 from fedasr.federated.server import ServerState, init_server, server_step
+from fedasr.streams import Stream, seed_key
 
 # Every bucket is a program to compile, padding is time in every step.
 PADDING, MOST_BUCKETS = 0.12, 12
-CENTRAL_STREAM = 2  # beside the federated streams of `fedasr.federated.simulation`
 
 
 class CentralTraining:
@@ -39,6 +39,7 @@ class CentralTraining:
       devices: of this process; default all.
       frames: about so many frames per step over all devices (see `PooledBatcher`).
       steps_per_report: steps in one item of `run`.
+      stream: what its randomness belongs to.
       model_devices: devices that hold the model together, see `client_mesh`.
     """
 
@@ -57,6 +58,7 @@ class CentralTraining:
         devices: Sequence[jax.Device] | None = None,
         keep: Sequence[str] | None = None,
         model_devices: int = 1,
+        stream: Stream = Stream.CENTRAL,
     ) -> None:
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
         # Every device needs an equal share; the padding examples are masked.
@@ -65,10 +67,10 @@ class CentralTraining:
             buckets = pooled_buckets(
                 corpus, padding=PADDING, most=MOST_BUCKETS, multiples=multiples, **batches
             )
-        self._batcher = PooledBatcher(corpus, buckets, seed, keep=keep, **batches)
+        self._batcher = PooledBatcher(corpus, buckets, seed, keep=keep, stream=stream, **batches)
         self._optimizer = optimizer
         self._per_report = steps_per_report
-        root = jax.random.fold_in(jax.random.key(seed), CENTRAL_STREAM)
+        root = seed_key(seed, stream)
 
         def step(state: ServerState, batch):
             key = jax.random.fold_in(root, state.round)
