@@ -62,9 +62,9 @@ def test_corpora_in_other_alphabets(tmp_path):
     # The report's list of what no epsilon covers has it.
     config = {"local": {"patterns": []}, "data": {"iid": False}, "init_from": ""}
     config["seed_training"] = {"steps": 0}
-    before = _not_covered(config)
+    before = _not_covered(config, True)
     config["data"]["vocabulary"] = learned
-    assert set(_not_covered(config)) - set(before) == {learned}
+    assert set(_not_covered(config, True)) - set(before) == {learned}
     # A model for other characters is refused in one line that says what to set.
     model = {"name": "transformer", "options": {"vocab": 30}}
     with pytest.raises(UserError, match=rf"model\.options\.vocab={len(found) + 1}"):
