@@ -48,7 +48,9 @@ def train() -> int | None:
     from fedasr.training import loop
     from fedasr.training.logging import to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = _CONFIG.value.to_dict()
+    config_lib.check_fields(config)  # before it is JSON, which knows no NaN
+    config = to_json(config)
     if _DRY_RUN.value:
         summary = loop.dry_run(config)
         if hosts.is_leader():

@@ -65,7 +65,7 @@ from fedasr.models.recurrent import RecurrentConfig
 from fedasr.privacy import accounting, clipping
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_mechanism, make_sampler
-from fedasr.text import Tokenizer, tokenizer_for
+from fedasr.text import CharTokenizer, Tokenizer, tokenizer_for
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import (
     Checkpointer,
@@ -74,6 +74,8 @@ from fedasr.training.checkpoint import (
     restore_params,
 )
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
+from fedasr.training.checks import check_optimizer, check_splits
+from fedasr.training.config import check_fields
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, to_json, write_json_atomic
@@ -125,10 +127,8 @@ def build_recogniser(config: Mapping[str, Any], augmented: bool = True) -> Recog
     """
     augment = None
     if config["augment"]["enabled"] and augmented:
-        try:
-            augment = SpecAugmentConfig(**config["augment"]["options"])
-        except TypeError as error:
-            raise UserError(f"augment.options: {error}") from error
+        options = config["augment"]["options"]
+        augment = SpecAugmentConfig(**_known(SpecAugmentConfig, options, "augment.options"))
     return make_recogniser(config["model"]["name"], config["model"]["options"], augment)
 
 
@@ -168,6 +168,7 @@ class Data:
     def __init__(self, directory: str | Path, config: Mapping[str, Any], log: Any = print) -> None:
         settings = config["data"]
         metadata = read_metadata(directory)
+        check_splits(config, metadata["splits"], directory, log)
         self.tokenizer = fitting_tokenizer(config, metadata)
         _check_features(config, metadata)
         self.train = open_corpus(directory, settings["train"])
@@ -201,6 +202,9 @@ class Data:
         self.buckets, self.shapes = padded_shapes(config, [self.train], self.train)
         others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
         self.other_buckets = make_buckets(others, 1, _MULTIPLES) if others else ()
+        every = self.buckets + self.other_buckets
+        # One that holds every utterance.
+        self.whole_bucket = ({name: max(one[name] for one in every) for name in every[0]},)
         self._keep_on_devices = settings["resident"]
         self._resident: tuple[Corpus, Any, Resident] | None = None
 
@@ -481,50 +485,22 @@ def _local_batches(config: Mapping[str, Any]) -> LocalBatches:
     )
 
 
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as JSON holds it, which has no NaN and no infinity: checked before."""
+    check_fields(config)
+    config = to_json(config)
+    _check(config)
+    return config
+
+
 def _check(config: Mapping[str, Any]) -> None:
     """Raises UserError for mistakes that would otherwise show late, or not at all."""
-    if config["algorithm"] not in ("federated", "central"):
-        raise UserError(
-            f"algorithm={config['algorithm']!r} is unknown: choose 'federated' or 'central'"
-        )
-    least = {
-        "rounds": 0,
-        "devices": 0,
-        "model_devices": 1,
-        "data.buckets": 1,
-        "seed_training.steps": 0,
-        "seed_training.batch_size": 1,
-        "central.steps": 0,
-        "central.batch_size": 1,
-        "evaluation.every": 0,
-        "evaluation.batch_size": 1,
-        "checkpoint.every": 1,
-        "checkpoint.seed_every": 0,
-        "checkpoint.keep": 1,
-        "server.decay_rounds": 1,
-        "client.decay_rounds": 1,
-        "client.batch_seconds": 0,
-        "client.micro_batch": 0,
-        "central.batch_seconds": 0,
-        "central.decay_steps": 0,
-        "seed_training.batch_seconds": 0,
-        "seed_training.decay_steps": 0,
-        "augment.start_round": 0,
-        "data.population": 0,
-    }
-    flat = _flatten(config)
-    for name, bound in least.items():
-        if flat[name] < bound:
-            raise UserError(f"{name}={flat[name]} must be at least {bound}")
-    if config["chunk"] != chunks.AUTO and not (
-        isinstance(config["chunk"], int) and config["chunk"] >= 0
-    ):
-        raise UserError(f"chunk={config['chunk']!r} must be a number from 0, or 'auto'")
     compression.check(config)
     _check_local(config)
     for section in ("seed_training", "central", "client", "server"):
         settings = config[section]
-        make_optimizer(settings["optimizer"], 0.1, **settings.get("options", {}))
+        options = settings.get("options", {})
+        check_optimizer(settings["optimizer"], options, f"{section}.options")
     _local_batches(config)
     options = config["model"]["options"]
     mels = LogMelConfig().num_mels
@@ -535,11 +511,7 @@ def _check(config: Mapping[str, Any]) -> None:
     # The channels of neural recordings are known with the data (`Data`).
     elif options.get("features", mels) != mels:
         raise UserError(f"the data needs model.options.features={mels}")
-    if not 0 < config["privacy"]["delta"] < 1:
-        raise UserError(f"privacy.delta={config['privacy']['delta']} must lie between 0 and 1")
-    for case in config["privacy"]["deployments"]:
-        if not isinstance(case, list) or len(case) != 2 or not 0 < case[0] <= case[1]:
-            raise UserError(f"privacy.deployments: {case} is not (cohort, population)")
+    SpecAugmentConfig(**_known(SpecAugmentConfig, config["augment"]["options"], "augment.options"))
     if config["devices"] > len(jax.local_devices()):
         raise UserError(f"devices={config['devices']}: only {len(jax.local_devices())} are here")
     if (count := config["devices"] or len(jax.devices())) % config["model_devices"]:
@@ -555,6 +527,14 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError("model_devices above 1 needs a single process")
     if config["init_from"]:
         checkpoint_metadata(config["init_from"])
+
+
+def _known(kind: type, options: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The options; raises UserError for one that the dataclass does not have."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if unknown := sorted(options.keys() - set(names)):
+        raise UserError(f"{where} has no {unknown[0]}: it has {', '.join(names)}")
+    return options
 
 
 def _check_local(config: Mapping[str, Any]) -> None:
@@ -682,8 +662,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: as the run itself would.
     """
-    config = to_json(config)
-    _check(config)
+    config = _checked(config)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = parameter_count(recogniser)
@@ -691,12 +670,9 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     if settings["dir"] and settings["population"] and not Path(settings["dir"]).exists():
         population = settings["population"]
     elif settings["dir"]:
-        population = len(open_corpus(settings["dir"], settings["train"]).users)
-        fitting_tokenizer(config, read_metadata(settings["dir"]))
+        population = _rehearse(config, Path(settings["dir"]))
     else:
-        from fedasr.data.synthetic import SyntheticConfig, expected_users
-
-        population = expected_users(SyntheticConfig(task=settings["task"]), settings["train"])
+        population = _rehearse_synthetic(config)
     summary = {
         "status": "dry_run",
         "name": config["name"],
@@ -725,6 +701,70 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     return summary
 
 
+def _rehearse(config: Mapping[str, Any], directory: Path) -> int:
+    """Makes all that a run on this data would train with, and nothing of it on disk.
+
+    Returns:
+      The number of training users.
+
+    Raises:
+      UserError: as the run would.
+    """
+    shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+    if config["init_from"]:
+        _loaded(config["init_from"], shapes)
+    small = {**config, "data": {**config["data"], "resident": False}}  # not the data itself
+    data = Data(directory, small, lambda text: None)
+    devices = jax.devices()[: config["devices"] or None]
+    _check_central(config, data, devices)
+    if config["algorithm"] == "federated":
+        with tempfile.TemporaryDirectory() as folder:
+            store = None
+            if layout := local_layout(config):
+                users, prototype = len(data.train.users), config["local"]["prototype"]
+                store = LocalStore(folder, layout, users, prototype)
+            chunk = _dry_chunk(config)
+            chunk = 1 if chunk == chunks.AUTO else chunk
+            simulation = make_simulation(
+                config, data, build_recogniser(config).loss, devices, store, chunk
+            )
+        _check_deployments(config, simulation.mechanism)
+    return len(data.train.users)
+
+
+def _rehearse_synthetic(config: Mapping[str, Any]) -> int:
+    """Likewise as far as is known of the synthetic corpus before it is made."""
+    from fedasr.data import synthetic
+
+    settings = synthetic.SyntheticConfig(task=config["data"]["task"])
+    where = f"the synthetic corpus {settings.task!r}"
+    check_splits(config, synthetic.SPLITS, where, lambda text: None)
+    fitting_tokenizer(config, {"options": {"characters": CharTokenizer().characters}})
+    _check_features(config, {"options": {}})
+    population = synthetic.expected_users(settings, config["data"]["train"])
+    if config["algorithm"] == "federated":
+        _check_deployments(config, make_mechanism(config, make_sampler(config, population)))
+    return population
+
+
+def _check_deployments(config: Mapping[str, Any], mechanism: Mechanism) -> None:
+    """Raises UserError for one that cannot be, before anything is trained."""
+    if config["privacy"]["enabled"]:
+        for case in config["privacy"]["deployments"]:
+            mechanism.deployed(*case)
+
+
+def _check_central(config: Mapping[str, Any], data: Data, devices: Sequence[jax.Device]) -> None:
+    """Raises UserError for central training that could not begin, before something else does."""
+    loss = build_recogniser(config).loss
+    stages = {"seed_training": data.seed}
+    if config["algorithm"] == "central":
+        stages["central"] = data.train
+    for section, corpus in stages.items():
+        if corpus is not None:
+            _central(config, section, corpus, loss, data.whole_bucket, devices)
+
+
 def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
 
@@ -740,8 +780,7 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         configuration.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    config = to_json(config)
-    _check(config)
+    config = _checked(config)
     workdir = Path(workdir)
     if hosts.is_leader():
         data_directory(config)  # the others find it made
@@ -846,12 +885,8 @@ class _Run:
         self.own_devices = [d for d in self.devices if d.process_index == jax.process_index()]
         self.data = Data(directory, config, self._message)
         self.seed_steps = config["seed_training"]["steps"] if self.data.seed else 0
-        evaluation_buckets = self.data.buckets + self.data.other_buckets
-        biggest = {
-            name: max(bucket[name] for bucket in evaluation_buckets)
-            for name in evaluation_buckets[0]
-        }
-        self.whole_bucket = (biggest,)
+        self.whole_bucket = self.data.whole_bucket
+        _check_central(config, self.data, self.own_devices)
         self.evaluator = Evaluator(
             self.recogniser,
             self.whole_bucket,
@@ -881,10 +916,7 @@ class _Run:
             kept = _read_json(self.chunk_file) or {}
             same = kept.get("device") == _device(self.devices)
             self.simulations = self._simulations(kept["chunk"] if same else None)
-            if config["privacy"]["enabled"]:
-                for case in config["privacy"]["deployments"]:
-                    # Raises for one that cannot be, before anything is trained.
-                    self.simulations[0][1].mechanism.deployed(*case)
+            _check_deployments(config, self.simulations[0][1].mechanism)
         checkpoints = workdir / "checkpoints"
         if hosts.is_leader():
             self.checkpointer = Checkpointer(checkpoints, config["checkpoint"]["keep"])
