@@ -100,8 +100,8 @@ def verdicts(corpus_dir, tmp_path, monkeypatch):
         nonlocal runs
         runs += 1
         config = config_lib.default_config().to_dict()
-        config["data"]["dir"], config["cohort"], config["rounds"] = str(corpus_dir), 2, 2
-        config["privacy"].update(sampler="fixed", deployments=((10, 100),))  # quick to account for
+        config["data"]["dir"], config["cohort"], config["rounds"] = str(corpus_dir), 0, 2
+        config["privacy"].update(sampler="everyone", deployments=((9, 9),))  # quick to account for
         config["model"]["options"].update(dim=16, blocks=1, heads=2, mlp=16)
         for name, value in changes.items():
             *sections, leaf = name.split(".")
