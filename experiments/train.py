@@ -7,7 +7,8 @@
 With --coordinator the same command runs on several hosts, --process=0 on HOST; the work directory
 and the data must be the same folders everywhere. --coordinator=auto: where JAX knows the cluster.
 
-Without --config it is the quickstart. Running the same command again resumes. Exit status: 0 when
+Without --config it is the quickstart. Running the same command again resumes; with --extend=ROUNDS
+a run that is there, finished or not, goes on to more rounds. Exit status: 0 when
 the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
 """
 
@@ -24,6 +25,7 @@ _DEFAULT = str(Path(__file__).parent / "configs" / "quickstart.py")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/NAME-FINGERPRINT of the configuration."
 )
+_EXTEND = flags.DEFINE_integer("extend", None, "Rounds that the run in --workdir goes on to.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or 'auto'.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)
@@ -52,7 +54,7 @@ def train() -> int | None:
     config_lib.check_fields(config)  # before it is JSON, which knows no NaN
     config = to_json(config)
     if _DRY_RUN.value:
-        summary = loop.dry_run(config)
+        summary = loop.dry_run(config, _WORKDIR.value, _EXTEND.value)
         if hosts.is_leader():
             cli.show(summary)
         return None
@@ -62,7 +64,7 @@ def train() -> int | None:
         print(f"work directory: {workdir}", file=sys.stderr)
     cli.configure_compilation(workdir.parent)
     try:
-        summary = loop.run(config, workdir)
+        summary = loop.run(config, workdir, _EXTEND.value)
     except loop.Interrupted as stopped:
         return cli.fail(stopped, cli.STOPPED)
     if hosts.is_leader():

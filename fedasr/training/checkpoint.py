@@ -404,6 +404,11 @@ def _steps(directory: Path) -> list[int]:
     return [int(f.name) for f in folders if f.name.isdecimal() and _is_step(f)]
 
 
+def step_folders(directory: str | Path) -> list[Path]:
+    """The complete checkpoints in a folder, which may be missing, the oldest first."""
+    return [Path(directory) / str(step) for step in sorted(_steps(Path(directory)))]
+
+
 def _find_step(path: str | Path) -> Path:
     path = Path(path).absolute()
     if _is_step(path):

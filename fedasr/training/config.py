@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 _NEVER = 1_000_000_000  # a round that no run gets to
 _MOST_RATE = 1e4  # of learning: two decades more than any optimiser here has been of use at
-# What a run adds to its configuration: the data's content hash and its alphabet.
-RECORDED = ("identity", "characters")
+# What a run adds to its configuration: the data's content hash and its alphabet, and the hash of
+# the parameters that it started from.
+RECORDED = {"data": ("identity", "characters"), "": ("start",)}
 
 
 def _optimizers() -> list[str]:
@@ -311,9 +312,11 @@ def check_fields(config: Any) -> None:
     Args:
       config: values as they were given: after `to_json` a NaN is a null.
     """
-    if isinstance(config, Mapping) and isinstance(data := config.get("data"), Mapping):
-        given = {name: value for name, value in data.items() if name not in RECORDED}
-        config = {**config, "data": given}
+    if isinstance(config, Mapping):
+        config = {name: value for name, value in config.items() if name not in RECORDED[""]}
+        if isinstance(data := config.get("data"), Mapping):
+            given = {name: value for name, value in data.items() if name not in RECORDED["data"]}
+            config["data"] = given
     check(config, fields())
 
 

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import math
 import sys
 import tempfile
@@ -72,6 +71,7 @@ from fedasr.training.checkpoint import (
     CheckpointReader,
     lock_directory,
     restore_params,
+    step_folders,
 )
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.checks import check_optimizer, check_splits
@@ -80,11 +80,27 @@ from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, to_json, write_json_atomic
 from fedasr.training.report import write_report
+from fedasr.training.sinks import Sink
+from fedasr.training.workdir import (
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    check_same,
+    extended,
+    history,
+    identity,
+    read_existing,
+    read_json,
+    tree_hash,
+)
 
 _MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
-CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
+REPORT_FILE = "report.html"
 CHUNK_FILE = "chunk.json"  # what chunk="auto" came to, or what fitted: a resumed run takes it again
+# Of client updates: with more invalid ones the rest are no cohort any more.
+_MOST_INVALID = 0.5
+_BAD_ROUNDS = 3  # so many at the end are no accident
+_REPORT_SECONDS = 300.0  # that the run waits for its plots
 LOCAL_FOLDER = "local"  # of a work directory, the users' local parameters
 
 
@@ -103,16 +119,36 @@ class Totals:
     computed: int = 0
     timed_steps: int = 0
     timed_seconds: float = 0.0
+    client_updates: int = 0
+    loss_is_finite: bool = True  # in the last round with anybody in it, or the last steps
+    bad_rounds: int = 0  # in a row, up to the last, in which most updates were invalid
 
     def add(self, metrics: RoundMetrics, compiled: bool) -> None:
         """Counts a round; one that compiled something says nothing about speed."""
         self.invalid_client_updates += metrics.invalid
+        self.client_updates += metrics.clients
+        if metrics.clients:
+            self.loss_is_finite = math.isfinite(metrics.loss)
+            bad = metrics.invalid > _MOST_INVALID * metrics.clients
+            self.bad_rounds = self.bad_rounds + 1 if bad else 0
         self.infeasible_utterances += int(metrics.aux.get("infeasible", 0))
         self.real += metrics.padding.real
         self.computed += metrics.padding.computed
         if not compiled:
             self.timed_steps += metrics.steps
             self.timed_seconds += metrics.seconds
+
+    def problem(self) -> str:
+        """Why a run that got to its end has not done what it should; "" if it has."""
+        invalid, updates = self.invalid_client_updates, self.client_updates
+        if invalid > _MOST_INVALID * updates:
+            return f"{invalid} of {updates} client updates were not finite and counted as zero"
+        if self.bad_rounds >= _BAD_ROUNDS:
+            return (
+                f"in the last {self.bad_rounds} rounds most client updates were not finite and "
+                "counted as zero"
+            )
+        return "" if self.loss_is_finite else "the last training loss was not finite"
 
 
 def build_recogniser(config: Mapping[str, Any], augmented: bool = True) -> Recogniser:
@@ -525,8 +561,6 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError("central training and local parameters need a single process")
         if config["model_devices"] > 1:
             raise UserError("model_devices above 1 needs a single process")
-    if config["init_from"]:
-        checkpoint_metadata(config["init_from"])
 
 
 def _known(kind: type, options: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -663,6 +697,8 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: as the run itself would.
     """
     config = _checked(config)
+    if config["init_from"]:
+        _read_start(config)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = parameter_count(recogniser)
@@ -710,9 +746,6 @@ def _rehearse(config: Mapping[str, Any], directory: Path) -> int:
     Raises:
       UserError: as the run would.
     """
-    shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
-    if config["init_from"]:
-        _loaded(config["init_from"], shapes)
     small = {**config, "data": {**config["data"], "resident": False}}  # not the data itself
     data = Data(directory, small, lambda text: None)
     devices = jax.devices()[: config["devices"] or None]
@@ -765,23 +798,37 @@ def _check_central(config: Mapping[str, Any], data: Data, devices: Sequence[jax.
             _central(config, section, corpus, loss, data.whole_bucket, devices)
 
 
-def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+def run(
+    config: Mapping[str, Any], workdir: str | Path, extend: int | None = None
+) -> dict[str, Any]:
     """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
 
     Args:
       config: a plain mapping with the fields of `default_config`.
       workdir: made if missing.
+      extend: rounds to go on to instead of the configuration's, in a directory that holds a run.
 
     Returns:
       The summary, also in `workdir/summary.json`.
 
     Raises:
-      UserError: for a mistake in the configuration or data, or a `workdir` of another
-        configuration.
+      UserError: for a mistake in the configuration or data, a `workdir` of another configuration,
+        or a disk that does not take what must not be lost.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
     config = _checked(config)
-    workdir = Path(workdir)
+    try:
+        return _run(config, Path(workdir), extend)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        what = error.strerror or " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the run in --workdir={workdir} cannot go on: {what}{where}: what was saved is intact; "
+            "mend that, and the same command goes on"
+        ) from error
+
+
+def _run(config: dict[str, Any], workdir: Path, extend: int | None) -> dict[str, Any]:
     if hosts.is_leader():
         data_directory(config)  # the others find it made
     hosts.wait_for_all("data")
@@ -795,61 +842,102 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
     with contextlib.ExitStack() as stack:
         if hosts.is_leader():
-            stack.enter_context(lock_directory(workdir))
+            lock = stack.enter_context(lock_directory(workdir))
+            if lock.warning:
+                print(lock.warning, file=sys.stderr, flush=True)
         stop = stack.enter_context(graceful_stop())
         hosts.wait_for_all("locked")
-        new = _is_new(workdir, config)
-        summary_path = workdir / SUMMARY_FILE
-        if (done := _read_json(summary_path)) and done.get("status") == "completed":
+        existing = read_existing(workdir)
+        if extend is not None:
+            config = extended(workdir, existing, config, extend)
+        start = _start(config, existing, workdir)
+        config["start"] = tree_hash(start) if start is not None else (existing or {}).get("start")
+        config["start"] = config["start"] or ""
+        if existing is not None:
+            rounds = {} if extend is None else {"rounds": extend}
+            check_same(workdir, {**existing, **rounds}, config)
+        before = read_json(workdir / SUMMARY_FILE)
+        if before and _is_done(before, config):
             if hosts.is_leader() and not (workdir / REPORT_FILE).exists():  # killed between the two
-                write_report(workdir)
-            return done
-        if new and local_layout(config) is not None:  # rows of a mistaken configuration
+                _report(workdir)
+            return before
+        if existing is None and local_layout(config) is not None:  # rows of a mistake
             remove_rows(workdir / LOCAL_FOLDER)
         scratch = workdir
         if not hosts.is_leader():
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        this = _Run(config, directory, workdir, scratch, stop)
+        this = _Run(config, directory, workdir, scratch, stop, start)
+        this.history = history(before, config["rounds"])
         # Before anything is written all have read, and the same.
         hosts.wait_for_all("begun")
         hosts.check_alike("configuration, data or work directory", f"{config} {this.latest}")
         hosts.connect()
-        if new and hosts.is_leader():  # not before: a mistake must not claim the directory
+        if existing != config and hosts.is_leader():  # not before: a mistake must not claim it
             write_json_atomic(workdir / CONFIG_FILE, config)
         summary = this.run()
         hosts.wait_for_all("ended")  # who leaves before would end the others
         return summary
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _read_chunk(path: Path) -> dict[str, Any]:
+    """What `chunk="auto"` came to; {} if nothing was written.
 
-
-def _is_new(workdir: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `workdir` holds no run yet; refuses another configuration's."""
-    existing = _read_json(workdir / CONFIG_FILE)
-    if existing is None:
-        return True
-    if existing != config:
-        theirs, ours = _flatten(existing), _flatten(config)
-        differing = sorted(
-            key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
-        )
+    Raises:
+      UserError: the file is damaged.
+    """
+    kept = read_json(path)
+    if (kept is None and path.exists()) or (kept and not {"chunk", "device"} <= kept.keys()):
         raise UserError(
-            f"--workdir={workdir} belongs to another configuration (differs in "
-            f"{', '.join(differing[:5])}): choose another directory"
+            f"{path} is damaged: remove it, and chunk is found anew (another one adds in another "
+            "order: the last bits may then differ)"
         )
-    return False
+    return kept or {}
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, Mapping) and tree:
-        return {
-            name: leaf
-            for key, value in tree.items()
-            for name, leaf in _flatten(value, f"{prefix}.{key}" if prefix else key).items()
-        }
-    return {prefix: tree}
+def _is_done(summary: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a summary is that of the whole of this run."""
+    if summary.get("status") != "completed":
+        return False
+    if summary.get("configuration", identity(config)) != identity(config):
+        return False
+    return config["algorithm"] == "central" or summary.get("rounds") == config["rounds"]
+
+
+def _start(
+    config: Mapping[str, Any], existing: Mapping[str, Any] | None, workdir: Path
+) -> dict[str, Any] | None:
+    """The parameters that a run starts from; None without init_from, or if it has started.
+
+    What a run has started from may be gone once there is a checkpoint, or have been trained on.
+    """
+    if not config["init_from"]:
+        return None
+    same = existing is not None and existing["init_from"] == config["init_from"]
+    if same and step_folders(workdir / "checkpoints"):
+        return None
+    return _read_start(config)
+
+
+def _read_start(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises UserError if there is none, or it is of another model or alphabet."""
+    path = config["init_from"]
+    shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+    start = _loaded(path, shapes)
+    theirs = checkpoint_metadata(path).get("config", {}).get("data", {}).get("characters")
+    ours = config["data"].get("characters", theirs)
+    if theirs not in (None, ours):
+        raise UserError(f"init_from={path} writes the characters {theirs!r}, the data {ours!r}")
+    return start
+
+
+def _report(workdir: Path) -> str:
+    """Writes the report; returns what is wrong if it cannot be written, or takes too long."""
+    problems: dict[str, str] = {}
+    sink = Sink("report", problems.__setitem__, _REPORT_SECONDS)
+    sink(write_report, workdir)
+    if problems:
+        print(f"warning: no report: {problems['report']}", file=sys.stderr, flush=True)
+    return problems.get("report", "")
 
 
 def _device(devices: Sequence[jax.Device]) -> str:
@@ -860,7 +948,13 @@ class _Run:
     """The state of one process's part of a run."""
 
     def __init__(
-        self, config: dict[str, Any], directory: Path, workdir: Path, logs: Path, stop: StopFlag
+        self,
+        config: dict[str, Any],
+        directory: Path,
+        workdir: Path,
+        logs: Path,
+        stop: StopFlag,
+        start: Any = None,
     ) -> None:
         # `logs` is the work directory in the leader; what others write is for nobody.
         self.config, self.logs, self.stop = config, logs, stop
@@ -869,17 +963,8 @@ class _Run:
         self.initial: dict[str, Any] = {}
         self.final: dict[str, Any] | None = None
         self.recogniser = build_recogniser(config)
-        self.start: Any = None
-        if config["init_from"]:
-            shapes = jax.eval_shape(self.recogniser.init, jax.random.key(0))
-            self.start = _loaded(config["init_from"], shapes)
-            theirs = checkpoint_metadata(config["init_from"]).get("config", {}).get("data", {})
-            theirs = theirs.get("characters")
-            if theirs not in (None, config["data"]["characters"]):
-                raise UserError(
-                    f"init_from={config['init_from']} writes the characters {theirs!r}, the data "
-                    f"{config['data']['characters']!r}"
-                )
+        self.start = start
+        self.history: list[dict[str, Any]] = []
         self.devices = jax.devices()[: config["devices"] or None]
         # What is not spread over processes is done by each, and alike.
         self.own_devices = [d for d in self.devices if d.process_index == jax.process_index()]
@@ -913,7 +998,7 @@ class _Run:
                 plain = build_recogniser(config, augmented=False)
                 losses.insert(0, (min(start, config["rounds"]), plain.loss))
             self.losses, self.chunk_file = losses, workdir / CHUNK_FILE
-            kept = _read_json(self.chunk_file) or {}
+            kept = _read_chunk(self.chunk_file)
             same = kept.get("device") == _device(self.devices)
             self.simulations = self._simulations(kept["chunk"] if same else None)
             _check_deployments(config, self.simulations[0][1].mechanism)
@@ -923,6 +1008,8 @@ class _Run:
         else:
             self.checkpointer = CheckpointReader(checkpoints)
         self.latest = self.checkpointer.latest_step()
+        for folder, why in getattr(self.checkpointer, "damaged", {}).items():
+            self._message(f"warning: {why}; it was set aside as {folder.name}")
 
     def _simulations(self, chunk: int | None) -> list[tuple[int, Simulation]]:
         """(rounds until which it runs, simulation), in order."""
@@ -1007,12 +1094,18 @@ class _Run:
                     params = None
                 summary = self._main(params, latest, units)
         except Interrupted:
-            partial = {"status": "interrupted", "wall_seconds": self._wall_seconds()}
+            partial = {
+                "status": "interrupted",
+                "wall_seconds": self._wall_seconds(),
+                "history": self.history,
+                "side_channel_failures": self.logger.failures,
+            }
             write_json_atomic(self.logs / SUMMARY_FILE, partial)
             raise
         write_json_atomic(self.logs / SUMMARY_FILE, summary)
-        if hosts.is_leader():
-            write_report(self.logs)
+        if hosts.is_leader() and (problem := _report(self.logs)):
+            summary["side_channel_failures"]["report"] = problem
+            write_json_atomic(self.logs / SUMMARY_FILE, summary)
         return summary
 
     def _wall_seconds(self) -> float:
@@ -1054,6 +1147,7 @@ class _Run:
         self.logger.start(before + total, before + units, "seed")
         for state, done, loss in trainer.run(state, total - units):
             self.logger.step(before + done, {"loss": loss})
+            self.totals.loss_is_finite = math.isfinite(loss)
             if every and done % every == 0 and done < total:
                 self._save(stage, done, state)
             self._check_stop(stage, done, state)
@@ -1202,9 +1296,19 @@ class _Run:
         federated = mechanism is not None
         leaves = jax.tree.leaves(state.params)
         finite = bool(jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])))
+        problem = "" if finite else "parameters are not finite"
+        if not all(math.isfinite(rates["loss"]) for rates in final.values()):
+            problem = problem or "the loss of the trained model is not finite"
+        problem = problem or totals.problem()
+        if problem:
+            self._message(f"the result is worth nothing: {problem}")
         return to_json(
             {
-                "status": "completed" if finite else "diverged",
+                "status": "diverged" if problem else "completed",
+                "problem": problem or None,
+                "configuration": identity(config),
+                "history": self.history,
+                "side_channel_failures": self.logger.failures,
                 "name": config["name"],
                 "algorithm": config["algorithm"],
                 "rounds": int(state.round) if federated else 0,
@@ -1232,6 +1336,7 @@ class _Run:
                 "skipped_utterances": self.data.skipped,
                 "infeasible_utterances": totals.infeasible_utterances,
                 "invalid_client_updates": totals.invalid_client_updates,
+                "client_updates": totals.client_updates if federated else None,
                 "wall_seconds": self._wall_seconds(),
                 "chunk": self.simulations[0][1].chunk if federated else None,
                 "device": _device(self.devices),
