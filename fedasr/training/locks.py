@@ -130,7 +130,7 @@ class _Owner:
 
     def free(self) -> None:
         self._stop.set()
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             if json.loads(self._path.read_text()).get("name") == self._me["name"]:
                 self._path.unlink()
 
@@ -163,7 +163,7 @@ class _Owner:
                 own = self._path.with_name(f"{OWNER_FILE}.{self._me['name']}")
                 own.write_text(json.dumps(self._me | {"beat": beat}))
                 own.replace(self._path)
-            except (OSError, ValueError):
+            except (OSError, ValueError, AttributeError):
                 continue  # a disk that is full now may have room at the next beat
 
 
@@ -172,7 +172,7 @@ def _lives(path: Path) -> bool:
     seen = _content(path)
     if seen is None:
         return False
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         owner = json.loads(seen)
         if owner["host"] == socket.gethostname() and owner["boot"] == _boot():
             return _started(owner["pid"]) == owner["started"] is not None

@@ -687,8 +687,14 @@ def _dry_chunk(config: Mapping[str, Any]) -> int | str:
     return 1 if automatic and chunks.device_budget(jax.devices()) is None else config["chunk"]
 
 
-def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
+def dry_run(
+    config: Mapping[str, Any], workdir: str | Path | None = None, extend: int | None = None
+) -> dict[str, Any]:
     """What a run would be: resolves the configuration, trains nothing, makes no data.
+
+    Args:
+      config, extend: see `run`.
+      workdir: where it would be, to find out whether it may; None for anywhere.
 
     Returns:
       The keys of a summary that can be known beforehand, and `bytes_per_client` {"down", "up"}.
@@ -697,8 +703,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: as the run itself would.
     """
     config = _checked(config)
-    if config["init_from"]:
-        _read_start(config)
+    config = _rehearse_place(config, workdir, extend)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = parameter_count(recogniser)
@@ -735,6 +740,28 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         if layout is not None:
             summary["local"] = {"parameters": layout.size}
     return summary
+
+
+def _rehearse_place(
+    config: dict[str, Any], workdir: str | Path | None, extend: int | None
+) -> dict[str, Any]:
+    """The configuration that would be run in a directory, refused if that is another's."""
+    existing = None if workdir is None else read_existing(Path(workdir))
+    if extend is not None:
+        config = extended(Path(workdir or "?"), existing, config, extend)
+    start = _start(config, existing, Path(workdir or "?"))
+    if existing is None:
+        return config
+    ours = {**config, "data": dict(config["data"])}
+    ours["start"] = tree_hash(start) if start is not None else existing.get("start", "")
+    recorded = {name: existing["data"].get(name) for name in ("identity", "characters")}
+    if config["data"]["dir"] and (directory := Path(config["data"]["dir"])).exists():
+        recorded["identity"] = _identity(directory)
+        recorded["characters"] = tokenizer_for(read_metadata(directory)).characters
+    ours["data"] |= recorded
+    rounds = {} if extend is None else {"rounds": extend}
+    check_same(Path(workdir), {**existing, **rounds}, ours)
+    return config
 
 
 def _rehearse(config: Mapping[str, Any], directory: Path) -> int:
@@ -823,8 +850,8 @@ def run(
         where = f" ({error.filename})" if error.filename else ""
         what = error.strerror or " ".join(str(error).split())[:200]
         raise UserError(
-            f"the run in --workdir={workdir} cannot go on: {what}{where}: what was saved is intact; "
-            "mend that, and the same command goes on"
+            f"the run in --workdir={workdir} cannot go on: {what}{where}: what was saved is "
+            "intact; mend that, and the same command goes on"
         ) from error
 
 

@@ -23,8 +23,9 @@ from fedasr.training.logging import to_json
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
 # Where things lie; beside each, what they are.
 PLACES = {"data.dir": "data.identity", "init_from": "start"}
-# Fields that releases added, the newest first, with what older ones did: a directory that lacks one
-# was made by such a release. Add to it whatever is added to the declaration or to a model's options.
+# Fields that releases added, the newest first, with what older ones did: a directory that lacks
+# one was made by such a release. Whatever is added to the declaration, or to a model's options, is
+# to be added here.
 ADDED: dict[str, Any] = {
     "start": "",  # what init_from was, where a release did not note it
     "data.resident": False,
