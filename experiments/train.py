@@ -49,6 +49,7 @@ def train() -> int | None:
     from fedasr.training import config as config_lib
     from fedasr.training import loop
     from fedasr.training.logging import to_json
+    from fedasr.training.workdir import local_path
 
     config = _CONFIG.value.to_dict()
     config_lib.check_fields(config)  # before it is JSON, which knows no NaN
@@ -59,7 +60,7 @@ def train() -> int | None:
             cli.show(summary)
         return None
     name = f"{config['name']}-{config_lib.fingerprint(config)}"
-    workdir = Path(_WORKDIR.value or Path("runs") / name)
+    workdir = local_path(_WORKDIR.value or Path("runs") / name)
     if hosts.is_leader():
         print(f"work directory: {workdir}", file=sys.stderr)
     cli.configure_compilation(workdir.parent)

@@ -88,6 +88,7 @@ from fedasr.training.workdir import (
     extended,
     history,
     identity,
+    local_path,
     read_existing,
     read_json,
     tree_hash,
@@ -746,7 +747,7 @@ def _rehearse_place(
     config: dict[str, Any], workdir: str | Path | None, extend: int | None
 ) -> dict[str, Any]:
     """The configuration that would be run in a directory, refused if that is another's."""
-    existing = None if workdir is None else read_existing(Path(workdir))
+    existing = None if workdir is None else read_existing(local_path(workdir))
     if extend is not None:
         config = extended(Path(workdir or "?"), existing, config, extend)
     start = _start(config, existing, Path(workdir or "?"))
@@ -843,9 +844,9 @@ def run(
         or a disk that does not take what must not be lost.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    config = _checked(config)
+    workdir, config = local_path(workdir), _checked(config)
     try:
-        return _run(config, Path(workdir), extend)
+        return _run(config, workdir, extend)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         what = error.strerror or " ".join(str(error).split())[:200]
@@ -899,7 +900,8 @@ def _run(config: dict[str, Any], workdir: Path, extend: int | None) -> dict[str,
         hosts.wait_for_all("begun")
         hosts.check_alike("configuration, data or work directory", f"{config} {this.latest}")
         hosts.connect()
-        if existing != config and hosts.is_leader():  # not before: a mistake must not claim it
+        # Not before: a mistake must not claim the directory.
+        if hosts.is_leader() and read_json(workdir / CONFIG_FILE) != config:
             write_json_atomic(workdir / CONFIG_FILE, config)
         summary = this.run()
         hosts.wait_for_all("ended")  # who leaves before would end the others

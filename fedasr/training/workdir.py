@@ -8,6 +8,7 @@ hash of theirs (`start`).
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ ADDED: dict[str, Any] = {
     "privacy.adaptive.warmup": 0,
     "privacy.adaptive.warmup_rate": 4.0,
 }
+
+
+def local_path(workdir: str | Path) -> Path:
+    """A work directory's path.
+
+    Raises:
+      UserError: it is a bucket: `Path` would make a local folder of its name, which nobody looks
+        for. The users' rows, locks and logs need files that can be changed in place.
+    """
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(workdir)):
+        raise UserError(
+            f"--workdir={workdir} is not on a file system: mount the bucket (such as by gcsfuse or "
+            f"s3fs) and give that folder, or ./{found[1]}: for a folder of this name"
+        )
+    return Path(workdir)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -79,38 +79,60 @@ def halfway(whole, tmp_path):
     return folder
 
 
+@pytest.fixture
+def accept(monkeypatch):
+    """accept(config, folder, extend): both dry run and run up to training; raises what they do."""
+
+    def both(config, folder, extend=None):
+        found = []
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Run, "run", lambda self: {"status": "reached"})
+            for go in (loop.dry_run, loop.run):
+                try:
+                    found.append(go(config, folder, extend)["status"])
+                except UserError as error:
+                    found.append(str(error))
+        refused = [text for text in found if text not in ("dry_run", "reached", "completed")]
+        assert len(refused) in (0, 2), found
+        if refused:
+            raise UserError(refused[1])
+        return found[1]
+
+    return both
+
+
 def same_params(first, second):
     jax.tree.map(np.testing.assert_array_equal, restore_params(first), restore_params(second))
 
 
-def test_the_same_data_elsewhere_is_the_same_run(whole, halfway, configure, corpus_dir, tmp_path):
+def test_the_same_data_elsewhere_is_the_same_run(
+    whole, halfway, configure, accept, corpus_dir, tmp_path
+):
     shutil.copytree(corpus_dir, tmp_path / "moved")
     (tmp_path / "link").symlink_to(tmp_path / "moved", target_is_directory=True)
-    places = [f"{corpus_dir}/", str(tmp_path / "moved"), str(tmp_path / "link")]
-    for number, place in enumerate(places):
-        folder = tmp_path / str(number)
-        shutil.copytree(halfway, folder)
-        config = configure({"data.dir": place})
-        loop.dry_run(config, folder)
-        assert loop.run(config, folder)["status"] == "completed"
-        same_params(folder, whole[0])
-        # And a finished run is found done from anywhere.
-        assert loop.run(configure(), folder)["status"] == "completed"
+    for place in (f"{corpus_dir}/", str(tmp_path / "link")):
+        assert accept(configure({"data.dir": place}), halfway) == "reached"
+    config = configure({"data.dir": str(tmp_path / "moved")})
+    assert loop.run(config, halfway)["status"] == "completed"
+    same_params(halfway, whole[0])
+    # And a finished run is found done from anywhere.
+    assert accept(configure(), halfway) == "completed"
 
 
-def test_other_data_in_the_same_place_is_another_run(halfway, configure, corpus_dir, tmp_path):
+def test_other_data_in_the_same_place_is_another_run(
+    halfway, configure, accept, corpus_dir, tmp_path
+):
     shutil.copytree(corpus_dir, tmp_path / "data")
     metadata = json.loads((tmp_path / "data" / "corpus.json").read_text())
     metadata["summary"]["changed"] = True
     (tmp_path / "data" / "corpus.json").write_text(json.dumps(metadata))
     config = configure({"data.dir": str(tmp_path / "data")})
-    for refuse in (lambda: loop.run(config, halfway), lambda: loop.dry_run(config, halfway)):
-        with pytest.raises(UserError, match=r"differs in data.dir, data.identity"):
-            refuse()
+    with pytest.raises(UserError, match=r"differs in data.dir, data.identity"):
+        accept(config, halfway)
 
 
 def test_where_a_run_started_from_may_vanish_once_it_has_started(
-    whole, configure, tmp_path, monkeypatch
+    whole, configure, accept, tmp_path
 ):
     parent, child = tmp_path / "parent", tmp_path / "child"
     shutil.copytree(whole[0], parent)
@@ -119,53 +141,60 @@ def test_where_a_run_started_from_may_vanish_once_it_has_started(
     end = restore_params(child)
     (child / "summary.json").unlink()
     shutil.rmtree(child / "checkpoints" / "4")
-    shutil.copytree(parent, tmp_path / "elsewhere")
-    shutil.rmtree(parent)
-    shutil.copytree(child, tmp_path / "again")
-    loop.dry_run(config, child)
-    loop.run(config, child)
-    jax.tree.map(np.testing.assert_array_equal, restore_params(child), end)
+    parent.rename(tmp_path / "elsewhere")
+    assert accept(config, child) == "reached"
     # The same parameters in another place are the same start; others are not.
     moved = configure({"init_from": str(tmp_path / "elsewhere"), "seed": 5})
-    loop.run(moved, tmp_path / "again")
-    jax.tree.map(np.testing.assert_array_equal, restore_params(tmp_path / "again"), end)
-    shutil.rmtree(tmp_path / "elsewhere" / "checkpoints" / "4")
-    (tmp_path / "again" / "summary.json").unlink()
-    moved["init_from"] += "/checkpoints"
+    assert accept(moved, child) == "reached"
+    shutil.copytree(whole[0], tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / "4")
     with pytest.raises(UserError, match="differs in init_from, start"):
-        loop.run(moved, tmp_path / "again")
+        accept(configure({"init_from": str(tmp_path / "other"), "seed": 5}), child)
     # Without a checkpoint of its own a run needs what it starts from.
-    for refuse in (loop.dry_run, lambda config: loop.run(config, tmp_path / "new")):
-        with pytest.raises(UserError, match="no checkpoint in"):
-            refuse(config)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        accept(config, tmp_path / "new")
+    shutil.rmtree(tmp_path / "elsewhere")
+    loop.run(config, child)
+    jax.tree.map(np.testing.assert_array_equal, restore_params(child), end)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "null", "\0\0"])
-def test_a_lost_configuration_is_that_of_the_checkpoints(whole, halfway, configure, text):
+def test_a_lost_configuration_is_that_of_the_checkpoints(whole, halfway, configure, accept, text):
     (halfway / "config.json").unlink()
     if text is not None:
         (halfway / "config.json").write_text(text)
     (halfway / "summary.json").write_text(text or "")
     with pytest.raises(UserError, match="differs in seed"):
-        loop.run(configure({"seed": 1}), halfway)
-    loop.run(configure(), halfway)
-    same_params(halfway, whole[0])
+        accept(configure({"seed": 1}), halfway)
+    assert accept(configure(), halfway) == "reached"
     config = json.loads((halfway / "config.json").read_text())
     assert config == json.loads((whole[0] / "config.json").read_text())
 
 
-def test_files_of_another_run_do_not_make_it_another(whole, halfway, configure):
+def test_files_of_another_run_do_not_make_it_another(whole, halfway, configure, accept):
     other = json.loads((halfway / "config.json").read_text()) | {"seed": 1}
     (halfway / "config.json").write_text(json.dumps(other))
     for seed in (0, 1):
         with pytest.raises(UserError, match=r"config.json is not of the run .* remove that file"):
-            loop.run(configure({"seed": seed}), halfway)
+            accept(configure({"seed": seed}), halfway)
     (halfway / "config.json").unlink()
     summary = json.loads((whole[0] / "summary.json").read_text())
-    summary["configuration"] = workdir.identity(other)
+    (halfway / "summary.json").write_text(
+        json.dumps(summary | {"configuration": workdir.identity(other)})
+    )
+    assert accept(configure(), halfway) == "reached"
     (halfway / "summary.json").write_text(json.dumps(summary))
-    assert loop.run(configure(), halfway)["configuration"] != summary["configuration"]
-    same_params(halfway, whole[0])
+    assert accept(configure(), halfway) == "completed"
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", "memory://run", "gs:/b"])
+def test_a_bucket_is_refused_and_no_folder_made_of_its_name(
+    configure, accept, monkeypatch, tmp_path, place
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="mount the bucket"):
+        accept(configure(), place)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_chunk_file_is_named(halfway, configure):
@@ -174,14 +203,18 @@ def test_a_damaged_chunk_file_is_named(halfway, configure):
         loop.run(configure(), halfway)
 
 
-def test_an_extended_run_is_one_that_was_made_so(whole, configure, tmp_path):
+def test_an_extended_run_is_one_that_was_made_so(whole, configure, accept, tmp_path):
     folder, short = tmp_path / "run", configure({"rounds": 2})
     with pytest.raises(UserError, match="holds no run yet"):
         loop.run(short, folder, extend=4)
     first = loop.run(short, folder)
+    stored = json.loads((folder / "config.json").read_text())
     assert first["history"] == []
     with pytest.raises(UserError, match=r"differs in rounds\).*--extend=4"):
         loop.run(configure(), folder)
+    for changes in ({}, {"rounds": 3}):
+        assert accept(configure({"rounds": 2} | changes), folder, 4) == "reached"
+        (folder / "config.json").write_text(json.dumps(stored))
     dry = loop.dry_run(short, folder, extend=4)
     assert dry["rounds"] == 4 and dry["privacy"]["epsilon"] == whole[1]["privacy"]["epsilon"]
     summary = loop.run(short, folder, extend=4)
@@ -205,22 +238,16 @@ def test_an_extended_run_is_one_that_was_made_so(whole, configure, tmp_path):
         loop.run(configure({"seed": 1}), folder, extend=5)
 
 
-def test_extension_waits_for_a_checkpoint_like_any_run(whole, configure, halfway, monkeypatch):
-    """A running directory is extended; killed before its next checkpoint, it goes on."""
-    config = configure({"rounds": 3})
-    stored = json.loads((halfway / "config.json").read_text()) | {"rounds": 3}
-    (halfway / "config.json").write_text(json.dumps(stored))
-    metadata = halfway / "checkpoints" / "2"
-    monkeypatch.setattr(loop._Run, "run", lambda self: {"status": "killed"})
-    with pytest.raises(UserError, match="already goes"):
-        loop.run(config, halfway, extend=2)
-    loop.run(config, halfway, extend=4)
-    assert json.loads((halfway / "config.json").read_text())["rounds"] == 4
-    monkeypatch.undo()
-    monkeypatch.setattr(loop, "write_report", lambda workdir: None)
-    loop.run(config, halfway, extend=4)
-    same_params(halfway, whole[0])
-    assert metadata.exists()
+def test_a_run_that_is_killed_while_it_is_extended_goes_on(configure, accept, halfway):
+    """`config.json` already says where to, the checkpoint does not yet."""
+    config = json.loads((halfway / "config.json").read_text())
+    (halfway / "config.json").write_text(json.dumps(config | {"rounds": 6}))
+    assert accept(configure(), halfway, 6) == "reached"
+    assert accept(configure({"rounds": 6}), halfway) == "reached"
+    with pytest.raises(UserError, match="differs in rounds"):
+        accept(configure(), halfway)
+    with pytest.raises(UserError, match="already goes to round 6"):
+        accept(configure(), halfway, 5)
 
 
 @pytest.mark.parametrize(
@@ -278,8 +305,6 @@ def test_a_run_of_invalid_updates_is_not_completed(configure, tmp_path):
     summary = loop.run(config, tmp_path / "run")
     assert summary["invalid_client_updates"] == summary["client_updates"] == 4
     assert summary["status"] == "diverged" and "4 of 4" in summary["problem"]
-    # The same command says the same again.
-    assert loop.run(config, tmp_path / "run")["status"] == "diverged"
 
 
 def test_a_report_that_fails_does_not_take_the_run_with_it(halfway, configure, monkeypatch):
