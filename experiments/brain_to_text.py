@@ -679,9 +679,10 @@ def run() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
+    from fedasr.training.config import resolve
     from fedasr.training.logging import to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = resolve(_CONFIG.value.to_dict(), None)
     seeds = cli.seeds(flags.FLAGS.seeds)
     workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
     cli.configure_compilation(workdir.parent)

@@ -561,9 +561,10 @@ def run() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
+    from fedasr.training.config import resolve
     from fedasr.training.logging import to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = resolve(_CONFIG.value.to_dict(), ("corrections",))
     systems = _SYSTEMS.value
     if unknown := sorted(set(systems) - set(SYSTEMS)):
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")

@@ -48,12 +48,9 @@ def train() -> int | None:
     from fedasr.federated import hosts
     from fedasr.training import config as config_lib
     from fedasr.training import loop
-    from fedasr.training.logging import to_json
     from fedasr.training.workdir import local_path
 
-    config = _CONFIG.value.to_dict()
-    config_lib.check_fields(config)  # before it is JSON, which knows no NaN
-    config = to_json(config)
+    config = config_lib.resolve(_CONFIG.value.to_dict())
     if _DRY_RUN.value:
         summary = loop.dry_run(config, _WORKDIR.value, _EXTEND.value)
         if hosts.is_leader():

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedasr.errors import UserError
@@ -318,6 +318,37 @@ def check_fields(config: Any) -> None:
             given = {name: value for name, value in data.items() if name not in RECORDED["data"]}
             config["data"] = given
     check(config, fields())
+
+
+def resolve(config: Mapping[str, Any], own: Collection[str] | None = ()) -> dict[str, Any]:
+    """A configuration as JSON holds it, checked before it is.
+
+    Args:
+      config: values as they were given.
+      own: sections of the program's own, in which numbers have to be finite; None if all are.
+
+    Raises:
+      UserError: see `check_fields`, or for a number that is not finite.
+    """
+    from fedasr.training.logging import to_json
+
+    own = config.keys() if own is None else own
+    if shared := {name: value for name, value in config.items() if name not in own}:
+        check_fields(shared)
+    for name in own:
+        _check_finite(config[name], name)
+    return to_json(config)
+
+
+def _check_finite(value: Any, name: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_finite(item, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value} must be a finite number")
 
 
 def fingerprint(config: dict[str, Any]) -> str:
