@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import tarfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +17,8 @@ from fedasr.training import config as config_lib
 from fedasr.training import loop, workdir
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.logging import read_metrics, to_json
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
@@ -334,3 +338,31 @@ def test_every_field_that_is_not_in_the_first_release_has_its_history():
     assert workdir.differing(theirs, ours) == []
     ours["data"]["resident"] = True
     assert workdir.differing(theirs, ours) == ["data.resident"]
+
+
+@pytest.mark.parametrize("release", ["2026-11-28", "2026-11-29"])
+def test_directories_of_older_releases_go_on(configure, accept, corpus_dir, tmp_path, release):
+    """What they lack is filled in; the data is here, as its hash says."""
+    folder = tmp_path / "run"
+    with tarfile.open(FIXTURES / f"workdir-{release}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    metadata = folder / "checkpoints" / "2" / "metadata" / "metadata"
+    stored = json.loads((folder / "config.json").read_text())
+    assert "start" not in stored and ("model_devices" in stored) == (release == "2026-11-29")
+    # Its corpus was made in another place by another release: the same samples, another hash.
+    stored["data"]["identity"] = loop._identity(corpus_dir)
+    (folder / "config.json").write_text(json.dumps(stored))
+    carried = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps(carried | {"config": stored}))
+    given = {
+        name: value
+        for name, value in workdir.flatten(stored).items()
+        if name not in ("data.identity", "data.characters", "data.dir", "server.options")
+    }
+    config = configure({name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    with pytest.raises(UserError, match=r"differs in data\.resident"):
+        accept(config | {"data": config["data"] | {"resident": True}}, folder)
+    summary = loop.run(config, folder)
+    assert (summary["status"], summary["rounds"]) == ("completed", 4)
+    assert [r["round"] for r in read_metrics(folder)] == [0, 1, 2, 3, 4]
+    assert summary["initial_wer"] == {"dev": carried["initial"]["dev"]["wer"]}
