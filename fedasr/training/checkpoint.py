@@ -409,6 +409,12 @@ def step_folders(directory: str | Path) -> list[Path]:
     return [Path(directory) / str(step) for step in sorted(_steps(Path(directory)))]
 
 
+def has_checkpoint(path: str | Path) -> bool:
+    """Whether there is a complete checkpoint at a path as `restore_params` takes it."""
+    path = Path(path).absolute()
+    return _is_step(path) or any(map(_steps, (path / "checkpoints", path)))
+
+
 def _find_step(path: str | Path) -> Path:
     path = Path(path).absolute()
     if _is_step(path):

@@ -259,6 +259,10 @@ def fields() -> dict[str, Any]:
             # "independent" from round to round, or correlated: "banded" or "buffered" (linear
             # Toeplitz).
             "noise": choice("independent", ("independent", "banded", "buffered")),
+            # "run": all that is random follows from the run, and whoever has its configuration,
+            # data and start can compute the noise; "secret": from the operating system, kept in
+            # checkpoints alone.
+            "noise_seed": choice("run", ("run", "secret")),
             # 0: as many as rounds lie between a user's turns, at most 32.
             "bands": whole(0, most=10_000, unit="rounds"),
             "buffers": whole(2, 1, 10),

@@ -29,6 +29,7 @@ PLACES = {"data.dir": "data.identity", "init_from": "start"}
 # to be added here.
 ADDED: dict[str, Any] = {
     "start": "",  # what init_from was, where a release did not note it
+    "privacy.noise_seed": "run",
     "data.resident": False,
     "model.options.attention": "plain",
     "model_devices": 1,
@@ -49,6 +50,9 @@ ADDED: dict[str, Any] = {
     "privacy.adaptive.warmup": 0,
     "privacy.adaptive.warmup_rate": 4.0,
 }
+# Likewise of a state: a leaf that a checkpoint lacks has the value with which a run would begin.
+# The root of all that is random is made from the run; rounds before it had streams of their own.
+STATE_ADDED = ("root",)
 
 
 def local_path(workdir: str | Path) -> Path:
