@@ -12,7 +12,6 @@ a run that is there, finished or not, goes on to more rounds. Exit status: 0 whe
 the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +47,7 @@ def train() -> int | None:
     from fedasr.federated import hosts
     from fedasr.training import config as config_lib
     from fedasr.training import loop
+    from fedasr.training.logging import say
     from fedasr.training.workdir import local_path
 
     config = config_lib.resolve(_CONFIG.value.to_dict())
@@ -59,7 +59,7 @@ def train() -> int | None:
     name = f"{config['name']}-{config_lib.fingerprint(config)}"
     workdir = local_path(_WORKDIR.value or Path("runs") / name)
     if hosts.is_leader():
-        print(f"work directory: {workdir}", file=sys.stderr)
+        say(f"work directory: {workdir}")
     cli.configure_compilation(workdir.parent)
     try:
         summary = loop.run(config, workdir, _EXTEND.value)
@@ -70,7 +70,7 @@ def train() -> int | None:
             cli.show(summary)
         else:
             print("\n".join(_describe(summary)))
-        print(f"report: {workdir / 'report.html'}", file=sys.stderr)
+        say(f"report: {workdir / 'report.html'}")
     return None if summary["status"] == "completed" else cli.FAILED
 
 

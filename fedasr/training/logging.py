@@ -1,5 +1,6 @@
 """What a run tells: `metrics.jsonl`, TensorBoard events and progress on stderr."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,12 @@ from fedasr.training.sinks import Sink
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+
+def say(text: str) -> None:
+    """A line on stderr; whether anybody listens makes no difference."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def to_json(value: Any) -> Any:

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +81,7 @@ from fedasr.training.checks import check_optimizer, check_splits
 from fedasr.training.config import check_fields
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
-from fedasr.training.logging import RunLogger, to_json, write_json_atomic
+from fedasr.training.logging import RunLogger, say, to_json, write_json_atomic
 from fedasr.training.report import write_report
 from fedasr.training.sinks import Sink
 from fedasr.training.workdir import (
@@ -837,7 +836,8 @@ def dry_run(
       UserError: as the run itself would.
     """
     config = _checked(config)
-    config = _rehearse_place(config, workdir, extend)
+    with _one_line(workdir):
+        config = _rehearse_place(config, workdir, extend)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = parameter_count(recogniser)
@@ -995,8 +995,15 @@ def run(
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
     workdir, config = local_path(workdir), _checked(config)
-    try:
+    with _one_line(workdir):
         return _run(config, workdir, extend)
+
+
+@contextlib.contextmanager
+def _one_line(workdir: str | Path | None) -> Iterator[None]:
+    """Turns what a disk does not do into a UserError."""
+    try:
+        yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         what = error.strerror or " ".join(str(error).split())[:200]
@@ -1022,7 +1029,7 @@ def _run(config: dict[str, Any], workdir: Path, extend: int | None) -> dict[str,
         if hosts.is_leader():
             lock = stack.enter_context(lock_directory(workdir))
             if lock.warning:
-                print(lock.warning, file=sys.stderr, flush=True)
+                say(lock.warning)
         stop = stack.enter_context(graceful_stop())
         hosts.wait_for_all("locked")
         existing = read_existing(workdir)
@@ -1115,7 +1122,7 @@ def _report(workdir: Path) -> str:
     sink = Sink("report", problems.__setitem__, _REPORT_SECONDS)
     sink(write_report, workdir)
     if problems:
-        print(f"warning: no report: {problems['report']}", file=sys.stderr, flush=True)
+        say(f"warning: no report: {problems['report']}")
     return problems.get("report", "")
 
 
@@ -1219,7 +1226,7 @@ class _Run:
         if logger := getattr(self, "logger", None):
             logger.message(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     # Checkpoints are numbered by the steps of the seed plus the units (rounds, or steps of the
     # central baseline) of the main stage; `stage` tells which state they hold.
