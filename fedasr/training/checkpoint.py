@@ -352,6 +352,11 @@ def _set_aside(directory: Path) -> dict[Path, str]:
                 f"none of the {len(damaged)} checkpoints in {directory} can be read: put them back "
                 f"from a copy, or remove that folder to start afresh ({folder.name}: {error[:200]})"
             )
+    whole = max((x for x in _steps(directory) if directory / str(x) not in damaged), default=-1)
+    for folder in directory.iterdir():
+        # Half of a folder that is older is on its way out; one that is newer has lost something.
+        if folder.name.isdecimal() and not _is_step(folder) and int(folder.name) > whole:
+            damaged[folder] = f"the checkpoint {folder} lacks a part"
     renamed = {}
     for folder, why in damaged.items():
         place = folder.with_name(f"{DAMAGED}{folder.name}")

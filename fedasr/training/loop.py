@@ -78,7 +78,7 @@ from fedasr.training.checkpoint import (
 )
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.checks import check_optimizer, check_splits
-from fedasr.training.config import check_fields
+from fedasr.training.config import check_fields, fingerprint
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, say, to_json, write_json_atomic
@@ -905,7 +905,9 @@ def _rehearse_place(
         return config
     ours = {**config, "data": dict(config["data"])}
     ours["start"] = tree_hash(start) if start is not None else existing.get("start", "")
-    recorded = {name: existing["data"].get(name) for name in ("identity", "characters")}
+    theirs = existing.get("data")
+    theirs = theirs if isinstance(theirs, Mapping) else {}
+    recorded = {name: theirs.get(name) for name in ("identity", "characters")}
     if config["data"]["dir"] and (directory := Path(config["data"]["dir"])).exists():
         recorded["identity"] = _identity(directory)
         recorded["characters"] = tokenizer_for(read_metadata(directory)).characters
@@ -1072,7 +1074,12 @@ def _read_chunk(path: Path) -> dict[str, Any]:
       UserError: the file is damaged.
     """
     kept = read_json(path)
-    if (kept is None and path.exists()) or (kept and not {"chunk", "device"} <= kept.keys()):
+    said = {name: kept.get(name) for name in ("chunk", "device")} if kept else {}
+    # Files of releases before 2026-12 have no check.
+    damaged = kept and (
+        None in said.values() or kept.get("check", "") not in ("", fingerprint(said))
+    )
+    if damaged or (kept is None and path.exists()):
         raise UserError(
             f"{path} is damaged: remove it, and chunk is found anew (another one adds in another "
             "order: the last bits may then differ)"
@@ -1098,7 +1105,7 @@ def _start(
     """
     if not config["init_from"]:
         return None
-    same = existing is not None and existing["init_from"] == config["init_from"]
+    same = existing is not None and existing.get("init_from") == config["init_from"]
     if same and has_checkpoint(workdir):
         return None
     return _read_start(config)
@@ -1218,7 +1225,8 @@ class _Run:
         """The float additions of a resumed run are in the order of the first."""
         chunk = chunk or self.simulations[0][1].chunk
         if hosts.is_leader() and chunk != self.config["chunk"]:
-            write_json_atomic(self.chunk_file, {"chunk": chunk, "device": _device(self.devices)})
+            kept = {"chunk": chunk, "device": _device(self.devices)}
+            write_json_atomic(self.chunk_file, kept | {"check": fingerprint(kept)})
 
     def _message(self, text: str) -> None:
         if not hosts.is_leader():

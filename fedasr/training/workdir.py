@@ -163,7 +163,7 @@ def check_same(workdir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
     """Raises UserError unless a directory's configuration is the one to be run."""
     if found := differing(theirs, ours):
         more = ""
-        if found == ["rounds"] and ours["rounds"] > theirs["rounds"]:
+        if found == ["rounds"] and _rounds(theirs) < ours["rounds"]:
             more = f", or go on to more rounds by --extend={ours['rounds']}"
         raise UserError(
             f"--workdir={workdir} belongs to another configuration (differs in "
@@ -200,9 +200,14 @@ def extended(
             f"--extend: privacy.noise={ours['privacy']['noise']!r} is made for its number of "
             "rounds, more are another mechanism: start anew with --config.rounds"
         )
-    if rounds < theirs["rounds"]:
-        raise UserError(f"--extend={rounds}: the run already goes to round {theirs['rounds']}")
+    if rounds < _rounds(theirs):
+        raise UserError(f"--extend={rounds}: the run already goes to round {_rounds(theirs)}")
     return {**ours, "rounds": rounds}
+
+
+def _rounds(config: Mapping[str, Any]) -> int:
+    rounds = config.get("rounds")  # of a file, which may hold anything
+    return rounds if isinstance(rounds, int) else 0
 
 
 def history(summary: Mapping[str, Any] | None, rounds: int) -> list[dict[str, Any]]:

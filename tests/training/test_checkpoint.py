@@ -303,7 +303,7 @@ def test_every_damaged_file_is_noticed_or_means_nothing(tmp_path):
             state, metadata = checkpoints.restore(step, like=states[1])
             assert metadata == {"step": step}
             assert bits(state) == bits(states[step])
-            if step == 1 and (folder / "damaged-2").exists():
+            if step == 1:
                 assert [place.name for place in checkpoints.damaged] == ["damaged-2"]
                 checkpoints.save(2, states[2], {"step": 2})  # training comes to it again
                 assert bits(checkpoints.restore(2, like=states[1])[0]) == bits(states[2])

@@ -202,9 +202,18 @@ def test_a_bucket_is_refused_and_no_folder_made_of_its_name(
 
 
 def test_a_damaged_chunk_file_is_named(halfway, configure):
-    (halfway / "chunk.json").write_text("{")
-    with pytest.raises(UserError, match=r"chunk.json is damaged: remove it"):
-        loop.run(configure(), halfway)
+    path = halfway / "chunk.json"
+    whole = json.loads(path.read_text())
+    for text in ("{", "[]", "{}", json.dumps(whole | {"chunk": 2}), '{"chunk": 2}'):
+        path.write_text(text)
+        if text == "{}":  # as good as none
+            assert loop._read_chunk(path) == {}
+            continue
+        with pytest.raises(UserError, match=r"chunk.json is damaged: remove it"):
+            loop.run(configure(), halfway)
+    del whole["check"]  # of an older release
+    path.write_text(json.dumps(whole))
+    assert loop._read_chunk(path) == whole
 
 
 def test_an_extended_run_is_one_that_was_made_so(whole, configure, accept, tmp_path):
