@@ -1077,7 +1077,9 @@ def _read_chunk(path: Path) -> dict[str, Any]:
     said = {name: kept.get(name) for name in ("chunk", "device")} if kept else {}
     # Files of releases before 2026-12 have no check.
     damaged = kept and (
-        None in said.values() or kept.get("check", "") not in ("", fingerprint(said))
+        not isinstance(said["chunk"], int)
+        or not isinstance(said["device"], str)
+        or kept.get("check", "") not in ("", fingerprint(said))
     )
     if damaged or (kept is None and path.exists()):
         raise UserError(
