@@ -18,11 +18,11 @@ from absl import flags
 
 from experiments import cli
 from fedasr import text
-from fedasr.data import corpus, prepare
+from fedasr.data import corpus, layouts, prepare
 from fedasr.data.conversion import STORES
 from fedasr.errors import UserError
 
-_DATASETS = ["synthetic", "manifest", "librispeech", "common_voice", "neural"]
+_DATASETS = ["synthetic", "neural", *(layout.name for layout in layouts.LAYOUTS)]
 _DATASET = flags.DEFINE_enum("dataset", None, _DATASETS, "Where the speech comes from.")
 _SOURCE = flags.DEFINE_string("source", None, "The manifest, or the folder or archive of a corpus.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the corpus: new, empty, or holding the same.")
@@ -48,6 +48,15 @@ _AREAS = flags.DEFINE_string(
     None,
     "Channels of neural recordings; default tx1[0:128],spikePow[0:128], or all of a manifest's.",
 )
+_USER_KEY = flags.DEFINE_string(
+    "user_key", None, "Field or column of the user; default user, speaker, speaker_id or client_id."
+)
+_TEXT_KEY = flags.DEFINE_string("text_key", None, "Field or column of the transcript.")
+_AUDIO_KEY = flags.DEFINE_string("audio_key", None, "Field or column of the recording.")
+_METADATA = flags.DEFINE_list(
+    "metadata", None, "Further fields to carry through, beside age, gender, accents and the like."
+)
+_PIPES = flags.DEFINE_bool("pipes", False, "kaldi: run the commands that wav.scp holds.")
 _LEXICON = flags.DEFINE_string(
     "lexicon", None, "neural: pronunciations in the form of CMUdict; labels are then phonemes."
 )
@@ -88,26 +97,20 @@ def run() -> dict[str, Any]:
 
 def _opened(dataset: str, path: str) -> tuple[Any, dict[str, Any]]:
     """Utterances of a data set, and what is known of them as arguments of `prepare.prepare`."""
-    if dataset == "manifest":
-        from fedasr.data import manifest
-
-        fingerprint, total = manifest.manifest_fingerprint(path)
-        facts = {"name": f"manifest {path}", "fingerprint": fingerprint, "total": total}
-        return manifest.read_manifest(path), {**facts, "language": _LANGUAGE.value or "en"}
-    if dataset == "librispeech":
-        from fedasr.data.librispeech import LibriSpeech
-
-        if (_LANGUAGE.value or "en") != "en":
-            raise UserError("LibriSpeech is English: leave --language out")
-        source: Any = LibriSpeech(path)
-        language = "en"
-    else:
-        from fedasr.data.common_voice import CommonVoice
-
-        source = CommonVoice(path, _LANGUAGE.value)
-        language = source.language
+    source = layouts.find_layout(dataset).open(path, _options())
     facts = {name: getattr(source, name) for name in ("name", "fingerprint", "total", "notes")}
-    return source, {**facts, "language": language}
+    return source, {**facts, "language": source.language or _LANGUAGE.value or "en"}
+
+
+def _options() -> layouts.SourceOptions:
+    return layouts.SourceOptions(
+        language=_LANGUAGE.value,
+        user_key=_USER_KEY.value,
+        text_key=_TEXT_KEY.value,
+        audio_key=_AUDIO_KEY.value,
+        metadata=tuple(_METADATA.value or ()),
+        pipes=_PIPES.value,
+    )
 
 
 def _neural(path: str) -> dict[str, Any]:
@@ -148,7 +151,11 @@ def program() -> None:
     for name, split in summary["splits"].items():
         print(f"  {name}: {_describe(split)}")
     for reason, count in summary["skipped"].items():
-        print(f"  skipped, {reason}: {count} (listed in {prepare.SKIPPED_FILE})")
+        example = summary.get("skipped_examples", {}).get(reason)
+        shown = f"; for example {example[:200]}" if example else ""
+        print(
+            f"  skipped, {reason}: {count} (listed in {_OUT.value}/{prepare.SKIPPED_FILE}{shown})"
+        )
     others = {key: summary[key] for key in ("users_without_utterances", "users_in_several_splits")}
     for key, count in (others | summary["notes"]).items():
         if count:

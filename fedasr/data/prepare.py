@@ -20,6 +20,7 @@ import numpy as np
 
 from fedasr.data import conversion
 from fedasr.data import corpus as corpus_lib
+from fedasr.data import identity as identity_lib
 from fedasr.data.conversion import Converter, Progress, Rejected, Row, Skipped, Utterance
 from fedasr.errors import UserError
 
@@ -28,10 +29,11 @@ if TYPE_CHECKING:  # numpy only at run time: features come from JAX, loaded when
     from fedasr.data.synthetic import SyntheticConfig
 
 SKIPPED_FILE = "skipped.jsonl"
+UTTERANCES_FILE = "utterances.jsonl"
 _UNFINISHED = ".unfinished"
 _PARTS = "parts"  # in the folder of what is unfinished
 _LOCK = ".lock"
-_PREPARE_VERSION = 2  # part of the fingerprint: raise it when the same input gives other data
+_PREPARE_VERSION = 3  # part of the fingerprint: raise it when the same input gives other data
 
 
 def prepare(
@@ -206,10 +208,10 @@ def prepare_with(
             utterances, converter, parts, workers or _cores(), total, progress
         )
         with open(out / SKIPPED_FILE, "w", encoding="utf-8") as skipped_file:
-            rows, users, skipped = _accepted(conversion.read_rows(parts, count), skipped_file)
+            inputs = _accepted(conversion.read_rows(parts, count), skipped_file)
+        rows, users, skipped = inputs.rows, inputs.users, inputs.skipped
         if not rows:
-            counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no input"
-            raise UserError(f"no utterance could be stored ({counts}): mend the source")
+            raise UserError(_nothing_stored(inputs, out))
         by_split, several = _divide(rows, dev_fraction, test_fraction, seed)
         splits = {
             split: _ConvertedCorpus(by_user, parts, converter)
@@ -217,12 +219,12 @@ def prepare_with(
         }
         if write_more is not None:
             write_more(out)
-        notes = dict(notes or {})
-        if saturated := sum(row.saturated for row in rows):
-            notes["saturated_utterances"] = saturated
+        notes = {**(notes or {}), **_notes(inputs, by_split)}
+        _write_utterances(out / UTTERANCES_FILE, splits)
         summary = {
             **_extent(rows),
             "skipped": skipped,
+            "skipped_examples": inputs.examples,
             "users_without_utterances": len(users - {row.user for row in rows}),
             "users_in_several_splits": several,
             "notes": notes,
@@ -428,28 +430,113 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _accepted(
-    items: Iterable[Row | Skipped], skipped_file: IO[str]
-) -> tuple[list[Row], set[str], dict[str, int]]:
-    """Stored rows, all users named by the input, and the counts of what is left out, sorted."""
-    rows: list[Row] = []
-    users: set[str] = set()
+@dataclasses.dataclass
+class _Inputs:
+    """What became of all inputs.
+
+    Attributes:
+      rows: those that are stored. users: all that the input names. skipped: counts by reason,
+      sorted. examples: one "id: detail" for each reason. again: (recording, named split, user) of
+      those skipped because their file and transcript are stored already. renamed: users' ids that
+      were not as they are stored.
+    """
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    users: set[str] = dataclasses.field(default_factory=set)
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
+    again: list[tuple[str, str | None, str]] = dataclasses.field(default_factory=list)
+    renamed: set[str] = dataclasses.field(default_factory=set)
+
+
+def _accepted(items: Iterable[Row | Skipped], skipped_file: IO[str]) -> _Inputs:
+    """Takes in what became of each input, and lists what is left out."""
+    inputs = _Inputs()
     skipped: Counter[str] = Counter()
     seen: set[str] = set()
+    stored: dict[tuple[str, str], Row] = {}  # by file and transcript
     for item in items:
         if item.user is not None:
-            users.add(item.user)
+            inputs.users.add(item.user)
+            if spelling := getattr(item, "spelling", None):
+                inputs.renamed.add(spelling)
             # Only an id that was stored is taken: one that failed may still come with good audio.
             if item.id in seen and getattr(item, "reason", None) != "bad_split":
                 item = Skipped(item.id, item.user, "duplicate_id", "")
+        if isinstance(item, Row) and item.file is not None:
+            first = stored.setdefault((item.file, item.transcript), item)
+            if first is not item:
+                inputs.again.append((first.recording or "", item.split, item.user))
+                same = f"the same file and transcript as {first.id!r} of {first.user!r}"
+                item = Skipped(item.id, item.user, "duplicate_recording", same)
         if isinstance(item, Row):
             seen.add(item.id)
-            rows.append(item)
+            inputs.rows.append(item)
             continue
         skipped[item.reason] += 1
+        inputs.examples.setdefault(item.reason, f"{item.id}: {item.detail}".rstrip(": "))
         line = {"id": item.id, "reason": item.reason, "detail": item.detail}
         skipped_file.write(json.dumps(line) + "\n")
-    return rows, users, dict(sorted(skipped.items()))
+    inputs.skipped = dict(sorted(skipped.items()))
+    inputs.examples = dict(sorted(inputs.examples.items()))
+    return inputs
+
+
+def _nothing_stored(inputs: _Inputs, out: Path) -> str:
+    """One line that says why, with an example and where the rest is."""
+    if not inputs.skipped:
+        return "no utterance could be stored (no input): mend the source"
+    counts = ", ".join(f"{n} {reason}" for reason, n in inputs.skipped.items())
+    most = max(inputs.skipped, key=inputs.skipped.__getitem__)
+    return (
+        f"no utterance could be stored ({counts}); for example {inputs.examples[most]} "
+        f"(all are listed in {out / SKIPPED_FILE}): mend the source"
+    )
+
+
+def _notes(inputs: _Inputs, by_split: Mapping[str, Mapping[str, Sequence[Row]]]) -> dict[str, int]:
+    """Counts of what is stored but worth a look; those that are 0 are left out."""
+    places: dict[str, set[str]] = {}
+    speakers: dict[str, set[str]] = {}
+    texts: dict[str, set[str]] = {}
+    copies: Counter[str] = Counter()
+    for split, by_user in by_split.items():
+        for row in (row for rows in by_user.values() for row in rows):
+            if row.recording is not None:
+                places.setdefault(row.recording, set()).add(split)
+                speakers.setdefault(row.recording, set()).add(row.user)
+                texts.setdefault(row.recording, set()).add(row.transcript)
+                copies[row.recording] += 1
+    for recording, split, user in inputs.again:
+        speakers[recording].add(user)
+        if split is not None:
+            places[recording].add(split)
+    users = {row.user for row in inputs.rows}
+    counts = {
+        "saturated_utterances": sum(row.saturated for row in inputs.rows),
+        "utterances_with_decoder_complaints": sum(row.complaints > 0 for row in inputs.rows),
+        "decoder_complaints": sum(row.complaints for row in inputs.rows),
+        "recordings_stored_several_times": sum(count > 1 for count in copies.values()),
+        "recordings_in_several_splits": sum(len(x) > 1 for x in places.values()),
+        "recordings_of_several_users": sum(len(x) > 1 for x in speakers.values()),
+        "recordings_with_several_transcripts": sum(len(x) > 1 for x in texts.values()),
+        "user_ids_normalised": len(inputs.renamed),
+        "users_differing_by_case_only": identity_lib.case_variants(users),
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _write_utterances(path: Path, splits: Mapping[str, _ConvertedCorpus]) -> None:
+    """Lists what is stored, in its order: the split, the user, the id, and what else is known."""
+    with open(path, "w", encoding="utf-8") as file:
+        for split, corpus in splits.items():
+            for user, rows in zip(corpus.users, corpus.rows, strict=True):
+                for row in rows:
+                    line: dict[str, Any] = {"split": split, "user": user, "id": row.id}
+                    line["seconds"] = round(row.seconds, 4)
+                    if row.metadata:
+                        line["metadata"] = dict(row.metadata)
+                    file.write(json.dumps(line) + "\n")
 
 
 class _ConvertedCorpus:
