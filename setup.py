@@ -8,6 +8,7 @@ SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
 QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
 FUSION = ["evosax>=0.3", "scikit-learn>=1.4"]
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
+HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 
 setup(
     name="fedasr",
@@ -43,12 +44,14 @@ setup(
         "quickstart": QUICKSTART,
         "fusion": FUSION,
         "neural": NEURAL,
+        "huggingface": HUGGINGFACE,
         "cuda": ["jax[cuda12]>=0.8"],
         "tpu": ["jax[tpu]>=0.8"],
         "test": [
             *QUICKSTART,
             *FUSION,
             *NEURAL,
+            *HUGGINGFACE,
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook
             "nbclient>=0.10",

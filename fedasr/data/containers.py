@@ -349,8 +349,9 @@ def _au(content: bytes) -> Contents:
     each = _AU_BYTES.get(encoding, 0) * channels
     if unknown:
         _check_single(content, start, "AU")
-        if each and size % each:
-            raise Unusable(f"truncated: AU ends within a sample ({size} bytes of {each} each)")
+    if each and size % each:
+        raise Unusable(f"truncated: AU ends within a sample ({size} bytes of {each} each)")
+    if unknown:
         content = _with(content, {8: size}, order)
     return Contents((content,), size // each if each else None)
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedasr.data import identity
 from fedasr.data.conversion import Rejected, Utterance
+from fedasr.data.corpus import valid_split_name
 from fedasr.data.recordings import Recording, file_state
 from fedasr.errors import UserError
 
@@ -165,3 +167,22 @@ def read_text(path: Path) -> list[tuple[int, str | None]]:
             except UnicodeDecodeError:
                 lines.append((number, None))
     return lines
+
+
+def find_file(folder: Path, name: str) -> str:
+    """The file that a name means: relative to a folder, or to one of those above it.
+
+    Recipes write names relative to where they ran, which is mostly a folder above the data.
+    """
+    if not os.path.isabs(name):
+        for above in (folder, *folder.parents[:4]):
+            found = identity.resolved(above, name)
+            if found.is_file():
+                return os.fspath(found)
+    return os.fspath(identity.resolved(folder, name))
+
+
+def split_of(name: str) -> str | None:
+    """A folder's or file's name as that of a split; None where it cannot be one."""
+    name = name.replace("-", "_").replace(".", "_")
+    return name if valid_split_name(name) else None

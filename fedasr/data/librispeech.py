@@ -227,9 +227,10 @@ def detect(path: Path) -> bool:
     if is_archive(path):
         return any(name.endswith(_TRANSCRIPTS) for name in _first_names(path))
     try:
-        return path.is_dir() and _find(path)[0] is not None
-    except UserError:
+        root, archives, _ = _find(path)
+    except (UserError, OSError):
         return False
+    return root is not None or detect(archives[0])
 
 
 def _first_names(archive: Path, number: int = 200) -> list[str]:

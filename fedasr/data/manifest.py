@@ -111,7 +111,7 @@ def read_manifest(
     options = options or SourceOptions()
     found = False
     try:
-        for where, entry in _entries(path, options):
+        for where, entry in entries(path, options):
             found = True
             if isinstance(entry, str):
                 yield Rejected(where, REASON, entry)
@@ -148,8 +148,14 @@ def manifest_fingerprint(
 # ---------------------------------------------------------------------------------------- lines
 
 
-def _entries(path: Path, options: SourceOptions) -> Iterator[tuple[str, Any]]:
-    """(where, object or why there is none) of each line that is not blank."""
+def entries(path: Path, options: SourceOptions | None = None) -> Iterator[tuple[str, Any]]:
+    """(where, object or why there is none) of each line of a manifest that is not blank.
+
+    Raises:
+      UserError: it is no text, an array that is no JSON, or a table without a proper header.
+      OSError, EOFError: it cannot be read, or not to its end.
+    """
+    options = options or SourceOptions()
     with open(path, "rb") as raw:
         start = raw.read(2)
         raw.seek(0)
@@ -291,16 +297,23 @@ def utterance_of(
     folder: Path,
     options: SourceOptions,
     unused: Counter[str] | None = None,
+    content: bytes | None = None,
 ) -> Utterance | Rejected:
-    """The utterance that the fields of a line stand for; see `read_manifest`."""
+    """The utterance that the fields of a line stand for; see `read_manifest`.
+
+    With the `content` of its recording, `audio_filepath` is only its name, and may be missing.
+    """
 
     def rejected(detail: str) -> Rejected:
         return Rejected(where, REASON, detail)
 
     if not isinstance(entry, dict):
         return rejected("not a JSON object")
+    if content is not None and not entry.get("audio_filepath"):
+        entry["audio_filepath"] = where
+    own_audio = options.audio_key if content is None else None
     keys = {
-        "audio_filepath": _key(entry, options.audio_key, AUDIO_KEYS),
+        "audio_filepath": _key(entry, own_audio, AUDIO_KEYS),
         "text": _key(entry, options.text_key, TEXT_KEYS),
         "user": _key(entry, options.user_key, USER_KEYS),
     }
@@ -309,8 +322,15 @@ def utterance_of(
         value = entry.get(key)
         if name == "user" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
+        if value is None:
+            usual = {"audio_filepath": AUDIO_KEYS, "text": TEXT_KEYS, "user": USER_KEYS}[name]
+            flag = {"audio_filepath": "audio"}.get(name, name)
+            return rejected(
+                f"{key} is missing: give one of {', '.join(usual)}, or name the field with "
+                f"--{flag}_key (there are {', '.join(map(str, entry))[:120]})"
+            )
         if not isinstance(value, str):
-            return rejected(f"{key} is missing or not a string")
+            return rejected(f"{key} is not a string")
         if name != "text" and not value.strip():
             return rejected(f"{key} is empty")
         values[name] = value
@@ -344,7 +364,8 @@ def utterance_of(
         text=values["text"],
         split=split,
         audio=Recording(
-            os.fspath(identity.resolved(folder, name)), start or 0.0, stop, stated, channel
+            os.fspath(identity.resolved(folder, name)) if content is None else content,
+            *(start or 0.0, stop, stated, channel),
         ),
         metadata={k: str(entry[k]) for k in sorted(carried) if entry.get(k) not in (None, "")},
     )
@@ -363,7 +384,7 @@ def _key(entry: Mapping[str, Any], own: str | None, usual: tuple[str, ...]) -> s
 def _channel(value: Any) -> int | None:
     if value is None:
         return None
-    number = _number("channel", value)
+    number = as_number("channel", value)
     if number < 0 or number != int(number):
         raise ValueError(f"channel is {value!r}, not 0, 1, ...")
     return int(number)
@@ -404,13 +425,13 @@ def _agreed(entry: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
     for key in keys:
         for name, unit in ((key, 1.0), (f"{key}_ms", 1000.0)):
             if entry.get(name) is not None:
-                found[name] = _number(name, entry[name]) / unit
+                found[name] = as_number(name, entry[name]) / unit
     if len(found) > 1 and max(found.values()) - min(found.values()) > 1e-6:
         raise ValueError(f"{' and '.join(sorted(found))} disagree")
     return next(iter(found.values()), None)
 
 
-def _number(name: str, value: Any) -> float:
+def as_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{name} is {value!r}, not a number")
     try:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import os
+import subprocess
 import tarfile
 import tempfile
 import zlib
@@ -31,11 +32,16 @@ AUDIO_ENDINGS = (
     *(".w64", ".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".mp2", ".snd"),
 )
 _RATES = 2000, 768_000  # Hz, of recordings
+_BLOCK = 1 << 22  # samples read at a time
 _TOLERANCE = 0.1  # seconds by which a stated length may differ from the recording's
 
 
 class Mismatch(ValueError):
     """What is stated of a recording's length disagrees with the recording."""
+
+
+class Command(str):
+    """A command of the shell that writes a recording to its standard output, in place of a file."""
 
 
 class Decoded(NamedTuple):
@@ -54,7 +60,7 @@ class Recording:
     """A recording, or a part of one, that is decoded when it is called.
 
     Attributes:
-      file: a path, or the content of a file.
+      file: a path, the content of a file, or a `Command`.
       start: seconds into the file at which the part begins.
       stop: where it ends; None for the end of the file.
       stated: seconds that the whole file is said to last; None where nobody says.
@@ -120,7 +126,9 @@ def read_audio(file: str | os.PathLike[str] | bytes) -> Decoded:
         raise UserError(
             f"reading audio needs soundfile ({error}): install it (pip install soundfile)"
         ) from error
-    if not isinstance(file, bytes):
+    if isinstance(file, Command):
+        file = _output(file)
+    elif not isinstance(file, bytes):
         if not os.path.exists(file):
             raise soundfile.SoundFileRuntimeError(f"no such file: {os.fspath(file)}")
         file = Path(file).read_bytes()
@@ -157,6 +165,15 @@ def read_audio(file: str | os.PathLike[str] | bytes) -> Decoded:
     return Decoded(audio, rate, complaints)
 
 
+def _output(command: Command) -> bytes:
+    """What a command writes; raises ValueError where it fails."""
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
+        raise ValueError(f"exit status {done.returncode} of {str(command)!r}: {said}")
+    return done.stdout
+
+
 def _channels(audio: np.ndarray) -> int:
     return audio.shape[1] if audio.ndim > 1 else 1
 
@@ -169,7 +186,10 @@ def _samples(opened: Any, contents: containers.Contents) -> np.ndarray:
         if len(audio) < opened.frames and contents.frames is None:
             raise containers.Unusable(f"truncated: {len(audio)} of {opened.frames} samples")
         return audio
-    values = opened.read(dtype="int32")
+    blocks = []  # what the header says may be absurd
+    while len(block := opened.read(min(_BLOCK, opened.frames - opened.tell()), dtype="int32")):
+        blocks.append(block)
+    values = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
     raw = (values >> (32 - contents.bits)).astype("<i4").view(np.uint8).reshape(-1, 4)
     digest = hashlib.md5(raw[:, : contents.bits // 8].tobytes(), usedforsecurity=False)
     if len(values) and digest.digest() != contents.md5:
@@ -183,9 +203,16 @@ def _whole_path(path: str, state: tuple[int, ...]) -> Decoded:
     return read_audio(path)
 
 
+@functools.lru_cache(maxsize=1)
+def _whole_command(command: Command) -> Decoded:
+    return read_audio(command)
+
+
 def _whole(file: str | os.PathLike[str] | bytes) -> Decoded:
     if isinstance(file, bytes):
         return read_audio(file)
+    if isinstance(file, Command):
+        return _whole_command(file)
     return _whole_path(os.fspath(file), tuple(file_state(Path(file))))
 
 

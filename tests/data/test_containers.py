@@ -146,7 +146,7 @@ def seconds_of(content):
     return len(audio) / rate
 
 
-@pytest.mark.parametrize("codec", ["s16.wav", "flac", "aiff", "au", "vorbis.ogg", "opus.ogg"])
+@pytest.mark.parametrize("codec", ["s16.wav", "flac", "aiff", "vorbis.ogg", "opus.ogg"])
 def test_a_changed_byte_changes_no_length_silently(grid, codec):
     content = (grid / f"whole-8000-1.{codec}").read_bytes()
     whole = read_audio(content).samples
@@ -159,7 +159,7 @@ def test_a_changed_byte_changes_no_length_silently(grid, codec):
         except Unusable:
             continue
         assert audio.shape == whole.shape, at
-        assert codec in ("aiff", "au") or rate == 8000, at  # which say the rate once
+        assert codec == "aiff" or rate == 8000, at  # which says its rate once
 
 
 # ---------------------------------------------------------------------------- without ffmpeg
