@@ -58,14 +58,18 @@ def prepare(
     total: int | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Computes features and labels of utterances and writes them as a corpus on disk.
 
     Every input is either stored or counted under one reason (and listed in `skipped.jsonl`):
     whatever reason its source gave (`Rejected`), "bad_split" (not a name a split can have),
-    "duplicate_id", "empty_text" (nothing left after normalisation), "unknown_characters" (the
-    transcript holds characters, such as digits, that the alphabet cannot write; leaving them out
-    would change what was said), "unreadable_audio" (decoding failed, or no samples),
+    "bad_user" (an empty id), "duplicate_id", "duplicate_recording" (the same part of the same file
+    with the same transcript, whatever its names and users), "duration_mismatch" (another length
+    than is stated, by more than 0.1 s), "empty_text" (nothing left after normalisation),
+    "unknown_characters" (the transcript holds characters, such as digits, that the alphabet cannot
+    write; leaving them out would change what was said), "unreadable_audio" (decoding failed, the
+    file is cut or damaged, or there are no samples),
     "non_finite_audio" (NaN or Inf), "too_long", "too_short" and "infeasible" (more labels than
     CTC can align with the model's output frames).
 
@@ -76,7 +80,11 @@ def prepare(
     rounding of samples to int16, which 16-bit recordings at 16 kHz do not need.
     Users none of whose utterances names a split are divided among train, dev and test, whole users
     at a time, by a hash of the seed and the user. Other utterances without a split join the first
-    split that their user names.
+    split that their user names. Users' ids are stored in one spelling
+    (`fedasr.data.identity.normalised_user`).
+
+    Beside the corpus, `utterances.jsonl` lists what is stored in its order, with the metadata that
+    the source carries through.
 
     A finished corpus with the same fingerprint is left as it is; a preparation that was interrupted
     goes on with what it had converted when it is asked for again with the same fingerprint.
@@ -107,13 +115,20 @@ def prepare(
       total: number of inputs if known, for `progress`.
       progress: called with (inputs done, total), after each input where there is one worker.
       overwrite: replace a finished corpus that differs.
+      source: how to open the source again, for whoever verifies the corpus; stored as it is.
 
     Returns:
       {"users", "utterances", "hours", "minutes_per_user", "skipped": {reason: count},
+      "skipped_examples": {reason: "id: detail" of the first},
       "users_without_utterances", "users_in_several_splits", "notes", "splits": {split: {"users",
       "utterances", "hours", "minutes_per_user"}}}. "minutes_per_user" is {"mean", "std" (of the
-      population), "min", "max"}; "notes" are those given and, with `store="audio"`,
-      "saturated_utterances": how many had samples beyond [-1, 1], which int16 cannot hold.
+      population), "min", "max"}; "notes" are those given and, where they are not 0, with
+      `store="audio"` "saturated_utterances" (how many had samples beyond [-1, 1], which int16
+      cannot hold), "utterances_with_decoder_complaints", "decoder_complaints" (lines),
+      "recordings_stored_several_times" (equal sound from different files),
+      "recordings_in_several_splits" (the test set is then no test), "recordings_of_several_users",
+      "recordings_with_several_transcripts", "user_ids_normalised" (spellings that are stored as
+      another) and "users_differing_by_case_only".
 
     Raises:
       UserError: the folder holds something else, an option makes no sense, no utterance at all
@@ -156,6 +171,7 @@ def prepare(
         total=total,
         progress=progress,
         overwrite=overwrite,
+        source=source,
     )
 
 
@@ -175,6 +191,7 @@ def prepare_with(
     progress: Progress | None = None,
     overwrite: bool = False,
     write_more: Callable[[Path], None] | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`prepare` with any converter, such as `fedasr.data.neural.NeuralConverter`.
 
@@ -236,7 +253,10 @@ def prepare_with(
         corpus_lib.write_corpus(
             out,
             splits,
-            {"name": name, "identity": identity, "options": options, "summary": summary},
+            {
+                **{"name": name, "identity": identity, "options": options, "summary": summary},
+                **({"source": dict(source)} if source else {}),
+            },
         )
     return summary
 

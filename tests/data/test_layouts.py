@@ -319,7 +319,8 @@ def test_kaldi_segments_must_be_times(tmp_path):
     folder = as_kaldi(tmp_path) / "dev"
     talk = (folder / "wav.scp").read_text().split()[0]
     (folder / "segments").write_text(
-        f"a {talk} 0.5 -1\nb {talk} 2 1\nc {talk} x 1\nd nowhere 0 1\ne {talk} nan 1\nf {talk} 0 99\n"
+        f"a {talk} 0.5 -1\nb {talk} 2 1\nc {talk} x 1\n"
+        f"d nowhere 0 1\ne {talk} nan 1\nf {talk} 0 99\n"
     )
     (folder / "text").write_text("".join(f"{id} good day\n" for id in "abcdef"))
     (folder / "utt2spk").write_text("".join(f"{id} u\n" for id in "abcdef"))
