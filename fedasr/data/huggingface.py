@@ -174,7 +174,7 @@ def _rows(file: Path, options: SourceOptions) -> Iterator[dict[Any, Any]]:
         for batch in batches:
             for row in batch.to_pylist():
                 yield _with_audio(row, column)
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{file} is damaged or incomplete ({detail}): download it again") from error
 

@@ -92,7 +92,7 @@ def _kind(path: Path) -> str | None:
             if "recording_id" in entry:
                 return "supervisions"
             return "recordings" if "sources" in entry else None
-    except (OSError, EOFError, UserError, UnicodeDecodeError):
+    except UserError:
         return None
     return None
 

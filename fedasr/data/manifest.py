@@ -110,16 +110,12 @@ def read_manifest(
     path = Path(path)
     options = options or SourceOptions()
     found = False
-    try:
-        for where, entry in entries(path, options):
-            found = True
-            if isinstance(entry, str):
-                yield Rejected(where, REASON, entry)
-            else:
-                yield utterance_of(entry, where, path.parent, options, unused)
-    except (OSError, EOFError, zlib.error) as error:
-        detail = getattr(error, "strerror", None) or error
-        raise UserError(f"the manifest {path} cannot be read: {detail}") from error
+    for where, entry in entries(path, options):
+        found = True
+        if isinstance(entry, str):
+            yield Rejected(where, REASON, entry)
+        else:
+            yield utterance_of(entry, where, path.parent, options, unused)
     if not found:
         raise UserError(f"the manifest {path} is empty: write one JSON object a line into it")
 
@@ -152,10 +148,17 @@ def entries(path: Path, options: SourceOptions | None = None) -> Iterator[tuple[
     """(where, object or why there is none) of each line of a manifest that is not blank.
 
     Raises:
-      UserError: it is no text, an array that is no JSON, or a table without a proper header.
-      OSError, EOFError: it cannot be read, or not to its end.
+      UserError: it cannot be read (to its end), is no text, an array that is no JSON, or a table
+        without a proper header.
     """
-    options = options or SourceOptions()
+    try:
+        yield from _entries(path, options or SourceOptions())
+    except (OSError, EOFError, zlib.error) as error:
+        detail = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"the manifest {path} cannot be read: {detail}") from error
+
+
+def _entries(path: Path, options: SourceOptions) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as raw:
         start = raw.read(2)
         raw.seek(0)
@@ -267,7 +270,7 @@ def _rows(stream: io.TextIOWrapper) -> Iterator[tuple[int, list[str] | str]]:
     """(number of the line, fields or what is wrong) of a table, blank lines left out."""
     separator = None
     for number, line in enumerate(stream, start=1):
-        if not line.strip():
+        if not line.strip(" \t\r\n"):
             continue
         separator = separator or _separator(line)
         if separator == "\t":  # quotation marks are characters, but for those around a field

@@ -284,17 +284,47 @@ def archive_files(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[s
     """
     opened = open if path.name.endswith(".tar") else gzip.open
     try:
-        with opened(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # tarfile would keep a million of them
-                name = member.name
-                if member.isfile() and not os.path.basename(name).startswith("."):
-                    yield name, archive.extractfile(member).read() if wanted(name) else None
-            while stream.read(1 << 20):  # gzip checks its sum at the very end
-                pass
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        with opened(path, "rb") as raw:
+            stream = _Remembering(raw)
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # tarfile would keep a million of them
+                    name = member.name
+                    if member.isfile() and not os.path.basename(name).startswith("."):
+                        yield name, archive.extractfile(member).read() if wanted(name) else None
+                # tarfile takes a damaged header, and the end of the file, for the archive's end.
+                if stream.last != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.TarError("its end is missing, or a header is damaged")
+                while rest := stream.read(1 << 20):  # gzip checks its sum at the very end
+                    if rest.strip(b"\0"):
+                        raise tarfile.TarError("something follows its end")
+    except (OSError, EOFError, zlib.error, ValueError, tarfile.TarError) as error:
         detail = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the archive {path} is damaged or incomplete ({detail})") from error
+
+
+class _Remembering(io.RawIOBase):
+    """A stream that knows what it gave last."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.last = b""
+
+    def read(self, size: int = -1) -> bytes:
+        self.last = self._stream.read(size)
+        return self.last
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
 
 def file_state(path: Path) -> list[int]:
