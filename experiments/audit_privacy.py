@@ -32,6 +32,7 @@ from absl import flags
 
 from experiments import cli
 from fedasr.errors import UserError
+from fedasr.streams import Stream, generator, seed_key
 
 if TYPE_CHECKING:
     from fedasr.data.corpus import Corpus, Example
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "quickstart.py")
 _RUNS = 1000  # of many_runs with crafted updates
-_CANARY_TAG = 0xCA9A
 
 # ------------------------------------------------------------------------------------ real users
 
@@ -73,7 +73,7 @@ def make_canaries(corpus: Corpus, count: int, vocab: int, seed: int) -> list[Can
             f"--canary_count={count}: the held-out splits (data.eval) have "
             f"{len(corpus.users)} users"
         )
-    rng = np.random.default_rng(np.random.SeedSequence([_CANARY_TAG, seed]))
+    rng = generator(Stream.CANARIES, seed)
     canaries = []
     for user in rng.choice(len(corpus.users), count, replace=False).tolist():
         own = corpus.get(user, range(int(corpus.sizes[user])))
@@ -169,6 +169,7 @@ def audit_users(
         trials=trials,
         rounds=config["rounds"],
         confidence=confidence,
+        neighbours=mechanism.sampler.neighbours,
     )
 
 
@@ -210,7 +211,7 @@ def _start(config: Mapping[str, Any], recogniser: Any) -> Any:
 
     if config["init_from"]:
         return jax.tree.map(jnp.asarray, restore_params(config["init_from"]))
-    return recogniser.init(jax.random.key(config["seed"]))
+    return recogniser.init(seed_key(config["seed"], Stream.INIT))
 
 
 def inserted_losses(
@@ -285,12 +286,12 @@ def run(config: dict[str, Any]) -> Audit:
 
 
 def to_summary(audit: Audit, canaries: str) -> dict[str, Any]:
-    """The JSON object; an infinite claim (no guarantee) is null."""
-    claimed = audit.epsilon_claimed
+    """The JSON object, before infinities (a claim without a guarantee) become JSON."""
     return {
         "epsilon_lower": audit.epsilon_lower,
         "epsilon_lower_strict": audit.strict,
-        "epsilon_claimed": claimed if math.isfinite(claimed) else None,
+        "epsilon_claimed": audit.epsilon_claimed,
+        "neighbours": audit.neighbours,
         "exceeds": audit.exceeds,
         "confidence": audit.confidence,
         "delta": audit.delta,
@@ -320,7 +321,8 @@ def _describe(audit: Audit, canaries: str) -> Iterator[str]:
             "looser bound)"
         )
     claimed = audit.epsilon_claimed
-    yield f"claimed: {f'{claimed:.4g}' if math.isfinite(claimed) else 'none (infinite)'}"
+    yield f"claimed: {f'{claimed:.4g}' if math.isfinite(claimed) else 'infinite (no guarantee)'}"
+    yield f"the claim compares: {audit.neighbours}"
 
 
 def _define_flags() -> None:
@@ -347,10 +349,10 @@ def program() -> int | None:
         raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
     cli.configure_devices()
     from fedasr.privacy.auditing import write_roc
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json
 
     canaries = flags.FLAGS.canaries
-    audit = run(to_json(plain))
+    audit = run(config_to_json(plain))
     if flags.FLAGS.plot:
         write_roc(audit, flags.FLAGS.plot)
     if cli.JSON.value:

@@ -39,6 +39,7 @@ from absl import flags
 
 from experiments import cli
 from fedasr.errors import UserError
+from fedasr.streams import Stream, make_root, seed_key, sub_seed
 
 if TYPE_CHECKING:
     from fedasr.data.batching import Bucket
@@ -53,7 +54,6 @@ _DEFAULT = str(Path(__file__).parent / "configs" / "corrections.py")
 SYSTEMS = ("unfiltered", "uniform", "words", "quality", "federated", "private")
 WEIGHTED = ("words", "federated", "private")  # by their words
 MEASURES = ("fresh", "rare", "general", "rare_missed")
-_HISTOGRAM_SEEDS = {"pairs": 1, "words": 2}  # their noise must differ
 
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 _SYSTEMS = flags.DEFINE_list("systems", list(SYSTEMS), f"Which of {', '.join(SYSTEMS)}.")
@@ -184,7 +184,7 @@ def stale_model(bench: Bench, seed: int, folder: Path, log: Callable[[str], None
     from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
 
     settings = _settings(bench.config, "stale")
-    params = bench.recogniser.init(jax.random.key(seed))
+    params = bench.recogniser.init(seed_key(seed, Stream.INIT))
     if folder.is_dir():
         try:
             if read_metadata(folder) == settings:
@@ -209,6 +209,14 @@ def _remove(folder: Path) -> None:
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _histogram_seed(bench: Bench, seed: int, name: str) -> int:
+    """Of the noise on one histogram: no other histogram, seed or setting shares it."""
+    from fedasr.training.config import fingerprint
+
+    settings = {key: value for key, value in bench.config.items() if key != "seed"}
+    return sub_seed(make_root(seed, fingerprint(settings)), Stream.HISTOGRAM, name)
 
 
 class Corrections(NamedTuple):
@@ -237,7 +245,7 @@ def make_corrections(bench: Bench, params: Any, seed: int, noise: float) -> Corr
         lib.pairs_of_users(feedback, frames, len(corpus.users), filters),
         most=settings["most"],
         noise_multiplier=noise,
-        seed=_HISTOGRAM_SEEDS["pairs"] + 10 * seed,
+        seed=_histogram_seed(bench, seed, "pairs"),
     )
     reviews = [lib.review(one, n, filters, pairs) for one, n in zip(feedback, frames, strict=True)]
     return Corrections(feedback, reviews, pairs)
@@ -270,6 +278,18 @@ def held_out_batch(bench: Bench) -> dict[str, Any]:
     return batch
 
 
+def make_sampler(bench: Bench, corrected: Any, seed: int) -> Any:
+    """Poisson sampling of all training users; who has no corrections left sends nothing.
+
+    How many have some left is as private as the corrections: nothing may follow from it.
+    """
+    from fedasr.data.sampling import PoissonSampler, SilentSampler
+
+    population = len(corrected.users)
+    everybody = PoissonSampler(population, min(bench.config["cohort"], population), seed)
+    return SilentSampler(everybody, tuple(corrected.sizes.nonzero()[0].tolist()))
+
+
 def train(
     bench: Bench, system: str, params: Any, seed: int, log: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -277,7 +297,6 @@ def train(
     import numpy as np
 
     from fedasr.data.batching import LocalBatches
-    from fedasr.data.sampling import PoissonSampler
     from fedasr.federated.client import local_training
     from fedasr.federated.server import constant_then_exponential, make_optimizer
     from fedasr.federated.simulation import Simulation
@@ -287,6 +306,7 @@ def train(
     from fedasr.feedback.joint import JointTraining, average_params
     from fedasr.models.recogniser import ARRAYS
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.training.config import fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
     client, server, privacy = config["client"], config["server"], config["privacy"]
@@ -297,7 +317,7 @@ def train(
     if system == "unfiltered":
         texts = [one.edited or None for one in found.feedback]
     corpus = lib.corrected_corpus(
-        bench.corpora["train"], found.feedback, texts, bench.tokenizer, bench.pad_space
+        bench.corpora["train"], found.feedback, texts, bench.tokenizer, bench.pad_space, True
     )
 
     weights = weigh = None
@@ -307,7 +327,7 @@ def train(
             words,
             most=settings["most"],
             noise_multiplier=noise,
-            seed=_HISTOGRAM_SEEDS["words"] + 10 * seed,
+            seed=_histogram_seed(bench, seed, "words"),
         )
         weights = weighting.word_weights(words, histogram, server_words(bench), **settings["words"])
     if system == "quality":
@@ -316,7 +336,7 @@ def train(
         weigh = weighting.quality_weight(bench.recogniser.evaluate, held_out, **options)
     weighted = weights is not None or weigh is not None
 
-    sampler = PoissonSampler(len(corpus.users), min(config["cohort"], len(corpus.users)), seed)
+    sampler = make_sampler(bench, corpus, seed)
     mechanism = Mechanism(
         privacy["clip_norm"] if private else float("inf"),
         privacy["budget"] if private else "global",
@@ -342,6 +362,7 @@ def train(
         make_optimizer(server["optimizer"], schedule, **server["options"]),
         LocalBatches(client["batch_size"], steps=client["steps"]),
         seed=seed,
+        identity=f"corrections {system} {fingerprint(_settings(config, system))}",
         chunk=config["chunk"],
         buckets=[bench.bucket],
         keep=ARRAYS,
@@ -360,14 +381,17 @@ def train(
         if metrics.round % 10 == 0:
             log(f"seed {seed}, {system}: round {metrics.round} of {rounds}, {metrics.loss:.2f}")
     result: dict[str, Any] = {"seconds": time.monotonic() - began}
-    result |= {"users": len(corpus.users), "utterances": int(corpus.sizes.sum())}
+    speaking = corpus.sizes > 0
+    result |= {"users": int(speaking.sum()), "utterances": int(corpus.sizes.sum())}
     result["wer"] = evaluate(bench, state.params)
     result |= _averaged(bench, params, average_params(last))
     if weights is not None:
+        weights = weights[speaking]
         result["weights"] = {"mean": float(weights.mean()), "max": float(weights.max())}
         result["share_at_floor"] = float(np.mean(weights <= weights.min() + 1e-6))
     if private:
-        result["privacy"] = _privacy(mechanism, privacy, rounds)
+        trusted = {name: settings[name]["trusted"] for name in ("filters", "words")}
+        result["privacy"] = _privacy(mechanism, privacy, rounds, trusted)
     return result
 
 
@@ -384,22 +408,36 @@ def _averaged(bench: Bench, stale: Any, new: Any) -> dict[str, Any]:
     return {"averaged": rates, "stale_share": share}
 
 
-def _privacy(mechanism: Any, privacy: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """Epsilon with the histograms', as simulated and as deployed."""
+def _privacy(
+    mechanism: Any, privacy: Mapping[str, Any], rounds: int, trusted: Mapping[str, float]
+) -> dict[str, Any]:
+    """Epsilon with the histograms', as simulated and as deployed.
+
+    Deployed, the same noise on shares of the users is more noise on counts, and what counts as
+    trusted by so many users grows with the population as well: `trusted_pairs`, `trusted_words`.
+    """
     figures = []
     for cohort, population in ((None, None), *privacy["deployments"]):
         deployed = mechanism if cohort is None else mechanism.deployed(cohort, population)
         spent = deployed.epsilon(rounds, privacy["delta"])
+        growth = deployed.sampler.population / mechanism.sampler.population
         figures.append(
             {
                 "cohort": cohort or mechanism.sampler.expected_cohort,
                 "population": population or mechanism.sampler.population,
-                "epsilon": spent.epsilon if spent.epsilon < 1e300 else None,
+                "epsilon": spent.epsilon,
                 "accountant": spent.accountant,
                 "released": deployed.released,
+                "trusted_pairs": trusted["filters"] * growth,
+                "trusted_words": trusted["words"] * growth,
             }
         )
-    return {"delta": privacy["delta"], "simulated": figures[0], "deployed": figures[1:]}
+    return {
+        "delta": privacy["delta"],
+        "neighbours": mechanism.sampler.neighbours,
+        "simulated": figures[0],
+        "deployed": figures[1:],
+    }
 
 
 # ---------------------------------------------------------------------------- seeds and tables
@@ -515,6 +553,8 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     def text(spread: Mapping[str, Any], scale: float = 1.0) -> str:
         return f"{scale * spread['mean']:.1f} ({scale * spread['std']:.1f})"
 
+    from fedasr.privacy.accounting import epsilon_in_words
+
     yield f"test, percent, mean (std) over seeds {summary['seeds']}: {', '.join(MEASURES)}"
     for name, row in summary["test"].items():
         yield f"  {name}: " + ", ".join(text(row[measure]) for measure in MEASURES)
@@ -527,8 +567,14 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, spread in summary.get("better_than_uniform", {}).items():
         yield f"{name} better than uniform by {text(spread)} points"
     for found in summary.get("privacy", ())[:1]:
+        yield f"privacy compares: {found['neighbours']}"
         for case in found["deployed"]:
-            yield f"private, as deployed: {case}"
+            yield (
+                f"private, as deployed: epsilon {epsilon_in_words(case['epsilon'])} at delta "
+                f"{found['delta']:g} ({case['accountant']}), {case['cohort']:,} of "
+                f"{case['population']:,} users a round, histograms' noise multipliers "
+                f"{case['released']}; a word is trusted from {case['trusted_words']:,.0f} users on"
+            )
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
@@ -561,9 +607,9 @@ def run() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json, from_json, to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = config_to_json(_CONFIG.value.to_dict())
     systems = _SYSTEMS.value
     if unknown := sorted(set(systems) - set(SYSTEMS)):
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
@@ -584,7 +630,7 @@ def run() -> None:
     if cli.JSON.value:
         cli.show(summary)
     else:
-        print("\n".join(_lines(summary)))
+        print("\n".join(_lines(from_json(summary))))
 
 
 if __name__ == "__main__":

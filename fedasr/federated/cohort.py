@@ -18,10 +18,9 @@ from fedasr.data.batching import Chunk, Resident
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Params, view_of_client
 from fedasr.federated.local import LocalUpdate
+from fedasr.streams import Stream, fold
 
 AXIS, MODEL = "clients", "model"  # of a mesh
-# Folded into a client's key for its weight; its steps are never so many.
-_WEIGHT = 0xFFFFFFFF
 _TOGETHER_BYTES = 1 << 20  # of an array, at most, to be summed over devices with others
 
 
@@ -212,7 +211,7 @@ def make_cohort(
         delta, stats = clip.update(delta, clip.init(params))
         present, finite = num_steps > 0, stats.finite
         if weigh is not None:
-            said = weigh(params, delta, batches, jax.random.fold_in(key, _WEIGHT))
+            said = weigh(params, delta, batches, fold(key, Stream.WEIGHT))
             finite &= jnp.isfinite(said)
             weight = weight * jnp.clip(said.astype(jnp.float32), 0.0, 1.0)
         valid = present & finite

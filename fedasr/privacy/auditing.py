@@ -17,10 +17,10 @@ It is not the strongest: other users could oppose the canary, which matters wher
 another (fixed-size sampling, few slots), and an attacker could know the turns of users in turn and
 undo the correlation of noise. Nothing of that makes a bound too high.
 
-An absent canary is a user whose update is zero. Where users are added or removed that comes to the
-same as absence: the sum is that without the user, it is divided by the expected cohort, and the
-noise does not depend on who is there. (With fewer slots than users the absent one still takes a
-slot, which can only make the audit see less.) Where they are replaced it is one replacement.
+An absent canary is a user whose update is zero, which is what Poisson sampling and users in turn
+are compared with. (With fewer slots than users the absent one still takes a slot; the claim covers
+who takes none, too, of which this audit sees nothing.) Where users are replaced by any other it is
+one replacement.
 
 Two ways to bound epsilon, both by jax_privacy:
 
@@ -53,6 +53,7 @@ from fedasr.data.splits import LazyUsers
 from fedasr.errors import UserError
 from fedasr.privacy import clipping
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.streams import Stream, generator
 
 METHODS = ("one_run", "many_runs")
 # Canaries are so many clip norms long: what is not clipped cannot be overlooked.
@@ -63,7 +64,6 @@ _LAYERS = ("first", "second", "third")
 # Fixed beforehand, so that nothing has to be paid for looking for the best.
 _GUESSED, _FEWEST_GUESSES = 0.02, 40
 _CHUNK_BYTES = 64 << 20
-_COIN_TAG = 0xA0D17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Audit:
 
     epsilon_lower: with probability `confidence` the code's epsilon at `delta` is at least this.
     epsilon_claimed: by the accountant, `math.inf` if there is no guarantee.
+    neighbours: what the claim compares, in words.
     strict: the bound of `one_run` that assumes nothing (equal to epsilon_lower for `many_runs`).
     method: see `METHODS`. trials: independent runs. rounds: of each. canaries: over all runs.
     statistic: the attack that gave the bound. auroc: its area under the ROC curve.
@@ -111,6 +112,7 @@ class Audit:
     auroc: float
     scores: Mapping[str, Scores]
     bounds: Mapping[str, float]
+    neighbours: str = "not said"
 
     @property
     def exceeds(self) -> bool:
@@ -203,7 +205,7 @@ def toss(trials: int, canaries: int, method: str, seed: int) -> np.ndarray:
     Independent fair coins for `one_run`; for `many_runs`, which compares two fixed numbers of
     runs, one half of the trials, at random.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([_COIN_TAG, seed]))
+    rng = generator(Stream.COINS, seed)
     if method == "one_run":
         return rng.random((trials, canaries)) < 0.5
     return rng.permutation(np.arange(trials) % 2 == 0)[:, None]
@@ -240,16 +242,9 @@ def observe(
         return _observe(mechanism, present, rounds, seed, devices)
     return np.concatenate(
         [
-            _observe(_reseeded(mechanism, trial), row[None], rounds, seed + trial, devices)
+            _observe(mechanism, row[None], rounds, seed, devices, f"trial {trial}")
             for trial, row in enumerate(present)
         ]
-    )
-
-
-def _reseeded(mechanism: Mechanism, trial: int) -> Mechanism:
-    sampler = mechanism.sampler
-    return dataclasses.replace(
-        mechanism, sampler=dataclasses.replace(sampler, seed=sampler.seed + trial)
     )
 
 
@@ -259,6 +254,7 @@ def _observe(
     rounds: int,
     seed: int,
     devices: Sequence[jax.Device] | None,
+    identity: str = "",
 ) -> np.ndarray:
     from fedasr.data.batching import LocalBatches
     from fedasr.federated.simulation import Simulation
@@ -276,6 +272,7 @@ def _observe(
         publish(),
         LocalBatches(1, steps=1),
         seed=seed,
+        identity=f"audit {identity}",
         chunk=max(1, min(sampler.slots, _CHUNK_BYTES // bytes_each)),
         buckets=(),
         devices=devices,
@@ -367,7 +364,14 @@ def audit_updates(
     }
     claimed = mechanism.epsilon(rounds, delta).epsilon
     return conclude(
-        attacks, claimed, delta, method=method, trials=trials, rounds=rounds, confidence=confidence
+        attacks,
+        claimed,
+        delta,
+        method=method,
+        trials=trials,
+        rounds=rounds,
+        confidence=confidence,
+        neighbours=mechanism.sampler.neighbours,
     )
 
 
@@ -394,13 +398,14 @@ def conclude(
     trials: int,
     rounds: int,
     confidence: float = 0.95,
+    neighbours: str = "not said",
 ) -> Audit:
     """From scores to a bound: the best attack's, each at a share of the allowed error (Bonferroni).
 
     Args:
       attacks: scores by name.
       claimed: the accountant's epsilon at `delta`.
-      delta, method, trials, rounds, confidence: see `Audit`.
+      delta, method, trials, rounds, confidence, neighbours: see `Audit`.
 
     Raises:
       UserError: if all canaries happened to be present, or all absent.
@@ -427,6 +432,7 @@ def conclude(
         auroc=float(_auditor(attacks[best]).attack_auroc()),
         scores=dict(attacks),
         bounds={name: value for name, (value, _) in found.items()},
+        neighbours=neighbours,
     )
 
 

@@ -16,12 +16,17 @@ import optax
 
 from fedasr.data.sampling import Sampler
 from fedasr.errors import UserError
-from fedasr.privacy import accounting, clipping
+from fedasr.privacy import accounting, clipping, noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales, clip_scaled
 from fedasr.privacy.correlated import Correlation, sensitivity
 
-# Folded into the noise's key for the noise on counts of clipped users; updates are never so many.
-_COUNTS = 0xFFFFFFFF
+# Of the claimed delta, so much may be lost where the tails of the noise end.
+_TAIL_SHARE = 0.01
+_NEVER = 1e-15  # a probability that no number of rounds makes visible
+_MOST_PARAMETERS = 10**10  # on which the loss at the tails hardly depends
+# How far numpy's normal draws go, of which what was `released` is made: they are resolved by 53
+# bits and, beyond 3.65, drawn from the tail by -log(u) / 3.65.
+_NUMPY_REACH = 3.65 + 53 * math.log(2) / 3.66
 
 
 class NoiseState(NamedTuple):
@@ -32,18 +37,22 @@ class NoiseState(NamedTuple):
 
 
 def add_gaussian_noise(
-    std: float, key: chex.PRNGKey, correlation: Correlation | None = None
+    std: float,
+    key: chex.PRNGKey,
+    correlation: Correlation | None = None,
+    reach: float = noise.reach_for(8.0),
 ) -> optax.GradientTransformation:
     """Adds Gaussian noise to every element, once per update, fresh for every update.
 
-    The fresh noise of update t on leaf i, N(0, std^2), has key fold_in(fold_in(key, t), i): it
-    depends on nothing but the key and the state, so a run resumed from a saved state draws what it
-    would have drawn. It is drawn and added in float32.
+    The fresh noise of update t, N(0, std^2), is one vector over all leaves with key
+    fold_in(key, t): it depends on nothing but the key and the state, so a run resumed from a saved
+    state draws what it would have drawn. It is drawn and added in float32.
 
     Args:
       std: standard deviation of the fresh noise z; 0 adds nothing.
       key: a JAX random key, used for nothing else.
       correlation: None adds z itself, otherwise the rows of C^-1 z (see `Correlation`).
+      reach: how far the tails of z go at least, in standard deviations (see `noise.reach_for`).
 
     Returns:
       A transformation whose state is `NoiseState`.
@@ -65,20 +74,17 @@ def add_gaussian_noise(
         del params
         buffers = state.buffers
         if std > 0:
-            round_key = jax.random.fold_in(key, state.count)
             leaves, treedef = jax.tree.flatten(updates)
-            noise = [
-                std * jax.random.normal(jax.random.fold_in(round_key, i), leaf.shape, jnp.float32)
-                for i, leaf in enumerate(leaves)
-            ]
+            drawn = noise.normal_like(jax.random.fold_in(key, state.count), leaves, reach)
+            drawn = [std * z for z in drawn]
             if inverse is not None:
                 # The accelerators' faster products are not exact enough to take noise back.
                 with jax.default_matmul_precision("highest"):
-                    noise, buffers = inverse.multiply_next(noise, buffers)
+                    drawn, buffers = inverse.multiply_next(drawn, buffers)
             updates = treedef.unflatten(
                 [
                     (leaf.astype(jnp.float32) + z).astype(leaf.dtype)
-                    for leaf, z in zip(leaves, noise, strict=True)
+                    for leaf, z in zip(leaves, drawn, strict=True)
                 ]
             )
         return updates, NoiseState(optax.safe_increment(state.count), buffers)
@@ -109,7 +115,7 @@ class Mechanism:
         `budget` are then where they begin).
       released: noise multipliers of what was published about all the users before the first round,
         such as histograms that weights are made from (`fedasr.feedback.weighting`): Gaussian
-        queries, the standard deviation over what adding or removing a user changes. They are part
+        queries, the standard deviation over what one user's contribution changes. They are part
         of `event`.
 
     Raises:
@@ -205,10 +211,41 @@ class Mechanism:
             )
         return weights
 
+    def check_local(self, prototype: str) -> None:
+        """Refuses local parameters of users through which one user could reach another.
+
+        Args:
+          prototype: what a new user starts from, see `fedasr.federated.local.LocalStore`.
+
+        Raises:
+          UserError: there is noise to account for, and new users get a part of others' local
+            parameters, which nothing bounds; or rounds have so few slots that users displace each
+            other: who trains would then depend on who else is there, and local parameters remember
+            it beyond the round whose noise hides it.
+        """
+        if not self.noise_multiplier:
+            return
+        if prototype != "init":
+            raise UserError(
+                f"local.prototype={prototype!r} gives users a part of each other's local "
+                "parameters, which nothing bounds: with privacy it must be 'init'"
+            )
+        if self.sampler.overflow_probability > _NEVER:
+            raise UserError(
+                f"{self.sampler.slots} slots drop users from a round with probability "
+                f"{self.sampler.overflow_probability:.2g}, and local parameters remember who was "
+                "displaced: leave privacy.slots at 0, or take sampler 'fixed' or 'shuffled'"
+            )
+
     @property
     def sigma(self) -> float:
         """The paper's sigma_DP = z / expected cohort: std of the noise on the mean over C."""
         return self.noise_multiplier / self.sampler.expected_cohort
+
+    @property
+    def noise_over_sensitivity(self) -> float:
+        """Standard deviation of the noise on the sum over how far one user can move the sum."""
+        return self.noise_multiplier / self.sampler.sensitivity
 
     @property
     def noise_std(self) -> float:
@@ -240,7 +277,9 @@ class Mechanism:
             return clip
         return clip_scaled(clip, self.layers)
 
-    def server_transform(self, key: chex.PRNGKey) -> optax.GradientTransformation:
+    def server_transform(
+        self, key: chex.PRNGKey, votes: chex.PRNGKey | None = None
+    ) -> optax.GradientTransformation:
         """From the SUM of clipped updates to the noised mean.
 
         The sum is divided by the EXPECTED cohort size: dividing by the realised one would make the
@@ -251,22 +290,96 @@ class Mechanism:
 
         Args:
           key: a JAX random key for the noise of the whole run, used for nothing else.
+          votes: another one, for the noise on the users' votes, where bounds adapt.
+
+        Raises:
+          UserError: bounds adapt and there is no key for the votes.
         """
         steps = [
             optax.scale(1 / self.sampler.expected_cohort),
-            add_gaussian_noise(self.noise_std, key, self.correlation),
+            add_gaussian_noise(
+                self.noise_std, key, self.correlation, noise.reach_for(self._shift())
+            ),
         ]
         if self.adaptive is not None:
+            if votes is None:
+                raise UserError("Adaptive clipping needs a key of its own for the votes' noise.")
             steps.append(
                 adapt_scales(
                     self.adaptive,
                     self.sampler.expected_cohort,
-                    jax.random.fold_in(key, _COUNTS),
+                    votes,
                     self.layers,
                     shared=self.budget == "global",
                 )
             )
         return optax.chain(*steps)
+
+    def _shift(self, rounds: int | None = None) -> float:
+        """How far one user moves the fresh noise at most, in its standard deviations.
+
+        In one round, or under correlated noise in all of them together.
+
+        Args:
+          rounds: of the training; None for the number that the correlation is made for.
+        """
+        if not self.noise_multiplier:
+            return 0.0
+        shift = self.sampler.sensitivity / self.noise_multiplier
+        if self.correlation is None:
+            return shift
+        rounds = self.correlation.rounds if rounds is None else rounds
+        turns = self.sampler.participations(rounds)
+        return shift * sensitivity(self.correlation, rounds, self.sampler.separation, turns)
+
+    def tail_delta(self, rounds: int, parameters: int = _MOST_PARAMETERS) -> float:
+        """What is added to delta because the noise's tails end somewhere (see `noise.tail_delta`).
+
+        Args:
+          rounds: of the training.
+          parameters: numbers that get noise in a round.
+
+        Returns:
+          A probability, rigorously bounded for the worst direction in which a user can move the
+          sums; 0 without noise, 1 where the tails do not reach far enough to claim anything.
+        """
+        if not self.noise_multiplier or rounds == 0:
+            return 0.0
+        turns = float(self.sampler.participations(rounds))
+        if self.sampler.amplifies:
+            sampler = self.sampler
+            turns *= min(1.0, sampler.expected_cohort * sampler.separation / sampler.population)
+        times = {"rounds": rounds, "turns": turns}
+        floor = 0.0
+        if self.adaptive is not None and self.adaptive.noise_multiplier:
+            shift = 1 / self.adaptive.noise_multiplier
+            reach = noise.reach_for(shift)
+            floor += noise.tail_delta(shift, reach, coordinates=parameters, **times)
+        if self.correlation is not None:  # all rounds are one vector, all turns one shift of it
+            times = {"rounds": 1, "turns": 1.0}
+            parameters *= rounds
+        reach = noise.reach_for(self._shift())
+        floor += noise.tail_delta(self._shift(rounds), reach, coordinates=parameters, **times)
+        for z in self.released:
+            if z:
+                shift = self.sampler.sensitivity / z
+                floor += math.exp(-(max(0.0, _NUMPY_REACH - shift) ** 2) / 2)
+        return min(1.0, floor)
+
+    def check_delta(self, rounds: int, delta: float) -> float:
+        """`tail_delta` for up to 10^10 parameters, if that is small beside a claimed delta.
+
+        Raises:
+          UserError: it is more than 1% of `delta`.
+        """
+        floor = self.tail_delta(rounds)
+        if floor > _TAIL_SHARE * delta:
+            raise UserError(
+                f"delta={delta:g} cannot be claimed: the noise ends, and what lies beyond has a "
+                f"probability of up to {floor:.2g}, more than 1% of it. Set delta to "
+                f"{floor / _TAIL_SHARE:.2g} or more, or more noise (sigma)."
+            )
+        return floor
 
     def event(self, rounds: int) -> Any:
         """The `dp_accounting.DpEvent` of the whole run.
@@ -304,7 +417,7 @@ class Mechanism:
         return self.sampler.event(_joint(sum_noise / changed, count_noise / math.sqrt(turns)))
 
     def calibrated(self, target_epsilon: float, delta: float, rounds: int) -> "Mechanism":
-        """The same mechanism with the noise that gives `target_epsilon` by Rényi DP.
+        """The same mechanism with the smallest noise (to 0.1%) whose `epsilon` is at most that.
 
         Raises:
           UserError: if no noise does.
@@ -318,7 +431,12 @@ class Mechanism:
         return dataclasses.replace(self, noise_multiplier=noise)
 
     def epsilon(self, rounds: int, delta: float) -> accounting.Epsilon:
-        """Epsilon of the whole run at `delta` (see `accounting.epsilon`)."""
+        """Epsilon of the whole run at `delta` (see `accounting.epsilon`).
+
+        Raises:
+          UserError: the tails of the noise do not reach far enough for `delta`.
+        """
+        self.check_delta(rounds, delta)
         return accounting.epsilon(
             self.event(rounds),
             delta,
@@ -332,7 +450,9 @@ class Mechanism:
         The mean of `cohort` clients gets the noise that the simulation's mean got, so that training
         goes alike, while the noise multiplier grows to sigma_DP * cohort. See `Sampler.deployed`
         for the sampling. What was `released` about all users has the same noise on its shares of
-        them, so that those noise multipliers grow with the population.
+        them, so that those noise multipliers grow with the population, and with them every
+        threshold on a released count (of word histograms, say) that is to mean the same: a word
+        that counted from n users on counts there from n * population / this population users on.
 
         Args:
           cohort: expected number of users per round.

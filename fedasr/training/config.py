@@ -142,10 +142,13 @@ def default_config() -> ConfigDict:
     config.privacy.sigma = 1e-5
     # "poisson"; "fixed": so many without replacement; "shuffled": in turn; "everyone": cohort=0.
     config.privacy.sampler = "poisson"
-    config.privacy.slots = 0  # largest Poisson cohort; 0: mean + 7 standard deviations
+    config.privacy.slots = 0  # largest Poisson cohort; 0: so many that a round is hardly ever full
     config.privacy.cycle = 1  # groups of users that Poisson sampling takes in turn
     # "independent" from round to round, or correlated: "banded" or "buffered" (linear Toeplitz).
     config.privacy.noise = "independent"
+    # "run": all that is random follows from the run, and whoever has its configuration, data and
+    # start can compute the noise; "secret": from the operating system, kept in checkpoints alone.
+    config.privacy.noise_seed = "run"
     config.privacy.bands = 0  # 0: as many as rounds lie between a user's turns, at most 32
     config.privacy.buffers = 2
     config.privacy.adaptive = ConfigDict()  # bounds that follow a quantile of the update norms
