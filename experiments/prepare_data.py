@@ -27,7 +27,7 @@ from absl import flags
 from experiments import cli
 from fedasr import text
 from fedasr.data import corpus, layouts, prepare
-from fedasr.data.conversion import STORES
+from fedasr.data.conversion import STORES, Utterance
 from fedasr.errors import UserError
 
 _DATASETS = ["synthetic", "neural", *(layout.name for layout in layouts.LAYOUTS)]
@@ -49,6 +49,18 @@ _LANGUAGE = flags.DEFINE_string(
 )
 _LETTERS = flags.DEFINE_bool(
     "keep_letters", False, "Keep the language's own letters (é, ä, ß) instead of folding to a-z."
+)
+_ALPHABET = flags.DEFINE_string(
+    "alphabet",
+    None,
+    f"In place of the language's: {text.FROM_DATA} (all letters of the transcripts), or one of "
+    f"{', '.join(text.SCRIPTS)}.",
+)
+_MIN_COUNT = flags.DEFINE_integer(
+    "alphabet_min_count", 1, "With from_data: characters that occur less often are left out."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "In place of an alphabet: a SentencePiece model or a tokenizer.json."
 )
 _STORE = flags.DEFINE_enum(
     "store", "features", list(STORES), "audio: features are computed whenever they are read."
@@ -94,11 +106,13 @@ def run() -> dict[str, Any]:
     if _DATASET.value == "neural":
         return _neural(_SOURCE.value)
     source, facts = _opened(_DATASET.value, _SOURCE.value)
+    written = _written(facts["language"])
     with prepare.progress_bar("preparing speech") as progress:
         return prepare.prepare(
             source,
             _OUT.value,
             keep_letters=_LETTERS.value,
+            **written,
             store=_STORE.value,
             workers=_WORKERS.value,
             dev_fraction=_DEV.value,
@@ -113,6 +127,20 @@ def run() -> dict[str, Any]:
             },
             **facts,
         )
+
+
+def _written(language: str) -> dict[str, Any]:
+    """What labels are written in, as arguments of `prepare.prepare`."""
+    if _TOKENIZER.value:
+        return {"tokenizer": _TOKENIZER.value, "alphabet": _ALPHABET.value or ""}
+    if _ALPHABET.value != text.FROM_DATA:
+        return {"alphabet": text.script_alphabet(_ALPHABET.value) if _ALPHABET.value else ""}
+    if _LETTERS.value:
+        raise UserError("--alphabet=from_data keeps all letters: leave --keep_letters out")
+    source, _ = _opened(_DATASET.value, _SOURCE.value)  # once more: a source is read once
+    texts = (item.text for item in source if isinstance(item, Utterance))
+    alphabet = text.alphabet_of(texts, language, _MIN_COUNT.value)
+    return {"alphabet": alphabet, "learned": True}
 
 
 def _opened(dataset: str, path: str) -> tuple[Any, dict[str, Any]]:
@@ -156,6 +184,8 @@ def _synthetic() -> dict[str, Any]:
 
     if _LETTERS.value or (_LANGUAGE.value or "en") != "en":
         raise UserError("the synthetic speech is English: leave --language and --keep_letters out")
+    if _ALPHABET.value or _TOKENIZER.value:
+        raise UserError("the synthetic speech is English: leave --alphabet and --tokenizer out")
     config = synthetic.SyntheticConfig(task=_TASK.value, seed=_SEED.value)
     prepare.prepare_synthetic(config, _OUT.value, overwrite=_OVERWRITE.value, store=_STORE.value)
     return corpus.read_metadata(_OUT.value)["summary"]
@@ -262,6 +292,8 @@ def program() -> int | None:
         print(
             f"  skipped, {reason}: {count} (listed in {_OUT.value}/{prepare.SKIPPED_FILE}{shown})"
         )
+        if reason == "unknown_characters":
+            print(f"    {prepare.describe_unknown(summary['unknown_characters'])}")
     others = {key: summary[key] for key in ("users_without_utterances", "users_in_several_splits")}
     for key, count in (others | summary["notes"]).items():
         if count:

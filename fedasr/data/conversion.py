@@ -113,11 +113,21 @@ class Converter:
     stride: int
     min_frames: int
     max_seconds: float
+    alphabet: str = ""
+    subwords: Mapping[str, str] | None = None
+    learned: bool = False
 
     @property
-    def characters(self) -> str:
-        """The alphabet of the labels."""
-        return text_lib.alphabet(self.language, self.keep_letters)
+    def characters(self) -> str | list[str]:
+        """The alphabet of the labels, or the pieces of a subword tokenizer."""
+        return self._tokenizer.characters
+
+    @property
+    def _tokenizer(self) -> text_lib.Tokenizer:
+        if self.subwords:
+            return text_lib.subwords_of(self.subwords)
+        characters = self.alphabet or text_lib.alphabet(self.language, self.keep_letters)
+        return text_lib.CharTokenizer(characters)
 
     @property
     def trailing(self) -> tuple[int, ...]:
@@ -138,7 +148,7 @@ class Converter:
         """
         from fedasr.audio import features as features_lib
 
-        labels = labels_of(utterance.text, self.language, self.keep_letters, self.pad_space)
+        labels = labels_of(utterance.text, self.language, self._tokenizer, self.pad_space)
         audio, rate, complaints = _decoded(utterance)
         if not rate > 0:
             raise Skip("unreadable_audio", f"a sample rate of {rate}")
@@ -173,19 +183,25 @@ class Converter:
         return Converted(signal, labels, seconds, False, recording, complaints)
 
 
-def labels_of(text: str, language: str, keep_letters: bool, pad_space: bool) -> np.ndarray:
-    """The ids of a transcript, int32 [characters].
+def labels_of(
+    text: str, language: str, tokenizer: text_lib.Tokenizer, pad_space: bool
+) -> np.ndarray:
+    """The ids of a transcript, int32 [tokens].
 
     Raises:
       Skip: "unknown_characters" or "empty_text".
     """
-    normalised, unknown = text_lib.normalize_text(text, language, keep_letters)
-    if unknown:
-        raise Skip("unknown_characters", f"{unknown} in {text!r}")
-    if not normalised:
+    # A subword tokenizer's pieces are no alphabet; the characters in them are.
+    characters = getattr(tokenizer, "alphabet", tokenizer.characters)
+    found = text_lib.normalise(text, language, characters)
+    if found.losses:
+        raise Skip("unknown_characters", text_lib.describe_losses(found.losses, text))
+    if not found.text:
         raise Skip("empty_text", repr(text))
-    tokenizer = text_lib.CharTokenizer(text_lib.alphabet(language, keep_letters))
-    return np.asarray(tokenizer.encode(normalised, pad_space=pad_space), np.int32)
+    try:
+        return np.asarray(tokenizer.encode(found.text, pad_space=pad_space), np.int32)
+    except UserError as error:  # pieces that cannot write this text
+        raise Skip("unwritable_text", str(error)) from error
 
 
 def check_feasible(labels: np.ndarray, frames: int, stride: int) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shlex
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedasr.errors import UserError
 
 SUSPICIOUS = 10
 _SAMPLE_TAG = "inspect"  # of the random choice of recordings
+_FROM_DATA = "--alphabet=from_data"
 _SILENT = 1e-3  # of full scale: what is softer all through is no speech
 _PACES = 1.0, 30.0  # characters a second between which people speak
 _OUTLIER = 4.0  # times the pace of the median recording
@@ -51,8 +53,11 @@ class _Texts:
         self.vocabulary.update(normalised.split())
         for name, options in _alphabets(language).items():
             self.writable[name] += not text_lib.normalize_text(text, *options)[1]
-        if lost:
-            self.unknown.update(_unknown(text, language))
+        unknown = _unknown(text, language) if lost else Counter()
+        self.unknown.update(unknown)
+        # Letters and the marks on them are what an alphabet of the transcripts would keep.
+        letters = all(unicodedata.category(c)[0] in "LM" for c in unknown)
+        self.writable[_FROM_DATA] += not lost or (bool(unknown) and letters)
         return not lost
 
 
@@ -275,7 +280,10 @@ def _command(
     if options.pipes:
         flags.append("--pipes")
     own = f"--language={known} --keep_letters"
-    if texts.writable[own] > texts.writable[f"--language={known}"]:
+    plain = texts.writable[f"--language={known}"]
+    if texts.writable[_FROM_DATA] > max(plain, texts.writable[own]):
+        flags.append(_FROM_DATA)
+    elif texts.writable[own] > plain:
         flags.append("--keep_letters")
     return shlex.join(["python", "-m", "experiments.prepare_data", *flags])
 

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedasr import text as text_lib
 from fedasr.data import conversion
 from fedasr.data import corpus as corpus_lib
 from fedasr.data import identity as identity_lib
@@ -45,6 +46,9 @@ def prepare(
     feature_config: LogMelConfig | None = None,
     language: str = "en",
     keep_letters: bool = False,
+    alphabet: str = "",
+    learned: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
     store: str = "features",
     pad_space: bool = True,
     dev_fraction: float = 0.1,
@@ -68,8 +72,9 @@ def prepare(
     with the same transcript, whatever its names and users), "duration_mismatch" (another length
     than is stated, by more than 0.1 s), "empty_text" (nothing left after normalisation),
     "unknown_characters" (the transcript holds characters, such as digits, that the alphabet cannot
-    write; leaving them out would change what was said), "unreadable_audio" (decoding failed, the
-    file is cut or damaged, or there are no samples),
+    write; leaving them out would change what was said), "unwritable_text" (a subword tokenizer
+    gives another text back), "unreadable_audio" (decoding failed, the file is cut or damaged, or
+    there are no samples),
     "non_finite_audio" (NaN or Inf), "too_long", "too_short" and "infeasible" (more labels than
     CTC can align with the model's output frames).
 
@@ -102,6 +107,11 @@ def prepare(
       feature_config: parameters of the features; the paper's if None.
       language: of the transcripts, one of `fedasr.text.LANGUAGES`.
       keep_letters: write the language's own letters (é, ä, ß) instead of folding them to a-z.
+      alphabet: the characters of the labels, or one of `fedasr.text.SCRIPTS`; "" for the
+        language's. `fedasr.text.alphabet_of` finds those of a source.
+      learned: whether that alphabet was found in the transcripts: runs then say that it is not
+        covered by their privacy.
+      tokenizer: a SentencePiece model or a `tokenizer.json`, in place of an alphabet.
       store: "features" or "audio".
       pad_space: put a space on both sides of the labels, as in the paper's targets.
       dev_fraction: share of the undivided users held out for dev, at least one user of three.
@@ -120,6 +130,7 @@ def prepare(
     Returns:
       {"users", "utterances", "hours", "minutes_per_user", "skipped": {reason: count},
       "skipped_examples": {reason: "id: detail" of the first},
+      "unknown_characters": the most frequent of them, as [shown, reason, count],
       "users_without_utterances", "users_in_several_splits", "notes", "splits": {split: {"users",
       "utterances", "hours", "minutes_per_user"}}}. "minutes_per_user" is {"mean", "std" (of the
       population), "min", "max"}; "notes" are those given and, where they are not 0, with
@@ -147,7 +158,18 @@ def prepare(
         raise UserError(f"store={store!r}: use one of {conversion.STORES}")
     if workers < 0:
         raise UserError(f"workers must be 0 (one a core) or more, not {workers}")
+    if tokenizer is not None and (alphabet or keep_letters):
+        raise UserError("a tokenizer has its own characters: leave the alphabet and letters out")
+    if alphabet == text_lib.FROM_DATA:
+        raise UserError("utterances are read once: find their alphabet by fedasr.text.alphabet_of")
+    if alphabet in text_lib.SCRIPTS:
+        alphabet = text_lib.script_alphabet(alphabet)
+    elif alphabet.isascii() and len(set(alphabet)) < len(alphabet):
+        text_lib.script_alphabet(alphabet)  # a name, which is unknown
     converter = conversion.Converter(
+        alphabet=alphabet,
+        subwords=None if tokenizer is None else text_lib.read_subwords(tokenizer).options,
+        learned=learned,
         features=feature_config or features_lib.LogMelConfig(),
         language=language,
         keep_letters=keep_letters,
@@ -242,6 +264,7 @@ def prepare_with(
             **_extent(rows),
             "skipped": skipped,
             "skipped_examples": inputs.examples,
+            "unknown_characters": _unknown(out / SKIPPED_FILE),
             "users_without_utterances": len(users - {row.user for row in rows}),
             "users_in_several_splits": several,
             "notes": notes,
@@ -507,6 +530,8 @@ def _nothing_stored(inputs: _Inputs, out: Path) -> str:
     if not inputs.skipped:
         return "no utterance could be stored (no input): mend the source"
     counts = ", ".join(f"{n} {reason}" for reason, n in inputs.skipped.items())
+    if "unknown_characters" in inputs.skipped:
+        counts += f": {describe_unknown(_unknown(out / SKIPPED_FILE))}"
     most = max(inputs.skipped, key=inputs.skipped.__getitem__)
     return (
         f"no utterance could be stored ({counts}); for example {inputs.examples[most]} "
@@ -557,6 +582,27 @@ def _write_utterances(path: Path, splits: Mapping[str, _ConvertedCorpus]) -> Non
                     if row.metadata:
                         line["metadata"] = dict(row.metadata)
                     file.write(json.dumps(line) + "\n")
+
+
+_SHOWN = 20  # kinds of unknown characters in a summary
+
+
+def _unknown(path: Path) -> list[list[Any]]:
+    """What made transcripts unusable, most frequent first: [characters, reason, count]."""
+    counts: Counter[tuple[str, str]] = Counter()
+    with open(path, encoding="utf-8") as lines:
+        for line in map(json.loads, lines):
+            if line["reason"] == "unknown_characters":
+                counts += text_lib.parse_losses(line["detail"])
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [[shown, reason, count] for (shown, reason), count in ordered[:_SHOWN]]
+
+
+def describe_unknown(unknown: Sequence[Sequence[Any]]) -> str:
+    """One line: which characters, how often, and for each kind what keeps them."""
+    shown = ", ".join(f"{characters} {count}x" for characters, _, count in unknown[:10])
+    reasons = dict.fromkeys(reason for _, reason, _ in unknown)
+    return f"{shown} ({'; '.join(f'{r}: {text_lib.REASONS[r]}' for r in reasons)})"
 
 
 class _ConvertedCorpus:

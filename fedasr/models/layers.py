@@ -525,8 +525,27 @@ def _attention_backward(saved, gradient):
 attention.defvjp(_attention_forward, _attention_backward)
 
 
+LONG = 1024  # frames; beyond, evaluation has not all scores [t, t] in memory at once
+_QUERIES = 256  # at a time, there
+
+
+def long_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attention` of some queries after others: memory grows with t, not with its square.
+
+    Args and returns: as `attention`, without dropout.
+    """
+    b, t, heads, e = q.shape
+    blocks = -(-t // _QUERIES)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * _QUERIES - t), (0, 0), (0, 0)))
+    parts = jnp.moveaxis(padded.reshape(b, blocks, _QUERIES, heads, e), 1, 0)
+    out = jax.lax.map(lambda part: attention(part, k, v, mask, None), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(b, -1, heads, e)[:, :t]
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention without biases; padding frames are never attended to.
+
+    Without keys, sequences beyond `LONG` frames are computed by `long_attention`.
 
     rotary_positions: whether scores depend on the distance between frames (see `rotary`).
     fused: see `fused_attention`; no attention weight is then dropped.
@@ -549,6 +568,9 @@ class SelfAttention(nn.Module):
         if self.rotary_positions:
             q, k = rotary(q), rotary(k)
         last = Dense(d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out")
+        flash = self.fused and jax.default_backend() == "gpu"
+        if keys is None and t > LONG and not flash:
+            return last(long_attention(q, k, v, mask).reshape(b, t, d))
         if self.fused:
             return last(fused_attention(q, k, v, mask).reshape(b, t, d))
         factors = None

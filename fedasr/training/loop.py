@@ -28,13 +28,12 @@ from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.audio.features import LogMelConfig
 from fedasr.compression import settings as compression
 from fedasr.data.batching import (
+    Grid,
     LocalBatches,
     Padding,
     Resident,
-    Shape,
     make_buckets,
     make_resident,
-    make_shapes,
 )
 from fedasr.data.corpus import (
     METADATA_FILE,
@@ -68,7 +67,7 @@ from fedasr.privacy.ledger import UNKNOWN_USERS, Users
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_mechanism, make_sampler
 from fedasr.streams import Stream, make_root, public_name, secret_root, seed_key
-from fedasr.text import Tokenizer, tokenizer_for
+from fedasr.text import Tokenizer, learned_vocabulary, tokenizer_for
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import (
     Checkpointer,
@@ -77,12 +76,12 @@ from fedasr.training.checkpoint import (
     restore_params,
 )
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
-from fedasr.training.evaluation import Evaluator
+from fedasr.training.evaluation import MULTIPLES as _MULTIPLES
+from fedasr.training.evaluation import Evaluator, evaluation_buckets
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import RunLogger, config_to_json, to_json, write_json_atomic
 from fedasr.training.report import write_report
 
-_MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
 CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
 CHUNK_FILE = "chunk.json"  # what chunk="auto" came to, or what fitted: a resumed run takes it again
@@ -164,8 +163,9 @@ def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) ->
 class Data:
     """The corpora of a run and the shapes that hold them.
 
-    Attributes: train; seed (None if there is none); evaluation {split: corpus}; buckets and shapes
-    for training; tokenizer; skipped {reason: count} of the preparation.
+    Attributes: train; seed (None if there is none); evaluation {split: corpus}; grid of clients'
+    padded lengths; buckets, which hold all of `train`; tokenizer;
+    skipped {reason: count} of the preparation.
     """
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any], log: Any = print) -> None:
@@ -201,9 +201,8 @@ class Data:
                 f"{metadata['options']['stride']}: transcripts too long for it are left out"
             )
         self.skipped = dict(metadata["summary"]["skipped"])
-        self.buckets, self.shapes = padded_shapes(config, [self.train], self.train)
-        others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
-        self.other_buckets = make_buckets(others, 1, _MULTIPLES) if others else ()
+        self.grid = client_grid(config)
+        self.buckets = make_buckets([self.train], 1, _MULTIPLES)
         self._keep_on_devices = settings["resident"]
         self._resident: tuple[Corpus, Any, Resident] | None = None
 
@@ -221,18 +220,11 @@ class Data:
         return self._resident[2]
 
 
-def padded_shapes(
-    config: Mapping[str, Any], corpora: Sequence[Corpus], train: Corpus
-) -> tuple[tuple[dict[str, int], ...], tuple[Shape, ...] | None]:
-    """The buckets of clients' batches, and the shapes of their parts if they have any.
-
-    Args:
-      corpora: must all fit in the buckets. train: the clients'.
-    """
-    count, slots = config["data"]["buckets"], config["client"]["micro_batch"]
-    if not slots or config["algorithm"] == "central":
-        return make_buckets(corpora, count, _MULTIPLES), None
-    return make_shapes(corpora, train, _local_batches(config), slots, count, _MULTIPLES)
+def client_grid(config: Mapping[str, Any]) -> Grid:
+    """The padded lengths of clients' batches, which no data has a say in."""
+    settings = config["data"]
+    room = {"labels": settings["labels_per_frame"]}
+    return Grid(settings["buckets"], _MULTIPLES, room)
 
 
 def _check_features(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -277,7 +269,7 @@ def _synthetic(task: str) -> Path:
 
 
 def _central(
-    config: Mapping[str, Any], section: str, corpus: Corpus, loss: Any, buckets: Any, devices: Any
+    config: Mapping[str, Any], section: str, corpus: Corpus, loss: Any, devices: Any
 ) -> CentralTraining:
     settings = config[section]
     optimizer = optax.chain(
@@ -293,7 +285,8 @@ def _central(
         frames=batch["frames"],
         seed=config["seed"],
         stream=Stream.SEED_TRAINING if section == "seed_training" else Stream.CENTRAL,
-        buckets=buckets,
+        # Those of its own corpus: others' lengths would say how the seed is rounded.
+        multiples=_MULTIPLES,
         steps_per_report=math.gcd(10, config["checkpoint"]["seed_every"]),  # saved when reported
         devices=devices,
         keep=ARRAYS,
@@ -369,18 +362,18 @@ def make_simulation(
             seed=config["seed"],
             identity=run_identity(config),
             chunk=chunk,
-            buckets=data.buckets,
+            buckets=data.grid,
             devices=devices,
             model_devices=config["model_devices"],
             keep=ARRAYS,
             trained=trained_variables(config),
             store=store,
-            shapes=data.shapes,
+            micro_batch=client["micro_batch"],
             resident=data.resident(replicated(client_mesh(devices, config["model_devices"]))),
         )
 
     chunk = config["chunk"] if chunk is None else chunk
-    if chunk == chunks.AUTO and data.shapes is not None:
+    if chunk == chunks.AUTO and client["micro_batch"]:
         return build(1)
     if chunk != chunks.AUTO:
         return build(chunk)
@@ -627,15 +620,19 @@ def run_entry(
 
 
 def describe_ledger(
-    entries: Sequence[ledger.Entry], known: bool, delta: float, deployments: Sequence[Any]
+    entries: Sequence[ledger.Entry],
+    known: bool,
+    spent: accounting.Epsilon,
+    extrapolations: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The summary's "ledger": what this run's users are charged over all runs behind the model.
 
     Args:
       entries: of all of them, this run's own last.
       known: whether the model that it started from had a ledger.
-      delta: of the totals. deployments: (cohort, population) of each.
+      spent: by this run alone. extrapolations: the summary's, of this run alone.
     """
+    delta = spent.delta
     *earlier, own = entries
     runs = [
         {
@@ -651,11 +648,15 @@ def describe_ledger(
     described: dict[str, Any] = {"known": known, "run": own.run, "earlier": runs, "delta": delta}
     if not known:
         return described | {"total_epsilon": None, "total_deployed": []}
-    total = ledger.total(entries, delta)
-    deployed = [
-        {"cohort": c, "population": p, "epsilon": ledger.total_deployed(entries, (c, p), delta)}
-        for c, p in deployments
-    ]
+    total = ledger.Total(spent.epsilon, delta, spent.accountant, 0, ())
+    if earlier:
+        total = ledger.total(entries, delta)
+    deployed = []
+    for one in extrapolations:
+        case, epsilon = (one["cohort"], one["population"]), one["epsilon"]
+        if earlier:
+            epsilon = ledger.total_deployed(entries, case, delta)
+        deployed.append({"cohort": case[0], "population": case[1], "epsilon": epsilon})
     return described | {
         "total_epsilon": total.epsilon,
         "accountant": total.accountant,
@@ -686,7 +687,6 @@ def describe_privacy(
     privacy = config["privacy"]
     if not privacy["enabled"]:
         return {"enabled": False, "epsilon": None, "extrapolations": []}
-    delta = privacy["delta"]
     spent = mechanism.epsilon(rounds, privacy["delta"])
     extrapolations = []
     for cohort, population in privacy["deployments"]:
@@ -720,7 +720,7 @@ def describe_privacy(
         **_noise(mechanism, params),
         "layer_bounds": bounds,
         "not_covered": _not_covered(config, ledger_known),
-        "ledger": describe_ledger(entries, ledger_known, delta, privacy["deployments"])
+        "ledger": describe_ledger(entries, ledger_known, spent, extrapolations)
         if entries
         else None,
         **_figure(spent),
@@ -758,6 +758,8 @@ def _not_covered(config: Mapping[str, Any], ledger_known: bool) -> list[str]:
             "the users' local parameters, which are never sent: the guarantee is about the shared "
             "part of the model alone, and says nothing to who sees a user's own"
         )
+    if vocabulary := config["data"].get("vocabulary"):
+        limits.append(vocabulary)
     if config["data"]["iid"]:
         limits.append("anybody (data.iid: utterances were dealt out over users that do not exist)")
     if config["init_from"] and not ledger_known:
@@ -816,7 +818,10 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         population = settings["population"]
     elif settings["dir"]:
         population = len(open_corpus(settings["dir"], settings["train"]).users)
-        fitting_tokenizer(config, read_metadata(settings["dir"]))
+        metadata = read_metadata(settings["dir"])
+        fitting_tokenizer(config, metadata)
+        if vocabulary := learned_vocabulary(metadata):
+            settings["vocabulary"] = vocabulary
     else:
         from fedasr.data.synthetic import SyntheticConfig, expected_users
 
@@ -890,7 +895,10 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     directory = data_directory(config)
     config["data"]["identity"] = _identity(directory)
     # What the model's outputs mean: of the checkpoints, too.
-    config["data"]["characters"] = tokenizer_for(read_metadata(directory)).characters
+    metadata = read_metadata(directory)
+    config["data"]["characters"] = tokenizer_for(metadata).characters
+    if vocabulary := learned_vocabulary(metadata):
+        config["data"]["vocabulary"] = vocabulary
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -989,15 +997,9 @@ class _Run:
         self.data = Data(directory, config, self._message)
         self.users = Users.of(self.data.train.users)
         self.seed_steps = config["seed_training"]["steps"] if self.data.seed else 0
-        evaluation_buckets = self.data.buckets + self.data.other_buckets
-        biggest = {
-            name: max(bucket[name] for bucket in evaluation_buckets)
-            for name in evaluation_buckets[0]
-        }
-        self.whole_bucket = (biggest,)
         self.evaluator = Evaluator(
             self.recogniser,
-            self.whole_bucket,
+            evaluation_buckets(list(self.data.evaluation.values())),
             config["evaluation"]["batch_size"],
             self.own_devices,
             self.data.tokenizer,
@@ -1170,16 +1172,28 @@ class _Run:
         params = initial_params(self.recogniser, config)
         if not self.seed_steps:
             return params
-        trainer = _central(
-            config,
-            "seed_training",
-            self.data.seed,
-            self.recogniser.loss,
-            self.whole_bucket,
-            self.own_devices,
-        )
+        trainer = self._central_training("seed_training")
         state = self._central_steps("seed", trainer, params, latest, units, self.seed_steps)
         return hosts.leaders(state.params)
+
+    def _central_training(self, section: str) -> CentralTraining:
+        """Of the seed, or of the central baseline."""
+        seed = section == "seed_training"
+        corpus, devices = (
+            (self.data.seed, self.own_devices) if seed else (self.data.train, self.devices)
+        )
+        return _central(self.config, section, corpus, self.recogniser.loss, devices)
+
+    def _padding(self, federated: bool) -> dict[str, float | None]:
+        """Shares of padding: of the main stage, and of the seed if there was one."""
+        totals, seed = self.totals, None
+        if federated:
+            main = Padding(totals.real, totals.computed)
+        else:
+            main = self._central_training("central").padding(self.config["central"]["steps"])
+        if self.seed_steps and self.start is None:
+            seed = self._central_training("seed_training").padding(self.seed_steps).fraction
+        return {"padding_fraction": main.fraction, "seed_padding_fraction": seed}
 
     def _central_steps(
         self,
@@ -1233,14 +1247,7 @@ class _Run:
             self.initial = self._evaluate(like, list(self.data.evaluation))
             self._message("before: " + _wer_line(self.initial))
         if not self.simulations:
-            trainer = _central(
-                self.config,
-                "central",
-                self.data.train,
-                self.recogniser.loss,
-                self.whole_bucket,
-                self.devices,
-            )
+            trainer = self._central_training("central")
             total = self.config["central"]["steps"]
             if latest is None:
                 self._save("main", 0, trainer.init(like))
@@ -1346,7 +1353,6 @@ class _Run:
         totals, config = self.totals, self.config
         final = self.final or self._evaluate(state.params, list(self.data.evaluation))
         self._message("after: " + _wer_line(final))
-        padding = Padding(totals.real, totals.computed)
         federated = mechanism is not None
         leaves = jax.tree.leaves(state.params)
         finite = bool(jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])))
@@ -1378,7 +1384,7 @@ class _Run:
                 "client_steps_per_second": totals.timed_steps / totals.timed_seconds
                 if totals.timed_seconds
                 else None,
-                "padding_fraction": padding.fraction if federated else None,
+                **self._padding(federated),
                 "skipped_utterances": self.data.skipped,
                 "infeasible_utterances": totals.infeasible_utterances,
                 "invalid_client_updates": totals.invalid_client_updates,

@@ -269,6 +269,15 @@ def test_inspection_names_what_is_suspicious(odd):
     assert fewer["hours"] == pytest.approx(19 / 3600, rel=0.2)
 
 
+def test_inspection_proposes_an_alphabet_that_can_write_the_transcripts(tmp_path):
+    for i, text in enumerate(("включи свет", "allume la lumière", "turn on the light")):
+        tone(tmp_path / "a.wav", 1.0)
+        entry = {"audio_filepath": "a.wav", "user": "u", "text": text}
+        found = inspection.inspect(manifest(tmp_path / f"{i}.jsonl", entry))
+        assert ("--alphabet=from_data" in found["command"]) == (i == 0)
+        assert found["coverage"]["--alphabet=from_data"] == 1.0
+
+
 def test_inspection_of_nothing_is_one_line(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         inspection.inspect(tmp_path / "absent")

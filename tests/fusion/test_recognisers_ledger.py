@@ -35,4 +35,5 @@ def test_a_merged_model_has_all_entries_once_and_the_search():
     assert one.rounds == 5
     unknown = Parents(None, None, {}, None, [carried(entry("1", 3, a)), None])
     assert fused_ledger(unknown, 50, [])["known"] is False
-    assert fused_ledger(parents._replace(ledgers=[carried(known=False)] * 2), 1, [])["known"] is False
+    unsure = parents._replace(ledgers=[carried(known=False)] * 2)
+    assert fused_ledger(unsure, 1, [])["known"] is False
