@@ -12,6 +12,7 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
     "tokenizers": ["tokenizers>=0.20"],
 }
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
+HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 
 setup(
     name="fedasr",
@@ -48,6 +49,7 @@ setup(
         "quickstart": QUICKSTART,
         "fusion": FUSION,
         "neural": NEURAL,
+        "huggingface": HUGGINGFACE,
         **SUBWORDS,
         "cuda": ["jax[cuda12]>=0.8"],
         "tpu": ["jax[tpu]>=0.8"],
@@ -55,6 +57,7 @@ setup(
             *QUICKSTART,
             *FUSION,
             *NEURAL,
+            *HUGGINGFACE,
             *SUBWORDS["sentencepiece"],
             *SUBWORDS["tokenizers"],
             "hypothesis>=6.100",
