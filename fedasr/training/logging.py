@@ -360,7 +360,13 @@ class _Events:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError:
+            # Lets go of what the disk has not taken: Python would try it again at its end.
+            with contextlib.suppress(OSError):
+                self._writer._py_recordio_writer.close()
+            raise
 
 
 def _phase_and_number(record: Mapping[str, Any]) -> tuple[str, Any]:
