@@ -8,11 +8,14 @@ is not taken for granted: each is read back and compared, and only then older on
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -78,6 +81,7 @@ class Checkpointer:
         for folder in self.directory.iterdir():
             if _TEMPORARY_MARK in folder.name and folder.is_dir():
                 shutil.rmtree(folder)
+        _quieten()
         self.damaged = _set_aside(self.directory)
         self._keep = keep
         self._reading: threading.Thread | None = None
@@ -298,6 +302,25 @@ def restore_params(path: str | Path) -> PyTree:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata saved with a checkpoint; `path` and errors as in `restore_params`."""
     return _read_json(_find_step(path))
+
+
+@functools.cache
+def _quieten() -> None:
+    """Keeps the libraries' tracebacks off stderr: what fails is raised, and told in one line.
+
+    Orbax logs what its threads raise, and TensorStore reports to event loops that are closed.
+    """
+    logging.getLogger("absl").addFilter(
+        lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    )
+    before = sys.excepthook
+
+    def hook(kind: type, value: BaseException, trace: Any) -> None:
+        foreign = threading.current_thread() is not threading.main_thread()
+        if not (foreign and kind is RuntimeError and str(value) == "Event loop is closed"):
+            before(kind, value, trace)
+
+    sys.excepthook = hook
 
 
 def verify(folder: Path) -> None:

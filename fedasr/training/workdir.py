@@ -19,7 +19,7 @@ import numpy as np
 from fedasr.errors import UserError
 from fedasr.training.checkpoint import read_metadata, step_folders
 from fedasr.training.config import fingerprint
-from fedasr.training.logging import to_json
+from fedasr.training.logging import from_json, to_json
 
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
 # Where things lie; beside each, what they are.
@@ -222,6 +222,7 @@ def history(summary: Mapping[str, Any] | None, rounds: int) -> list[dict[str, An
     """
     if not summary:
         return []
+    summary = from_json(summary)
     kept = list(summary.get("history") or [])
     done = summary.get("rounds")
     if summary.get("status") == "completed" and isinstance(done, int) and done < rounds:
