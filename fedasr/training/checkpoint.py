@@ -313,14 +313,13 @@ def _quieten() -> None:
     logging.getLogger("absl").addFilter(
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
     )
-    before = sys.excepthook
+    before = sys.unraisablehook
 
-    def hook(kind: type, value: BaseException, trace: Any) -> None:
-        foreign = threading.current_thread() is not threading.main_thread()
-        if not (foreign and kind is RuntimeError and str(value) == "Event loop is closed"):
-            before(kind, value, trace)
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def verify(folder: Path) -> None:
