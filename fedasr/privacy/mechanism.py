@@ -5,7 +5,9 @@ turns into an epsilon: what is claimed is what is run.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -19,6 +21,13 @@ from fedasr.errors import UserError
 from fedasr.privacy import accounting, clipping
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales, clip_scaled
 from fedasr.privacy.correlated import Correlation, sensitivity
+from fedasr.privacy.secure_aggregation import (
+    Encoding,
+    SecureAggregation,
+    decode_sum,
+    encode,
+    make_encoding,
+)
 
 # Folded into the noise's key for the noise on counts of clipped users; updates are never so many.
 _COUNTS = 0xFFFFFFFF
@@ -111,6 +120,8 @@ class Mechanism:
         such as histograms that weights are made from (`fedasr.feedback.weighting`): Gaussian
         queries, the standard deviation over what adding or removing a user changes. They are part
         of `event`.
+      secure: None for Gaussian noise that the server adds, or how clients send integers with shares
+        of Skellam noise in them, for secure aggregation: noise of the same variance.
 
     Raises:
       UserError: if an argument is out of range, noise is asked for without a clip norm or with
@@ -128,6 +139,7 @@ class Mechanism:
     correlation: Correlation | None = None
     adaptive: AdaptiveClip | None = None
     released: tuple[float, ...] = ()
+    secure: SecureAggregation | None = None
 
     def __post_init__(self):
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -158,6 +170,7 @@ class Mechanism:
         ):
             raise UserError("The counts that adapt the clipping need noise of their own.")
         self._check_correlation()
+        self._check_secure()
         self.client_transform()  # raises for an unusable clip_norm or budget
 
     def _check_correlation(self) -> None:
@@ -177,6 +190,43 @@ class Mechanism:
                 f"apart, {sampler.description} sampling has them {sampler.separation} apart: use "
                 f"Poisson sampling with cycle={correlation.bands}, or {nearest}."
             )
+
+    def _check_secure(self) -> None:
+        """Shares of Skellam noise are accounted for as fresh noise on sums of fixed sensitivity."""
+        if self.secure is None:
+            return
+        if self.correlation is not None:
+            raise UserError(
+                f"No accountant knows {self.correlation.description} noise in shares: use Skellam "
+                "noise that is independent from round to round, or correlated Gaussian noise."
+            )
+        if self.adaptive is not None:
+            raise UserError(
+                "Skellam noise is on a grid of fixed bounds: set privacy.adaptive.enabled=False, "
+                "or privacy.noise='independent'."
+            )
+        if self.sampler.sensitivity != 1:
+            raise UserError(
+                f"No accountant knows Skellam noise under {self.sampler.description}: use Poisson "
+                "sampling ('poisson'), or users in turn ('shuffled')."
+            )
+        _ = self.encoding  # raises where bits or noise do not suffice
+
+    @property
+    def encoding(self) -> Encoding:
+        """How clients send updates, where `secure` is given."""
+        return make_encoding(self.secure, self.clip_norm, self.noise_multiplier, self.sampler.slots)
+
+    def central(self) -> "Mechanism":
+        """The same with Gaussian noise of the same variance, added by a server that is trusted."""
+        return dataclasses.replace(self, secure=None)
+
+    def encoder(self) -> Callable[..., jax.Array] | None:
+        """From a clipped and weighted update to what its client sends; None without `secure`.
+
+        See `secure_aggregation.encode`, without its first argument.
+        """
+        return None if self.secure is None else functools.partial(encode, self.encoding)
 
     def check_weights(self, weights: Any, users: int) -> np.ndarray | None:
         """Weights of the users that leave a user's sensitivity at the clip norm.
@@ -218,6 +268,8 @@ class Mechanism:
     @property
     def description(self) -> str:
         """Sampling, and noise where it is correlated, in words."""
+        if self.secure is not None:
+            return f"{self.sampler.description}; Skellam noise in {self.secure.bits} bits"
         if self.correlation is None:
             return self.sampler.description
         return f"{self.sampler.description}; {self.correlation.description} noise"
@@ -252,6 +304,8 @@ class Mechanism:
         Args:
           key: a JAX random key for the noise of the whole run, used for nothing else.
         """
+        if self.secure is not None:
+            return decode_sum(self.encoding, self.sampler.expected_cohort, key)
         steps = [
             optax.scale(1 / self.sampler.expected_cohort),
             add_gaussian_noise(self.noise_std, key, self.correlation),
@@ -293,6 +347,8 @@ class Mechanism:
 
     def _rounds_event(self, rounds: int) -> Any:
         turns = self.sampler.participations(rounds)
+        if self.secure is not None:
+            return accounting.compose(self._shares_event(), turns)
         sum_noise = self.noise_multiplier
         if self.correlation is not None and rounds > 0 and self.sampler.amplifies:
             sum_noise /= sensitivity(self.correlation, rounds, self.sampler.separation, 1)
@@ -302,6 +358,13 @@ class Mechanism:
             return accounting.compose(event, turns)
         changed = sensitivity(self.correlation, rounds, self.sampler.separation, turns)
         return self.sampler.event(_joint(sum_noise / changed, count_noise / math.sqrt(turns)))
+
+    def _shares_event(self) -> Any:
+        """One round's, with the chance and the room of the sampler's own event."""
+        chance = ("sampling_probability", "dataset_size", "truncated_batch_size")
+        gaussian = self.sampler.event(self.noise_multiplier)
+        said = {name: getattr(gaussian, name) for name in chance if hasattr(gaussian, name)}
+        return dataclasses.replace(self.encoding.event, **said)
 
     def calibrated(self, target_epsilon: float, delta: float, rounds: int) -> "Mechanism":
         """The same mechanism with the noise that gives `target_epsilon` by Rényi DP.

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedasr.errors import UserError
 
@@ -489,6 +490,43 @@ def decode(encoding: Encoding, total: jax.Array, rotation: jax.Array, like: Any)
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(like))
     x = wrap(total, encoding.bits).astype(jnp.float32) / np.float32(encoding.scale)
     return unflatten(unrotate(x, rotation, size), like)
+
+
+class ShareState(NamedTuple):
+    """count: int32 scalar, rounds so far."""
+
+    count: jax.Array
+
+
+def decode_sum(
+    encoding: Encoding, expected_cohort: float, key: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """The server's part: from the sum of what clients sent to the noised mean.
+
+    Args:
+      encoding: of the run.
+      expected_cohort: what the sum is divided by.
+      key: for the missing shares of all rounds, used for nothing else.
+
+    Returns:
+      A transformation with state `ShareState` whose `update` takes int32 [encoding.dimension],
+      the sum over the clients modulo 2^32, the parameters (for their shapes), `clients`, an int32
+      scalar, of how many clients that is the sum, and `rotation`, the key of the round's rotation.
+    """
+
+    def init(params):
+        del params
+        return ShareState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, clients, rotation, **extra):
+        del extra
+        missing = encoding.shares - clients
+        updates += missing_noise(encoding, jax.random.fold_in(key, state.count), missing)
+        total = decode(encoding, updates, rotation, params)
+        mean = jax.tree.map(lambda x: x / np.float32(expected_cohort), total)
+        return mean, ShareState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 # ------------------------------------------------------------------------------------ accounting

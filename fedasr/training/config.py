@@ -144,8 +144,10 @@ def default_config() -> ConfigDict:
     config.privacy.sampler = "poisson"
     config.privacy.slots = 0  # largest Poisson cohort; 0: mean + 7 standard deviations
     config.privacy.cycle = 1  # groups of users that Poisson sampling takes in turn
-    # "independent" from round to round, or correlated: "banded" or "buffered" (linear Toeplitz).
+    # "independent" from round to round, or correlated: "banded" or "buffered" (linear Toeplitz); or
+    # "skellam": integers, in shares that clients add themselves, for secure aggregation.
     config.privacy.noise = "independent"
+    config.privacy.bits = 16  # of a coordinate that a client sends, with "skellam"
     config.privacy.bands = 0  # 0: as many as rounds lie between a user's turns, at most 32
     config.privacy.buffers = 2
     config.privacy.adaptive = ConfigDict()  # bounds that follow a quantile of the update norms

@@ -13,10 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedasr.data.sampling import PoissonSampler
+from fedasr.data.batching import LocalBatches
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
-from fedasr.privacy import accounting
+from fedasr.federated.client import ClientMetrics
+from fedasr.federated.simulation import Simulation
+from fedasr.privacy import accounting, auditing
 from fedasr.privacy import secure_aggregation as sa
+from fedasr.privacy.adaptive import AdaptiveClip
+from fedasr.privacy.correlated import BandedNoise
+from fedasr.privacy.mechanism import Mechanism
+from fedasr.training import loop
+from fedasr.training.config import default_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -495,3 +503,170 @@ def test_composed_with_other_events_and_refused_where_it_does_not_hold():
     assert alone.epsilon < both.epsilon < alone.epsilon + 2
     with pytest.raises(UserError, match="no Rényi bound"):
         accounting.epsilon(event, 1e-6, REPLACE_ONE)
+
+
+# -------------------------------------------------------------------------------------- simulation
+
+PARAMS = 60  # of the crafted canaries: three layers of twenty
+
+
+def secure_mechanism(sampler, bits=16, z=0.8, **options):
+    secure = sa.SecureAggregation(PARAMS, bits)
+    return Mechanism(0.5, options.pop("budget", "uniform"), z, sampler, secure=secure, **options)
+
+
+def means(mechanism, rounds, update=None, **options):
+    """The noisy means that a server publishes, [rounds, 60], in units of C / expected cohort."""
+    sampler = mechanism.sampler
+    corpus = auditing.CanaryCorpus(np.ones((1, 20)), sampler.population)
+    weights = auditing.layer_weights(mechanism, auditing.canary_params(20))
+    simulation = Simulation(
+        corpus,
+        mechanism,
+        update or auditing.crafted_update(weights, 0.3, 10**6),
+        auditing.publish(),
+        LocalBatches(1, steps=1),
+        buckets=(),
+        **{"devices": jax.devices()[:1], "seed": 3, **options},
+    )
+    state = simulation.init(auditing.canary_params(20))
+    seen = [sa.flatten(state.params) for state, _ in simulation.run(state, rounds)]
+    return np.stack(seen) * sampler.expected_cohort / mechanism.clip_norm
+
+
+def broken_update(params, batches, num_steps, key, max_steps=None, round=0):
+    del batches, num_steps, key, max_steps, round
+    return jax.tree.map(lambda x: x + jnp.nan, params), ClientMetrics(jnp.float32(0), {})
+
+
+@pytest.mark.parametrize(
+    ("sampler", "update"),
+    [
+        (PoissonSampler(30, 0.7, seed=1), None),  # many rounds with nobody in them
+        (PoissonSampler(30, 15, seed=1), None),
+        (ShuffledSampler(30, 6, seed=1), None),
+        (PoissonSampler(30, 15, seed=1), broken_update),  # everybody's update is NaN
+    ],
+)
+def test_a_simulations_noise_is_what_is_claimed(sampler, update):
+    """Whoever takes part, and whatever becomes of their updates."""
+    silent = Mechanism(0.5, "uniform", 0.0, sampler)
+    found, without = means(secure_mechanism(sampler), 40, update), means(silent, 40, update)
+    noise = found - without
+    assert stats.kstest(noise.ravel() / 0.8, "norm").pvalue > 1e-4
+    between = np.corrcoef(noise)
+    np.fill_diagonal(between, 0)
+    assert np.abs(between).max() < 0.65  # 780 pairs of rounds with 60 coordinates each
+
+
+def test_chunks_and_devices_change_nothing_and_seeds_everything():
+    mechanism = secure_mechanism(PoissonSampler(30, 15, seed=1))
+    one = means(mechanism, 3)
+    for options in ({"chunk": 4}, {"chunk": 0, "devices": jax.devices()[:2]}):
+        np.testing.assert_allclose(means(mechanism, 3, **options), one, atol=0.02)
+    assert np.abs(means(mechanism, 3, seed=4) - one).mean(axis=1).min() > 0.3
+
+
+def test_weights_and_parts_of_the_model():
+    """Weights scale updates before they are encoded; an encoding of another size is refused."""
+    sampler = ShuffledSampler(20, 20, seed=0)
+    weights = np.linspace(0, 1, 20)
+    mechanism = secure_mechanism(sampler, z=1e-3, weighting="bounded")
+    found = means(mechanism, 1, weights=weights)[0].reshape(3, 20) * math.sqrt(3)
+    np.testing.assert_allclose(found, np.tile(weights * 0.6, (3, 1)), atol=0.02)
+    wrong = dataclasses.replace(mechanism, secure=sa.SecureAggregation(600))
+    with pytest.raises(UserError, match="set the dimension to 60"):
+        means(wrong, 1, weights=weights)
+    with pytest.raises(UserError, match="model_devices=1"):
+        means(mechanism, 1, model_devices=2, devices=jax.devices()[:2])
+
+
+POISSON = PoissonSampler(1000, 100, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"correlation": BandedNoise(2, 8)}, "correlated Gaussian noise"),
+        ({"adaptive": AdaptiveClip(1.0)}, "adaptive"),
+        ({"sampler": FixedSizeSampler(1000, 100, 0)}, "'shuffled'"),
+        ({"weighting": "examples"}, "weighting"),
+        ({"noise_multiplier": 0.0}, "above 0"),
+        ({"secure": sa.SecureAggregation(60, 6)}, "bits are too few"),
+    ],
+)
+def test_what_nobody_can_account_for_is_refused(options, message):
+    if "correlation" in options:
+        options["sampler"] = PoissonSampler(1000, 100, seed=0, cycle=2)
+    known = Mechanism(0.5, "uniform", 1.0, POISSON, secure=sa.SecureAggregation(60))
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(known, **options)
+
+
+def test_the_mechanisms_event():
+    secure = Mechanism(0.5, "uniform", 1.2, POISSON, secure=sa.SecureAggregation(10**6, 20))
+    central = secure.central()
+    assert central.secure is None and central.noise_std == secure.noise_std
+    one, two = secure.epsilon(50, 1e-6), central.epsilon(50, 1e-6)
+    assert one.epsilon_pld is None and two.epsilon < one.epsilon
+    assert two.epsilon_rdp <= one.epsilon < 1.01 * two.epsilon_rdp
+    assert "Skellam" in one.sampling
+    event = secure.event(50).event
+    assert (event.sampling_probability, event.dataset_size) == (0.1, 1000)
+    assert event.truncated_batch_size == POISSON.slots
+    in_turn = dataclasses.replace(secure, sampler=ShuffledSampler(1000, 100, 0))
+    assert in_turn.event(25).count == 3 and in_turn.event(25).event.sampling_probability == 1
+    assert in_turn.event(0) == dp_accounting.NoOpDpEvent()
+    # The deployment has a grid of its own: more clients, more noise, the same bits.
+    deployed = secure.deployed(1000, 10**6)
+    assert deployed.encoding.shares > 1000 and deployed.epsilon(50, 1e-6).epsilon < 1
+    assert secure.calibrated(5.0, 1e-6, 50).epsilon(50, 1e-6).epsilon == pytest.approx(5, rel=2e-3)
+    released = dataclasses.replace(secure, released=(3.0,))
+    assert released.epsilon(50, 1e-6).epsilon > one.epsilon
+
+
+def dry(changes):
+    """Of the synthetic corpus, without making it."""
+    config = default_config()
+    config.cohort = 2
+    config.model.options.update({"dim": 16, "blocks": 1, "heads": 2, "mlp": 16})
+    base = {"privacy.noise": "skellam", "privacy.sigma": 0.3}
+    config.update_from_flattened_dict(base | changes)
+    return loop.dry_run(config.to_dict())
+
+
+def test_a_configuration():
+    summary = dry({"privacy.bits": 18})
+    count = summary["parameters"]
+    plain, ours = summary["clients"]
+    assert ours["up_bytes"] == sa.padded(count) * 18 / 8 < plain["up_bytes"]
+    assert ours["down_bytes"] == plain["down_bytes"] and "18 bits" in ours["method"]
+    assert summary["bytes_per_client"]["up"] == ours["up_bytes"]
+    privacy = summary["privacy"]
+    assert "Skellam" in privacy["noise"]
+    for row in (privacy, privacy["extrapolations"][0]):
+        shares = row["secure_aggregation"]
+        assert shares["central"]["epsilon"] <= row["epsilon"]
+        assert shares["coordinates"] == sa.padded(count) and 1 < shares["sensitivity"] < 1.5
+        assert 0 < shares["wrapped"][0] < shares["wrapped"][1] < 1e-8
+    part = dry({"partial.mode": "fixed", "partial.patterns": ("bias",)})
+    small = part["clients"][-1]["up_bytes"]
+    assert small < ours["up_bytes"] / 5
+    assert part["privacy"]["secure_aggregation"]["coordinates"] == small / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compression.upload": "S1E3M7"}, "compression.upload"),
+        ({"partial.mode": "round"}, "partial.mode='fixed'"),
+        ({"privacy.sampler": "fixed"}, "'poisson'"),
+        ({"privacy.sigma": 0.0}, "privacy.sigma above 0"),
+        ({"privacy.bits": 40}, "bits"),
+        ({"privacy.bits": 6}, "too few"),
+    ],
+)
+def test_configurations_that_are_refused(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        dry(changes)
+    assert "\n" not in str(caught.value)
