@@ -32,6 +32,7 @@ from absl import flags
 
 from experiments import cli
 from fedasr.errors import UserError
+from fedasr.streams import Stream, generator, seed_key
 
 if TYPE_CHECKING:
     from fedasr.data.corpus import Corpus, Example
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "quickstart.py")
 _RUNS = 1000  # of many_runs with crafted updates
-_CANARY_TAG = 0xCA9A
 
 # ------------------------------------------------------------------------------------ real users
 
@@ -73,7 +73,7 @@ def make_canaries(corpus: Corpus, count: int, vocab: int, seed: int) -> list[Can
             f"--canary_count={count}: the held-out splits (data.eval) have "
             f"{len(corpus.users)} users"
         )
-    rng = np.random.default_rng(np.random.SeedSequence([_CANARY_TAG, seed]))
+    rng = generator(Stream.CANARIES, seed)
     canaries = []
     for user in rng.choice(len(corpus.users), count, replace=False).tolist():
         own = corpus.get(user, range(int(corpus.sizes[user])))
@@ -210,7 +210,7 @@ def _start(config: Mapping[str, Any], recogniser: Any) -> Any:
 
     if config["init_from"]:
         return jax.tree.map(jnp.asarray, restore_params(config["init_from"]))
-    return recogniser.init(jax.random.key(config["seed"]))
+    return recogniser.init(seed_key(config["seed"], Stream.INIT))
 
 
 def inserted_losses(

@@ -41,6 +41,7 @@ from absl import flags
 
 from experiments import cli
 from fedasr.errors import UserError
+from fedasr.streams import Stream, seed_key
 
 if TYPE_CHECKING:
     from fedasr.data.batching import Bucket
@@ -53,7 +54,6 @@ _DEFAULT = str(Path(__file__).parent / "configs" / "brain_to_text.py")
 
 Log = Callable[[str], None]
 STREAMS = ("init", "training")
-_TAG = 0xB2AD  # separates these random numbers from others of the same seed
 
 
 class Bench(NamedTuple):
@@ -219,8 +219,7 @@ def _key(bench: Bench, stream: str) -> Any:
     """The random key of what a stage draws."""
     import jax
 
-    root = jax.random.fold_in(jax.random.key(bench.seed), _TAG)
-    return jax.random.fold_in(root, STREAMS.index(stream))
+    return jax.random.fold_in(seed_key(bench.seed, Stream.STUDY), STREAMS.index(stream))
 
 
 def trained(

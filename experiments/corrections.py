@@ -39,6 +39,7 @@ from absl import flags
 
 from experiments import cli
 from fedasr.errors import UserError
+from fedasr.streams import Stream, make_root, seed_key, sub_seed
 
 if TYPE_CHECKING:
     from fedasr.data.batching import Bucket
@@ -53,7 +54,6 @@ _DEFAULT = str(Path(__file__).parent / "configs" / "corrections.py")
 SYSTEMS = ("unfiltered", "uniform", "words", "quality", "federated", "private")
 WEIGHTED = ("words", "federated", "private")  # by their words
 MEASURES = ("fresh", "rare", "general", "rare_missed")
-_HISTOGRAM_SEEDS = {"pairs": 1, "words": 2}  # their noise must differ
 
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
 _SYSTEMS = flags.DEFINE_list("systems", list(SYSTEMS), f"Which of {', '.join(SYSTEMS)}.")
@@ -184,7 +184,7 @@ def stale_model(bench: Bench, seed: int, folder: Path, log: Callable[[str], None
     from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
 
     settings = _settings(bench.config, "stale")
-    params = bench.recogniser.init(jax.random.key(seed))
+    params = bench.recogniser.init(seed_key(seed, Stream.INIT))
     if folder.is_dir():
         try:
             if read_metadata(folder) == settings:
@@ -209,6 +209,14 @@ def _remove(folder: Path) -> None:
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _histogram_seed(bench: Bench, seed: int, name: str) -> int:
+    """Of the noise on one histogram: no other histogram, seed or setting shares it."""
+    from fedasr.training.config import fingerprint
+
+    settings = {key: value for key, value in bench.config.items() if key != "seed"}
+    return sub_seed(make_root(seed, fingerprint(settings)), Stream.HISTOGRAM, name)
 
 
 class Corrections(NamedTuple):
@@ -237,7 +245,7 @@ def make_corrections(bench: Bench, params: Any, seed: int, noise: float) -> Corr
         lib.pairs_of_users(feedback, frames, len(corpus.users), filters),
         most=settings["most"],
         noise_multiplier=noise,
-        seed=_HISTOGRAM_SEEDS["pairs"] + 10 * seed,
+        seed=_histogram_seed(bench, seed, "pairs"),
     )
     reviews = [lib.review(one, n, filters, pairs) for one, n in zip(feedback, frames, strict=True)]
     return Corrections(feedback, reviews, pairs)
@@ -287,6 +295,7 @@ def train(
     from fedasr.feedback.joint import JointTraining, average_params
     from fedasr.models.recogniser import ARRAYS
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.training.config import fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
     client, server, privacy = config["client"], config["server"], config["privacy"]
@@ -307,7 +316,7 @@ def train(
             words,
             most=settings["most"],
             noise_multiplier=noise,
-            seed=_HISTOGRAM_SEEDS["words"] + 10 * seed,
+            seed=_histogram_seed(bench, seed, "words"),
         )
         weights = weighting.word_weights(words, histogram, server_words(bench), **settings["words"])
     if system == "quality":
@@ -342,6 +351,7 @@ def train(
         make_optimizer(server["optimizer"], schedule, **server["options"]),
         LocalBatches(client["batch_size"], steps=client["steps"]),
         seed=seed,
+        identity=f"corrections {system} {fingerprint(_settings(config, system))}",
         chunk=config["chunk"],
         buckets=[bench.bucket],
         keep=ARRAYS,

@@ -25,12 +25,11 @@ import jax.numpy as jnp
 from fedasr.compression.formats import FloatFormat, decode, encode
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate
+from fedasr.streams import Stream, fold
 
 # select(path, leaf) -> whether this variable may be compressed; the path's keys joined by "/"
 Select = Callable[[str, Any], bool]
 
-# Folded into a client's key; local training folds in its steps, which stay below 2^31.
-_SUBSET_STREAM = 0x8F4D4301
 # Aligned variables begin here at most: formats that reach higher are wide enough below it, and
 # scales stay far from the ends of float32.
 _MAX_TOP = 15
@@ -221,7 +220,7 @@ def as_client_update(
     check_share(share)
 
     def update(params, batches, num_steps, key, max_steps=None, round=0):
-        subset = jax.random.fold_in(key, _SUBSET_STREAM)
+        subset = fold(key, Stream.ROUNDED)
         start = params
         if fmt is not None:
             start = compress_params(params, fmt, subset, share, select, align=align)

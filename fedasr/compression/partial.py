@@ -27,9 +27,7 @@ from fedasr.compression.online import choose, flags, weight_matrices
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Loss
 from fedasr.federated.subset import check_patterns, keep, matches, merge
-
-# Folded into a client's key, and into the seed's; see `online`.
-_STREAM = 0x8F4D4302
+from fedasr.streams import Stream, fold, seed_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +144,8 @@ def _by_round(make_update, loss, subset):
 
             return run
 
-        round_key = jax.random.fold_in(jax.random.key(subset.seed), _STREAM)
-        group = jax.random.randint(jax.random.fold_in(round_key, round), (), 0, subset.groups)
+        round_key = jax.random.fold_in(seed_key(subset.seed, Stream.SUBSET), round)
+        group = jax.random.randint(round_key, (), 0, subset.groups)
         return jax.lax.switch(group, [branch(g) for g in range(subset.groups)], None)
 
     return update
@@ -156,7 +154,7 @@ def _by_round(make_update, loss, subset):
 def _by_user(make_update, loss, subset):
     def update(params, batches, num_steps, key, max_steps=None, round=0):
         matrices = flags(params, weight_matrices)
-        drawn = iter(choose(jax.random.fold_in(key, _STREAM), sum(matrices), subset.share))
+        drawn = iter(choose(fold(key, Stream.CLIENT_SUBSET), sum(matrices), subset.share))
         everybody = jnp.bool_(True)
         chosen = [next(drawn) if matrix else everybody for matrix in matrices]
         chosen = jax.tree.structure(params).unflatten(chosen)

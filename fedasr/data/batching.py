@@ -18,6 +18,7 @@ import numpy as np
 
 from fedasr.data.corpus import Corpus, Example, all_lengths
 from fedasr.errors import UserError
+from fedasr.streams import Stream, generator
 
 Bucket = Mapping[str, int]  # the padded length of axis 0 of every ragged array
 # Of one array of a chunk; beyond this a machine would be out of memory.
@@ -26,7 +27,6 @@ MAX_ARRAY_BYTES = 16 << 30
 TURN_BYTES = 16 << 20
 _SHAPE_USERS = 60
 _ALIGNMENT = 64
-_ORDER_TAG = 0x0B47C4  # separates the order of examples from the other uses of a run's seed
 
 
 class Store(NamedTuple):
@@ -282,7 +282,7 @@ class LocalBatches:
           seed, round, user: name the shuffle.
           lengths: frames of the examples, for batches measured in frames.
         """
-        rng = np.random.default_rng(np.random.SeedSequence([_ORDER_TAG, seed, round, user]))
+        rng = generator(Stream.EXAMPLES, seed, round, user)
         if self.frames is not None:
             batches: list[np.ndarray] = []
             for _ in range(self.epochs or self.steps or 0):
@@ -548,11 +548,11 @@ class ClientBatcher:
         self._most_turns = turns
         self._turns: int | None = None if turns > 1 else 1  # the data tells
 
-    def _client(self, user: int, round: int) -> _Client:
+    def _client(self, user: int, round: int, seed: int) -> _Client:
         lengths = self._corpus.lengths(user)
         size = int(self._corpus.sizes[user])
         unit = None if self._local.frames is None else np.asarray(lengths[self._unit])
-        plan = self._local.plan(size, self._seed, round, user, unit)
+        plan = self._local.plan(size, seed, round, user, unit)
         if self._shapes is not None:
             needs = _fitting_buckets(self._buckets, lengths, size)
             plan = [batch[np.argsort(-needs[batch], kind="stable")] for batch in plan]
@@ -632,9 +632,12 @@ class ClientBatcher:
             power += 1
         return divided(power)
 
-    def chunks(self, users: Iterable[int], round: int) -> Iterator[tuple[Chunk, Padding]]:
+    def chunks(
+        self, users: Iterable[int], round: int, seed: int | None = None
+    ) -> Iterator[tuple[Chunk, Padding]]:
         """Reads and pads the data of a round's cohort, chunk by chunk (numpy arrays)."""
-        clients = [self._client(int(user), round) for user in users]
+        seed = self._seed if seed is None else seed
+        clients = [self._client(int(user), round, seed) for user in users]
         if self._shapes is None:
             clients.sort(key=lambda c: (-c.bucket, -self._slots([c]), -len(c.plan), c.user))
         else:
@@ -940,7 +943,7 @@ class PooledBatcher:
     Args:
       corpus: its users are forgotten.
       buckets: a batch is padded to the smallest that holds it.
-      seed: of the order.
+      seed: of the order. stream: that it belongs to.
       batch_size: examples in a batch; or
       frames: a batch holds about so many frames (see `pack`), counted in the array that the
         buckets name first.
@@ -961,11 +964,12 @@ class PooledBatcher:
         frames: int | None = None,
         multiple: int = 1,
         keep: Sequence[str] | None = None,
+        stream: Stream = Stream.CENTRAL,
     ) -> None:
         if (batch_size is None) == (frames is None):
             raise UserError("set exactly one of the central batch size and batch frames")
         self._corpus, self._buckets, self._seed, self._keep = corpus, tuple(buckets), seed, keep
-        self._frames, self._multiple = frames, multiple
+        self._frames, self._multiple, self._stream = frames, multiple, stream
         self._ends = np.cumsum(corpus.sizes)
         total = int(self._ends[-1])
         self._batch = total if batch_size is None else min(batch_size, total)
@@ -984,7 +988,7 @@ class PooledBatcher:
     def _pass(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The order of examples in a pass, and with `frames` its batches."""
         if self._order is None or self._order[0] != number:
-            rng = np.random.default_rng(np.random.SeedSequence([_ORDER_TAG, self._seed, number]))
+            rng = generator(self._stream, self._seed, number)
             order = rng.permutation(int(self._ends[-1]))
             parts = pack(self._lengths[order], self._frames) if self._frames else []
             self._order = (number, order, parts)

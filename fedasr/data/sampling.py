@@ -13,10 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from fedasr.errors import UserError
+from fedasr.streams import Stream, generator
 
-# Keeps the samplers' random numbers apart from any others made from the same seed.
-_STREAM = 0x5A3B1E
-_ORDER_STREAM = 0x0DE7
 # Standard deviations above the mean cohort that get a slot: truncation then is so rare that it
 # costs no privacy at delta 1e-9 (at 5.6 it would add about 2% to epsilon).
 _SLOT_DEVIATIONS = 7.0
@@ -81,12 +79,15 @@ class Sampler(Protocol):
         """The same kind of sampling of another size, to account for a deployment."""
         ...
 
+    def reseeded(self, seed: int) -> "Sampler":
+        """The same sampling with other draws; `seed` is a whole number from 0."""
+        ...
+
 
 @functools.lru_cache(maxsize=4)
 def _order(population: int, seed: int) -> np.ndarray:
     """A fixed random order of the users, int64 [population]; shared, so read-only."""
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _ORDER_STREAM])))
-    order = rng.permutation(population)
+    order = generator(Stream.TURNS, seed).permutation(population)
     order.setflags(write=False)
     return order
 
@@ -94,7 +95,7 @@ def _order(population: int, seed: int) -> np.ndarray:
 def _generator(seed: int, round: int) -> np.random.Generator:
     if round < 0:
         raise UserError(f"round must be 0 or more, not {round}.")
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAM, round])))
+    return generator(Stream.SAMPLING, seed, round)
 
 
 def _check_counts(population: int, seed: int) -> None:
@@ -193,6 +194,10 @@ class PoissonSampler:
         import dp_accounting
 
         return dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+
+    def reseeded(self, seed: int) -> "PoissonSampler":
+        """See `Sampler`."""
+        return dataclasses.replace(self, seed=seed)
 
     def cohort(self, round: int) -> np.ndarray:
         """User indices of a round, int64 [<= slots], sorted; empty in an unlucky small round."""
@@ -295,6 +300,10 @@ class FixedSizeSampler:
 
         return dp_accounting.NeighboringRelation.REPLACE_ONE
 
+    def reseeded(self, seed: int) -> "FixedSizeSampler":
+        """See `Sampler`."""
+        return dataclasses.replace(self, seed=seed)
+
     def cohort(self, round: int) -> np.ndarray:
         """User indices of a round, int64 [cohort_size], sorted."""
         rng = _generator(self.seed, round)
@@ -389,6 +398,10 @@ class ShuffledSampler:
         import dp_accounting
 
         return dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+
+    def reseeded(self, seed: int) -> "ShuffledSampler":
+        """See `Sampler`."""
+        return dataclasses.replace(self, seed=seed)
 
     def cohort(self, round: int) -> np.ndarray:
         """User indices of a round, int64 [cohort_size], sorted."""

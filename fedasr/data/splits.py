@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedasr.errors import UserError
+from fedasr.streams import Stream, generator
 
 if TYPE_CHECKING:
     from fedasr.data.corpus import Corpus, Example
@@ -38,7 +39,7 @@ ALIASES = {
     "ls860": ("train_clean_360", "train_other_500"),
     "ls960": ("train_clean_100", "train_clean_360", "train_other_500"),
 }
-_RESHUFFLE_TAG, _EXAMPLES_TAG = 0x11D, 0x5A7
+_EXAMPLES_TAG = 0x5A7
 _SHARE = r"(?:\[([^:\[\]]*):([^:\[\]]*)\]\s*)?"
 _TERM = re.compile(r"\s*([A-Za-z][A-Za-z0-9_]*)\s*" + 2 * _SHARE)
 _BOUND = re.compile(r"(\d+)|(\d+(?:\.\d+)?)\s*%")
@@ -333,7 +334,7 @@ class ReshuffledCorpus:
         self._corpus = corpus
         self.sizes = np.asarray(corpus.sizes)
         self._ends = np.cumsum(self.sizes)
-        rng = np.random.default_rng(np.random.SeedSequence([_RESHUFFLE_TAG, seed]))
+        rng = generator(Stream.RESHUFFLE, seed)
         self._rows = rng.permutation(int(self._ends[-1]))
 
     @property

@@ -18,12 +18,9 @@ from fedasr.data.batching import Chunk, Resident
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Params, view_of_client
 from fedasr.federated.local import LocalUpdate
+from fedasr.streams import Stream, fold
 
 AXIS, MODEL = "clients", "model"  # of a mesh
-# Folded into a client's key for its weight; its steps are never so many.
-_WEIGHT = 0xFFFFFFFF
-# Likewise for its share of the noise; and into a round's key, whose other children are users.
-_SHARE, _ROTATION = 0x9D1A0204, 0x9D1A0205
 _TOGETHER_BYTES = 1 << 20  # of an array, at most, to be summed over devices with others
 
 
@@ -90,7 +87,7 @@ class Encode(Protocol):
 
 def rotation_key(round_key: jax.Array) -> jax.Array:
     """The public key of a round that clients and the server rotate updates with."""
-    return jax.random.fold_in(round_key, _ROTATION)
+    return fold(round_key, Stream.ROTATION)
 
 
 def client_mesh(devices: Sequence[jax.Device] | None = None, model_devices: int = 1) -> Mesh:
@@ -237,7 +234,7 @@ def make_cohort(
         delta, stats = clip.update(delta, clip.init(params))
         present, finite = num_steps > 0, stats.finite
         if weigh is not None:
-            said = weigh(params, delta, batches, jax.random.fold_in(key, _WEIGHT))
+            said = weigh(params, delta, batches, fold(key, Stream.WEIGHT))
             finite &= jnp.isfinite(said)
             weight = weight * jnp.clip(said.astype(jnp.float32), 0.0, 1.0)
         valid = present & finite
@@ -248,7 +245,7 @@ def make_cohort(
         delta = jax.tree.map(lambda d: where_valid(d.astype(jnp.float32) * weight), delta)
         if encode is not None:
             # Who is not valid sends nothing, with noise: it must not depend on what users have.
-            sent = encode(delta, rotation_key(round_key), jax.random.fold_in(key, _SHARE))
+            sent = encode(delta, rotation_key(round_key), fold(key, Stream.SHARE))
             delta = jnp.where(present, sent, jnp.zeros_like(sent))
         sums = CohortSum(
             delta=delta,

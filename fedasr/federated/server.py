@@ -7,7 +7,7 @@ optax optimiser. The chain's state, noise counter included, is part of a checkpo
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,15 @@ SERVER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 class ServerState(NamedTuple):
-    """params: the model. opt_state: the chain's. round: int32, rounds done."""
+    """params: the model. opt_state: the chain's. round: int32, rounds done.
+
+    root: uint32 [8], of everything random in the run (see `fedasr.streams`); () without a run.
+    """
 
     params: Params
     opt_state: optax.OptState
     round: jax.Array
+    root: Any = ()
 
 
 def constant_then_exponential(
@@ -66,9 +70,9 @@ def make_optimizer(
         raise UserError(f"optimizer {name!r} does not take these options: {error}") from error
 
 
-def init_server(params: Params, chain: optax.GradientTransformation) -> ServerState:
+def init_server(params: Params, chain: optax.GradientTransformation, root: Any = ()) -> ServerState:
     """The state before the first round."""
-    return ServerState(params, chain.init(params), jnp.int32(0))
+    return ServerState(params, chain.init(params), jnp.int32(0), root)
 
 
 def server_step(
@@ -79,4 +83,5 @@ def server_step(
     `extra` are extra arguments of the chain: none, or what adaptive clipping needs of the round.
     """
     updates, opt_state = chain.update(total, state.opt_state, state.params, **extra)
-    return ServerState(optax.apply_updates(state.params, updates), opt_state, state.round + 1)
+    params = optax.apply_updates(state.params, updates)
+    return ServerState(params, opt_state, state.round + 1, state.root)

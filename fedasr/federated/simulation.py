@@ -6,9 +6,10 @@ sampler -> batches -> vmap(client) -> clip -> sum -> /expected size -> noise -> 
 import collections
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +53,10 @@ from fedasr.federated.subset import transform_part
 from fedasr.privacy.adaptive import ClientView, hold, scales_of
 from fedasr.privacy.clipping import layer_names
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.streams import Stream, key, make_root, sub_seed
 
-# Streams of the root key: what is drawn for clients and for the noise never meets.
-CLIENT_STREAM, NOISE_STREAM = 0, 1
+# What is drawn for clients and for the noise never meets: see `fedasr.streams`.
+CLIENT_STREAM, NOISE_STREAM = Stream.CLIENTS, Stream.NOISE
 _QUEUED = 4  # chunks on the devices beside the one in work: in the queue, in the thread's hand
 _TURNS = 16  # clients that a CPU device trains in one call, at most, where it does not vmap them
 _AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
@@ -85,6 +87,13 @@ class RoundMetrics:
     waiting: float
 
 
+class Draws(NamedTuple):
+    """sampler: who takes part in a round. order: seed of `LocalBatches.plan`, for the examples."""
+
+    sampler: Any
+    order: int
+
+
 class Simulation:
     """Federated learning of any model on simulated devices.
 
@@ -94,7 +103,9 @@ class Simulation:
       client_update: local training, such as `local_training(loss, optax.sgd(0.1))`.
       server_optimizer: any optax transformation; it sees the noisy mean of client deltas.
       local: how a client's examples become batches.
-      seed: of everything random, with (round, user).
+      seed: of everything random, with the run's identity: see `root_of`.
+      identity: says what else tells this run from others of the same seed, such as its
+        configuration; a string that equal runs share and no others.
       chunk: clients vmapped together on a device; 0 for the whole cohort. On a CPU 1 is fastest.
       buckets: padded shapes (default: one that holds everything).
       devices: default all devices, of all processes (see `fedasr.federated.hosts`); each works on
@@ -132,6 +143,7 @@ class Simulation:
         local: LocalBatches,
         *,
         seed: int = 0,
+        identity: str = "",
         chunk: int = 1,
         buckets: Sequence[Bucket] | None = None,
         devices: Sequence[jax.Device] | None = None,
@@ -164,7 +176,8 @@ class Simulation:
         if resident is not None and jax.process_count() > 1:
             raise UserError("a resident corpus needs all devices in one process")
         self.mechanism = mechanism
-        self.seed = seed
+        self.seed, self.identity = seed, identity
+        self._users = corpus_digest(corpus)
         if model_devices > 1 and jax.process_count() > 1:
             raise UserError("model_devices above 1 needs all devices in one process")
         self.mesh = client_mesh(devices, model_devices)
@@ -199,10 +212,8 @@ class Simulation:
                 raise UserError("the layout of the local parameters does not know what is trained")
             client_update = with_local(client_update, store.layout)
             trained = store.layout.shared
-        root = jax.random.key(seed)
-        clients = np.asarray(jax.random.key_data(jax.random.fold_in(root, CLIENT_STREAM)))
-        self._round_key = jax.jit(
-            lambda round: jax.random.fold_in(jax.random.wrap_key_data(clients), round),
+        self._round_key_of = jax.jit(
+            lambda root, round: jax.random.fold_in(key(root, Stream.CLIENTS), round),
             out_shardings=replicated(self.mesh),
         )
         self._adaptive = mechanism.adaptive is not None
@@ -220,14 +231,12 @@ class Simulation:
             per_device == 1,
             mechanism.encoder(),
         )
-        noise_key = jax.random.fold_in(root, NOISE_STREAM)
         if self._adaptive:
             server_optimizer = hold(server_optimizer, mechanism.adaptive.warmup)
-        chain = optax.chain(mechanism.server_transform(noise_key), server_optimizer)
-        self._chain = transform_part(chain, trained)
+        self._server_optimizer = server_optimizer
 
         def step(state, total, **extra):
-            state = server_step(state, total, chain=self._chain, **extra)
+            state = server_step(state, total, chain=self._chain(state.root), **extra)
             return settled(self.mesh, state) if model_devices > 1 else state
 
         self._step = jax.jit(step)
@@ -248,20 +257,58 @@ class Simulation:
         groups = self._lanes * len(buckets or ({},))  # clients in turns have one padded length
         return max(1, min(_TURNS, self.mechanism.sampler.slots // groups))
 
-    def init(self, params: Params) -> ServerState:
-        """The state before the first round, on every device."""
-        return self.place(init_server(params, self._chain))
+    def _chain(self, root: Any) -> optax.GradientTransformation:
+        """From the cohort's sum to the update, with the noise of a run."""
+        noise = self.mechanism.server_transform(key(root, Stream.NOISE), key(root, Stream.VOTES))
+        return transform_part(optax.chain(noise, self._server_optimizer), self._trained)
+
+    def root_of(self, params: Params) -> np.ndarray:
+        """The root of everything random in a run that starts from `params`, uint32 [8].
+
+        It follows from the seed, the identity, the mechanism, the users and all bits of the
+        parameters: the draws of two runs agree only where all of these do. So a run that starts
+        where another ended has noise, cohorts and clients' randomness of its own.
+        """
+        return make_root(
+            self.seed, self.identity, _numbers(self.mechanism), self._users, params_digest(params)
+        )
+
+    def init(self, params: Params, root: np.ndarray | None = None) -> ServerState:
+        """The state before the first round, on every device.
+
+        Args:
+          params: to start from.
+          root: uint32 [8]: None for `root_of`; or `fedasr.streams.secret_root()` where the noise
+            must be such that nobody can compute it again. It is then in the state, and in
+            checkpoints of it, alone.
+        """
+        root = self.root_of(params) if root is None else np.asarray(root, np.uint32)
+        state = init_server(params, self._chain(root), root)
+        return self.place(state)
+
+    def draws(self, state: ServerState) -> Draws:
+        """How users and their examples are drawn in the run of a state."""
+        sampler, root = self.mechanism.sampler, _root(state)
+        seed = sub_seed(root, Stream.SAMPLING, int(getattr(sampler, "seed", 0)))
+        return Draws(sampler.reseeded(seed), sub_seed(root, Stream.EXAMPLES))
+
+    def _round_key(self, round: Any, root: Any = None) -> jax.Array:
+        root = make_root(self.seed) if root is None else root
+        return self._round_key_of(root, round)
 
     def place(self, state: ServerState) -> ServerState:
         """Puts a state, such as a restored one, on every device."""
         return hosts.place(state, model_sharding(self.mesh, state))
 
-    def _items(self, first: int, last: int) -> Iterator[tuple[Chunk | None, Padding, bool]]:
+    def _items(
+        self, draws: Draws, first: int, last: int
+    ) -> Iterator[tuple[Chunk | None, Padding, bool]]:
         """Chunks of the rounds first..last-1, each round ended by (None, padding, True)."""
         for round in range(first, last):
             total = Padding(0, 0)
-            users = self.mechanism.sampler.cohort(round)
-            for chunk, padding in self.batcher.chunks(users, round):
+            for chunk, padding in self.batcher.chunks(
+                draws.sampler.cohort(round), round, draws.order
+            ):
                 total += padding
                 yield chunk, padding, False
             yield None, total, True
@@ -281,9 +328,9 @@ class Simulation:
 
         The next chunks are read and transferred by a thread while the devices compute.
         """
-        first = int(state.round)
+        first, root = int(state.round), _root(state)
         own = None if self.store is None else _OwnParameters(self.store, state)
-        items = self._items(first, first + rounds)
+        items = self._items(self.draws(state), first, first + rounds)
         with Prefetcher(items, transfer=self._transfer) as prefetched:
             round, sums = first, None
             began, waiting = time.perf_counter(), 0.0
@@ -293,7 +340,7 @@ class Simulation:
                 chunk, padding, last, users = next(stream)
                 waiting += time.perf_counter() - asked
                 if not last:
-                    key = self._round_key(np.int32(round))
+                    clients = self._round_key(np.int32(round), root)
                     view = self._view(state)
                     if own is not None:
                         # Not by the thread, which reads ahead: a user's last round must be written.
@@ -301,7 +348,7 @@ class Simulation:
                         chunk = chunk._replace(local=rows)
                     if sums is None:
                         sums = self._cohort.zeros(view, chunk)
-                    sums = self._cohort.add(sums, view, chunk, key, np.int32(round))
+                    sums = self._cohort.add(sums, view, chunk, clients, np.int32(round))
                     if own is not None:
                         sums, rows = sums
                         own.take_back(users, rows)
@@ -328,7 +375,7 @@ class Simulation:
     def _votes(self, state: ServerState, total: CohortSum | None) -> dict[str, Any]:
         """What adaptive bounds, or noise in shares, need to know of a round."""
         if self.mechanism.secure is not None:
-            rotation = rotation_key(self._round_key(np.int32(state.round)))
+            rotation = rotation_key(self._round_key(np.int32(state.round), _root(state)))
             nobody = hosts.place(jnp.int32(0), replicated(self.mesh))
             return {"clients": nobody if total is None else total.clients, "rotation": rotation}
         if not self._adaptive:
@@ -364,7 +411,8 @@ class Simulation:
         while example is None:
             example = self.batcher.example_chunk(self.mechanism.sampler.cohort(round), round)
             round += 1
-        state = jax.eval_shape(lambda p: init_server(p, self._chain), params)
+        root = make_root(self.seed)
+        state = jax.eval_shape(lambda p: init_server(p, self._chain(root), root), params)
         view = jax.eval_shape(self._view, state)
         chunk = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -378,11 +426,11 @@ class Simulation:
         waiting = _QUEUED * _bytes(chunk) // self._lanes
         chunk = chunk._replace(resident=self._resident)
         sums = jax.eval_shape(self._cohort.zeros, view, chunk)
-        key = jax.eval_shape(self._round_key, 0)
+        clients = jax.eval_shape(self._round_key, 0)
         if MODEL in self.mesh.shape:
             sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
             view = _laid(view, model_sharding(self.mesh, view))
-        lowered = self._cohort.add.lower(sums, view, chunk, key, np.int32(0))
+        lowered = self._cohort.add.lower(sums, view, chunk, clients, np.int32(0))
         found = lowered.compile().memory_analysis()
         program = (
             found.argument_size_in_bytes
@@ -403,6 +451,38 @@ class Simulation:
     def compilations(self) -> int:
         """Compiled shapes of the cohort's sum so far: one for each shape of chunk."""
         return self._cohort.add._cache_size()
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """Names a corpus by its users and their numbers of examples, in order."""
+    sizes = ",".join(str(int(size)) for size in corpus.sizes)
+    return hashlib.sha256(repr([list(map(str, corpus.users)), sizes]).encode()).hexdigest()
+
+
+def params_digest(params: Params) -> str:
+    """Names parameters by their paths, shapes, dtypes and bits."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        array = np.asarray(leaf)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _numbers(mechanism: Mechanism) -> str:
+    """The mechanism's numbers, alike in every process (functions have addresses)."""
+    said = [mechanism.clip_norm, mechanism.noise_multiplier, mechanism.normalise]
+    said += [mechanism.weighting, mechanism.description, mechanism.released]
+    said += [mechanism.sampler.population, mechanism.sampler.expected_cohort]
+    said += [getattr(mechanism.sampler, "seed", 0), mechanism.adaptive]
+    return repr([*said, mechanism.budget if isinstance(mechanism.budget, str) else "callable"])
+
+
+def _root(state: ServerState) -> np.ndarray:
+    if not hasattr(state.root, "shape"):
+        raise UserError("the state belongs to no run: make it with Simulation.init")
+    return np.asarray(state.root)
 
 
 class _OwnParameters:

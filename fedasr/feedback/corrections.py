@@ -24,10 +24,10 @@ from fedasr.data.corpus import Corpus, Example
 from fedasr.errors import UserError
 from fedasr.federated.client import Params
 from fedasr.feedback.histograms import Histogram
+from fedasr.streams import Stream, generator
 from fedasr.text import CHARACTERS, CharTokenizer
 from fedasr.training.evaluation import Evaluator
 
-_USER_TAG, _EDIT_TAG = 0xED17, 0xED18
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KINDS = ("right", "typo", "wrong word", "rewrite")
 
@@ -127,10 +127,10 @@ def simulate_edits(
     words = sorted({word for text in sentences for word in text.split()})
     found = []
     for user, (said, heard) in enumerate(zip(references, hypotheses, strict=True)):
-        if _generator(_USER_TAG, seed, user).random() >= config.active:
+        if generator(Stream.CORRECTIONS, "active", seed, user).random() >= config.active:
             continue
         for index, (reference, hypothesis) in enumerate(zip(said, heard, strict=True)):
-            rng = _generator(_EDIT_TAG, seed, user, index)
+            rng = generator(Stream.CORRECTIONS, "edit", seed, user, index)
             if rng.random() < config.rewritten:
                 planted = _rewrite(reference, hypothesis, sentences, rng)
             else:
@@ -139,10 +139,6 @@ def simulate_edits(
             if edited != hypothesis.split():
                 found.append(Feedback(user, index, hypothesis, " ".join(edited), tuple(planted)))
     return found
-
-
-def _generator(*purpose: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(purpose))
 
 
 def _apply(words: Sequence[str], edits: Sequence[tuple[int, int, Sequence[str]]]) -> list[str]:

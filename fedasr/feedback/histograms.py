@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedasr.errors import UserError
-
-_NOISE_TAG = 0x4157
+from fedasr.streams import Stream, generator
 
 
 class Histogram(NamedTuple):
@@ -65,7 +64,8 @@ def client_histogram(
       most: of one client's buckets are counted at most.
       buckets: how many there are. n keys make a given key share its bucket with chance n / buckets.
       noise_multiplier: see `Histogram`; 0 for exact counts.
-      seed: of the noise.
+      seed: of the noise: one that no other histogram has, nor this one of other settings, or
+        their difference would be without noise (see `fedasr.streams.sub_seed`).
 
     Raises:
       UserError: an argument out of range.
@@ -78,6 +78,6 @@ def client_histogram(
     for own in keys:
         counts[sorted({bucket(key, buckets) for key in own})[:most]] += 1
     if noise_multiplier:
-        rng = np.random.default_rng(np.random.SeedSequence([_NOISE_TAG, seed]))
+        rng = generator(Stream.HISTOGRAM, seed)
         counts += rng.normal(scale=noise_multiplier * math.sqrt(most), size=buckets)
     return Histogram(counts, most, noise_multiplier)

@@ -7,7 +7,7 @@ are post-processing.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,13 +22,17 @@ from fedasr.training.checkpoint import restore_params
 
 
 class JointState(NamedTuple):
-    """params: the model. server, central: state of either optimiser. round, step: int32, done."""
+    """params: the model. server, central: state of either optimiser. round, step: int32, done.
+
+    root: of the federated rounds, see `fedasr.federated.server.ServerState`.
+    """
 
     params: Params
     server: optax.OptState
     central: optax.OptState
     round: jax.Array
     step: jax.Array
+    root: Any
 
 
 class JointTraining:
@@ -52,7 +56,12 @@ class JointTraining:
         """The state before the first round."""
         server, central = self._simulation.init(params), self._central.init(params)
         return JointState(
-            server.params, server.opt_state, central.opt_state, server.round, central.round
+            server.params,
+            server.opt_state,
+            central.opt_state,
+            server.round,
+            central.round,
+            server.root,
         )
 
     def place(self, state: JointState) -> JointState:
@@ -62,12 +71,17 @@ class JointTraining:
     def run(self, state: JointState, rounds: int) -> Iterator[tuple[JointState, RoundMetrics]]:
         """Trains, yielding the state and the federated round's metrics after each round."""
         for _ in range(rounds):
-            server = ServerState(state.params, state.server, state.round)
+            server = ServerState(state.params, state.server, state.round, state.root)
             ((server, metrics),) = self._simulation.run(server, 1)
             central = ServerState(server.params, state.central, state.step)
             *_, (central, _, _) = self._central.run(central, self._steps)
             state = JointState(
-                central.params, server.opt_state, central.opt_state, server.round, central.round
+                central.params,
+                server.opt_state,
+                central.opt_state,
+                server.round,
+                central.round,
+                server.root,
             )
             yield state, metrics
 

@@ -18,6 +18,7 @@ from fedasr.errors import UserError
 from fedasr.federated.server import ServerState
 from fedasr.federated.simulation import RoundMetrics, Simulation
 from fedasr.fusion.methods import Method, combine
+from fedasr.streams import Stream, seed_key
 
 PyTree = Any
 # (models of the groups, rounds done) -> one model.
@@ -70,7 +71,7 @@ def by_search(method: Method, evaluations: int, seed: int = 0) -> Fuse:
     def fuse(models, round):
         # Of the host: a model that lies on several devices would be searched for on each.
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *jax.device_get(list(models)))
-        return search(stacked, jax.random.fold_in(jax.random.key(seed), round))
+        return search(stacked, jax.random.fold_in(seed_key(seed, Stream.FUSION), round))
 
     return fuse
 

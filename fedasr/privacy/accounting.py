@@ -149,7 +149,7 @@ def _rdp_epsilon_and_order(
 ) -> tuple[float, float]:
     from dp_accounting import NeighboringRelation, dp_event, rdp
 
-    from fedasr.privacy.secure_aggregation import SkellamDpEvent
+    from fedasr.privacy.events import SkellamDpEvent
 
     _check_delta(delta)
     plain, mixed = [], []
@@ -158,7 +158,7 @@ def _rdp_epsilon_and_order(
         if getattr(simple, "truncated_batch_size", None) is None:
             plain.append((simple, count))
             continue
-        full = _full_round_probability(simple)
+        full = full_round_probability(simple)
         q = simple.sampling_probability
         ordinary, doubled = _untruncated(simple, 1), _untruncated(simple, 2)
         plain.append((ordinary, count))
@@ -287,7 +287,7 @@ def _untruncated(event: Any, moved: float) -> Any:
     return dp_event.PoissonSampledDpEvent(event.sampling_probability, gaussian)
 
 
-def _full_round_probability(event: Any) -> float:
+def full_round_probability(event: Any) -> float:
     """Probability that, without one given user, a truncated round has no slot left."""
     from scipy import stats
 

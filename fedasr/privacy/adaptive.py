@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from fedasr.errors import UserError
+from fedasr.privacy import noise
 from fedasr.privacy.clipping import ClipState, Layers, layer_index
 
 # Scales stay here, so that a long stretch of one-sided shares cannot leave float32.
@@ -146,6 +147,9 @@ def adapt_scales(
       the number of users clipped in each layer, and `clients`, that of users with a finite update.
     """
 
+    votes_noise = adaptive.noise_multiplier
+    reach = noise.reach_for(1 / votes_noise if votes_noise else 0.0)
+
     def init(params):
         _, count = layer_index(params, layers)
         return AdaptiveState(jnp.ones(1 if shared else count), jnp.zeros((), jnp.int32))
@@ -159,8 +163,8 @@ def adapt_scales(
         bounds = state.scales.shape[0]
         votes = jnp.asarray(clients, jnp.float32) / 2 - clipped[:bounds]
         std = adaptive.noise_multiplier * math.sqrt(bounds) / 2
-        noise = jax.random.normal(jax.random.fold_in(key, state.count), (bounds,))
-        share = (votes + std * noise) / expected_cohort + 0.5
+        drawn = noise.standard_normal(jax.random.fold_in(key, state.count), bounds, reach)
+        share = (votes + std * drawn) / expected_cohort + 0.5
         warm = state.count < adaptive.warmup
         rate = jnp.where(warm, adaptive.warmup_rate, adaptive.rate)
         scales = state.scales * jnp.exp(-rate * (share - adaptive.quantile))

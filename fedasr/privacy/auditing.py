@@ -53,6 +53,7 @@ from fedasr.data.splits import LazyUsers
 from fedasr.errors import UserError
 from fedasr.privacy import clipping
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.streams import Stream, generator
 
 METHODS = ("one_run", "many_runs")
 # Canaries are so many clip norms long: what is not clipped cannot be overlooked.
@@ -63,7 +64,6 @@ _LAYERS = ("first", "second", "third")
 # Fixed beforehand, so that nothing has to be paid for looking for the best.
 _GUESSED, _FEWEST_GUESSES = 0.02, 40
 _CHUNK_BYTES = 64 << 20
-_COIN_TAG = 0xA0D17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def toss(trials: int, canaries: int, method: str, seed: int) -> np.ndarray:
     Independent fair coins for `one_run`; for `many_runs`, which compares two fixed numbers of
     runs, one half of the trials, at random.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([_COIN_TAG, seed]))
+    rng = generator(Stream.COINS, seed)
     if method == "one_run":
         return rng.random((trials, canaries)) < 0.5
     return rng.permutation(np.arange(trials) % 2 == 0)[:, None]
@@ -240,16 +240,9 @@ def observe(
         return _observe(mechanism, present, rounds, seed, devices)
     return np.concatenate(
         [
-            _observe(_reseeded(mechanism, trial), row[None], rounds, seed + trial, devices)
+            _observe(mechanism, row[None], rounds, seed, devices, f"trial {trial}")
             for trial, row in enumerate(present)
         ]
-    )
-
-
-def _reseeded(mechanism: Mechanism, trial: int) -> Mechanism:
-    sampler = mechanism.sampler
-    return dataclasses.replace(
-        mechanism, sampler=dataclasses.replace(sampler, seed=sampler.seed + trial)
     )
 
 
@@ -259,6 +252,7 @@ def _observe(
     rounds: int,
     seed: int,
     devices: Sequence[jax.Device] | None,
+    identity: str = "",
 ) -> np.ndarray:
     from fedasr.data.batching import LocalBatches
     from fedasr.federated.simulation import Simulation
@@ -276,6 +270,7 @@ def _observe(
         publish(),
         LocalBatches(1, steps=1),
         seed=seed,
+        identity=f"audit {identity}",
         chunk=max(1, min(sampler.slots, _CHUNK_BYTES // bytes_each)),
         buckets=(),
         devices=devices,

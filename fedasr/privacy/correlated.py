@@ -25,6 +25,7 @@ class Correlation(Protocol):
     Attributes:
       description: in words, for reports.
       bands: number of non-zero diagonals, None if all of them are.
+      rounds: length of the training that it is made for.
       buffers: arrays shaped like the parameters, float32, that the noise's state holds.
     """
 
@@ -33,6 +34,9 @@ class Correlation(Protocol):
 
     @property
     def bands(self) -> int | None: ...
+
+    @property
+    def rounds(self) -> int: ...
 
     @property
     def buffers(self) -> int: ...

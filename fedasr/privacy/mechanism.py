@@ -18,7 +18,7 @@ import optax
 
 from fedasr.data.sampling import Sampler
 from fedasr.errors import UserError
-from fedasr.privacy import accounting, clipping
+from fedasr.privacy import accounting, clipping, noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales, clip_scaled
 from fedasr.privacy.correlated import Correlation, sensitivity
 from fedasr.privacy.secure_aggregation import (
@@ -29,8 +29,12 @@ from fedasr.privacy.secure_aggregation import (
     make_encoding,
 )
 
-# Folded into the noise's key for the noise on counts of clipped users; updates are never so many.
-_COUNTS = 0xFFFFFFFF
+# Of the claimed delta, so much may be lost where the tails of the noise end.
+_TAIL_SHARE = 0.01
+_MOST_PARAMETERS = 10**10  # on which the loss at the tails hardly depends
+# How far numpy's normal draws go, of which what was `released` is made: they are resolved by 53
+# bits and, beyond 3.65, drawn from the tail by -log(u) / 3.65.
+_NUMPY_REACH = 3.65 + 53 * math.log(2) / 3.66
 
 
 class NoiseState(NamedTuple):
@@ -41,18 +45,22 @@ class NoiseState(NamedTuple):
 
 
 def add_gaussian_noise(
-    std: float, key: chex.PRNGKey, correlation: Correlation | None = None
+    std: float,
+    key: chex.PRNGKey,
+    correlation: Correlation | None = None,
+    reach: float = noise.reach_for(8.0),
 ) -> optax.GradientTransformation:
     """Adds Gaussian noise to every element, once per update, fresh for every update.
 
-    The fresh noise of update t on leaf i, N(0, std^2), has key fold_in(fold_in(key, t), i): it
-    depends on nothing but the key and the state, so a run resumed from a saved state draws what it
-    would have drawn. It is drawn and added in float32.
+    The fresh noise of update t, N(0, std^2), is one vector over all leaves with key
+    fold_in(key, t): it depends on nothing but the key and the state, so a run resumed from a saved
+    state draws what it would have drawn. It is drawn and added in float32.
 
     Args:
       std: standard deviation of the fresh noise z; 0 adds nothing.
       key: a JAX random key, used for nothing else.
       correlation: None adds z itself, otherwise the rows of C^-1 z (see `Correlation`).
+      reach: how far the tails of z go at least, in standard deviations (see `noise.reach_for`).
 
     Returns:
       A transformation whose state is `NoiseState`.
@@ -74,20 +82,17 @@ def add_gaussian_noise(
         del params
         buffers = state.buffers
         if std > 0:
-            round_key = jax.random.fold_in(key, state.count)
             leaves, treedef = jax.tree.flatten(updates)
-            noise = [
-                std * jax.random.normal(jax.random.fold_in(round_key, i), leaf.shape, jnp.float32)
-                for i, leaf in enumerate(leaves)
-            ]
+            drawn = noise.normal_like(jax.random.fold_in(key, state.count), leaves, reach)
+            drawn = [std * z for z in drawn]
             if inverse is not None:
                 # The accelerators' faster products are not exact enough to take noise back.
                 with jax.default_matmul_precision("highest"):
-                    noise, buffers = inverse.multiply_next(noise, buffers)
+                    drawn, buffers = inverse.multiply_next(drawn, buffers)
             updates = treedef.unflatten(
                 [
                     (leaf.astype(jnp.float32) + z).astype(leaf.dtype)
-                    for leaf, z in zip(leaves, noise, strict=True)
+                    for leaf, z in zip(leaves, drawn, strict=True)
                 ]
             )
         return updates, NoiseState(optax.safe_increment(state.count), buffers)
@@ -292,7 +297,9 @@ class Mechanism:
             return clip
         return clip_scaled(clip, self.layers)
 
-    def server_transform(self, key: chex.PRNGKey) -> optax.GradientTransformation:
+    def server_transform(
+        self, key: chex.PRNGKey, votes: chex.PRNGKey | None = None
+    ) -> optax.GradientTransformation:
         """From the SUM of clipped updates to the noised mean.
 
         The sum is divided by the EXPECTED cohort size: dividing by the realised one would make the
@@ -303,24 +310,100 @@ class Mechanism:
 
         Args:
           key: a JAX random key for the noise of the whole run, used for nothing else.
+          votes: another one, for the noise on the users' votes, where bounds adapt.
+
+        Raises:
+          UserError: bounds adapt and there is no key for the votes.
         """
         if self.secure is not None:
             return decode_sum(self.encoding, self.sampler.expected_cohort, key)
         steps = [
             optax.scale(1 / self.sampler.expected_cohort),
-            add_gaussian_noise(self.noise_std, key, self.correlation),
+            add_gaussian_noise(
+                self.noise_std, key, self.correlation, noise.reach_for(self._shift())
+            ),
         ]
         if self.adaptive is not None:
+            if votes is None:
+                raise UserError("Adaptive clipping needs a key of its own for the votes' noise.")
             steps.append(
                 adapt_scales(
                     self.adaptive,
                     self.sampler.expected_cohort,
-                    jax.random.fold_in(key, _COUNTS),
+                    votes,
                     self.layers,
                     shared=self.budget == "global",
                 )
             )
         return optax.chain(*steps)
+
+    def _shift(self, rounds: int | None = None) -> float:
+        """How far one user moves the fresh noise at most, in its standard deviations.
+
+        In one round, or under correlated noise in all of them together.
+
+        Args:
+          rounds: of the training; None for the number that the correlation is made for.
+        """
+        if not self.noise_multiplier:
+            return 0.0
+        shift = self.sampler.sensitivity / self.noise_multiplier
+        if self.correlation is None:
+            return shift
+        rounds = self.correlation.rounds if rounds is None else rounds
+        turns = self.sampler.participations(rounds)
+        return shift * sensitivity(self.correlation, rounds, self.sampler.separation, turns)
+
+    def tail_delta(self, rounds: int, parameters: int = _MOST_PARAMETERS) -> float:
+        """What is added to delta because the noise's tails end somewhere (see `noise.tail_delta`).
+
+        Args:
+          rounds: of the training.
+          parameters: numbers that get noise in a round.
+
+        Returns:
+          A probability, rigorously bounded for the worst direction in which a user can move the
+          sums; 0 without noise, 1 where the tails do not reach far enough to claim anything.
+        """
+        if not self.noise_multiplier or rounds == 0:
+            return 0.0
+        turns = float(self.sampler.participations(rounds))
+        if self.sampler.amplifies:
+            sampler = self.sampler
+            turns *= min(1.0, sampler.expected_cohort * sampler.separation / sampler.population)
+        times = {"rounds": rounds, "turns": turns}
+        if self.secure is not None:
+            return min(1.0, self.encoding.tail_delta(**times) + self._released_tail())
+        floor = self._released_tail()
+        if self.adaptive is not None and self.adaptive.noise_multiplier:
+            shift = 1 / self.adaptive.noise_multiplier
+            reach = noise.reach_for(shift)
+            floor += noise.tail_delta(shift, reach, coordinates=parameters, **times)
+        if self.correlation is not None:  # all rounds are one vector, all turns one shift of it
+            times = {"rounds": 1, "turns": 1.0}
+            parameters *= rounds
+        reach = noise.reach_for(self._shift())
+        floor += noise.tail_delta(self._shift(rounds), reach, coordinates=parameters, **times)
+        return min(1.0, floor)
+
+    def _released_tail(self) -> float:
+        shifts = [self.sampler.sensitivity / z for z in self.released if z]
+        return sum(math.exp(-(max(0.0, _NUMPY_REACH - shift) ** 2) / 2) for shift in shifts)
+
+    def check_delta(self, rounds: int, delta: float) -> float:
+        """`tail_delta` for up to 10^10 parameters, if that is small beside a claimed delta.
+
+        Raises:
+          UserError: it is more than 1% of `delta`.
+        """
+        floor = self.tail_delta(rounds)
+        if floor > _TAIL_SHARE * delta:
+            raise UserError(
+                f"delta={delta:g} cannot be claimed: the noise ends, and what lies beyond has a "
+                f"probability of up to {floor:.2g}, more than 1% of it. Set delta to "
+                f"{floor / _TAIL_SHARE:.2g} or more, or more noise (sigma)."
+            )
+        return floor
 
     def event(self, rounds: int) -> Any:
         """The `dp_accounting.DpEvent` of the whole run.
@@ -361,10 +444,12 @@ class Mechanism:
 
     def _shares_event(self) -> Any:
         """One round's, with the chance and the room of the sampler's own event."""
+        import attrs
+
         chance = ("sampling_probability", "dataset_size", "truncated_batch_size")
         gaussian = self.sampler.event(self.noise_multiplier)
         said = {name: getattr(gaussian, name) for name in chance if hasattr(gaussian, name)}
-        return dataclasses.replace(self.encoding.event, **said)
+        return attrs.evolve(self.encoding.event, **said)
 
     def calibrated(self, target_epsilon: float, delta: float, rounds: int) -> "Mechanism":
         """The same mechanism with the noise that gives `target_epsilon` by Rényi DP.
@@ -381,7 +466,12 @@ class Mechanism:
         return dataclasses.replace(self, noise_multiplier=noise)
 
     def epsilon(self, rounds: int, delta: float) -> accounting.Epsilon:
-        """Epsilon of the whole run at `delta` (see `accounting.epsilon`)."""
+        """Epsilon of the whole run at `delta` (see `accounting.epsilon`).
+
+        Raises:
+          UserError: the tails of the noise do not reach far enough for `delta`.
+        """
+        self.check_delta(rounds, delta)
         return accounting.epsilon(
             self.event(rounds),
             delta,

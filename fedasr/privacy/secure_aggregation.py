@@ -45,8 +45,10 @@ _SCALE_MARGIN, _NORM_MARGIN = 1e-4, 5e-5
 _LOG_BETA = -0.5
 _ATTEMPTS = 32  # then towards zero: that lengthens nothing, and happens once in e^16 at most
 _FACTOR = 16  # order of the Hadamard matrices that are multiplied out, at most
-_TABLE_BITS = 21  # of an alias table's index, about at most
-_TOP_UP_BASE = 8
+_LEVELS = 4  # pairs of words that a probability has: 256 bits
+_LEAST = 2.0 ** (-64 * _LEVELS)
+_MOST_VARIANCE = 2.0**28  # of a draw: its table then has 2^20 entries
+_BLOCK_RATIO = 4
 _ROUNDING, _NOISE = 0, 1  # streams of a client's key
 
 
@@ -121,9 +123,55 @@ class Encoding:
         return math.erfc(2 ** (self.bits - 1) / spread / math.sqrt(2))
 
     @property
-    def event(self) -> "SkellamDpEvent":
-        """One participation, without chance."""
+    def event(self) -> Any:
+        """One participation, without chance: a `fedasr.privacy.events.SkellamDpEvent`."""
+        from fedasr.privacy.events import SkellamDpEvent
+
         return SkellamDpEvent(self.l2, self.l1, self.variance)
+
+    def tail_delta(self, rounds: int, turns: float) -> float:
+        """What the end of the noise's tails adds to delta, at most.
+
+        The draws that make up the noise end where their probabilities are below 2^-256, 18.8 of
+        their standard deviations out or more. Given the sum, each is expected to have its part of
+        it, so that the sum has its law as far as 12 standard deviations times the root of the
+        number of the widest draws that it could be made of: there, each still has 6.6 to spare.
+        Beyond, only the user may explain what is seen. With Chernoff's bound e^-c for Skellam
+        tails, the coordinates' parts add up to at most rounds 2 d e^-c(R) + turns 2 (l1 / l2)
+        e^-c(R - l2): e^-c is convex there, and the parts of a user's move add up to l1.
+
+        Args:
+          rounds: in which noise is drawn.
+          turns: expected number of rounds in which the user takes part, at most.
+        """
+
+        def log_tail(t):
+            t /= self.variance
+            return self.variance * (math.hypot(1.0, t) - 1.0 - t * math.asinh(t))
+
+        reach = 12 * math.sqrt(self.variance * self.shares / self.blocks[-1])
+        if rounds == 0:
+            return 0.0
+        if reach - self.l2 < 3 * math.sqrt(self.variance):
+            return 1.0
+        logs = [math.log(2 * rounds * self.dimension) + log_tail(reach)]
+        if turns > 0:
+            logs.append(math.log(2 * turns * self.l1 / self.l2) + log_tail(reach - self.l2))
+        return min(1.0, sum(math.exp(min(0.0, value)) for value in logs))
+
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of shares that are drawn together where they are missing, from 1 up.
+
+        Tails of the sum are as long as many draws make them, so that a block is at most a quarter
+        of all; and its table must not be too large.
+        """
+        share, found = self.variance / self.shares, [1]
+        while (size := found[-1] * _BLOCK_RATIO) * _BLOCK_RATIO <= self.shares:
+            if share * size > _MOST_VARIANCE:
+                break
+            found.append(size)
+        return found
 
 
 def make_encoding(
@@ -157,6 +205,11 @@ def make_encoding(
             "fewer clients."
         )
     clip = math.sqrt(room / (noise_multiplier**2 + signal))  # the clip norm on the grid
+    if (noise_multiplier * clip) ** 2 / slots > _MOST_VARIANCE:
+        raise UserError(
+            f"{secure.bits} bits make shares of noise that are too wide to draw for {slots} "
+            f"clients: set privacy.bits to {secure.bits - 1} or fewer."
+        )
     l2 = rounded_norm(clip, size)
     return Encoding(
         dimension=size,
@@ -315,15 +368,17 @@ def wrap(x: jax.Array, bits: int) -> jax.Array:
 class Table(NamedTuple):
     """An integer law for the alias method: all entries are equally likely, each for two values.
 
-    entries: uint32 [2^t, 3]: probability of the entry's own value in units of 2^-(64 - t), as a
-      high and a low word, and the other value as an index. first: int, value of entry 0.
+    own: uint32 [levels, 2^t, 2]: probability of the entry's own value, in units of 2^-(256 - t), as
+      words from the highest down. other: uint32 [2^t]: the entry whose value it has otherwise.
+    first: value of entry 0.
     """
 
-    entries: np.ndarray
+    own: np.ndarray
+    other: np.ndarray
     first: int
 
 
-def skellam_pmf(variance: float, least: float = 2.0**-64) -> np.ndarray:
+def skellam_pmf(variance: float, least: float = _LEAST) -> np.ndarray:
     """Probabilities of 0, 1, 2, ... under the symmetric Skellam law, as long as above `least`.
 
     By the ratios of Bessel functions I_{k+1} / I_k, downwards, which loses no digits.
@@ -336,7 +391,7 @@ def skellam_pmf(variance: float, least: float = 2.0**-64) -> np.ndarray:
     """
     if not (math.isfinite(variance) and variance > 0):
         raise UserError(f"The noise's variance must be finite and above 0, not {variance}.")
-    # Twice the logarithm of the tail of a Gaussian, and of a Poisson variable where that is longer.
+    # Where a Gaussian's tail ends, and a Poisson variable's where that is longer.
     deviations = math.sqrt(-2 * math.log(least))
     top = math.ceil(deviations * math.sqrt(variance) + deviations**2)
     ratios = np.empty(top)
@@ -345,30 +400,30 @@ def skellam_pmf(variance: float, least: float = 2.0**-64) -> np.ndarray:
         above = 1 / (2 * k / variance + above)
         ratios[k - 1] = above
     with np.errstate(divide="ignore"):
-        logs = np.concatenate([[0.0], np.cumsum(np.log(ratios))])
-    mass = np.exp(logs)
+        mass = np.exp(np.concatenate([[0.0], np.cumsum(np.log(ratios))]))
     mass /= mass[0] + 2 * mass[1:].sum()
     return mass[: max(2, int(np.searchsorted(-mass, -least)))]
 
 
 @functools.lru_cache(maxsize=32)
 def skellam_table(variance: float) -> Table:
-    """The symmetric Skellam law of this variance: every probability to 2^-64, which ends its tails.
+    """The symmetric Skellam law of this variance: float64's probabilities, to 2^-256.
 
     Raises:
       UserError: for a variance whose table would be too large.
     """
-    if variance > (2**_TABLE_BITS / 18) ** 2:
+    if variance > _MOST_VARIANCE:
         raise UserError(f"A share of variance {variance:.3g} is too wide: use fewer bits.")
     half = skellam_pmf(variance)
     mass = np.concatenate([half[:0:-1], half])
     bits = max(1, math.ceil(math.log2(len(mass))))
-    count = 1 << bits
-    whole = 1 << (64 - bits)  # of an entry
-    # In exact integers, so that the law is that of the table to the last bit.
-    units = [int(math.ldexp(p, 64)) for p in mass.tolist()] + [0] * (count - len(mass))
-    units[len(half) - 1] += (1 << 64) - sum(units)
-    own, other = [0] * count, list(range(count))
+    count, resolved = 1 << bits, 64 * _LEVELS
+    whole = 1 << (resolved - bits)  # of an entry
+    # In whole numbers, so that the law is that of the table to the last bit.
+    fractions = (p.as_integer_ratio() for p in mass.tolist())
+    units = [(n << resolved) // d for n, d in fractions] + [0] * (count - len(mass))
+    units[len(half) - 1] += (1 << resolved) - sum(units)
+    own, other = [0] * count, np.arange(count, dtype=np.uint32)
     small = [i for i, u in enumerate(units) if u < whole]
     large = [i for i, u in enumerate(units) if u >= whole]
     while small:
@@ -379,28 +434,53 @@ def skellam_table(variance: float) -> Table:
             small.append(large.pop())
     for j in large:
         own[j] = whole
-    words = np.array(own, np.uint64)
-    entries = np.stack(
-        [
-            (words >> np.uint64(32)).astype(np.uint32),
-            (words & np.uint64(0xFFFFFFFF)).astype(np.uint32),
-            np.array(other, np.uint32),
-        ],
-        axis=1,
-    )
-    entries.setflags(write=False)
-    return Table(entries, -(len(half) - 1))
+    data = b"".join(u.to_bytes(8 * _LEVELS, "big") for u in own)
+    words = np.frombuffer(data, ">u4").astype(np.uint32).reshape(count, _LEVELS, 2)
+    table = Table(np.ascontiguousarray(words.transpose(1, 0, 2)), other, 1 - len(half))
+    table.own.setflags(write=False)
+    table.other.setflags(write=False)
+    return table
 
 
-def draw(table: Table, key: jax.Array, size: int) -> jax.Array:
-    """Independent draws from a table's law, from 64 random bits each: int32 [size]."""
-    high, low = jax.random.bits(key, (2, size), jnp.uint32)
-    bits = (len(table.entries) - 1).bit_length()
-    index = high >> (32 - bits)
-    rest = high & np.uint32((1 << (32 - bits)) - 1)
-    entries = jnp.asarray(table.entries)[index]
-    own = (rest < entries[:, 0]) | ((rest == entries[:, 0]) & (low < entries[:, 1]))
-    return jnp.where(own, index, entries[:, 2]).astype(jnp.int32) + table.first
+def draw(
+    table: Table, key: jax.Array, size: int, bits: Callable[..., jax.Array] = jax.random.bits
+) -> jax.Array:
+    """Independent draws from a table's law: int32 [size].
+
+    64 random bits decide nearly always; where they do not, 64 more do, and so on to 256.
+
+    Args:
+      table: the law. key: used for nothing else. size: how many.
+      bits: makes random words.
+    """
+    entry_bits = (len(table.other) - 1).bit_length()
+
+    def words(level):
+        return bits(jax.random.fold_in(key, level), (2, size), jnp.uint32)
+
+    high, low = words(0)
+    index = high >> (32 - entry_bits)
+
+    def compare(level, high, low):
+        """Whether a number is below the entry's, and whether it may be."""
+        entries = jnp.asarray(table.own)[level, index]
+        equal = high == entries[:, 0]
+        below = (high < entries[:, 0]) | (equal & (low < entries[:, 1]))
+        return below, equal & (low == entries[:, 1])
+
+    def undecided(state):
+        level, _, tied = state
+        return jnp.any(tied) & (level < _LEVELS)
+
+    def decide(state):
+        level, own, tied = state
+        below, equal = compare(level, *words(level))
+        return level + 1, own | (tied & below), tied & equal
+
+    first = compare(0, high & np.uint32((1 << (32 - entry_bits)) - 1), low)
+    _, own, _ = jax.lax.while_loop(undecided, decide, (jnp.int32(1), *first))
+    chosen = jnp.where(own, index, jnp.asarray(table.other)[index])
+    return chosen.astype(jnp.int32) + table.first
 
 
 def missing_noise(encoding: Encoding, key: jax.Array, missing: jax.Array) -> jax.Array:
@@ -409,18 +489,12 @@ def missing_noise(encoding: Encoding, key: jax.Array, missing: jax.Array) -> jax
     Shares that are drawn together are a law of their own, so that this takes few draws.
     """
     share = encoding.variance / encoding.shares
-    # Tables of 1, 8, 64, ... shares, as far as they are not too large.
-    together = [1]
-    while together[-1] * _TOP_UP_BASE <= encoding.shares:
-        if 18 * math.sqrt(share * together[-1] * _TOP_UP_BASE) > 2 ** (_TABLE_BITS - 1):
-            break
-        together.append(together[-1] * _TOP_UP_BASE)
     missing = jnp.maximum(jnp.asarray(missing, jnp.int32), 0)
     total = jnp.zeros(encoding.dimension, jnp.int32)
-    for level, count in enumerate(together):
+    for level, count in enumerate(encoding.blocks):
         times = missing // count
-        if count != together[-1]:
-            times %= _TOP_UP_BASE
+        if count != encoding.blocks[-1]:
+            times %= _BLOCK_RATIO
         table = skellam_table(share * count)
         own = jax.random.fold_in(key, level)
 
@@ -530,48 +604,6 @@ def decode_sum(
 
 
 # ------------------------------------------------------------------------------------ accounting
-
-
-@dataclasses.dataclass(frozen=True)
-class SkellamDpEvent:
-    """Symmetric Skellam noise on an integer vector, of users that chance may choose.
-
-    dp_accounting composes it like its own events; `fedasr.privacy.accounting` knows what it costs.
-
-    Attributes:
-      l2, l1: how far one user moves the vector. variance: of the noise on every coordinate.
-      sampling_probability: of a user's part in it, independently of the others.
-      dataset_size, truncated_batch_size: where rounds have room for so many users only, both; else
-        None.
-    """
-
-    l2: float
-    l1: float
-    variance: float
-    sampling_probability: float = 1.0
-    dataset_size: int | None = None
-    truncated_batch_size: int | None = None
-
-    def untruncated(self, moved: float = 1.0) -> "SkellamDpEvent":
-        """With room for everybody, for a user who moves the vector `moved` times as far."""
-        return dataclasses.replace(
-            self,
-            l2=self.l2 * moved,
-            l1=self.l1 * moved,
-            dataset_size=None,
-            truncated_batch_size=None,
-        )
-
-    def rdp(self, orders: np.ndarray) -> np.ndarray:
-        """Rényi bound at orders above 1, the room in a round left aside.
-
-        For zero-out and for add-or-remove neighbours: the noise does not depend on the cohort.
-        """
-
-        def curve(order):
-            return skellam_rdp(order, self.l2, self.l1, self.variance)
-
-        return sampled_rdp(orders, self.sampling_probability, curve)
 
 
 def skellam_rdp(order: Any, l2: float, l1: float, variance: float) -> Any:

@@ -19,8 +19,7 @@ from fedasr.federated.cohort import (
     settled,
 )
 from fedasr.federated.server import ServerState, init_server, server_step
-
-CENTRAL_STREAM = 2  # beside the federated streams of `fedasr.federated.simulation`
+from fedasr.streams import Stream, seed_key
 
 
 class CentralTraining:
@@ -35,6 +34,7 @@ class CentralTraining:
       devices: of this process; default all.
       frames: about so many frames per step over all devices (see `PooledBatcher`).
       steps_per_report: steps in one item of `run`.
+      stream: what its randomness belongs to.
       model_devices: devices that hold the model together, see `client_mesh`.
     """
 
@@ -52,6 +52,7 @@ class CentralTraining:
         devices: Sequence[jax.Device] | None = None,
         keep: Sequence[str] | None = None,
         model_devices: int = 1,
+        stream: Stream = Stream.CENTRAL,
     ) -> None:
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
         # Every device needs an equal share; the padding examples are masked.
@@ -63,10 +64,11 @@ class CentralTraining:
             frames=frames,
             multiple=self._mesh.shape[AXIS],
             keep=keep,
+            stream=stream,
         )
         self._optimizer = optimizer
         self._per_report = steps_per_report
-        root = jax.random.fold_in(jax.random.key(seed), CENTRAL_STREAM)
+        root = seed_key(seed, stream)
 
         def step(state: ServerState, batch):
             key = jax.random.fold_in(root, state.round)

@@ -148,6 +148,9 @@ def default_config() -> ConfigDict:
     # "skellam": integers, in shares that clients add themselves, for secure aggregation.
     config.privacy.noise = "independent"
     config.privacy.bits = 16  # of a coordinate that a client sends, with "skellam"
+    # "run": all that is random follows from the run, and whoever has its configuration, data and
+    # start can compute the noise; "secret": from the operating system, kept in checkpoints alone.
+    config.privacy.noise_seed = "run"
     config.privacy.bands = 0  # 0: as many as rounds lie between a user's turns, at most 32
     config.privacy.buffers = 2
     config.privacy.adaptive = ConfigDict()  # bounds that follow a quantile of the update norms

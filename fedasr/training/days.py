@@ -22,8 +22,7 @@ from fedasr.federated.client import Loss, Params
 from fedasr.models import recurrent
 from fedasr.models.recogniser import ARRAYS
 from fedasr.models.recurrent import DAY, RecurrentConfig
-
-_TAG = 0xDA75  # separates the choice of days and sentences from other random numbers
+from fedasr.streams import Stream, generator
 
 
 def with_day(params: Params, day: jax.Array | int) -> Params:
@@ -123,7 +122,7 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """A day at random and sentences of it at random, for each step; a function of (seed, step)."""
     for step in range(steps):
-        rng = np.random.default_rng([_TAG, seed, step])
+        rng = generator(Stream.DAYS, seed, step)
         yield random_batch(rng, days[int(rng.integers(len(days)))], bucket, batch_size)
 
 

@@ -6,6 +6,7 @@ checkpoint and ends with the same parameters, bit for bit, since everything rand
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -62,9 +63,11 @@ from fedasr.federated.simulation import RoundMetrics, Simulation
 from fedasr.federated.subset import keep
 from fedasr.models.recogniser import ARRAYS, Recogniser, make_recogniser
 from fedasr.models.recurrent import RecurrentConfig
-from fedasr.privacy import accounting, clipping
+from fedasr.privacy import accounting, clipping, ledger
+from fedasr.privacy.ledger import UNKNOWN_USERS, Users
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_mechanism, make_sampler
+from fedasr.streams import Stream, make_root, public_name, secret_root, seed_key
 from fedasr.text import Tokenizer, tokenizer_for
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import (
@@ -289,6 +292,7 @@ def _central(
         batch["batch_size"],
         frames=batch["frames"],
         seed=config["seed"],
+        stream=Stream.SEED_TRAINING if section == "seed_training" else Stream.CENTRAL,
         buckets=buckets,
         steps_per_report=math.gcd(10, config["checkpoint"]["seed_every"]),  # saved when reported
         devices=devices,
@@ -363,6 +367,7 @@ def make_simulation(
             make_optimizer(server["optimizer"], schedule, **server["options"]),
             _local_batches(config),
             seed=config["seed"],
+            identity=run_identity(config),
             chunk=chunk,
             buckets=data.buckets,
             devices=devices,
@@ -562,6 +567,11 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError("model_devices above 1 needs a single process")
     if config["init_from"]:
         checkpoint_metadata(config["init_from"])
+    if config["privacy"]["noise_seed"] not in ("run", "secret"):
+        raise UserError(
+            f"privacy.noise_seed={config['privacy']['noise_seed']!r} is unknown: choose 'run' or "
+            "'secret'"
+        )
 
 
 def _check_local(config: Mapping[str, Any]) -> None:
@@ -576,14 +586,106 @@ def _check_local(config: Mapping[str, Any]) -> None:
         )
 
 
+def initial_params(recogniser: Recogniser, config: Mapping[str, Any]) -> Any:
+    """The untrained model of a configuration: the same for all runs of one seed."""
+    return recogniser.init(seed_key(config["seed"], Stream.INIT))
+
+
+def run_identity(config: Mapping[str, Any]) -> str:
+    """What tells a run from all others, beside the parameters that it starts from.
+
+    All of the configuration, with what names its data: where things lie is left out, and so is the
+    number of rounds where a longer run goes through the same rounds as a shorter one. Under
+    correlated noise it does not: the noise is made for so many rounds.
+    """
+    config = copy.deepcopy(dict(config))
+    config["data"].pop("dir")
+    config.pop("init_from")
+    if config["privacy"]["noise"] not in ("banded", "buffered"):
+        config.pop("rounds")
+    return json.dumps(config, sort_keys=True)
+
+
 def parameter_count(recogniser: Recogniser) -> int:
     """Number of parameters, without allocating them."""
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
+def earlier_runs(config: Mapping[str, Any]) -> tuple[list[ledger.Entry], bool]:
+    """What the ledger of `init_from` holds, and whether it has one (so has a start from nothing).
+
+    Raises:
+      UserError: the ledger cannot be read.
+    """
+    if not config["init_from"]:
+        return [], True
+    data = checkpoint_metadata(config["init_from"]).get("ledger")
+    if data is None:
+        return [], False
+    return ledger.from_data([*data["earlier"], *data["own"]]), bool(data["known"])
+
+
+def run_entry(
+    name: str,
+    config: Mapping[str, Any],
+    mechanism: Mechanism,
+    rounds: int,
+    users: Users,
+    deployments: Sequence[tuple[float, int]] = (),
+) -> ledger.Entry:
+    """The ledger's entry of a run's federated rounds."""
+    if not config["privacy"]["enabled"]:
+        return ledger.without_privacy(name, "rounds", rounds, users)
+    return ledger.of_mechanism(name, mechanism, rounds, users, deployments)
+
+
+def describe_ledger(
+    entries: Sequence[ledger.Entry], known: bool, delta: float, deployments: Sequence[Any]
+) -> dict[str, Any]:
+    """The summary's "ledger": what this run's users are charged over all runs behind the model.
+
+    Args:
+      entries: of all of them, this run's own last.
+      known: whether the model that it started from had a ledger.
+      delta: of the totals. deployments: (cohort, population) of each.
+    """
+    *earlier, own = entries
+    runs = [
+        {
+            "run": entry.run,
+            "stage": entry.stage,
+            "rounds": entry.rounds,
+            "sampling": entry.sampling,
+            "users": entry.users.count,
+            "epsilon": ledger.composed([(entry.event, entry.relation)], delta)[0],
+        }
+        for entry in earlier
+    ]
+    described: dict[str, Any] = {"known": known, "run": own.run, "earlier": runs, "delta": delta}
+    if not known:
+        return described | {"total_epsilon": None, "total_deployed": []}
+    total = ledger.total(entries, delta)
+    deployed = [
+        {"cohort": c, "population": p, "epsilon": ledger.total_deployed(entries, (c, p), delta)}
+        for c, p in deployments
+    ]
+    return described | {
+        "total_epsilon": total.epsilon,
+        "accountant": total.accountant,
+        "shared_users": total.shared,
+        "users_assumed_shared": list(total.assumed),
+        "total_deployed": deployed,
+    }
+
+
 def describe_privacy(
-    mechanism: Mechanism, config: Mapping[str, Any], rounds: int, params: Any
+    mechanism: Mechanism,
+    config: Mapping[str, Any],
+    rounds: int,
+    params: Any,
+    entries: Sequence[ledger.Entry] = (),
+    ledger_known: bool = True,
 ) -> dict[str, Any]:
     """The summary's "privacy": the mechanism, and epsilon as simulated and as deployed.
 
@@ -592,10 +694,13 @@ def describe_privacy(
       config: for delta and the deployments.
       rounds: so many were, or would be, run.
       params: parameters or their shapes, for the bounds by layer.
+      entries: of all runs behind the model, this one's last.
+      ledger_known: whether the model that it started from had a ledger.
     """
     privacy = config["privacy"]
     if not privacy["enabled"]:
         return {"enabled": False, "epsilon": None, "extrapolations": []}
+    delta = privacy["delta"]
     spent = mechanism.epsilon(rounds, privacy["delta"])
     extrapolations = []
     for cohort, population in privacy["deployments"]:
@@ -626,9 +731,13 @@ def describe_privacy(
         "sigma": mechanism.sigma,
         "noise_multiplier": mechanism.noise_multiplier / mechanism.sampler.sensitivity,
         "delta": privacy["delta"],
+        "delta_at_tails": mechanism.tail_delta(rounds),
         **_noise(mechanism, params),
         "layer_bounds": bounds,
-        "not_covered": _not_covered(config),
+        "not_covered": _not_covered(config, ledger_known),
+        "ledger": describe_ledger(entries, ledger_known, delta, privacy["deployments"])
+        if entries
+        else None,
         **_figure(spent),
         **_shares(mechanism, rounds, privacy["delta"]),
         "neighbours": mechanism.sampler.neighbours,
@@ -680,7 +789,7 @@ def _shares(mechanism: Mechanism, rounds: int, delta: float) -> dict[str, Any]:
     }
 
 
-def _not_covered(config: Mapping[str, Any]) -> list[str]:
+def _not_covered(config: Mapping[str, Any], ledger_known: bool) -> list[str]:
     """What the epsilons say nothing about."""
     limits = ["choices made by looking at the metrics of this or other runs"]
     if config["local"]["patterns"]:
@@ -690,8 +799,15 @@ def _not_covered(config: Mapping[str, Any]) -> list[str]:
         )
     if config["data"]["iid"]:
         limits.append("anybody (data.iid: utterances were dealt out over users that do not exist)")
-    if config["init_from"]:
-        limits.append(f"whatever init_from={config['init_from']} was trained on, and its rounds")
+    if config["init_from"] and not ledger_known:
+        limits.append(
+            f"whatever init_from={config['init_from']} was trained on, and its rounds: it has no "
+            "ledger, so that no total can be given"
+        )
+    elif config["init_from"]:
+        limits.append(
+            "users of the runs behind init_from who are not in this one: 'ledger' has their epsilon"
+        )
     elif config["seed_training"]["steps"]:
         limits.append("the seed's own training data")
     return limits
@@ -705,6 +821,13 @@ def _figure(epsilon: Any) -> dict[str, Any]:
         "accountant": epsilon.accountant,
         "sampling": epsilon.sampling,
     }
+
+
+def _user_names(settings: Mapping[str, Any]) -> Sequence[str] | None:
+    """Ids of the training users, if the data is there."""
+    if not settings["dir"] or not Path(settings["dir"]).exists():
+        return None
+    return open_corpus(settings["dir"], settings["train"]).users
 
 
 def _dry_chunk(config: Mapping[str, Any]) -> int | str:
@@ -753,13 +876,28 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         shared = keep(shapes, shared_variables(config))
         layout = local_layout(config)
         clients = compression.describe_client(config, shapes, local=layout and layout.local)
+        earlier, known = earlier_runs(config)
+        names = _user_names(settings)
+        entries = [
+            *earlier,
+            run_entry(
+                "this run",
+                config,
+                mechanism,
+                config["rounds"],
+                Users.of(names) if names else UNKNOWN_USERS,
+                config["privacy"]["deployments"],
+            ),
+        ]
         summary |= {
             "rounds": config["rounds"],
             "cohort": config["cohort"] or population,
             "chunk": _dry_chunk(config),
             "bytes_per_client": {"down": clients[-1]["down_bytes"], "up": clients[-1]["up_bytes"]},
             "clients": clients,
-            "privacy": describe_privacy(mechanism, config, config["rounds"], shared),
+            "privacy": describe_privacy(
+                mechanism, config, config["rounds"], shared, entries, known
+            ),
         }
         if layout is not None:
             summary["local"] = {"parameters": layout.size}
@@ -872,6 +1010,7 @@ class _Run:
         self.final: dict[str, Any] | None = None
         self.recogniser = build_recogniser(config)
         self.start: Any = None
+        self.run_name = public_name(make_root(run_identity(config)))
         if config["init_from"]:
             shapes = jax.eval_shape(self.recogniser.init, jax.random.key(0))
             self.start = _loaded(config["init_from"], shapes)
@@ -886,6 +1025,7 @@ class _Run:
         # What is not spread over processes is done by each, and alike.
         self.own_devices = [d for d in self.devices if d.process_index == jax.process_index()]
         self.data = Data(directory, config, self._message)
+        self.users = Users.of(self.data.train.users)
         self.seed_steps = config["seed_training"]["steps"] if self.data.seed else 0
         evaluation_buckets = self.data.buckets + self.data.other_buckets
         biggest = {
@@ -932,6 +1072,12 @@ class _Run:
         else:
             self.checkpointer = CheckpointReader(checkpoints)
         self.latest = self.checkpointer.latest_step()
+        if self.latest is None:
+            self.earlier, self.ledger_known = earlier_runs(config)
+        else:  # the model that it started from need not be there any more
+            kept = checkpoint_metadata(checkpoints / str(self.latest)).get("ledger")
+            self.ledger_known = kept is not None and kept["known"]
+            self.earlier = [] if kept is None else ledger.from_data(kept["earlier"])
 
     def _simulations(self, chunk: int | None) -> list[tuple[int, Simulation]]:
         """(rounds until which it runs, simulation), in order."""
@@ -971,6 +1117,11 @@ class _Run:
             "stage": stage,
             "units": units,
             "config": self.config,
+            "ledger": {
+                "known": self.ledger_known,
+                "earlier": ledger.to_data(self.earlier),
+                "own": ledger.to_data(self._own_entries(stage, units)),
+            },
             "totals": totals,
             "initial": to_json(self.initial),
         }
@@ -980,6 +1131,25 @@ class _Run:
         self.checkpointer.save(number, state, metadata)
         if self.store is not None and (oldest := self.checkpointer.oldest_step()) is not None:
             self.store.release(oldest - self.seed_steps)
+
+    def _own_entries(self, stage: str, units: int) -> list[ledger.Entry]:
+        """What this run's users have been charged for, by stage."""
+        entries = []
+        if self.data.seed is not None and self.seed_steps:
+            steps = units if stage == "seed" else self.seed_steps
+            seed = Users.of(self.data.seed.users)
+            entries.append(ledger.without_privacy(self.run_name, "seed", steps, seed))
+        if stage == "seed":
+            return entries
+        if not self.simulations:
+            entries.append(ledger.without_privacy(self.run_name, "central", units, self.users))
+        else:
+            mechanism = self.simulations[0][1].mechanism
+            cases = self.config["privacy"]["deployments"]
+            entries.append(
+                run_entry(self.run_name, self.config, mechanism, units, self.users, cases)
+            )
+        return entries
 
     def _check_stop(self, stage: str, units: int, state: ServerState) -> None:
         if hosts.any_process(self.stop.requested):
@@ -1032,7 +1202,7 @@ class _Run:
         config = self.config
         if self.start is not None:
             return self.start
-        params = self.recogniser.init(jax.random.key(config["seed"]))
+        params = initial_params(self.recogniser, config)
         if not self.seed_steps:
             return params
         trainer = _central(
@@ -1093,7 +1263,7 @@ class _Run:
                 _check_rows(self.store, self.checkpointer.directory / str(latest))
         like = params
         if like is None:
-            like = self.recogniser.init(jax.random.key(self.config["seed"]))
+            like = initial_params(self.recogniser, self.config)
         if latest is None:
             self.initial = self._evaluate(like, list(self.data.evaluation))
             self._message("before: " + _wer_line(self.initial))
@@ -1156,7 +1326,10 @@ class _Run:
     def _rounds(self, params: Any, latest: int | None, units: int) -> ServerState:
         config, total = self.config, self.config["rounds"]
         simulation = self.simulations[0][1]
-        state = simulation.init(params)
+        root = None
+        if latest is None and config["privacy"]["noise_seed"] == "secret":
+            root = hosts.leaders(secret_root())
+        state = simulation.init(params, root)
         names = simulation.layer_names(params)
         if latest is None:
             # In this order: a run that resumes from this checkpoint does not log round 0 again.
@@ -1165,6 +1338,7 @@ class _Run:
         else:
             restored, _ = self.checkpointer.restore(latest, jax.device_get(state))
             state = simulation.place(restored)
+        self.run_name = public_name(state.root)
         self.logger.start(total, units)
         every = config["evaluation"]["every"]
         for state, metrics, compiled in self._train(state, units):
@@ -1229,6 +1403,8 @@ class _Run:
                     config,
                     int(state.round),
                     keep(state.params, shared_variables(config)),
+                    [*self.earlier, self._own_entries("main", int(state.round))[-1]],
+                    self.ledger_known,
                 )
                 if federated
                 else {"enabled": False, "epsilon": None, "extrapolations": []},

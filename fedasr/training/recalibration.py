@@ -20,9 +20,8 @@ from fedasr.data.batching import Bucket
 from fedasr.data.corpus import Example
 from fedasr.errors import UserError
 from fedasr.federated.client import Params
+from fedasr.streams import Stream, generator, seed_key
 from fedasr.training.days import DayData, Step, random_batch, train
-
-_TAG = 0xCA11B  # separates these random numbers from others of the same seed
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def mixed_batches(
     part: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """`config.steps` batches, each of today or of one earlier day, by (seed, day, part)."""
-    rng = np.random.default_rng([_TAG, seed, today.day, part])
+    rng = generator(Stream.CALIBRATION, seed, today.day, part)
     for _ in range(config.steps):
         now = not past or rng.random() < config.today
         data = today if now else past[int(rng.integers(len(past)))]
@@ -125,8 +124,8 @@ def recalibrate(
         last = losses[-config.window :]
         return len(last) == config.window and float(np.mean(last)) < config.threshold
 
-    key = jax.random.key(seed)
-    for number in (_TAG, today.day, part):
+    key = seed_key(seed, Stream.CALIBRATION)
+    for number in (today.day, part):
         key = jax.random.fold_in(key, number)
     items: Any = mixed_batches(today, past, config, bucket, seed, part)
     return train(step, params, optimizer.init(params), items, key, done)

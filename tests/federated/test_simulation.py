@@ -111,8 +111,8 @@ def federated_averaging(corpus, rounds, sampler, seed, weights=None):
 @pytest.mark.parametrize(("chunk", "devices"), [(1, 1), (0, 2)])
 def test_rounds_equal_federated_averaging_by_hand(corpus, chunk, devices):
     sampler = FixedSizeSampler(len(corpus.users), 3, seed=7)
-    expected = federated_averaging(corpus, 3, sampler, seed=3)
     sim = simulation(corpus, sampler=sampler, chunk=chunk, devices=jax.devices()[:devices])
+    expected = federated_averaging(corpus, 3, *sim.draws(sim.init(PARAMS)))
     assert sim.chunk == (1 if chunk else 2)
     done = 0
     for (state, metrics), (theta, loss, steps, norms, examples) in zip(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import math
 
+import attrs
 import dp_accounting
 import jax
 import jax.numpy as jnp
@@ -11,17 +13,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 from fedasr.data.batching import LocalBatches
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientMetrics
 from fedasr.federated.simulation import Simulation
-from fedasr.privacy import accounting, auditing
+from fedasr.privacy import accounting, auditing, ledger
 from fedasr.privacy import secure_aggregation as sa
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
+from fedasr.privacy.events import SkellamDpEvent
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.training import loop
 from fedasr.training.config import default_config
@@ -59,26 +62,51 @@ def skellam(variance, width=12):
 # ------------------------------------------------------------------------------------------- law
 
 
-@pytest.mark.parametrize("variance", [1e-3, 0.7, 5.0, 400.0, 3e5])
+@pytest.mark.parametrize("variance", [1e-3, 0.7, 5.0, 400.0, 3e4])
 def test_a_table_is_the_law_to_the_last_bit(variance):
-    """What the alias method draws, summed up in exact integers, against scipy."""
+    """What the alias method draws, summed up in whole numbers, against scipy."""
     table = sa.skellam_table(variance)
-    count = len(table.entries)
-    bits = (count - 1).bit_length()
+    count = len(table.other)
+    entry = 1 << (256 - (count - 1).bit_length())
     units = [0] * count
-    for i, (high, low, other) in enumerate(table.entries.tolist()):
-        own = (high << 32) + low
-        assert own <= 1 << (64 - bits)
-        units[i] += own
-        units[other] += (1 << (64 - bits)) - own
-    assert sum(units) == 1 << 64
+    own = [int.from_bytes(x.tobytes(), "big") for x in table.own.transpose(1, 0, 2).astype(">u4")]
+    for i, (mine, other) in enumerate(zip(own, table.other.tolist(), strict=True)):
+        assert 0 <= mine <= entry
+        units[i] += mine
+        units[other] += entry - mine
+    assert sum(units) == 1 << 256
     values = table.first + np.arange(count)
-    exact = stats.skellam.pmf(values, variance / 2, variance / 2)
-    found = np.array([math.ldexp(u, -64) for u in units])
-    np.testing.assert_allclose(found, exact, rtol=1e-9, atol=2.0**-63)
+    exact = special.ive(np.abs(values), variance)
+    found = np.array([math.ldexp(u / (1 << 200), -56) for u in units])
+    np.testing.assert_allclose(found, exact, rtol=1e-9, atol=2.0**-250)
     # The tail reaches far beyond where float32 normal draws end.
-    assert values[np.flatnonzero(found)].max() >= 8.5 * math.sqrt(variance)
+    assert values[np.flatnonzero(found)].max() >= 18.5 * math.sqrt(variance)
     assert abs(found[values < 0].sum() - found[values > 0].sum()) < 1e-12
+
+
+def test_words_that_do_not_decide_are_followed_by_more():
+    """Random words that equal the entry's own: what comes next decides, as the law has it."""
+    table = sa.skellam_table(5.0)
+    index = int(np.flatnonzero(table.own[0, :, 1])[3])
+    entry_bits = (len(table.other) - 1).bit_length()
+    asked = []
+
+    def bits(key, shape, dtype):
+        level = len(asked)
+        asked.append(shape)
+        words = np.zeros(shape, np.uint32)
+        words[:] = table.own[min(level, 1), index][:, None]
+        if level == 0:
+            words[0] |= np.uint32(index << (32 - entry_bits))
+        words[1, 1:] -= 1 if level else 0  # below the entry's: its own value
+        return jnp.asarray(words)
+
+    found = np.asarray(sa.draw(table, jax.random.key(0), 3, bits))
+    assert found[1] == found[2] == table.first + index
+    # The first ties once more, and gets the same words again for the next level's.
+    below = tuple(table.own[1, index]) < tuple(table.own[2, index])
+    assert found[0] == table.first + (index if below else int(table.other[index]))
+    assert len(asked) == 2  # traced once, where it was needed
 
 
 @pytest.mark.parametrize("variance", [0.05, 3.0, 5000.0])
@@ -405,7 +433,7 @@ def test_sampling_against_exact_divergences_both_ways(probability):
     for order, value in zip(orders, found, strict=True):
         np.testing.assert_allclose(value, renyi(order, mixed, noise), rtol=1e-6)
         assert renyi(order, noise, mixed) <= value * (1 + 1e-9)
-    event = sa.SkellamDpEvent(shift, shift, variance, probability)
+    event = SkellamDpEvent(shift, shift, variance, probability)
     assert (event.rdp(orders) >= found).all()
     assert (sa.sampled_rdp(orders, 0.0, exactly) == 0).all()
     for order in (1.2, 2.4, 7.7):  # between them: no less than exact, no more than the next
@@ -425,7 +453,7 @@ def test_epsilon_holds_for_the_exact_law_of_few_users(rounds):
     rest. Against a user who sends nothing, delta is what is claimed. Noise from those present alone
     would be caught."""
     probability, shares, variance, shift, delta = 0.3, 3, 12.0, 3, 1e-4
-    event = sa.SkellamDpEvent(shift, shift, variance, probability)
+    event = SkellamDpEvent(shift, shift, variance, probability)
     claimed = accounting.rdp_epsilon(accounting.compose(event, rounds), delta, ADD_OR_REMOVE)
     reach = 160
     support = np.arange(-reach, reach + 1)
@@ -464,7 +492,7 @@ def test_epsilon_comes_near_the_gaussians_as_bits_grow():
     found = {}
     for bits in (14, 16, 20):
         secure = sa.SecureAggregation(10_000_000, bits)
-        event = dataclasses.replace(
+        event = attrs.evolve(
             sa.make_encoding(secure, 1.0, z, sampler.slots).event,
             sampling_probability=sampler.sampling_probability,
             dataset_size=sampler.population,
@@ -486,7 +514,7 @@ def test_few_slots_cost_what_they_cost_a_gaussian():
         delta,
         ADD_OR_REMOVE,
     )
-    event = sa.SkellamDpEvent(length, length, variance, 0.05, 1000, 60)
+    event = SkellamDpEvent(length, length, variance, 0.05, 1000, 60)
     ours = accounting.rdp_epsilon(accounting.compose(event, rounds), delta, ADD_OR_REMOVE)
     assert ours == pytest.approx(gaussian, rel=0.02)
     roomy = accounting.rdp_epsilon(
@@ -495,8 +523,38 @@ def test_few_slots_cost_what_they_cost_a_gaussian():
     assert roomy < 0.9 * ours
 
 
+def test_events_are_written_down_and_read_again():
+    event = SkellamDpEvent(3.5, 12.25, 100.0, 0.1, 1000, 140)
+    whole = dp_accounting.ComposedDpEvent(
+        [dp_accounting.SelfComposedDpEvent(event, 7), dp_accounting.GaussianDpEvent(2.0)]
+    )
+    assert ledger.event_from_data(json.loads(json.dumps(ledger.event_to_data(whole)))) == whole
+
+
+def test_what_the_ends_of_the_tails_cost():
+    """Enough draws, or enough noise, reach far enough; few draws with little noise do not."""
+    many = sa.Encoding(640, 16, 1.0, 100.0, 1000.0, 100.0**2, 60)
+    assert 0 <= many.tail_delta(1000, 100.0) < 1e-60
+    for l2, most in ((100.0 * 2, 1e-17), (100.0 * 9.5, 1.0)):
+        one = sa.Encoding(640, 16, 1.0, l2, 1000.0, 100.0**2, 1)
+        assert 0 < one.tail_delta(1000, 100.0) <= most
+    assert one.tail_delta(1000, 100.0) == 1.0 and one.tail_delta(0, 0.0) == 0.0
+    assert many.blocks == [1, 4] and one.blocks == [1]
+    assert sa.Encoding(640, 16, 1.0, 1.0, 1.0, 1e4, 1300).blocks == [1, 4, 16, 64, 256]
+    assert sa.Encoding(640, 20, 1.0, 1.0, 1.0, 6e9, 1300).blocks == [1, 4, 16]
+    # One draw's tail itself, where it would end: the Chernoff bound is above the exact mass.
+    reach = 6.0 * 100
+    alone = sa.Encoding(1, 16, 1.0, 1200 - reach, 1.0, 100.0**2, 1)
+    exact = stats.skellam.sf(reach, 5000, 5000) * 2 / (1200 - reach)
+    assert exact < alone.tail_delta(1, 1.0) < 1000 * exact
+    secure = secure_mechanism(ShuffledSampler(30, 2, seed=0), z=0.01, bits=12)
+    with pytest.raises(UserError, match="cannot be claimed"):
+        secure.epsilon(10, 1e-9)
+    assert secure.central().epsilon(10, 1e-9).epsilon > 1000
+
+
 def test_composed_with_other_events_and_refused_where_it_does_not_hold():
-    event = sa.SkellamDpEvent(10, 50, 1e4)
+    event = SkellamDpEvent(10, 50, 1e4)
     alone = accounting.epsilon(event, 1e-6, ADD_OR_REMOVE)
     with_more = dp_accounting.ComposedDpEvent([event, dp_accounting.GaussianDpEvent(3.0)])
     both = accounting.epsilon(with_more, 1e-6, ADD_OR_REMOVE)
