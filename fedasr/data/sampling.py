@@ -7,7 +7,6 @@ epsilon cannot be claimed for another one.
 
 import dataclasses
 import functools
-import math
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,10 +14,12 @@ import numpy as np
 from fedasr.errors import UserError
 from fedasr.streams import Stream, generator
 
-# Standard deviations above the mean cohort that get a slot: truncation then is so rare that it
-# costs no privacy at delta 1e-9 (at 5.6 it would add about 2% to epsilon).
-_SLOT_DEVIATIONS = 7.0
-_ZERO_OUT = "replace one user by nothing"
+# Largest chance of a full round with the default slots. A user can meet truncation in full rounds
+# only, so that over T rounds it costs at most T times this in delta: for ten thousand rounds a
+# hundredth of a delta of 1e-12. (Standard deviations are no measure: the tails of small cohorts
+# are far from normal, seven of them tripled epsilon for a cohort of one.)
+_FULL_ROUND = 1e-18
+_ZERO_OUT = "replace one user's contribution by nothing (the number of users is public)"
 
 
 @runtime_checkable
@@ -32,6 +33,7 @@ class Sampler(Protocol):
       separation: a user who takes part in round t can next take part in round t + separation.
       sensitivity: how far one user can move the sum of clipped updates, in clip norms.
       amplifies: whether chance decides who takes part, so that `event` is a subsampled one.
+      overflow_probability: chance that a round drops somebody who was drawn, for want of slots.
       description: the sampling in words, for reports.
       neighbours: what epsilon compares, in words: how one user's part is taken away.
       neighboring_relation: the `dp_accounting.NeighboringRelation` that `event` is given with.
@@ -49,6 +51,9 @@ class Sampler(Protocol):
 
     @property
     def amplifies(self) -> bool: ...
+
+    @property
+    def overflow_probability(self) -> float: ...
 
     @property
     def description(self) -> str: ...
@@ -105,6 +110,27 @@ def _check_counts(population: int, seed: int) -> None:
         raise UserError(f"seed must be a whole number, 0 or more, not {seed}.")
 
 
+def _chance_of_more(count: int, users: int, probability: float) -> float:
+    """P(Binomial(users, probability) > count), exact in the far tail, too."""
+    from scipy import special
+
+    if count >= users:
+        return 0.0
+    return float(special.betainc(count + 1, users - count, probability))
+
+
+def _default_slots(users: int, probability: float) -> int:
+    """Fewest slots that the `users` - 1 others fill with a chance of at most `_FULL_ROUND`."""
+    low, high = 1, users  # as many slots as users: no round is full without the last one
+    while low < high:
+        middle = (low + high) // 2
+        if _chance_of_more(middle - 1, users - 1, probability) <= _FULL_ROUND:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
 def _is_noisy(noise_multiplier: float) -> bool:
     if not noise_multiplier >= 0:
         raise UserError(f"noise_multiplier must be 0 or more, not {noise_multiplier}.")
@@ -118,11 +144,19 @@ class PoissonSampler:
     A round that draws more users than there are slots keeps a uniformly random subset of them, and
     the event accounts for that (truncated Poisson subsampling, arXiv 2508.15089).
 
+    The guarantee is for one user's contribution replaced by nothing, with a public population: the
+    probability of being drawn, the slots and the groups all follow from the number of users, so
+    that one user more or less would move every other one. It holds both if the user is drawn and
+    sends zero, and if the user is left out of the draw: the two differ in full rounds alone, where
+    somebody else gets the slot, and the event covers either. It says nothing about hiding the
+    number of users.
+
     Attributes:
       population: number of users.
       expected_cohort: mean cohort size, in (0, population]; need not be whole.
       seed: non-negative integer; rounds are independent for one seed.
-      slots: bound on a round's users; None for mean + 7 standard deviations (at most population).
+      slots: bound on a round's users; None for the fewest with which a round is full with a chance
+        of at most 1e-18 (all users, if they are few): truncation then costs nothing visible.
       cycle: 1, or b to deal the users into b fixed groups that take turns: round t samples from
         group t mod b (cyclic Poisson sampling, arXiv 2306.08153), as banded noise needs it. Who is
         in which group is taken to be public and not to depend on who else is there.
@@ -151,9 +185,8 @@ class PoissonSampler:
                 f"{of}, not {self.expected_cohort}."
             )
         if self.slots is None:
-            deviation = math.sqrt(self.expected_cohort * (1 - self.sampling_probability))
-            slots = math.ceil(self.expected_cohort + _SLOT_DEVIATIONS * deviation)
-            object.__setattr__(self, "slots", min(self._largest_group, slots))
+            slots = _default_slots(self._largest_group, self.sampling_probability)
+            object.__setattr__(self, "slots", slots)
         if self.slots != int(self.slots) or not self.expected_cohort <= self.slots:
             raise UserError(
                 f"slots must be a whole number, at least the expected cohort of "
@@ -181,19 +214,24 @@ class PoissonSampler:
         return True
 
     @property
+    def overflow_probability(self) -> float:
+        """Chance that more users are drawn than there are slots, in the largest group."""
+        return _chance_of_more(self.slots, self._largest_group, self.sampling_probability)
+
+    @property
     def description(self) -> str:
         cyclic = f" from one of {self.cycle} groups in turn" if self.cycle > 1 else ""
         return f"Poisson{cyclic}, at most {self.slots} users"
 
     @property
     def neighbours(self) -> str:
-        return "add or remove one user"
+        return _ZERO_OUT
 
     @property
     def neighboring_relation(self) -> Any:
         import dp_accounting
 
-        return dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+        return dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 
     def reseeded(self, seed: int) -> "PoissonSampler":
         """See `Sampler`."""
@@ -287,6 +325,11 @@ class FixedSizeSampler:
         return True
 
     @property
+    def overflow_probability(self) -> float:
+        """0: a slot for everybody."""
+        return 0.0
+
+    @property
     def description(self) -> str:
         return f"{self.cohort_size} users without replacement"
 
@@ -338,7 +381,7 @@ class ShuffledSampler:
     takes part, so nothing is amplified; what limits a user is the number of participations, and
     their separation makes correlated noise worth its while (arXiv 2306.08153). With a cohort of
     everybody it is full participation, every round. The guarantee is for replacing one user's
-    contributions by nothing (the order and its length are public).
+    contribution by nothing (the order and its length are public).
 
     Attributes:
       population: number of users.
@@ -382,6 +425,11 @@ class ShuffledSampler:
     @property
     def amplifies(self) -> bool:
         return False
+
+    @property
+    def overflow_probability(self) -> float:
+        """0: a slot for everybody."""
+        return 0.0
 
     @property
     def description(self) -> str:

@@ -210,6 +210,7 @@ class Simulation:
                 )
             if store.layout.trained != (None if trained is None else tuple(trained)):
                 raise UserError("the layout of the local parameters does not know what is trained")
+            mechanism.check_local(store.prototype)
             client_update = with_local(client_update, store.layout)
             trained = store.layout.shared
         self._round_key_of = jax.jit(

@@ -31,6 +31,7 @@ from fedasr.privacy.secure_aggregation import (
 
 # Of the claimed delta, so much may be lost where the tails of the noise end.
 _TAIL_SHARE = 0.01
+_NEVER = 1e-15  # a probability that no number of rounds makes visible
 _MOST_PARAMETERS = 10**10  # on which the loss at the tails hardly depends
 # How far numpy's normal draws go, of which what was `released` is made: they are resolved by 53
 # bits and, beyond 3.65, drawn from the tail by -log(u) / 3.65.
@@ -123,7 +124,7 @@ class Mechanism:
         `budget` are then where they begin).
       released: noise multipliers of what was published about all the users before the first round,
         such as histograms that weights are made from (`fedasr.feedback.weighting`): Gaussian
-        queries, the standard deviation over what adding or removing a user changes. They are part
+        queries, the standard deviation over what one user's contribution changes. They are part
         of `event`.
       secure: None for Gaussian noise that the server adds, or how clients send integers with shares
         of Skellam noise in them, for secure aggregation: noise of the same variance.
@@ -259,6 +260,32 @@ class Mechanism:
                 "than the clip norm."
             )
         return weights
+
+    def check_local(self, prototype: str) -> None:
+        """Refuses local parameters of users through which one user could reach another.
+
+        Args:
+          prototype: what a new user starts from, see `fedasr.federated.local.LocalStore`.
+
+        Raises:
+          UserError: there is noise to account for, and new users get a part of others' local
+            parameters, which nothing bounds; or rounds have so few slots that users displace each
+            other: who trains would then depend on who else is there, and local parameters remember
+            it beyond the round whose noise hides it.
+        """
+        if not self.noise_multiplier:
+            return
+        if prototype != "init":
+            raise UserError(
+                f"local.prototype={prototype!r} gives users a part of each other's local "
+                "parameters, which nothing bounds: with privacy it must be 'init'"
+            )
+        if self.sampler.overflow_probability > _NEVER:
+            raise UserError(
+                f"{self.sampler.slots} slots drop users from a round with probability "
+                f"{self.sampler.overflow_probability:.2g}, and local parameters remember who was "
+                "displaced: leave privacy.slots at 0, or take sampler 'fixed' or 'shuffled'"
+            )
 
     @property
     def sigma(self) -> float:
@@ -452,7 +479,7 @@ class Mechanism:
         return attrs.evolve(self.encoding.event, **said)
 
     def calibrated(self, target_epsilon: float, delta: float, rounds: int) -> "Mechanism":
-        """The same mechanism with the noise that gives `target_epsilon` by Rényi DP.
+        """The same mechanism with the smallest noise (to 0.1%) whose `epsilon` is at most that.
 
         Raises:
           UserError: if no noise does.
@@ -485,7 +512,9 @@ class Mechanism:
         The mean of `cohort` clients gets the noise that the simulation's mean got, so that training
         goes alike, while the noise multiplier grows to sigma_DP * cohort. See `Sampler.deployed`
         for the sampling. What was `released` about all users has the same noise on its shares of
-        them, so that those noise multipliers grow with the population.
+        them, so that those noise multipliers grow with the population, and with them every
+        threshold on a released count (of word histograms, say) that is to mean the same: a word
+        that counted from n users on counts there from n * population / this population users on.
 
         Args:
           cohort: expected number of users per round.

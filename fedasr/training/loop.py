@@ -575,15 +575,8 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _check_local(config: Mapping[str, Any]) -> None:
-    local = config["local"]
-    check_prototype(local["prototype"])
-    if local_layout(config) is None:
-        return
-    if config["privacy"]["enabled"] and local["prototype"] != "init":
-        raise UserError(
-            f"local.prototype={local['prototype']!r} gives users a part of each other's local "
-            "parameters, which nothing bounds: with privacy it must be 'init'"
-        )
+    check_prototype(config["local"]["prototype"])
+    local_layout(config)
 
 
 def initial_params(recogniser: Recogniser, config: Mapping[str, Any]) -> Any:
@@ -875,6 +868,8 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         mechanism.client_transform()
         shared = keep(shapes, shared_variables(config))
         layout = local_layout(config)
+        if layout is not None:
+            mechanism.check_local(config["local"]["prototype"])
         clients = compression.describe_client(config, shapes, local=layout and layout.local)
         earlier, known = earlier_runs(config)
         names = _user_names(settings)

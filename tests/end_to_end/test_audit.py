@@ -130,22 +130,27 @@ def test_canaries(corpus_dir):
     losses = inserted_losses(jax.jit(recogniser.evaluate), params, canaries)
     assert losses.shape == (2,) and (losses > 0).all()
 
-    sampler = ShuffledSampler(2, 1, seed=0)
-    absent = sampler.cohort(0).item()
+    def simulated(kinds):
+        return Simulation(
+            InMemoryCorpus(kinds, ARRAYS),
+            Mechanism(1.0, "uniform", 0.0, ShuffledSampler(2, 1, seed=0)),
+            local_training(recogniser.loss, optax.sgd(0.5, momentum=0.9)),
+            optax.sgd(1.0),
+            LocalBatches(2, steps=2),
+            devices=jax.devices()[:1],
+            keep=ARRAYS,
+        )
+
     kinds = {c.user: c.present for c in canaries}
+    everybody = simulated(kinds)
+    start = everybody.init(params)
+    absent = everybody.draws(start).sampler.cohort(0).item()
     kinds[sorted(kinds)[absent]] = next(
         c.absent for c in canaries if c.user == sorted(kinds)[absent]
     )
-    simulation = Simulation(
-        InMemoryCorpus(kinds, ARRAYS),
-        Mechanism(1.0, "uniform", 0.0, sampler),
-        local_training(recogniser.loss, optax.sgd(0.5, momentum=0.9)),
-        optax.sgd(1.0),
-        LocalBatches(2, steps=2),
-        devices=jax.devices()[:1],
-        keep=ARRAYS,
-    )
-    (state, one), (last, two) = simulation.run(simulation.init(params), 2)
+    simulation = simulated(kinds)
+    assert simulation.draws(start).sampler.cohort(0).item() == absent
+    (state, one), (last, two) = simulation.run(start, 2)
     assert one.clients == two.clients == 1
     moved = [
         jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state.params, other.params))

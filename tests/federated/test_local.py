@@ -323,14 +323,14 @@ def sampler(cohort):
     return FixedSizeSampler(len(SIZES), cohort, seed=7)
 
 
-def by_hand(rounds, prototype, bound=np.inf, trained=("b", "w")):
+def by_hand(rounds, prototype, draws, bound=np.inf, trained=("b", "w")):
     """Federated averaging with local variables, a plain loop in float64."""
     start = np.r_[1.0, 1.0, 0.0, 0.0]
     theta = {"b": PARAMS["b"].astype(float), "w": PARAMS["w"].astype(float)}
     rows = {}
     for round in range(rounds):
         sums, new = {k: 0.0 for k in trained}, dict(rows)
-        for user in map(int, sampler(3).cohort(round)):
+        for user in map(int, draws.sampler.cohort(round)):
             before = [other for other in rows if other < user]
             fresh = start
             if prototype == "mean" and rows:
@@ -339,7 +339,7 @@ def by_hand(rounds, prototype, bound=np.inf, trained=("b", "w")):
                 fresh = rows[max(before)]
             own = {k: v.copy() for k, v in theta.items()}
             row = rows.get(user, fresh).copy()
-            for indices in LocalBatches(2, epochs=2).plan(SIZES[user], 3, round, user):
+            for indices in LocalBatches(2, epochs=2).plan(SIZES[user], draws.order, round, user):
                 batch = CORPUS.get(user, indices.tolist())
                 x, y = (np.stack([e[k] for e in batch]).astype(float) for k in ("x", "y"))
                 z = x * row[:2] + row[2:]
@@ -364,9 +364,11 @@ def by_hand(rounds, prototype, bound=np.inf, trained=("b", "w")):
 def test_rounds_equal_a_plain_loop(tmp_path, chunk, devices, prototype):
     """A user is in many rounds: one that were read before it is written would show."""
     sim = simulation(tmp_path, prototype, chunk=chunk, devices=jax.devices()[:devices])
-    *_, (state, _) = sim.run(sim.init(PARAMS), 5)
-    theta, rows = by_hand(5, prototype)
-    turns = collections.Counter(int(u) for r in range(5) for u in sampler(3).cohort(r))
+    start = sim.init(PARAMS)
+    draws = sim.draws(start)
+    *_, (state, _) = sim.run(start, 5)
+    theta, rows = by_hand(5, prototype, draws)
+    turns = collections.Counter(int(u) for r in range(5) for u in draws.sampler.cohort(r))
     assert max(turns.values()) >= 3
     for name, value in theta.items():
         np.testing.assert_allclose(state.params[name], value, rtol=1e-5, atol=1e-6)
@@ -386,11 +388,12 @@ def test_only_shared_variables_are_clipped_noised_and_optimised(tmp_path):
     )
     sim = simulation(tmp_path, mechanism=mechanism, trained=trained, client=client)
     state = sim.init(PARAMS)
+    draws = sim.draws(state)
     assert sim.layer_names(PARAMS) == ["b"]
     optimised = [x.shape for x in jax.tree.leaves(state.opt_state)]
     assert (2,) not in optimised and (2, 1) not in optimised
     *_, (state, metrics) = sim.run(state, 4)
-    theta, rows = by_hand(4, "init", 0.1, ("b",))
+    theta, rows = by_hand(4, "init", draws, 0.1, ("b",))
     assert len(metrics.norms) == len(metrics.clipped) == 1
     np.testing.assert_allclose(state.params["b"], theta["b"], rtol=1e-5)
     np.testing.assert_array_equal(state.params["w"], PARAMS["w"])

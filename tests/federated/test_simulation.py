@@ -18,10 +18,12 @@ from fedasr.federated.client import ClientMetrics, local_training, take_batch
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.streams import Stream, key, make_root
 
 SIZES = [1, 4, 2, 3, 5, 2]
 PARAMS = {"w": np.float32([[0.5], [-1.0]]), "b": np.float32([0.25])}
 ONE = jax.devices()[:1]
+ROOT = make_root("of simulations that differ and are compared draw by draw")
 
 
 def squares(params, batch, key):
@@ -132,7 +134,8 @@ def test_rounds_equal_federated_averaging_by_hand(corpus, chunk, devices):
 
 
 def test_the_mean_is_over_the_expected_cohort_not_the_realised(corpus):
-    sampler = PoissonSampler(len(corpus.users), 2.5, seed=1)
+    sim = simulation(corpus, sampler=PoissonSampler(len(corpus.users), 2.5, seed=1))
+    sampler, order = sim.draws(sim.init(PARAMS))
     rounds = range(6)
     sizes = {len(sampler.cohort(r)) for r in rounds}
     assert len(sizes) > 2
@@ -140,9 +143,8 @@ def test_the_mean_is_over_the_expected_cohort_not_the_realised(corpus):
         corpus,
         next(r for r in rounds if len(sampler.cohort(r)) == 0) if 0 in sizes else len(rounds),
         sampler,
-        seed=3,
+        order,
     )
-    sim = simulation(corpus, sampler=sampler)
     for (state, metrics), wanted in zip(
         sim.run(sim.init(PARAMS), len(expected)), expected, strict=True
     ):
@@ -210,20 +212,23 @@ def test_client_randomness_comes_from_seed_round_and_user():
     )
     fold = jax.random.fold_in
     expected = np.zeros(5)
-    for round, (state, _) in enumerate(sim.run(sim.init(np.zeros(5, np.float32)), 3)):
+    start = sim.init(np.zeros(5, np.float32))
+    clients = key(start.root, Stream.CLIENTS)
+    for round, (state, _) in enumerate(sim.run(start, 3)):
         for user in range(2):
-            key = fold(fold(fold(fold(jax.random.key(6), 0), round), user), 0)  # stream 0, step 0
-            expected = expected - np.asarray(jax.random.normal(key, (5,))) / 2
+            own = fold(fold(fold(clients, round), user), 0)  # step 0
+            expected = expected - np.asarray(jax.random.normal(own, (5,))) / 2
         np.testing.assert_allclose(state.params, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_round_still_gets_noise_and_a_server_step(corpus):
-    sampler = PoissonSampler(len(corpus.users), 0.4, seed=0)
-    cohorts = [len(sampler.cohort(r)) for r in range(6)]
-    assert 0 in cohorts and max(cohorts) > 0
+    sampler = PoissonSampler(len(corpus.users), 0.7, seed=0)
     sim = simulation(corpus, clip=0.5, noise=0.1, sampler=sampler, server=optax.sgd(1.0))
+    start = sim.init(PARAMS)
+    cohorts = [len(sim.draws(start).sampler.cohort(r)) for r in range(8)]
+    assert 0 in cohorts and max(cohorts) > 0
     before = PARAMS
-    for (state, metrics), size in zip(sim.run(sim.init(PARAMS), 6), cohorts, strict=True):
+    for (state, metrics), size in zip(sim.run(start, 8), cohorts, strict=True):
         assert metrics.clients == size
         assert distance(state.params, before) > 1e-4
         before = state.params
@@ -288,8 +293,9 @@ def test_one_compilation_per_shape_of_chunk():
     batcher = ClientBatcher(corpus, local, buckets, 2, seed=0)
     shapes, chunks = set(), 0
     state = sim.init({"w": np.ones((2, 1), np.float32)})
+    draws = sim.draws(state)
     for round, _ in enumerate(sim.run(state, 10)):
-        for chunk, _ in batcher.chunks(mechanism.sampler.cohort(round), round):
+        for chunk, _ in batcher.chunks(draws.sampler.cohort(round), round, draws.order):
             shapes.add(tuple(x.shape for x in jax.tree.leaves(chunk)))
             chunks += 1
         assert sim.compilations() <= len(shapes) + 2  # the next round's may be under way
@@ -393,15 +399,16 @@ def test_weights_multiply_users_updates_whoever_sets_them(corpus):
         assert delta["w"].shape == params["w"].shape
         return take_batch(batches, 0)["x"][0, 0]
 
-    sampler = FixedSizeSampler(len(corpus.users), 3, seed=7)
     given = np.float32([0.0, 1.0, 0.25, 0.5, 0.75, 0.125])
-    plans = [LocalBatches(2, epochs=2).plan(n, 3, 0, u) for u, n in enumerate(SIZES)]
+    sim = weighted(corpus, weights=given, weigh=by_data)
+    start = sim.init(PARAMS)
+    sampler, order = sim.draws(start)
+    plans = [LocalBatches(2, epochs=2).plan(n, order, 0, u) for u, n in enumerate(SIZES)]
     first = [corpus.get(u, [int(plan[0][0])])[0]["x"][0] for u, plan in enumerate(plans)]
     answers = np.clip(first, 0, 1)  # of the first round
     assert 0 < answers[sampler.cohort(0)].max() and 0 < given[sampler.cohort(0)].max()
-    sim = weighted(corpus, weights=given, weigh=by_data)
-    ((state, metrics),) = sim.run(sim.init(PARAMS), 1)
-    ((theta, *_),) = federated_averaging(corpus, 1, sampler, 3, given * answers)
+    ((state, metrics),) = sim.run(start, 1)
+    ((theta, *_),) = federated_averaging(corpus, 1, sampler, order, given * answers)
     for k in theta:
         np.testing.assert_allclose(state.params[k], theta[k], rtol=1e-5, atol=1e-7)
     assert (metrics.clients, metrics.invalid) == (3, 0)
@@ -410,7 +417,7 @@ def test_weights_multiply_users_updates_whoever_sets_them(corpus):
 def test_weights_of_one_are_none_at_all(corpus):
     """Bit for bit, and with no more compilations."""
     ones, plain = weighted(corpus, weights=np.ones(len(SIZES))), simulation(corpus)
-    runs = [list(sim.run(sim.init(PARAMS), 2))[-1] for sim in (ones, plain)]
+    runs = [list(sim.run(sim.init(PARAMS, ROOT), 2))[-1] for sim in (ones, plain)]
     assert_identical(runs[0][0].params, runs[1][0].params)
     assert runs[0][1].loss == runs[1][1].loss
     assert ones.compilations() == plain.compilations()
@@ -470,7 +477,7 @@ def test_variables_that_are_not_trained_are_out_of_the_mechanism(corpus, adaptiv
             devices=ONE,
             trained=trained,
         )
-        *_, (state, metrics) = sim.run(sim.init(params), 3)
+        *_, (state, metrics) = sim.run(sim.init(params, ROOT), 3)
         return state, metrics
 
     subset = Subset("fixed", ("w",))

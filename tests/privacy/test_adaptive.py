@@ -92,9 +92,10 @@ def test_a_round_is_the_mean_of_clipped_updates_and_the_votes_move_the_bound(cor
     """By hand, without noise on either query."""
     sim = simulation(corpus, "global", clip=3.0, votes=0.0, rate=0.3, quantile=0.6)
     states, metrics = run(sim, 2)
+    sampler = sim.draws(states[0]).sampler
     bound, params = 3.0, 0.0
     for round, (state, figures) in enumerate(zip(states, metrics, strict=True)):
-        users = sim.mechanism.sampler.cohort(round)
+        users = sampler.cohort(round)
         whole = NORMS[users] * math.sqrt(1.25)
         sent = NORMS[users] * np.minimum(1, bound / whole)
         params -= sent.mean()
@@ -109,7 +110,7 @@ def test_noise_follows_the_bound(corpus):
         2.0, "uniform", 1.5, ShuffledSampler(USERS, 20, seed=0), adaptive=AdaptiveClip(1.0)
     )
     big = {"a": jnp.zeros(200_000), "b": jnp.zeros(200_000)}
-    transform = mechanism.server_transform(jax.random.key(0))
+    transform = mechanism.server_transform(jax.random.key(0), jax.random.key(1))
     state = transform.init(big)
     scales = jnp.float32([0.5, 3.0])
     state = (*state[:2], state[2]._replace(scales=scales))

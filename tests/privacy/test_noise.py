@@ -123,7 +123,7 @@ def test_tail_delta_bounds_what_lies_beyond(shift):
     n = 2_000_000
     # Importance: points near the disc's rim in the direction of the shift.
     centre = end - shift
-    g = rng.normal(size=(n, 2)) + [centre, 0]
+    g = rng.normal(size=(n, 2)) + np.array([centre, 0])
     weight = np.exp(-g[:, 0] * centre + centre**2 / 2)
     outside = np.hypot(g[:, 0] + shift, g[:, 1]) > end
     true = float((weight * outside).mean())

@@ -1,8 +1,8 @@
 """No random key is used twice: not by two rounds, leaves, devices, clients, nor after a resume.
 
-The keys are those that the code under test really uses: `jax.random.normal` is replaced by a
-function that returns the key's own 64 bits, as four numbers below 2^16, and a client's update is
-made of the key that it gets and of those that its loss gets.
+The keys are those that the code under test really uses: the normal draws are replaced by the key's
+own 64 bits, as four numbers below 2^16, and a client's update is made of the key that it gets and
+of those that its loss gets.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
 from fedasr.federated.client import local_training, take_batch
 from fedasr.federated.simulation import Simulation
+from fedasr.privacy import noise
 from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
 
 SEED, USERS, STEPS = 5, 4, 3
@@ -37,27 +38,38 @@ def distinct(keys):
 
 @pytest.fixture
 def noise_shows_its_key(monkeypatch):
-    def normal(key, shape, dtype):
-        return jnp.broadcast_to(digits(key), shape).astype(dtype)
+    def drawn(key, size, reach):
+        return jnp.tile(digits(key), -(-size // 4))[:size]
 
-    monkeypatch.setattr(jax.random, "normal", normal)
+    monkeypatch.setattr(noise, "standard_normal", drawn)
 
 
-def test_no_two_rounds_or_leaves_share_a_key(noise_shows_its_key):
-    """220 rounds times 50 leaves of one shape, at the beginning and at the end of all rounds."""
+def test_no_two_rounds_share_a_key(noise_shows_its_key):
+    """520 rounds at the beginning and 20 at the end of all."""
     transform = add_gaussian_noise(1.0, jax.random.key(SEED))
-    zeros = {f"leaf{i:02d}": jnp.zeros(4) for i in range(50)}
+    zeros = {"leaf": jnp.zeros(4)}
     state = transform.init(zeros)
-    counts = jnp.concatenate([jnp.arange(200), 2**31 - 2 - jnp.arange(20)]).astype(jnp.int32)
+    counts = jnp.concatenate([jnp.arange(520), 2**31 - 2 - jnp.arange(20)]).astype(jnp.int32)
 
     def drawn(count):
         out, after = transform.update(zeros, state._replace(count=count))
-        return jnp.stack(jax.tree.leaves(out)), after.count
+        return out["leaf"], after.count
 
     keys, after = jax.vmap(drawn)(counts)
-    assert keys.shape == (220, 50, 4)
+    assert keys.shape == (540, 4)
     np.testing.assert_array_equal(after, counts + 1)
     assert distinct(keys)
+
+
+def test_no_two_leaves_share_draws():
+    """50 leaves of one shape in 4 rounds."""
+    transform = add_gaussian_noise(1.0, jax.random.key(SEED))
+    zeros = {f"leaf{i:02d}": jnp.zeros(4) for i in range(50)}
+    state, drawn = transform.init(zeros), []
+    for _ in range(4):
+        out, state = transform.update(zeros, state)
+        drawn += [np.asarray(x) for x in jax.tree.leaves(out)]
+    assert np.unique(np.concatenate(drawn)).size == 4 * 50 * 4
 
 
 def gradient_is_the_key(params, batch, key):
@@ -102,28 +114,30 @@ KEY_PARAMS = {
 
 def keys_of(simulation, state, rounds):
     """Keys of all clients and their steps, and of all noise, by rounds; and the last state."""
-    clients, noise = [], []
+    clients, drawn = [], []
     for _ in range(rounds):
         ((state, _),) = simulation.run(simulation.place(state._replace(params=KEY_PARAMS)), 1)
         mean = [-np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
-        noise.append([np.round(leaf[-1]) for leaf in mean])
+        drawn.append([np.round(leaf[-1]) for leaf in mean])
         clients.append(np.concatenate([leaf[:-1] - leaf[-1] for leaf in mean]) * USERS)
-    return np.round(clients), np.array(noise), state
+    return np.round(clients), np.array(drawn), state
 
 
 def test_clients_and_noise_never_share_a_key(noise_shows_its_key):
     rounds = 4
     one = key_simulation(1)
-    clients, noise, _ = keys_of(one, one.init(KEY_PARAMS), rounds)
-    assert clients.shape == (rounds, USERS * (STEPS + 1), 4) and noise.shape == (rounds, 3, 4)
-    assert distinct(np.concatenate([clients.reshape(-1, 4), noise.reshape(-1, 4)]))
+    clients, drawn, _ = keys_of(one, one.init(KEY_PARAMS), rounds)
+    assert clients.shape == (rounds, USERS * (STEPS + 1), 4) and drawn.shape == (rounds, 3, 4)
+    # One vector over all leaves: with draws that repeat after 4 they all show the round's key.
+    assert (drawn == drawn[:, :1]).all()
+    assert distinct(np.concatenate([clients.reshape(-1, 4), drawn[:, 0]]))
 
     # A resumed run, though on two devices, draws what would have come; the noise is added once.
     *_, state = keys_of(one, one.init(KEY_PARAMS), 1)
     saved = jax.tree.map(np.array, jax.device_get(state))
     rest = keys_of(key_simulation(2), saved, rounds - 1)
     np.testing.assert_array_equal(rest[0], clients[1:])
-    np.testing.assert_array_equal(rest[1], noise[1:])
+    np.testing.assert_array_equal(rest[1], drawn[1:])
 
 
 def test_noise_has_the_same_bits_on_one_and_two_devices():
