@@ -179,6 +179,7 @@ def audit_users(
         trials=trials,
         rounds=config["rounds"],
         confidence=confidence,
+        neighbours=mechanism.sampler.neighbours,
     )
     return audit, mechanism
 
@@ -437,18 +438,15 @@ def _dimension(config: Mapping[str, Any], mechanism: Mechanism, method: str) -> 
     return sum(x.size for x in auditing.canary_params(count).values())
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
-
-
 def to_row(noise: str, audit: Audit) -> dict[str, Any]:
-    """One audit as JSON values; an infinite claim (no guarantee) is null."""
+    """One audit, before infinities (a claim without a guarantee) become JSON."""
     return {
         "noise": noise,
         "method": audit.method,
         "epsilon_lower": audit.epsilon_lower,
         "epsilon_lower_strict": audit.strict,
-        "epsilon_claimed": _finite(audit.epsilon_claimed),
+        "epsilon_claimed": audit.epsilon_claimed,
+        "neighbours": audit.neighbours,
         "exceeds": audit.exceeds,
         "confidence": audit.confidence,
         "delta": audit.delta,
@@ -463,15 +461,11 @@ def to_row(noise: str, audit: Audit) -> dict[str, Any]:
 def to_summary(report: Report) -> dict[str, Any]:
     """The JSON object: the first audit, `figures` claimed by noise, and all `audits`."""
     rows = [to_row(noise, audit) for noise, audit in report.audits]
-    figures = {
-        noise: figure | {name: _finite(figure[name]) for name in ("epsilon", "epsilon_rdp")}
-        for noise, figure in report.figures.items()
-    }
     return {
         **rows[0],
         "canaries": report.canaries,
         "exceeds": any(row["exceeds"] for row in rows),
-        "figures": figures,
+        "figures": report.figures,
         "audits": rows,
     }
 
@@ -493,6 +487,7 @@ def _describe(report: Report) -> Iterator[str]:
             "looser bound)"
         )
     yield f"claimed: {_claim(audit.epsilon_claimed)}"
+    yield f"the claim compares: {audit.neighbours}"
     yield ""
     lines = [("noise", "claimed", "by", "RDP", *(_head(method) for method in _methods(report)))]
     for noise, figure in report.figures.items():
@@ -513,7 +508,7 @@ def _describe(report: Report) -> Iterator[str]:
 
 
 def _claim(epsilon: float) -> str:
-    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "none (infinite)"
+    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "infinite (no guarantee)"
 
 
 def _methods(report: Report) -> list[str]:
@@ -557,9 +552,9 @@ def program() -> int | None:
         raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
     cli.configure_devices()
     from fedasr.privacy.auditing import write_roc
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json
 
-    report = run(to_json(plain))
+    report = run(config_to_json(plain))
     if flags.FLAGS.plot:
         write_roc(report.audits[0][1], flags.FLAGS.plot)
     if cli.JSON.value:

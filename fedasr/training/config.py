@@ -142,7 +142,7 @@ def default_config() -> ConfigDict:
     config.privacy.sigma = 1e-5
     # "poisson"; "fixed": so many without replacement; "shuffled": in turn; "everyone": cohort=0.
     config.privacy.sampler = "poisson"
-    config.privacy.slots = 0  # largest Poisson cohort; 0: mean + 7 standard deviations
+    config.privacy.slots = 0  # largest Poisson cohort; 0: so many that a round is hardly ever full
     config.privacy.cycle = 1  # groups of users that Poisson sampling takes in turn
     # "independent" from round to round, or correlated: "banded" or "buffered" (linear Toeplitz); or
     # "skellam": integers, in shares that clients add themselves, for secure aggregation.

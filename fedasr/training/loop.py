@@ -79,7 +79,7 @@ from fedasr.training.checkpoint import (
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
-from fedasr.training.logging import RunLogger, to_json, write_json_atomic
+from fedasr.training.logging import RunLogger, config_to_json, to_json, write_json_atomic
 from fedasr.training.report import write_report
 
 _MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
@@ -704,7 +704,7 @@ def describe_privacy(
                 "cohort": cohort,
                 "population": population,
                 "rounds": rounds,
-                "noise_multiplier": deployed.noise_multiplier / deployed.sampler.sensitivity,
+                **_multipliers(deployed),
                 **_figure(figure),
                 **_shares(deployed, rounds, privacy["delta"]),
                 "neighbours": deployed.sampler.neighbours,
@@ -722,7 +722,7 @@ def describe_privacy(
         "clip_norm": mechanism.clip_norm,
         "budget": privacy["budget"],
         "sigma": mechanism.sigma,
-        "noise_multiplier": mechanism.noise_multiplier / mechanism.sampler.sensitivity,
+        **_multipliers(mechanism),
         "delta": privacy["delta"],
         "delta_at_tails": mechanism.tail_delta(rounds),
         **_noise(mechanism, params),
@@ -742,6 +742,14 @@ def _noise_words(mechanism: Mechanism) -> str:
     if mechanism.secure is not None:
         return f"Skellam in shares, {mechanism.secure.bits} bits"
     return "independent" if mechanism.correlation is None else mechanism.correlation.description
+
+
+def _multipliers(mechanism: Mechanism) -> dict[str, float]:
+    """Noise on the sum, over the clip norm and over how far one user can move the sum."""
+    return {
+        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_over_sensitivity": mechanism.noise_over_sensitivity,
+    }
 
 
 def _noise(mechanism: Mechanism, params: Any) -> dict[str, Any]:
@@ -838,7 +846,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: as the run itself would.
     """
-    config = to_json(config)
+    config = config_to_json(config)
     _check(config)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
@@ -896,7 +904,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         }
         if layout is not None:
             summary["local"] = {"parameters": layout.size}
-    return summary
+    return to_json(summary)
 
 
 def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
@@ -914,7 +922,7 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         configuration.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    config = to_json(config)
+    config = config_to_json(config)
     _check(config)
     workdir = Path(workdir)
     if hosts.is_leader():
@@ -1058,9 +1066,12 @@ class _Run:
             same = kept.get("device") == _device(self.devices)
             self.simulations = self._simulations(kept["chunk"] if same else None)
             if config["privacy"]["enabled"]:
+                # Raises for what cannot be claimed, before anything is trained.
+                rounds, delta = config["rounds"], config["privacy"]["delta"]
+                mechanism = self.simulations[0][1].mechanism
+                mechanism.check_delta(rounds, delta)
                 for case in config["privacy"]["deployments"]:
-                    # Raises for one that cannot be, before anything is trained.
-                    self.simulations[0][1].mechanism.deployed(*case)
+                    mechanism.deployed(*case).check_delta(rounds, delta)
         checkpoints = workdir / "checkpoints"
         if hosts.is_leader():
             self.checkpointer = Checkpointer(checkpoints, config["checkpoint"]["keep"])
