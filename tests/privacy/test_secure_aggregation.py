@@ -26,7 +26,7 @@ from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.events import SkellamDpEvent
 from fedasr.privacy.mechanism import Mechanism
-from fedasr.training import loop
+from fedasr.training import loop, report
 from fedasr.training.config import default_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -707,6 +707,8 @@ def test_a_configuration():
         assert shares["central"]["epsilon"] <= row["epsilon"]
         assert shares["coordinates"] == sa.padded(count) and 1 < shares["sensitivity"] < 1.5
         assert 0 < shares["wrapped"][0] < shares["wrapped"][1] < 1e-8
+    text = report._privacy([], summary)
+    assert "shares that clients add" in text and "18 bits" in text
     part = dry({"partial.mode": "fixed", "partial.patterns": ("bias",)})
     small = part["clients"][-1]["up_bytes"]
     assert small < ours["up_bytes"] / 5
