@@ -208,9 +208,6 @@ def _with_canaries(
     everybody = copy.copy(data)
     joined = InMemoryCorpus(members, ragged=tuple(train.lengths(0)))
     everybody.train = UnionCorpus([train, joined])
-    # The same shapes whoever is present.
-    whole = InMemoryCorpus({c.user: c.present + c.absent for c in canaries}, joined.ragged)
-    everybody.buckets, everybody.shapes = loop.padded_shapes(config, [train, whole], train)
     return loop.make_simulation(config, everybody, recogniser.loss, devices)
 
 

@@ -262,18 +262,19 @@ def server_words(bench: Bench) -> Counter[str]:
 
 def held_out_batch(bench: Bench) -> dict[str, Any]:
     """Utterances of the held-out split "dev", for weights by quality: one batch, general ones."""
-    from fedasr.data.batching import place
+    from fedasr.data.batching import make_buckets, place
     from fedasr.data.synthetic import FRESH_WORDS
     from fedasr.models.recogniser import ARRAYS
 
     corpus, count = bench.corpora["dev"], bench.config["corrections"]["quality"]["utterances"]
+    (bucket,) = make_buckets([corpus], 1, {"features": 24, "labels": 4})  # no training user's
     batch: dict[str, Any] = {}
     slot = 0
     for user, size in enumerate(corpus.sizes):
         for example in corpus.get(user, range(int(size))):
             words = set(bench.tokenizer.decode(example["labels"]).split())
             if slot < count and not words & set(FRESH_WORDS):
-                place(batch, (slot,), (count,), example, bench.bucket, ARRAYS)
+                place(batch, (slot,), (count,), example, bucket, ARRAYS)
                 slot += 1
     return batch
 
@@ -306,6 +307,7 @@ def train(
     from fedasr.feedback.joint import JointTraining, average_params
     from fedasr.models.recogniser import ARRAYS
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.training import loop
     from fedasr.training.config import fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
@@ -364,7 +366,7 @@ def train(
         seed=seed,
         identity=f"corrections {system} {fingerprint(_settings(config, system))}",
         chunk=config["chunk"],
-        buckets=[bench.bucket],
+        buckets=loop.client_grid(config),
         keep=ARRAYS,
         weights=weights,
         weigh=weigh,

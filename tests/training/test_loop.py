@@ -362,15 +362,6 @@ def test_devices_that_hold_the_model_together(configure, no_report, tmp_path, al
         loop.run(configure(settings | {"model_devices": 0}), tmp_path / "0")
 
 
-def test_central_training_has_no_parts(configure, corpus_dir):
-    settings = {"client.micro_batch": 1, "data.buckets": 3}
-    shapes = [
-        loop.Data(corpus_dir, configure(settings | {"algorithm": algorithm})).shapes
-        for algorithm in ("federated", "central")
-    ]
-    assert shapes[0] and shapes[1] is None
-
-
 def test_central_training_in_seconds_with_decay(configure, no_report, tmp_path):
     changes = {
         "algorithm": "central",
