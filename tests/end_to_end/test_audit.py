@@ -153,7 +153,7 @@ def few_people(tmp_path_factory):
     return out
 
 
-def audit_people(directory, **privacy):
+def audit_people(directory, trials, **privacy):
     config = default_config()
     config.data.dir, config.data.eval = str(directory), ("dev",)
     config.model.options.update(dim=16, blocks=1, heads=2, mlp=16)
@@ -164,7 +164,7 @@ def audit_people(directory, **privacy):
         sampler="shuffled", clip_norm=5.0, budget="global", sigma=1.0, delta=1e-3, deployments=()
     )
     config.privacy.update(privacy)
-    options = {"trials": 4, "canaries": None, "confidence": 0.95, "log": lambda text: None}
+    options = {"trials": trials, "canaries": None, "confidence": 0.95, "log": lambda text: None}
     plain = config_to_json(config.to_dict())
     return audit_privacy.audit_users(plain, 1e-3, method="many_runs", **options)
 
@@ -172,7 +172,7 @@ def audit_people(directory, **privacy):
 def test_a_held_out_user_is_recognised_when_there_is_no_noise(few_people, monkeypatch):
     """The attack on real users works: their own utterance, with random words, is learned."""
     monkeypatch.setattr(Mechanism, "noise_std", property(lambda self: 0.0))
-    found, mechanism = audit_people(few_people)
+    found, mechanism = audit_people(few_people, 4)
     assert found.auroc == 1 and found.canaries == found.trials == 4
     scores = found.scores["loss"]
     assert scores.present.min() > 3 > 0 > scores.absent.max()
@@ -181,10 +181,10 @@ def test_a_held_out_user_is_recognised_when_there_is_no_noise(few_people, monkey
 
 @pytest.mark.slow
 def test_a_held_out_user_is_hidden_by_shares_of_noise(few_people):
-    found, mechanism = audit_people(few_people, noise="skellam")
+    found, mechanism = audit_people(few_people, 2, noise="skellam")
     assert mechanism.secure.dimension > 10_000
     assert not found.exceeds and found.epsilon_claimed > 1
-    assert np.abs(np.concatenate([found.scores["loss"].present])).max() < 1e6
+    assert np.isfinite(found.scores["loss"].present).all()
 
 
 def test_too_little_noise_is_exit_status_1(program_environment):
