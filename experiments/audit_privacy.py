@@ -549,9 +549,9 @@ def program() -> int | None:
         raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
     cli.configure_devices()
     from fedasr.privacy.auditing import write_roc
-    from fedasr.training.logging import config_to_json
+    from fedasr.training.config import resolve
 
-    report = run(config_to_json(plain))
+    report = run(resolve(plain))
     if flags.FLAGS.plot:
         write_roc(report.audits[0][1], flags.FLAGS.plot)
     if cli.JSON.value:
