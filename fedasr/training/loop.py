@@ -1006,7 +1006,10 @@ def _rehearse_synthetic(config: Mapping[str, Any]) -> int:
     _check_features(config, {"options": {}})
     population = synthetic.expected_users(settings, config["data"]["train"])
     if config["algorithm"] == "federated":
-        _check_deployments(config, make_mechanism(config, make_sampler(config, population)))
+        _check_deployments(
+            config,
+            make_mechanism(config, make_sampler(config, population), sent_parameters(config)),
+        )
     return population
 
 
