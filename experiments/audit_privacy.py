@@ -169,6 +169,7 @@ def audit_users(
         trials=trials,
         rounds=config["rounds"],
         confidence=confidence,
+        neighbours=mechanism.sampler.neighbours,
     )
 
 
@@ -196,9 +197,6 @@ def _with_canaries(
     everybody = copy.copy(data)
     joined = InMemoryCorpus(members, ragged=tuple(train.lengths(0)))
     everybody.train = UnionCorpus([train, joined])
-    # The same shapes whoever is present.
-    whole = InMemoryCorpus({c.user: c.present + c.absent for c in canaries}, joined.ragged)
-    everybody.buckets, everybody.shapes = loop.padded_shapes(config, [train, whole], train)
     return loop.make_simulation(config, everybody, recogniser.loss, devices)
 
 
@@ -285,12 +283,12 @@ def run(config: dict[str, Any]) -> Audit:
 
 
 def to_summary(audit: Audit, canaries: str) -> dict[str, Any]:
-    """The JSON object; an infinite claim (no guarantee) is null."""
-    claimed = audit.epsilon_claimed
+    """The JSON object, before infinities (a claim without a guarantee) become JSON."""
     return {
         "epsilon_lower": audit.epsilon_lower,
         "epsilon_lower_strict": audit.strict,
-        "epsilon_claimed": claimed if math.isfinite(claimed) else None,
+        "epsilon_claimed": audit.epsilon_claimed,
+        "neighbours": audit.neighbours,
         "exceeds": audit.exceeds,
         "confidence": audit.confidence,
         "delta": audit.delta,
@@ -320,7 +318,8 @@ def _describe(audit: Audit, canaries: str) -> Iterator[str]:
             "looser bound)"
         )
     claimed = audit.epsilon_claimed
-    yield f"claimed: {f'{claimed:.4g}' if math.isfinite(claimed) else 'none (infinite)'}"
+    yield f"claimed: {f'{claimed:.4g}' if math.isfinite(claimed) else 'infinite (no guarantee)'}"
+    yield f"the claim compares: {audit.neighbours}"
 
 
 def _define_flags() -> None:
@@ -347,10 +346,10 @@ def program() -> int | None:
         raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
     cli.configure_devices()
     from fedasr.privacy.auditing import write_roc
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json
 
     canaries = flags.FLAGS.canaries
-    audit = run(to_json(plain))
+    audit = run(config_to_json(plain))
     if flags.FLAGS.plot:
         write_roc(audit, flags.FLAGS.plot)
     if cli.JSON.value:

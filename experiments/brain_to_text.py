@@ -678,9 +678,9 @@ def run() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json, to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = config_to_json(_CONFIG.value.to_dict())
     seeds = cli.seeds(flags.FLAGS.seeds)
     workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
     cli.configure_compilation(workdir.parent)

@@ -98,7 +98,9 @@ def seeds(texts: Sequence[str]) -> list[int]:
 def show(summary: Mapping[str, Any]) -> None:
     """Prints the summary on stdout: one line of JSON with --json, else a line for each field."""
     if JSON.value:
-        print(json.dumps(summary, allow_nan=False))
+        from fedasr.training.logging import to_json
+
+        print(json.dumps(to_json(summary), allow_nan=False))
         return
     for key, value in summary.items():
         print(f"{key}: {value}")

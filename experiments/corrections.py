@@ -262,20 +262,33 @@ def server_words(bench: Bench) -> Counter[str]:
 
 def held_out_batch(bench: Bench) -> dict[str, Any]:
     """Utterances of the held-out split "dev", for weights by quality: one batch, general ones."""
-    from fedasr.data.batching import place
+    from fedasr.data.batching import make_buckets, place
     from fedasr.data.synthetic import FRESH_WORDS
     from fedasr.models.recogniser import ARRAYS
 
     corpus, count = bench.corpora["dev"], bench.config["corrections"]["quality"]["utterances"]
+    (bucket,) = make_buckets([corpus], 1, {"features": 24, "labels": 4})  # no training user's
     batch: dict[str, Any] = {}
     slot = 0
     for user, size in enumerate(corpus.sizes):
         for example in corpus.get(user, range(int(size))):
             words = set(bench.tokenizer.decode(example["labels"]).split())
             if slot < count and not words & set(FRESH_WORDS):
-                place(batch, (slot,), (count,), example, bench.bucket, ARRAYS)
+                place(batch, (slot,), (count,), example, bucket, ARRAYS)
                 slot += 1
     return batch
+
+
+def make_sampler(bench: Bench, corrected: Any, seed: int) -> Any:
+    """Poisson sampling of all training users; who has no corrections left sends nothing.
+
+    How many have some left is as private as the corrections: nothing may follow from it.
+    """
+    from fedasr.data.sampling import PoissonSampler, SilentSampler
+
+    population = len(corrected.users)
+    everybody = PoissonSampler(population, min(bench.config["cohort"], population), seed)
+    return SilentSampler(everybody, tuple(corrected.sizes.nonzero()[0].tolist()))
 
 
 def train(
@@ -285,7 +298,6 @@ def train(
     import numpy as np
 
     from fedasr.data.batching import LocalBatches
-    from fedasr.data.sampling import PoissonSampler
     from fedasr.federated.client import local_training
     from fedasr.federated.server import constant_then_exponential, make_optimizer
     from fedasr.federated.simulation import Simulation
@@ -295,6 +307,7 @@ def train(
     from fedasr.feedback.joint import JointTraining, average_params
     from fedasr.models.recogniser import ARRAYS
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.training import loop
     from fedasr.training.config import fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
@@ -306,7 +319,7 @@ def train(
     if system == "unfiltered":
         texts = [one.edited or None for one in found.feedback]
     corpus = lib.corrected_corpus(
-        bench.corpora["train"], found.feedback, texts, bench.tokenizer, bench.pad_space
+        bench.corpora["train"], found.feedback, texts, bench.tokenizer, bench.pad_space, True
     )
 
     weights = weigh = None
@@ -325,7 +338,7 @@ def train(
         weigh = weighting.quality_weight(bench.recogniser.evaluate, held_out, **options)
     weighted = weights is not None or weigh is not None
 
-    sampler = PoissonSampler(len(corpus.users), min(config["cohort"], len(corpus.users)), seed)
+    sampler = make_sampler(bench, corpus, seed)
     mechanism = Mechanism(
         privacy["clip_norm"] if private else float("inf"),
         privacy["budget"] if private else "global",
@@ -353,7 +366,7 @@ def train(
         seed=seed,
         identity=f"corrections {system} {fingerprint(_settings(config, system))}",
         chunk=config["chunk"],
-        buckets=[bench.bucket],
+        buckets=loop.client_grid(config),
         keep=ARRAYS,
         weights=weights,
         weigh=weigh,
@@ -370,14 +383,17 @@ def train(
         if metrics.round % 10 == 0:
             log(f"seed {seed}, {system}: round {metrics.round} of {rounds}, {metrics.loss:.2f}")
     result: dict[str, Any] = {"seconds": time.monotonic() - began}
-    result |= {"users": len(corpus.users), "utterances": int(corpus.sizes.sum())}
+    speaking = corpus.sizes > 0
+    result |= {"users": int(speaking.sum()), "utterances": int(corpus.sizes.sum())}
     result["wer"] = evaluate(bench, state.params)
     result |= _averaged(bench, params, average_params(last))
     if weights is not None:
+        weights = weights[speaking]
         result["weights"] = {"mean": float(weights.mean()), "max": float(weights.max())}
         result["share_at_floor"] = float(np.mean(weights <= weights.min() + 1e-6))
     if private:
-        result["privacy"] = _privacy(mechanism, privacy, rounds)
+        trusted = {name: settings[name]["trusted"] for name in ("filters", "words")}
+        result["privacy"] = _privacy(mechanism, privacy, rounds, trusted)
     return result
 
 
@@ -394,22 +410,36 @@ def _averaged(bench: Bench, stale: Any, new: Any) -> dict[str, Any]:
     return {"averaged": rates, "stale_share": share}
 
 
-def _privacy(mechanism: Any, privacy: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """Epsilon with the histograms', as simulated and as deployed."""
+def _privacy(
+    mechanism: Any, privacy: Mapping[str, Any], rounds: int, trusted: Mapping[str, float]
+) -> dict[str, Any]:
+    """Epsilon with the histograms', as simulated and as deployed.
+
+    Deployed, the same noise on shares of the users is more noise on counts, and what counts as
+    trusted by so many users grows with the population as well: `trusted_pairs`, `trusted_words`.
+    """
     figures = []
     for cohort, population in ((None, None), *privacy["deployments"]):
         deployed = mechanism if cohort is None else mechanism.deployed(cohort, population)
         spent = deployed.epsilon(rounds, privacy["delta"])
+        growth = deployed.sampler.population / mechanism.sampler.population
         figures.append(
             {
                 "cohort": cohort or mechanism.sampler.expected_cohort,
                 "population": population or mechanism.sampler.population,
-                "epsilon": spent.epsilon if spent.epsilon < 1e300 else None,
+                "epsilon": spent.epsilon,
                 "accountant": spent.accountant,
                 "released": deployed.released,
+                "trusted_pairs": trusted["filters"] * growth,
+                "trusted_words": trusted["words"] * growth,
             }
         )
-    return {"delta": privacy["delta"], "simulated": figures[0], "deployed": figures[1:]}
+    return {
+        "delta": privacy["delta"],
+        "neighbours": mechanism.sampler.neighbours,
+        "simulated": figures[0],
+        "deployed": figures[1:],
+    }
 
 
 # ---------------------------------------------------------------------------- seeds and tables
@@ -525,6 +555,8 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     def text(spread: Mapping[str, Any], scale: float = 1.0) -> str:
         return f"{scale * spread['mean']:.1f} ({scale * spread['std']:.1f})"
 
+    from fedasr.privacy.accounting import epsilon_in_words
+
     yield f"test, percent, mean (std) over seeds {summary['seeds']}: {', '.join(MEASURES)}"
     for name, row in summary["test"].items():
         yield f"  {name}: " + ", ".join(text(row[measure]) for measure in MEASURES)
@@ -537,8 +569,14 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, spread in summary.get("better_than_uniform", {}).items():
         yield f"{name} better than uniform by {text(spread)} points"
     for found in summary.get("privacy", ())[:1]:
+        yield f"privacy compares: {found['neighbours']}"
         for case in found["deployed"]:
-            yield f"private, as deployed: {case}"
+            yield (
+                f"private, as deployed: epsilon {epsilon_in_words(case['epsilon'])} at delta "
+                f"{found['delta']:g} ({case['accountant']}), {case['cohort']:,} of "
+                f"{case['population']:,} users a round, histograms' noise multipliers "
+                f"{case['released']}; a word is trusted from {case['trusted_words']:,.0f} users on"
+            )
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
@@ -571,9 +609,9 @@ def run() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json, from_json, to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = config_to_json(_CONFIG.value.to_dict())
     systems = _SYSTEMS.value
     if unknown := sorted(set(systems) - set(SYSTEMS)):
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
@@ -594,7 +632,7 @@ def run() -> None:
     if cli.JSON.value:
         cli.show(summary)
     else:
-        print("\n".join(_lines(summary)))
+        print("\n".join(_lines(from_json(summary))))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def run_asr() -> dict[str, Any]:
     """{method: summary} of merged recognisers."""
     import jax
 
+    from fedasr.data.corpus import open_corpus
     from fedasr.fusion import recognisers
     from fedasr.fusion.tasks import recognisers_task, spread
 
@@ -134,6 +135,7 @@ def run_asr() -> dict[str, Any]:
     parents = recognisers.load_parents(_MODELS.value, _DATA.value)
     task = recognisers_task(parents, _MODELS.value, _DATA.value, _SPLIT.value)
     rates = recognisers.error_rates(parents, _DATA.value, _TEST.value)
+    searched = open_corpus(_DATA.value, _SPLIT.value).users
     count = len(_MODELS.value)
     average = jax.tree.map(lambda x: x.mean(0), parents.params)
     shared = {
@@ -154,7 +156,7 @@ def run_asr() -> dict[str, Any]:
         if _WORKDIR.value:
             top = int(result.curve["score"][-1].argmax())  # by the scores, not by the test
             folder = Path(_WORKDIR.value, FUSED, name)
-            recognisers.save_fused(parents, found[top], result.evaluations, folder)
+            recognisers.save_fused(parents, found[top], result.evaluations, folder, searched)
             summaries[name]["fused"] = str(folder)
         if _PLOT.value:
             draw({name: result.curve}, _PLOT.value)

@@ -335,6 +335,9 @@ def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], bench: Ben
 def lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """The summary for people: mean (standard deviation over the seeds)."""
 
+    from fedasr.privacy.accounting import epsilon_in_words
+    from fedasr.training.logging import from_json
+
     def text(value: Mapping[str, Any]) -> str:
         return f"{value['mean']:.1f} ({value['std']:.1f})"
 
@@ -347,10 +350,15 @@ def lines(summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {model}: {text(gain)} points better than the average, worse than specialists "
             yield "    by " + ", ".join(f"{g} {text(value)}" for g, value in worse.items())
         for case in (found["privacy"][0] or {}).values():
+            case = from_json(case)
             deployed = [
-                (x["cohort"], x["population"], x["epsilon"]) for x in case["extrapolations"]
+                f"{epsilon_in_words(x['epsilon'])} ({x['cohort']:,} of {x['population']:,} users)"
+                for x in case["extrapolations"]
             ]
-            yield f"  epsilon {case['epsilon']} at {case['delta']}, as deployed: {deployed}"
+            yield (
+                f"  epsilon {epsilon_in_words(case['epsilon'])} at {case['delta']}, as deployed: "
+                f"{', '.join(deployed) or '-'}; it compares: {case.get('neighbours')}"
+            )
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
@@ -386,9 +394,9 @@ def program() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json, to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = config_to_json(_CONFIG.value.to_dict())
     between = [name for name in flags.FLAGS.between if name]
     for flag, names, known in (
         ("privacy", flags.FLAGS.privacy, PRIVACY),

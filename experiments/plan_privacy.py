@@ -4,13 +4,14 @@
         (--sigma=X | --noise_multiplier=Z | --target_epsilon=E) [--json]
 
 sigma is the noise's standard deviation on the mean client update over the clip norm, as in
-arXiv 2310.00098; noise_multiplier is that on the sum over what one user can change in it: sigma *
-cohort, half of that under fixed-size sampling, where it is two clip norms. Several cohorts or
+arXiv 2310.00098; noise_multiplier is that on the sum over the clip norm: sigma * cohort. What one
+user can change in the sum is one clip norm, but two under fixed-size sampling, so that the noise
+over that (noise_over_sensitivity) is half of noise_multiplier there. Several cohorts or
 populations (--cohort=1024,204800) make a table, --plot=FILE.png draws it. With --workdir the
 rounds, delta and sigma are a finished run's, and with --target_epsilon too the answer is, for each
 cohort, the smallest population that gives it. Every figure protects one user with all their data:
-adding or removing the user under Poisson sampling, replacing the user by any other under fixed-size
-sampling, by nothing where users take turns.
+it compares with the user's contribution replaced by nothing, where the number of users is public;
+under fixed-size sampling with the user replaced by any other.
 --sampling, --cycle, --noise, --bands and --buffers are as in a run's configuration.
 """
 
@@ -28,9 +29,10 @@ from absl import flags
 from experiments import cli
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
-from fedasr.privacy import accounting
+from fedasr.privacy import accounting, ledger
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_correlation, make_sampler
+from fedasr.training.logging import from_json
 
 # Beyond the number of people there are, an answer is none.
 _MOST_USERS = 10_000_000_000
@@ -97,7 +99,8 @@ def plan(
 
     Returns:
       The inputs and `epsilon` (by `accountant`), `epsilon_rdp` at `rdp_order`, `epsilon_pld` on a
-      grid of `pld_interval`, `sigma`, `noise_multiplier`, `sampling` in words.
+      grid of `pld_interval`, `sigma`, `noise_multiplier` (of the sum over the clip norm),
+      `noise_over_sensitivity`, `sampling` and `neighbours` in words.
 
     Raises:
       UserError: for anything out of range, or a target that no noise reaches.
@@ -111,7 +114,7 @@ def plan(
     if target_epsilon is not None:
         mechanism = mechanism.calibrated(target_epsilon, delta, rounds)
     else:
-        over_clip = sigma * cohort if sigma else noise_multiplier * mechanism.sampler.sensitivity
+        over_clip = sigma * cohort if sigma else noise_multiplier
         mechanism = dataclasses.replace(mechanism, noise_multiplier=over_clip)
     figure = mechanism.epsilon(rounds, delta)
     return {
@@ -120,7 +123,8 @@ def plan(
         "rounds": rounds,
         "delta": delta,
         "sigma": mechanism.sigma,
-        "noise_multiplier": mechanism.noise_multiplier / mechanism.sampler.sensitivity,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_over_sensitivity": mechanism.noise_over_sensitivity,
         "epsilon": figure.epsilon,
         "accountant": figure.accountant,
         "epsilon_rdp": figure.epsilon_rdp,
@@ -135,24 +139,30 @@ def plan(
 def smallest_population(
     cohort: float, rounds: int, delta: float, sigma: float, target_epsilon: float
 ) -> int | None:
-    """The smallest population (to 1%) of which Poisson cohorts give `target_epsilon` by Rényi DP.
+    """The smallest population (to 1%) of which Poisson cohorts give `target_epsilon`.
 
     None if even ten thousand million users do not.
     """
 
-    def reached(population: int) -> bool:
-        sampler = PoissonSampler(population, cohort, seed=0)
-        event = Mechanism(1.0, "global", sigma * cohort, sampler).event(rounds)
-        relation = sampler.neighboring_relation
-        return accounting.rdp_epsilon(event, delta, relation) <= target_epsilon
+    def mechanism(population: float) -> Mechanism:
+        # Rounded up, so that what is found is what was tried.
+        sampler = PoissonSampler(math.ceil(population), cohort, seed=0)
+        return Mechanism(1.0, "global", sigma * cohort, sampler)
 
-    low, high = math.ceil(cohort), _MOST_USERS
-    if not reached(high):
-        return None
-    while high > 1.01 * low and high > low + 1:
-        middle = round(math.sqrt(low * high))
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
+    def by_rdp(population: float) -> float:
+        found = mechanism(population)
+        relation = found.sampler.neighboring_relation
+        return accounting.rdp_epsilon(found.event(rounds), delta, relation)
+
+    def reported(population: float) -> float:
+        return mechanism(population).epsilon(rounds, delta).epsilon
+
+    if not target_epsilon > 0:
+        raise UserError(f"--target_epsilon={target_epsilon} must be above 0")
+    span = (math.ceil(cohort), _MOST_USERS)
+    guess = accounting.smallest(by_rdp, target_epsilon, math.sqrt(span[0] * span[1]), *span, 1.05)
+    found = accounting.smallest(reported, target_epsilon, guess or span[1], *span, 1.01)
+    return None if found is None else math.ceil(found)
 
 
 def read_run(workdir: str) -> dict[str, Any]:
@@ -162,7 +172,8 @@ def read_run(workdir: str) -> dict[str, Any]:
       UserError: if there is no finished private run.
     """
     try:
-        summary = json.loads((Path(workdir) / "summary.json").read_text(encoding="utf-8"))
+        text = (Path(workdir) / "summary.json").read_text(encoding="utf-8")
+        summary = from_json(json.loads(text))
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir={workdir} holds no finished run") from error
     privacy = summary.get("privacy", {})
@@ -183,6 +194,7 @@ def read_run(workdir: str) -> dict[str, Any]:
         "rounds": summary["rounds"],
         "delta": privacy["delta"],
         "wer": summary["wer"],
+        "ledger": privacy.get("ledger"),
     }
 
 
@@ -247,7 +259,8 @@ def run() -> dict[str, Any]:
                 rows.append({"cohort": cohort, "population": None, "rounds": rounds})
             else:
                 rows.append(plan(cohort, found, rounds, delta, sigma=sigma))
-        return {"target_epsilon": flags.FLAGS.target_epsilon, "wer": run["wer"], "rows": rows}
+        target = flags.FLAGS.target_epsilon
+        return {"target_epsilon": target, **_of_run(run), "rows": rows}
     if not cohorts or not populations:
         raise UserError("--cohort and --population are needed")
     rows = [
@@ -267,7 +280,12 @@ def run() -> dict[str, Any]:
     ]
     if not rows:
         raise UserError("every cohort is larger than every population")
-    return {"wer": run["wer"], "rows": rows} if run else {"rows": rows}
+    return {**_of_run(run), "rows": rows} if run else {"rows": rows}
+
+
+def _of_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of an extrapolated run beside the rows, which are of its own rounds alone."""
+    return {"wer": run["wer"], "ledger": run["ledger"]}
 
 
 def to_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -285,9 +303,9 @@ def to_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['population']:,}",
                 f"{row['noise_multiplier']:.4g}",
                 f"{row['sigma']:.3g}",
-                f"{row['epsilon']:.4g}",
-                f"{row['epsilon_rdp']:.4g} ({row['rdp_order']:g})",
-                "-" if pld is None else f"{pld:.4g}",
+                _figure(row["epsilon"]),
+                f"{_figure(row['epsilon_rdp'])} ({row['rdp_order']:g})",
+                "-" if pld is None else _figure(pld),
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -295,6 +313,10 @@ def to_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     )
+
+
+def _figure(epsilon: float) -> str:
+    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "infinite (no guarantee)"
 
 
 def write_plot(result: Mapping[str, Any], path: str) -> None:
@@ -331,12 +353,12 @@ def _define_flags() -> None:
     flags.DEFINE_integer("rounds", None, "Rounds.", lower_bound=1)
     flags.DEFINE_float("delta", None, "Of (epsilon, delta).")
     flags.DEFINE_float("sigma", None, "Noise on the mean over the clip norm.")
-    flags.DEFINE_float("noise_multiplier", None, "Noise on the sum over a user's part in it.")
+    flags.DEFINE_float("noise_multiplier", None, "Noise on the sum over the clip norm.")
     flags.DEFINE_float("target_epsilon", None, "Find the noise that gives this epsilon.")
     flags.DEFINE_enum(
         "sampling", "poisson", ["poisson", "fixed", "shuffled", "everyone"], "Of users."
     )
-    flags.DEFINE_integer("slots", 0, "Largest Poisson cohort; 0: mean + 7 deviations.")
+    flags.DEFINE_integer("slots", 0, "Largest Poisson cohort; 0: hardly ever full.")
     flags.DEFINE_integer("cycle", 1, "Groups of users that Poisson sampling takes in turn.")
     flags.DEFINE_enum("noise", "independent", ["independent", "banded", "buffered"], "Of rounds.")
     flags.DEFINE_integer("bands", 0, "Of banded noise; 0: the rounds between turns, at most 32.")
@@ -353,25 +375,16 @@ def program() -> None:
         write_plot(result, flags.FLAGS.plot)
     if cli.JSON.value:
         single = len(rows) == 1 and len(result) == 1
-        cli.show(_finite(rows[0] if single else result))
+        cli.show(rows[0] if single else result)
         return
     print(to_table(rows))
     if known := [row for row in rows if row["population"] is not None]:
-        print(
-            f"rounds {known[0]['rounds']:,}, delta {known[0]['delta']:g}, "
-            f"{known[0]['sampling']}, neighbours: {known[0]['neighbours']}"
-        )
+        print(f"rounds {known[0]['rounds']:,}, delta {known[0]['delta']:g}, {known[0]['sampling']}")
+        print(f"epsilon compares: {known[0]['neighbours']}")
     if "wer" in result:
         print("word error rate of the run:", result["wer"])
-
-
-def _finite(tree: Any) -> Any:
-    """JSON has no infinity: null says that there is no guarantee."""
-    if isinstance(tree, Mapping):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    for line in ledger.in_words(result.get("ledger") or {}):
+        print(line)
 
 
 if __name__ == "__main__":

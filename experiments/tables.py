@@ -390,7 +390,7 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
     """One row: its chosen grid point, rates over the seeds, published figures, notes.
 
     "wer" has "mean", "std" (of the sample; None for one seed) and "values" by split; "epsilon" is
-    of the first deployment: a number, "infinite", or None without privacy.
+    of the first deployment: a number, infinite without a guarantee, or None without privacy.
     """
     point = {} if start else choose(table, row, outcomes)
     if start:
@@ -430,12 +430,12 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
     }
 
 
-def _epsilon(summary: Mapping[str, Any]) -> float | str | None:
+def _epsilon(summary: Mapping[str, Any]) -> float | None:
     privacy = summary.get("privacy") or {}
     if not privacy.get("enabled") or not privacy.get("extrapolations"):
         return None
     epsilon = privacy["extrapolations"][0]["epsilon"]
-    return "infinite" if epsilon is None else epsilon
+    return math.inf if epsilon is None else epsilon  # older summaries: null alone
 
 
 def _notes(
@@ -517,7 +517,7 @@ def to_csv(table: Table, results: Results) -> str:
         line = {
             "row": row["name"],
             "seeds": " ".join(map(str, row["seeds"])),
-            "epsilon": row["epsilon"],
+            "epsilon": "infinite" if row["epsilon"] == math.inf else row["epsilon"],
             "notes": "; ".join(row["notes"]),
             **(row["point"] or {}),
         }
@@ -544,7 +544,7 @@ def _cells(table: Table, row: Results) -> dict[str, str]:
     for split in table.report:
         cells[f"{split} WER"] = _rate(row["wer"].get(split))
     epsilon = row["epsilon"]
-    cells["epsilon"] = f"{epsilon:.3g}" if isinstance(epsilon, float | int) else epsilon or ""
+    cells["epsilon"] = "" if epsilon is None else f"{epsilon:.3g}".replace("inf", "infinite")
     for split in table.report:
         published, difference = row["published"].get(split), row["difference"].get(split)
         cells[f"published {split}"] = "" if published is None else f"{published:.1f}"

@@ -46,9 +46,9 @@ def train() -> int | None:
     from fedasr.federated import hosts
     from fedasr.training import config as config_lib
     from fedasr.training import loop
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = config_to_json(_CONFIG.value.to_dict())
     if _DRY_RUN.value:
         summary = loop.dry_run(config)
         if hosts.is_leader():
@@ -74,6 +74,11 @@ def train() -> int | None:
 
 def _describe(summary: dict) -> Iterator[str]:
     """The summary for people."""
+    from fedasr.privacy import ledger
+    from fedasr.privacy.accounting import epsilon_in_words
+    from fedasr.training.logging import from_json
+
+    summary = from_json(summary)
     yield f"{summary['name']}: {summary['status']}, {summary['parameters']:,} parameters"
     for split, wer in summary["wer"].items():
         yield f"{split} word error rate: {summary['initial_wer'][split]:.1f}% -> {wer:.1f}%"
@@ -82,16 +87,33 @@ def _describe(summary: dict) -> Iterator[str]:
         yield "privacy: none (no clipping of client updates, no noise)"
     else:
         yield (
-            f"privacy as simulated: epsilon {_number(privacy['epsilon'])} at delta "
+            f"privacy as simulated: epsilon {epsilon_in_words(privacy['epsilon'])} at delta "
             f"{privacy['delta']:g} ({privacy['accountant']}), {summary['cohort']} of "
             f"{summary['population']} users expected in each of {summary['rounds']} rounds"
         )
         for case in privacy["extrapolations"]:
             yield (
                 f"privacy as deployed with the same noise on the mean: epsilon "
-                f"{_number(case['epsilon'])} ({case['accountant']}), {case['cohort']:,} of "
-                f"{case['population']:,} users in each of {case['rounds']} rounds"
+                f"{epsilon_in_words(case['epsilon'])} ({case['accountant']}), "
+                f"{case['cohort']:,} of {case['population']:,} users in each of {case['rounds']} "
+                f"rounds{_otherwise(case['neighbours'], privacy['neighbours'])}"
             )
+        yield f"epsilon compares: {privacy['neighbours']}"
+        yield (
+            f"noise: {privacy['noise']}, {privacy['noise_multiplier']:.4g} times the clip norm on "
+            f"the sum of updates, {privacy['noise_over_sensitivity']:.4g} times what one user can "
+            "change in it"
+        )
+        if adaptive := privacy.get("adaptive"):
+            yield (
+                f"clip bounds were adaptive (quantile {adaptive['quantile']:g} of the users' "
+                f"norms); noise on the votes {adaptive['noise_multiplier']:.4g}, within epsilon"
+            )
+        yield (
+            "the noise's tails end: what lies beyond them adds at most "
+            f"{privacy['delta_at_tails']:.1g} to delta"
+        )
+        yield from ledger.in_words(privacy["ledger"] or {})
         yield f"not covered by these figures: {'; '.join(privacy['not_covered'])}"
     if skipped := summary["skipped_utterances"]:
         yield f"utterances skipped: {skipped}"
@@ -100,8 +122,8 @@ def _describe(summary: dict) -> Iterator[str]:
     yield f"{summary['wall_seconds']:.0f} s on {summary['device']}"
 
 
-def _number(epsilon: float | None) -> str:
-    return "infinite" if epsilon is None else f"{epsilon:.3g}"
+def _otherwise(theirs: str, ours: str) -> str:
+    return "" if theirs == ours else f"; there it compares: {theirs}"
 
 
 def program() -> int | None:

@@ -81,9 +81,9 @@ def run() -> None:
     import jax
 
     from fedasr.training import loop
-    from fedasr.training.logging import to_json
+    from fedasr.training.logging import config_to_json
 
-    config = to_json(_CONFIG.value.to_dict())
+    config = config_to_json(_CONFIG.value.to_dict())
     if config["data"]["resident"]:
         raise UserError("data.resident: there is nothing to wait for")
     directory = loop.data_directory(config)

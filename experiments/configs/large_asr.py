@@ -65,7 +65,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         config.data.train = args["train"] or "ls960"
         config.data.population = USERS.get(config.data.train, 0)
         config.data.eval = ("dev_clean", "dev_other", "test_clean", "test_other")
-        config.data.buckets = 8
+        config.data.buckets = 4
         config.evaluation.while_training = ("dev_clean", "dev_other")
         config.evaluation.every, config.checkpoint.every = 100, 50
     else:

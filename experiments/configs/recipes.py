@@ -93,7 +93,7 @@ def base_config(name: str, arguments: Mapping[str, Any], batch_seconds: float) -
     )
     config.init_from = arguments["init_from"]
     config.data.iid = arguments["iid"]
-    config.data.buckets = 8  # ours
+    config.data.buckets = 4  # ours
 
     config.model.options.update(choose(arguments, "model", MODELS))
     config.model.options.update(

@@ -25,7 +25,8 @@ Bucket = Mapping[str, int]  # the padded length of axis 0 of every ragged array
 MAX_ARRAY_BYTES = 16 << 30
 # Of one device's clients that are trained in turns: enough for calls to cost little.
 TURN_BYTES = 16 << 20
-_SHAPE_USERS = 60
+# Doublings below a user's longest example for which parts of batches have shapes of their own.
+_PART_DOUBLINGS = 3.5
 _ALIGNMENT = 64
 
 
@@ -310,71 +311,84 @@ class Shape(NamedTuple):
     bucket: int
 
 
-def make_shapes(
-    corpora: Sequence[Corpus],
-    corpus: Corpus,
-    local: LocalBatches,
-    slots: int,
-    count: int,
-    multiples: Mapping[str, int] | None = None,
-) -> tuple[tuple[dict[str, int], ...], tuple[Shape, ...]]:
-    """Buckets, and shapes for parts of batches with little padding and few parts.
+@dataclass(frozen=True)
+class Grid:
+    """Padded lengths that are known before any data is: so many to each doubling.
 
-    The first shape holds any single example. The others, powers of two of examples of a bucket, are
-    taken one after another, each the one that saves most, and exchanged until nothing saves more.
-    What counts are the padded frames and, for each part, a twentieth of the mean example's.
-    Estimated from users who are drawn in proportion to their examples.
+    A user whose arrays are rounded up on it is computed in a shape that depends on the user's own
+    data alone. A shape that followed from everybody's lengths would let one user change how the
+    updates of all others are rounded, which no clipping bounds.
+
+    per_doubling: lengths between one and its double.
+    multiples: {ragged array: its padded lengths are multiples of this}, default 8. The first array
+      named (default: the corpus's first) has the lengths of the grid, in frames, from one multiple
+      on.
+    room: {another ragged array: its padded length for each frame}, default 1. An example with more
+      is padded as a longer one.
+    """
+
+    per_doubling: int = 2
+    multiples: Mapping[str, int] | None = None
+    room: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.per_doubling < 1:
+            raise UserError(f"a grid needs at least 1 length to a doubling: {self.per_doubling}")
+        if bad := [name for name, room in (self.room or {}).items() if not room > 0]:
+            raise UserError(f"the grid has no room for {bad[0]!r}: give it more than 0 a frame")
+
+    def cells(self, lengths: Mapping[str, np.ndarray]) -> tuple[dict[str, int], ...]:
+        """The padded lengths in ascending order, until one that ends a doubling holds everything.
+
+        Of two corpora one has the cells of the other, and perhaps more.
+
+        Args:
+          lengths: of all examples, by ragged array; () where there are none.
+
+        Raises:
+          UserError: `multiples` name an array that is not there.
+        """
+        if not lengths:
+            return ()
+        multiples = dict(self.multiples or {})
+        if unknown := set(multiples) - set(lengths):
+            raise UserError(f"no ragged array {sorted(unknown)}: the corpus has {sorted(lengths)}")
+        lead = next(iter(multiples or lengths))
+        multiple, room = multiples.get(lead, 8), dict(self.room or {}) | {lead: 1.0}
+        longest = {name: int(values.max()) for name, values in lengths.items()}
+        cells: list[dict[str, int]] = []
+        for step in itertools.count():
+            exact = multiple * 2 ** (step / self.per_doubling)
+            frames = round_up(math.ceil(exact - 1e-9), multiple)
+            cell = {
+                name: round_up(math.ceil(frames * room.get(name, 1.0)), multiples.get(name, 8))
+                for name in lengths
+            }
+            cell = {lead: frames} | cell  # in this order: the first counts
+            if not cells or cell[lead] != cells[-1][lead]:
+                cells.append(cell)
+            done = all(cell[name] >= size for name, size in longest.items())
+            if done and step % self.per_doubling == 0:
+                return tuple(cells)
+
+    def tops(self, cells: Sequence[Bucket]) -> list[int]:
+        """The cells that end a doubling."""
+        first = [next(iter(cell.values())) for cell in cells]
+        return [i for i, size in enumerate(first) if (size // first[0]).bit_count() == 1]
+
+
+def part_shapes(top: int, slots: int, per_doubling: int) -> tuple[Shape, ...]:
+    """Shapes for the parts of a user's batches, from the user's longest example downwards.
+
+    One for any single example, the others for `slots` examples of a cell.
 
     Args:
-      corpora, multiples: see `make_buckets`; the buckets have room for all of these.
-      corpus, local: what clients train on, and how (see `ClientBatcher`).
+      top: the cell that holds the user's examples.
       slots: at most so many examples are computed together.
-      count: at most so many shapes.
-
-    Raises:
-      UserError: the examples' lengths do not vary.
+      per_doubling: of the grid.
     """
-    buckets = make_buckets(corpora, 2 * count, multiples)
-    if not buckets:
-        raise UserError("batches in parts need examples whose lengths vary")
-    unit = next(iter(buckets[0]))
-    sizes, lengths = np.asarray(corpus.sizes), all_lengths(corpus)
-    ends = np.cumsum(sizes)
-    fitting = _fitting_buckets(buckets, lengths, int(ends[-1]))
-    frames = np.array([bucket[unit] for bucket in buckets])
-    extra = float(frames[fitting].mean()) * 0.05
-    picks = (np.arange(_SHAPE_USERS) + 0.5) / _SHAPE_USERS * ends[-1]
-    users, times = np.unique(np.searchsorted(ends, picks, side="right"), return_counts=True)
-    found, weights = [], []
-    for user, weight in zip(users.tolist(), times.tolist(), strict=True):
-        own = slice(ends[user] - sizes[user], ends[user])
-        plan = local.plan(sizes[user], 0, 0, user, lengths[unit][own])
-        some = plan[:: -(-len(plan) // 4)]
-        found += [np.sort(fitting[own][batch]) for batch in some]
-        weights += [weight * len(plan) / len(some) / sizes[user]] * len(some)
-    longest = max(map(len, found))
-    # Beyond its end a batch is as if it went on, but what that costs is not read.
-    needs = np.array([np.pad(x, (0, longest - len(x)), mode="edge") for x in found])
-    rows, counts = np.arange(len(found)), np.array([len(x) for x in found])
-
-    def total(shapes: Sequence[Shape]) -> float:
-        costs = [shape.slots * int(frames[shape.bucket]) + extra for shape in shapes]
-        least, _ = _cheapest(needs, shapes, costs)
-        return float(np.array(weights) @ least[rows, counts])
-
-    powers = [1 << i for i in range(slots.bit_length()) if 1 << i < slots]
-    options = {Shape(n, b) for n in [*powers, slots] for b in range(len(buckets))}
-    shapes = [Shape(1, len(buckets) - 1)]
-    best, saving = total(shapes), True
-    while saving:
-        saving = False
-        for place in range(1, min(count, len(options))):
-            rest = shapes[:place] + shapes[place + 1 :]
-            least, shape = min((total([*rest, o]), o) for o in options - set(rest))
-            if least < best:
-                best, saving = least, True
-                shapes = [*shapes[:place], shape, *shapes[place + 1 :]]
-    return buckets, tuple(shapes)
+    cells = range(top, max(-1, top - math.ceil(_PART_DOUBLINGS * per_doubling)), -1)
+    return tuple(dict.fromkeys([Shape(1, top), *(Shape(slots, cell) for cell in cells)]))
 
 
 def _cheapest(
@@ -407,6 +421,18 @@ def _cheapest(
     return least, kinds
 
 
+class _Layout(NamedTuple):
+    """All that the arrays of a client's batches are shaped by: of the client's own data alone.
+
+    shapes: that its batches, or their parts, are computed in. level: `ClientBatcher._room` for its
+    examples. parts: room for those of a batch.
+    """
+
+    shapes: tuple[Shape, ...]
+    level: int
+    parts: int
+
+
 class _Client(NamedTuple):
     """plan: indices of the examples of each batch. real: their elements, of axis 0, in all.
 
@@ -416,7 +442,7 @@ class _Client(NamedTuple):
     """
 
     user: int
-    bucket: int
+    layout: _Layout
     plan: list[np.ndarray]
     parts: list[list[tuple[int, int]]]
     real: int
@@ -473,12 +499,17 @@ def make_resident(
 
 
 class ClientBatcher:
-    """Turns a cohort into chunks of equal shape, the clients with the most work first.
+    """Turns a cohort into chunks of clients of one shape, those with the most work first.
+
+    In which shapes a client is computed follows from its own data and from the arguments, but for
+    `corpus` and `resident`: other users' data may not change how a client's update is rounded.
 
     Args:
       corpus: where the examples are.
       local: how a client's examples become batches.
-      buckets: from `make_buckets`.
+      buckets: a `Grid`, or padded lengths in ascending order, of which each client has the first
+        that hold its examples. Where the sum is to be private, they must not come from users' data
+        (as those of `make_buckets` do).
       chunk_size: clients per chunk over all devices.
       seed: of the order of examples.
       keep: names of the arrays that the loss needs; default all.
@@ -486,26 +517,30 @@ class ClientBatcher:
       weights: of the users, [users], such as their numbers of examples; None for 1.
       rows: of a chunk that this process needs, counted without turns; the others are not read (but
         for an example of the first, for its sizes) and not in the chunks. None for all.
-      shapes: of the parts in which batches are computed, from `make_shapes`; None for whole
-        batches. Clients vmapped together would wait for the longest of their parts: one a device.
+      micro_batch: above 0, batches are computed in parts of at most so many examples of like
+        length, in the shapes of `part_shapes` on the grid; 0 for whole batches. Clients vmapped
+        together would wait for the longest of their parts: one a device.
       resident: of this corpus, from `make_resident`: chunks hold indices only, whatever `rows` are.
       turns: with one client on a device, make one chunk of so many: each device trains its clients
-        of all of them one after another, and its rows are side by side. Fewer where the largest
-        clients' data would exceed `TURN_BYTES`.
+        of all of them one after another, and its rows are side by side. Fewer where the room for
+        their data would exceed `TURN_BYTES`.
+
+    Raises:
+      UserError: for arguments that make no sense together.
     """
 
     def __init__(
         self,
         corpus: Corpus,
         local: LocalBatches,
-        buckets: Sequence[Bucket],
+        buckets: Sequence[Bucket] | Grid,
         chunk_size: int,
         seed: int,
         keep: Sequence[str] | None = None,
         devices: int = 1,
         weights: np.ndarray | None = None,
         rows: slice | None = None,
-        shapes: Sequence[Shape] | None = None,
+        micro_batch: int = 0,
         turns: int = 1,
         resident: Resident | None = None,
     ) -> None:
@@ -513,9 +548,11 @@ class ClientBatcher:
             raise UserError(f"chunk must be at least 1 (got {chunk_size})")
         if turns > 1 and chunk_size != devices:
             raise UserError("turns need one client on a device")
-        if shapes is not None and chunk_size != devices:
+        if micro_batch and chunk_size != devices:
             raise UserError("batches in parts (micro_batch) need chunk=1: one client on a device")
-        self._corpus, self._local, self._buckets = corpus, local, tuple(buckets)
+        grid = buckets if isinstance(buckets, Grid) else None
+        self._corpus, self._local = corpus, local
+        self._buckets = tuple(buckets) if grid is None else grid.cells(all_lengths(corpus))
         self._chunk_size, self._seed, self._keep = chunk_size, seed, keep
         self._devices, self._weights = devices, weights
         self._rows = range(chunk_size) if rows is None else range(chunk_size)[rows]
@@ -525,112 +562,109 @@ class ClientBatcher:
         # A fixed number of batches of a fixed size is as small dense, and one shape for everybody.
         self._resident = resident
         self._stored = (
-            resident is not None or local.steps is None or not (local.frames is shapes is None)
+            resident is not None
+            or micro_batch > 0
+            or local.steps is None
+            or local.frames is not None
         )
-        self._shapes = None if shapes is None else tuple(shapes)
         self._frames = [next(iter(bucket.values()), 1) for bucket in self._buckets] or [1]
-        # A little more for a part than for its frames, so that of equals the fewest are taken.
-        self._costs = [1 + s.slots * self._frames[s.bucket] for s in self._shapes or ()]
-        self._most_parts = 1
-        if shapes is not None:
-            self._most_parts = local.batch_size or int(
-                local.frames // all_lengths(corpus)[self._unit].min() + 1
-            )
-        if self._stored:
-            self._largest = self._largest_client()
-            if resident is not None:
-                sizes = np.asarray(corpus.sizes, np.int64)
-                whole = {**resident.arrays, **resident.offsets}
-                if any(len(x) != sizes.sum() for x in whole.values()):
-                    raise UserError("the resident examples are those of another corpus")
-                self._before = np.cumsum(sizes) - sizes  # examples of users before each
-                self._largest = {"steps": self._largest["steps"]}
+        self._part_shapes: dict[int, tuple[Shape, ...]] = {}
+        if micro_batch:
+            if grid is None or not self._buckets:
+                raise UserError(
+                    "batches in parts (micro_batch) need a Grid, and examples whose lengths vary"
+                )
+            self._part_shapes = {
+                top: part_shapes(top, micro_batch, grid.per_doubling)
+                for top in grid.tops(self._buckets)
+            }
+        if resident is not None:
+            sizes = np.asarray(corpus.sizes, np.int64)
+            whole = {**resident.arrays, **resident.offsets}
+            if any(len(x) != sizes.sum() for x in whole.values()):
+                raise UserError("the resident examples are those of another corpus")
+            self._before = np.cumsum(sizes) - sizes  # examples of users before each
         self._most_turns = turns
-        self._turns: int | None = None if turns > 1 else 1  # the data tells
+        self._varying = frozenset(corpus.lengths(0))
+        self._sample: dict[str, np.ndarray] | None = None  # see `_template`
 
     def _client(self, user: int, round: int, seed: int) -> _Client:
         lengths = self._corpus.lengths(user)
         size = int(self._corpus.sizes[user])
         unit = None if self._local.frames is None else np.asarray(lengths[self._unit])
         plan = self._local.plan(size, seed, round, user, unit)
-        if self._shapes is not None:
-            needs = _fitting_buckets(self._buckets, lengths, size)
+        needs = _fitting_buckets(self._buckets, lengths, size)
+        largest = int(needs[np.concatenate(plan)].max())
+        if self._part_shapes:
             plan = [batch[np.argsort(-needs[batch], kind="stable")] for batch in plan]
-            parts = [self._parts(needs[batch]) for batch in plan]
+            shapes = self._part_shapes[min(top for top in self._part_shapes if top >= largest)]
+            parts = [self._parts(needs[batch], shapes) for batch in plan]
+        else:
+            shapes = (Shape(self._slots(plan), largest),)
+            parts = [[(0, len(batch))] for batch in plan]
         order = np.concatenate(plan)
         seen = np.zeros(size, bool)
         seen[order] = True
         wanted, where = np.flatnonzero(seen), (np.cumsum(seen) - 1)[order]
         of_wanted = {name: np.asarray(values)[wanted] for name, values in lengths.items()}
-        longest = {name: int(values.max()) for name, values in of_wanted.items()}
-        bucket = fitting_bucket(self._buckets, longest) if longest else 0
-        if self._shapes is None:
-            parts = [[(0, len(batch))] for batch in plan]
         if self._unit is None:
             real = len(where)
         elif self._unit in of_wanted:
             real = int(of_wanted[self._unit][where].sum())
         else:  # an array that the corpus knows to be of one length
             real = len(where) * len(self._corpus.get(user, [int(wanted[0])])[0][self._unit])
-        return _Client(user, bucket, plan, parts, real, wanted, where, of_wanted)
+        layout = _Layout(shapes, 0, 1)
+        if self._stored:
+            need = {"steps": len(plan)}
+            if self._resident is None:
+                need["examples"] = len(wanted)
+                need |= {f"/{name}": int(values.sum()) for name, values in of_wanted.items()}
+            layout = self._roomy(shapes, need, max(map(len, parts)))
+        return _Client(user, layout, plan, parts, real, wanted, where, of_wanted)
 
-    def _parts(self, needs: np.ndarray) -> list[tuple[int, int]]:
+    def _parts(self, needs: np.ndarray, shapes: Sequence[Shape]) -> list[tuple[int, int]]:
         """The shape and the number of examples of each part of a batch (`needs`: descending)."""
-        _, kinds = _cheapest(needs[None, ::-1], self._shapes, self._costs)
+        # A little more for a part than for its frames, so that of equals the fewest are taken.
+        costs = [1 + shape.slots * self._frames[shape.bucket] for shape in shapes]
+        _, kinds = _cheapest(needs[None, ::-1], shapes, costs)
         parts, left = [], len(needs)
         while left:
-            size = min(self._shapes[kinds[0, left]].slots, left)
+            size = min(shapes[kinds[0, left]].slots, left)
             parts.append((int(kinds[0, left]), size))
             left -= size
         return parts
 
-    def _largest_client(self) -> dict[str, int]:
-        """Sizes of a `Store` that holds every client: "steps", "examples", "/name" (frames).
+    def _roomy(self, shapes: tuple[Shape, ...], need: Mapping[str, int], parts: int) -> _Layout:
+        """The smallest layout with room for so much."""
+        room = 1
+        if self._part_shapes:
+            longest = self._frames[shapes[0].bucket]
+            room = self._local.batch_size or -(-2 * self._local.frames // longest)
+        while room < parts:
+            room *= 2
+        layout = _Layout(shapes, 0, room)
+        while any(size > self._room(layout).get(name, size) for name, size in need.items()):
+            layout = layout._replace(level=layout.level + 1)
+        return layout
 
-        An estimate, from which the sizes that chunks have are derived (`_store_sizes`).
+    def _room(self, layout: _Layout) -> dict[str, int]:
+        """What a `Store` has room for: "steps", "examples" and, of each ragged array, "/name".
+
+        All together by powers of 4: sizes rounded one by one would be many more shapes to compile.
+        What is too large costs memory and transfer, but no computation: the loop's bound is a
+        traced value.
         """
-        local, sizes = self._local, np.asarray(self._corpus.sizes)
-        ends, lengths = np.cumsum(sizes), all_lengths(self._corpus)
-        examples = int(sizes.max())
-        batches = (local.epochs or local.steps) * examples  # no batch is empty
-        if local.batch_size is not None and local.epochs is not None:
-            batches = local.epochs * -(-examples // local.batch_size)
-        batches = min(batches, local.steps or local.max_steps or batches)
-        largest = {"steps": batches, "examples": examples}
-        for name, values in lengths.items():
-            before = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-            longest, total = int(values.max()), int((before[ends] - before[ends - sizes]).max())
-            if name == self._unit and local.frames is not None:
-                largest["steps"] = min(
-                    batches, (local.epochs or batches) * (2 * total // local.frames + 1)
-                )
-                most = batches * (local.frames + longest)
-            else:
-                most = batches * longest * (local.batch_size or examples)
-            largest[f"/{name}"] = max(min(total, most), 1)
-        return largest
-
-    def _store_sizes(self, need: Mapping[str, int]) -> dict[str, int]:
-        """The sizes of `_largest_client` divided by a power of 4, the largest that leaves enough.
-
-        All together: sizes rounded one by one would be many more shapes to compile. What is too
-        large costs memory and transfer, but no computation: the loop's bound is a traced value.
-        """
-
-        def divided(power: int) -> dict[str, int]:
-            if power < 0:
-                return {name: size * 4**-power for name, size in self._largest.items()}
-            return {name: -(-size // 4**power) for name, size in self._largest.items()}
-
-        def enough(power: int) -> bool:
-            return all(size >= need.get(name, 0) for name, size in divided(power).items())
-
-        power = 0
-        while not enough(power):
-            power -= 1
-        while divided(power + 1) != divided(power) and enough(power + 1):
-            power += 1
-        return divided(power)
+        local, examples = self._local, 4**layout.level
+        bucket = self._buckets[layout.shapes[0].bucket] if self._buckets else {}
+        # An example is about half as long as the longest.
+        room = {f"/{name}": examples * -(-size // 2) for name, size in bucket.items()}
+        passes = examples
+        if local.batch_size is not None:
+            passes = -(-examples // local.batch_size)
+        elif self._unit is not None:
+            passes = min(examples, -(-room[f"/{self._unit}"] // local.frames))
+        steps = local.steps or min((local.epochs or 1) * passes, local.max_steps or math.inf)
+        return room | {"examples": examples, "steps": int(steps)}
 
     def chunks(
         self, users: Iterable[int], round: int, seed: int | None = None
@@ -638,63 +672,64 @@ class ClientBatcher:
         """Reads and pads the data of a round's cohort, chunk by chunk (numpy arrays)."""
         seed = self._seed if seed is None else seed
         clients = [self._client(int(user), round, seed) for user in users]
-        if self._shapes is None:
-            clients.sort(key=lambda c: (-c.bucket, -self._slots([c]), -len(c.plan), c.user))
-        else:
-            clients.sort(key=lambda c: (-c.real, c.user))  # devices side by side: like work
-        side_by_side = [
-            clients[start : start + self._chunk_size]
-            for start in range(0, len(clients), self._chunk_size)
-        ]
-        # The devices do not wait for each other between chunks: each has the most work in its turn.
-        side_by_side[1::2] = [group[::-1] for group in side_by_side[1::2]]
-        if self._turns is None and self._resident is not None:
-            self._turns = self._most_turns
-        if self._turns is None and clients:
-            most = TURN_BYTES // self._largest_bytes(self._template(clients[0]))
-            self._turns = int(np.clip(most, 1, self._most_turns))
-        for _, alike in itertools.groupby(side_by_side, self._shapes_of):
-            together = list(alike)
-            for start in range(0, len(together), self._turns):
-                yield self._build(together[start : start + self._turns])
+        clients.sort(key=self._place)
+        for layout, alike in itertools.groupby(clients, lambda client: client.layout):
+            group = list(alike)
+            side_by_side = [
+                group[start : start + self._chunk_size]
+                for start in range(0, len(group), self._chunk_size)
+            ]
+            # The devices do not wait for each other between chunks: each has the most work in its
+            # turn.
+            side_by_side[1::2] = [together[::-1] for together in side_by_side[1::2]]
+            turns = self._turns(layout, group[0])
+            for start in range(0, len(side_by_side), turns):
+                yield self._build(side_by_side[start : start + turns], turns)
 
-    def _shapes_of(self, clients: list[_Client]) -> tuple[Shape, ...]:
-        """The shapes that batches of clients side by side are computed in."""
-        if self._shapes is not None:
-            return self._shapes
-        return (Shape(self._slots(clients), max(c.bucket for c in clients)),)
+    def _place(self, client: _Client) -> tuple:
+        """Where a client comes in a round: clients of one layout together, then by their work."""
+        (slots, bucket), level, parts = client.layout.shapes[0], *client.layout[1:]
+        # Devices side by side have like work where batches are in parts.
+        work = client.real if self._part_shapes else len(client.plan)
+        return -bucket, -slots, -level, -parts, -work, client.user
 
-    def _largest_bytes(self, example: Example) -> int:
-        """No less than what chunks hold of any client, indices aside; `example`: of any user."""
-        bucket = self._buckets[-1] if self._buckets else {}
-        total = 0
+    def _turns(self, layout: _Layout, client: _Client) -> int:
+        """Clients of a layout that a device trains in a call."""
+        if self._most_turns == 1 or self._resident is not None:
+            return self._most_turns
+        most = TURN_BYTES // self._bytes(layout, self._template(client))
+        return int(np.clip(most, 1, self._most_turns))
+
+    def _bytes(self, layout: _Layout, example: Example) -> int:
+        """What chunks hold of each client of a layout, indices aside; `example`: of any user."""
+        bucket = self._buckets[layout.shapes[0].bucket] if self._buckets else {}
+        room, total = self._room(layout), 0
         for name, value in example.items():
             size = value.dtype.itemsize * math.prod(value.shape[name in bucket :])
-            if self._stored:
-                room = self._largest["examples"] * (len(value) if name in bucket else 1)
-                room = self._largest.get(f"/{name}", room)
+            if self._stored and name in self._varying:
+                total += size * room[f"/{name}"]
+            elif self._stored:
+                total += size * room["examples"] * (len(value) if name in bucket else 1)
             else:
-                room = self._local.steps * self._local.batch_size * bucket.get(name, 1)
-            total += room * size
+                total += size * self._local.steps * layout.shapes[0].slots * bucket.get(name, 1)
         return max(total, 1)
 
-    def _slots(self, clients: list[_Client]) -> int:
-        """Examples that a batch of these clients must have room for."""
-        if self._local.batch_size is not None:
-            return self._local.batch_size
-        return rounded_slots(max(len(batch) for c in clients for batch in c.plan))
+    def _slots(self, plan: Sequence[np.ndarray]) -> int:
+        """Examples that a batch of a client must have room for."""
+        return self._local.batch_size or rounded_slots(max(map(len, plan)))
 
-    def _build(self, turns: list[list[_Client]]) -> tuple[Chunk, Padding]:
-        """A chunk of clients that are trained side by side, or in `self._turns` turns."""
+    def _build(self, turns: list[list[_Client]], most: int) -> tuple[Chunk, Padding]:
+        """A chunk of clients of one layout, side by side, or in `turns` of at most so many."""
         clients = [client for turn in turns for client in turn]
-        shapes = self._shapes_of(turns[0])
+        layout = clients[0].layout
+        shapes = layout.shapes
         per_device = self._chunk_size // self._devices
         rows = [  # those of a device are side by side
-            (i // per_device * self._turns + turn) * per_device + i % per_device
+            (i // per_device * most + turn) * per_device + i % per_device
             for turn, own in enumerate(turns)
             for i in range(len(own))
         ]
-        slots = self._chunk_size * self._turns
+        slots = self._chunk_size * most
         num_steps = np.zeros(slots, np.int32)
         num_steps[rows] = [len(c.plan) for c in clients]
         user = np.zeros(slots, np.int32)
@@ -702,21 +737,21 @@ class ClientBatcher:
         weight = (num_steps > 0).astype(np.float32)
         if self._weights is not None:
             weight[rows] = [self._weights[c.user] for c in clients]
-        own = slice(self._rows.start * self._turns, self._rows.stop * self._turns)
+        own = slice(self._rows.start * most, self._rows.stop * most)
         held = [
             (row - own.start, client)
             for row, client in zip(rows, clients, strict=True)
             if own.start <= row < own.stop
         ]
         if self._stored:
-            batches: Any = self._store(clients, held, shapes)
+            batches: Any = self._store(clients, held, len(self._rows) * most)
         else:
             (shape,) = shapes
             bucket = self._buckets[shape.bucket] if self._buckets else {}
-            size = (len(self._rows) * self._turns, self._local.steps, shape.slots)
+            size = (len(self._rows) * most, self._local.steps, shape.slots)
             batches = self._dense(clients, held, bucket, size)
         frames = [shape.slots * self._frames[shape.bucket] for shape in shapes]
-        if self._shapes is None:
+        if not self._part_shapes:
             longest = num_steps.reshape(-1, per_device).max(axis=1)
             computed = int(longest.sum()) * per_device * frames[0]
         else:
@@ -734,8 +769,11 @@ class ClientBatcher:
         return next((chunk for chunk, _ in one.chunks(users, round)), None)
 
     def _template(self, client: _Client) -> dict[str, np.ndarray]:
-        """An example, for names and dtypes."""
-        return self._kept(self._corpus.get(client.user, [int(client.wanted[0])])[0])
+        """An example's names and dtypes, and its sizes without those that vary."""
+        if self._sample is None:
+            example = self._kept(self._corpus.get(client.user, [int(client.wanted[0])])[0])
+            self._sample = {n: x[:0] if n in self._varying else x for n, x in example.items()}
+        return self._sample
 
     def _kept(self, example: Example) -> dict[str, np.ndarray]:
         """The arrays that the loss needs."""
@@ -784,14 +822,11 @@ class ClientBatcher:
                 values[~mask] = 0
         return batches
 
-    def _store(
-        self, clients: list[_Client], held: list[tuple[int, _Client]], shapes: Sequence[Shape]
-    ) -> Store:
+    def _store(self, clients: list[_Client], held: list[tuple[int, _Client]], rows: int) -> Store:
         """Every example of the clients whose data this process needs once, at their rows."""
-        rows = len(self._rows) * self._turns
+        layout = clients[0].layout
+        shapes, sizes = layout.shapes, self._room(layout)
         buckets = [self._buckets[shape.bucket] if self._buckets else {} for shape in shapes]
-        # Shapes are the same in all processes: they follow from lengths, which all know.
-        need = {"steps": max(len(c.plan) for c in clients)}
         read: dict[int, list[Example]] = {}
         if self._resident is None:
             read = {
@@ -801,17 +836,10 @@ class ClientBatcher:
             first = next(iter(read.values()))[0] if read else self._template(clients[0])
             first = self._kept(first)
             ragged = [name for name in first if name in buckets[0]]
-            need["examples"] = max(len(c.wanted) for c in clients)
-            need |= {
-                f"/{name}": max(int(c.lengths[name].sum()) for c in clients)
-                for name in ragged
-                if name in clients[0].lengths
-            }
         else:
             first, ragged = {}, list(self._resident.offsets)
-        sizes = self._store_sizes(need)
         parts = np.zeros((rows, sizes["steps"]), np.int32)
-        kinds = np.zeros((*parts.shape, self._most_parts), np.int32)
+        kinds = np.zeros((*parts.shape, layout.parts), np.int32)
         index = np.full((*kinds.shape, max(shape.slots for shape in shapes)), -1, np.int32)
         for position, client in held:
             begin = 0
@@ -830,14 +858,14 @@ class ClientBatcher:
             for shape, bucket in zip(shapes, buckets, strict=True)
         ]
         arrays, offsets, lengths = {}, {}, {}
-        room = sizes.get("examples", 0)
+        room = sizes["examples"]
         for name, value in first.items():
             if name not in ragged:
                 arrays[name] = _zeros(name, (rows, room, *value.shape), value.dtype)
                 for position, examples in read.items():
                     arrays[name][position, : len(examples)] = [x[name] for x in examples]
                 continue
-            frames = sizes.get(f"/{name}", room * len(value))
+            frames = sizes[f"/{name}"] if name in self._varying else room * len(value)
             arrays[name] = _room(name, (rows, frames, *value.shape[1:]), value.dtype)
             arrays[name][[row for row in range(rows) if row not in read]] = 0
             offsets[name] = np.zeros((rows, room), np.int32)

@@ -130,7 +130,9 @@ def _gather(store: Store, index: jax.Array, frames: Mapping[str, int]) -> dict[s
             inside, picked = mask, values[row]
         inside = inside.reshape(inside.shape + (1,) * (picked.ndim - inside.ndim))
         batch[name] = jnp.where(inside, picked, jnp.zeros_like(picked))
-    return batch
+    # What is computed with a batch must not be compiled together with where it comes from: how long
+    # the array with everybody's examples is would then change how a client's update is rounded.
+    return jax.lax.optimization_barrier(batch)
 
 
 def batch_gradient(loss: Loss) -> Callable[..., tuple[tuple[jax.Array, Any], Params]]:

@@ -21,12 +21,11 @@ from fedasr.data.batching import (
     Bucket,
     Chunk,
     ClientBatcher,
+    Grid,
     LocalBatches,
     Padding,
     Prefetcher,
     Resident,
-    Shape,
-    make_buckets,
 )
 from fedasr.data.corpus import Corpus
 from fedasr.errors import UserError
@@ -106,7 +105,7 @@ class Simulation:
       identity: says what else tells this run from others of the same seed, such as its
         configuration; a string that equal runs share and no others.
       chunk: clients vmapped together on a device; 0 for the whole cohort. On a CPU 1 is fastest.
-      buckets: padded shapes (default: one that holds everything).
+      buckets: padded lengths, see `fedasr.data.batching.ClientBatcher` (default: a `Grid`).
       devices: default all devices, of all processes (see `fedasr.federated.hosts`); each works on
         a part of every chunk.
       model_devices: so many neighbouring devices train a client together, for models that do not
@@ -125,8 +124,7 @@ class Simulation:
       store: the users' local parameters (see `fedasr.federated.local`), which `client_update`
         trains with the rest. Its layout must know `trained`, and its round be the state's:
         `store.restore` makes it so. None if all variables are shared; not together with `weigh`.
-      shapes: of the parts in which batches are computed, with the buckets, from
-        `fedasr.data.batching.make_shapes`; None for whole batches.
+      micro_batch: above 0, batches are computed in parts of at most so many examples.
       resident: the corpus's examples, from `fedasr.data.batching.make_resident`, to put on every
         device at once: batches are then gathered there, and rounds read, pad and transfer nothing
         but indices. For corpora that fit there; None to read users' examples when they take part.
@@ -144,7 +142,7 @@ class Simulation:
         seed: int = 0,
         identity: str = "",
         chunk: int = 1,
-        buckets: Sequence[Bucket] | None = None,
+        buckets: Sequence[Bucket] | Grid | None = None,
         devices: Sequence[jax.Device] | None = None,
         model_devices: int = 1,
         keep: Sequence[str] | None = None,
@@ -152,7 +150,7 @@ class Simulation:
         weigh: Weigh | None = None,
         trained: Sequence[bool] | None = None,
         store: LocalStore | None = None,
-        shapes: Sequence[Shape] | None = None,
+        micro_batch: int = 0,
         resident: Resident | None = None,
     ) -> None:
         if mechanism.sampler.population != len(corpus.users):
@@ -184,15 +182,15 @@ class Simulation:
         self.batcher = ClientBatcher(
             corpus,
             local,
-            make_buckets([corpus]) if buckets is None else buckets,
+            Grid() if buckets is None else buckets,
             per_device * self._lanes,
             seed,
             keep,
             self._lanes,
             weights,
             hosts.own_rows(self.mesh, per_device * self._lanes),
-            shapes,
-            self._most_turns(buckets),
+            micro_batch,
+            self._most_turns(),
             resident,
         )
         self._resident = hosts.place(resident, replicated(self.mesh))
@@ -247,12 +245,11 @@ class Simulation:
                 )
             )
 
-    def _most_turns(self, buckets: Sequence[Bucket] | None) -> int:
+    def _most_turns(self) -> int:
         """Clients that a device trains in one call. Accelerators queue calls: there, one."""
         if self.chunk > 1 or self.mesh.devices.flat[0].platform != "cpu":
             return 1
-        groups = self._lanes * len(buckets or ({},))  # clients in turns have one padded length
-        return max(1, min(_TURNS, self.mechanism.sampler.slots // groups))
+        return max(1, min(_TURNS, self.mechanism.sampler.slots // self._lanes))
 
     def _chain(self, root: Any) -> optax.GradientTransformation:
         """From the cohort's sum to the update, with the noise of a run."""

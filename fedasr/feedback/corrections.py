@@ -452,30 +452,37 @@ def _touches(span: Span, edit: Edit) -> bool:
 
 
 class RelabelledCorpus:
-    """Some utterances of a corpus with other labels; users who have none of them are left out.
+    """Some utterances of a corpus with other labels.
 
     Args:
       corpus: where the utterances are.
       labels: {(user, index): int32 [labels]}, by the corpus's numbers.
+      everybody: whether users who have none of them are kept, without examples (who must not be in
+        a cohort then: see `fedasr.data.sampling.SilentSampler`), or left out.
 
     Raises:
       UserError: no label at all, or one of an utterance that is not there.
     """
 
-    def __init__(self, corpus: Corpus, labels: Mapping[tuple[int, int], np.ndarray]) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        labels: Mapping[tuple[int, int], np.ndarray],
+        everybody: bool = False,
+    ) -> None:
         if not labels:
             raise UserError("no utterance is left: nobody's corrections passed the filters")
         self._corpus = corpus
-        self._rows: list[list[tuple[int, np.ndarray]]] = []
-        owners: list[int] = []
+        rows: dict[int, list[tuple[int, np.ndarray]]] = {}
+        if everybody:
+            rows = {user: [] for user in range(len(corpus.users))}
         for user, index in sorted(labels):
             if not (0 <= user < len(corpus.users) and 0 <= index < corpus.sizes[user]):
                 raise UserError(f"the corpus has no utterance {index} of user {user}")
-            if not owners or owners[-1] != user:
-                owners.append(user)
-                self._rows.append([])
-            self._rows[-1].append((index, np.asarray(labels[user, index], np.int32)))
-        self._owners = np.asarray(owners, np.int64)
+            labelled = (index, np.asarray(labels[user, index], np.int32))
+            rows.setdefault(user, []).append(labelled)
+        self._rows = list(rows.values())
+        self._owners = np.asarray(list(rows), np.int64)
         self.sizes = np.asarray([len(rows) for rows in self._rows], np.int64)
 
     @property
@@ -498,7 +505,7 @@ class RelabelledCorpus:
         rows = self._of(user)
         kept = [index for index, _ in rows]
         lengths = self._corpus.lengths(int(self._owners[user]))
-        out = {name: np.asarray(values)[kept] for name, values in lengths.items()}
+        out = {name: np.asarray(values)[np.asarray(kept, int)] for name, values in lengths.items()}
         return out | {"labels": np.asarray([len(labels) for _, labels in rows], np.int32)}
 
     def get(self, user: int, indices: Sequence[int]) -> list[Example]:
@@ -518,6 +525,7 @@ def corrected_corpus(
     texts: Sequence[str | None],
     tokenizer: CharTokenizer,
     pad_space: bool = True,
+    everybody: bool = False,
 ) -> RelabelledCorpus:
     """The users' corrected utterances as a corpus of their own.
 
@@ -526,6 +534,7 @@ def corrected_corpus(
       feedback: edited utterances.
       texts: what is trained on for each of them, such as `Review.label`; None for nothing.
       tokenizer: of the corpus. pad_space: as it was prepared.
+      everybody: whether users who have none left are kept, see `RelabelledCorpus`.
 
     Raises:
       UserError: nothing is left, or a text outside the alphabet.
@@ -535,4 +544,4 @@ def corrected_corpus(
         for one, text in zip(feedback, texts, strict=True)
         if text is not None
     }
-    return RelabelledCorpus(corpus, labels)
+    return RelabelledCorpus(corpus, labels, everybody)

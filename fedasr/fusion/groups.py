@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedasr.errors import UserError
 from fedasr.federated.server import ServerState
@@ -94,12 +95,18 @@ def train(
 
     Raises:
       UserError: groups without a state, or states of different rounds; `every` below 1; groups with
-        noise and the same seed.
+        noise and the same root.
     """
-    noisy = [s.seed for s in simulations if s.mechanism.noise_multiplier > 0]
-    if len(set(noisy)) < len(noisy):
-        raise UserError("groups with noise need different seeds, or they all draw the same noise")
     states = list(states)
+    noisy = [
+        np.asarray(state.root).tobytes()
+        for simulation, state in zip(simulations, states, strict=False)
+        if simulation.mechanism.noise_multiplier > 0
+    ]
+    if len(set(noisy)) < len(noisy):
+        raise UserError(
+            "groups with noise need different seeds or identities, or they all draw the same noise"
+        )
     done = {int(state.round) for state in states}
     if len(states) != len(simulations) or len(done) != 1 or every < 1:
         raise UserError(

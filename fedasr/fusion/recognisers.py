@@ -17,6 +17,7 @@ from fedasr.data.batching import eval_batches, make_buckets
 from fedasr.data.corpus import Corpus, open_corpus, read_metadata
 from fedasr.errors import UserError
 from fedasr.models.recogniser import ARRAYS, Recogniser
+from fedasr.privacy import ledger
 from fedasr.text import CharTokenizer
 from fedasr.training.checkpoint import Checkpointer, restore_params
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
@@ -31,13 +32,15 @@ class Parents(NamedTuple):
     """Recognisers of one architecture.
 
     params: side by side, leaves [parents, ...], on the host. recogniser: their functions. metadata:
-    of the first checkpoint. tokenizer: of the data that they are merged on.
+    of the first checkpoint. tokenizer: of the data that they are merged on. ledgers: of each
+    checkpoint, None where it has none.
     """
 
     params: PyTree
     recogniser: Recogniser
     metadata: Mapping[str, Any]
     tokenizer: CharTokenizer
+    ledgers: Sequence[Mapping[str, Any] | None] = ()
 
     def model(self, number: int) -> PyTree:
         """One parent's parameters."""
@@ -68,7 +71,8 @@ def load_parents(paths: Sequence[str | Path], data: str | Path) -> Parents:
     models = [restore_params(path) for path in paths]
     params = jax.tree.map(lambda *x: np.stack(x), *models)
     recogniser = build_recogniser(metadata[0]["config"], augmented=False)
-    return Parents(params, recogniser, metadata[0], tokenizers[0])
+    ledgers = [one.get("ledger") for one in metadata]
+    return Parents(params, recogniser, metadata[0], tokenizers[0], ledgers)
 
 
 def utterance_scores(recogniser: Recogniser, corpus: Corpus, batch_size: int = 32) -> Any:
@@ -111,14 +115,45 @@ def error_rates(parents: Parents, data: str | Path, splits: Sequence[str]) -> An
     return rates
 
 
-def save_fused(parents: Parents, params: PyTree, evaluations: int, workdir: str | Path) -> Path:
+def fused_ledger(parents: Parents, evaluations: int, searched: Sequence[str]) -> dict[str, Any]:
+    """What users have been charged for a merged model: all that its parents were, and the search.
+
+    The search looks at its users' speech without noise: for them it is infinite.
+
+    Args:
+      parents: with their ledgers. evaluations: of the search. searched: ids of its users.
+    """
+    earlier: dict[tuple[str, str], Any] = {}
+    for one in parents.ledgers:
+        for entry in () if one is None else (*one["earlier"], *one["own"]):
+            # Parents may share a seed, or be of one run.
+            known = earlier.setdefault((entry["run"], entry["stage"]), entry)
+            if entry["rounds"] > known["rounds"]:
+                earlier[entry["run"], entry["stage"]] = entry
+    search = ledger.without_privacy("fused", "search", evaluations, ledger.Users.of(searched))
+    whole = all(one is not None and one["known"] for one in parents.ledgers)
+    return {
+        "known": whole and bool(parents.ledgers),
+        "earlier": list(earlier.values()),
+        "own": ledger.to_data([search]),
+    }
+
+
+def save_fused(
+    parents: Parents,
+    params: PyTree,
+    evaluations: int,
+    workdir: str | Path,
+    searched: Sequence[str],
+) -> Path:
     """Writes a merged model as a checkpoint that `experiments.evaluate` and `init_from` read.
 
     Args:
       parents: for the configuration. params: the model. evaluations: that found it. workdir: new,
-        or of the same run.
+        or of the same run. searched: ids of the users on whose speech it was searched for.
     """
     with Checkpointer(Path(workdir) / "checkpoints", keep=1) as checkpointer:
         metadata = {**parents.metadata, "stage": "fused", "units": evaluations}
+        metadata["ledger"] = fused_ledger(parents, evaluations, searched)
         checkpointer.save(evaluations, {"params": params}, metadata)
     return Path(workdir)

@@ -207,9 +207,7 @@ def _rdp_epsilon_and_order(
                     # log of G(q, z / 2) + G(q, z) - 1
                     less = exponent * one + np.log(-np.expm1(-exponent * one))
                     displaced = np.logaddexp(exponent * two, less)
-                    mean = np.logaddexp(
-                        exponent * one + np.log1p(-full), displaced + np.log(full)
-                    )
+                    mean = np.logaddexp(exponent * one + np.log1p(-full), displaced + np.log(full))
                     total = total + count * (mean / exponent - one)
             # Infinite bounds may have given inf - inf.
             candidates.append(convert(np.where(np.isnan(total), np.inf, total), delta))
@@ -379,3 +377,10 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def epsilon_in_words(epsilon: float | None) -> str:
+    """An epsilon for people, with three digits; None is one that is not known."""
+    if epsilon is None:
+        return "unknown"
+    return f"{epsilon:.3g}" if math.isfinite(epsilon) else "infinite (no guarantee)"

@@ -17,10 +17,10 @@ It is not the strongest: other users could oppose the canary, which matters wher
 another (fixed-size sampling, few slots), and an attacker could know the turns of users in turn and
 undo the correlation of noise. Nothing of that makes a bound too high.
 
-An absent canary is a user whose update is zero. Where users are added or removed that comes to the
-same as absence: the sum is that without the user, it is divided by the expected cohort, and the
-noise does not depend on who is there. (With fewer slots than users the absent one still takes a
-slot, which can only make the audit see less.) Where they are replaced it is one replacement.
+An absent canary is a user whose update is zero, which is what Poisson sampling and users in turn
+are compared with. (With fewer slots than users the absent one still takes a slot; the claim covers
+who takes none, too, of which this audit sees nothing.) Where users are replaced by any other it is
+one replacement.
 
 Two ways to bound epsilon, both by jax_privacy:
 
@@ -92,6 +92,7 @@ class Audit:
 
     epsilon_lower: with probability `confidence` the code's epsilon at `delta` is at least this.
     epsilon_claimed: by the accountant, `math.inf` if there is no guarantee.
+    neighbours: what the claim compares, in words.
     strict: the bound of `one_run` that assumes nothing (equal to epsilon_lower for `many_runs`).
     method: see `METHODS`. trials: independent runs. rounds: of each. canaries: over all runs.
     statistic: the attack that gave the bound. auroc: its area under the ROC curve.
@@ -111,6 +112,7 @@ class Audit:
     auroc: float
     scores: Mapping[str, Scores]
     bounds: Mapping[str, float]
+    neighbours: str = "not said"
 
     @property
     def exceeds(self) -> bool:
@@ -362,7 +364,14 @@ def audit_updates(
     }
     claimed = mechanism.epsilon(rounds, delta).epsilon
     return conclude(
-        attacks, claimed, delta, method=method, trials=trials, rounds=rounds, confidence=confidence
+        attacks,
+        claimed,
+        delta,
+        method=method,
+        trials=trials,
+        rounds=rounds,
+        confidence=confidence,
+        neighbours=mechanism.sampler.neighbours,
     )
 
 
@@ -389,13 +398,14 @@ def conclude(
     trials: int,
     rounds: int,
     confidence: float = 0.95,
+    neighbours: str = "not said",
 ) -> Audit:
     """From scores to a bound: the best attack's, each at a share of the allowed error (Bonferroni).
 
     Args:
       attacks: scores by name.
       claimed: the accountant's epsilon at `delta`.
-      delta, method, trials, rounds, confidence: see `Audit`.
+      delta, method, trials, rounds, confidence, neighbours: see `Audit`.
 
     Raises:
       UserError: if all canaries happened to be present, or all absent.
@@ -422,6 +432,7 @@ def conclude(
         auroc=float(_auditor(attacks[best]).attack_auroc()),
         scores=dict(attacks),
         bounds={name: value for name, (value, _) in found.items()},
+        neighbours=neighbours,
     )
 
 

@@ -385,3 +385,33 @@ def search_cost(entries: Sequence[Entry], delta: float) -> dict[str, Any]:
         "accountant": accountant,
         "repeat_and_select": selected,
     }
+
+
+def in_words(described: Mapping[str, Any]) -> list[str]:
+    """Lines for people from a summary's "ledger"; none for a model with one run behind it.
+
+    Args:
+      described: with infinities as numbers (`fedasr.training.logging.from_json`).
+    """
+    if not described.get("known", True):
+        return [
+            "privacy over all runs: unknown, the model that this run started from has no ledger"
+        ]
+    earlier = described.get("earlier") or []
+    if not earlier:
+        return []
+    assumed = (
+        " (assumed where their users are not known)" if (described["users_assumed_shared"]) else ""
+    )
+    total = accounting.epsilon_in_words(described["total_epsilon"])
+    lines = [
+        f"privacy over this run and {len(earlier)} before it: epsilon {total} at delta "
+        f"{described['delta']:g} ({described['accountant']}), for the {described['shared_users']} "
+        f"users who were in an earlier one{assumed}"
+    ]
+    for case in described["total_deployed"]:
+        lines.append(
+            f"the same as deployed with {case['cohort']:,} of {case['population']:,} users a round "
+            f"in all of them: epsilon {accounting.epsilon_in_words(case['epsilon'])}"
+        )
+    return lines

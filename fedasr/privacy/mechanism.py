@@ -243,6 +243,11 @@ class Mechanism:
         return self.noise_multiplier / self.sampler.expected_cohort
 
     @property
+    def noise_over_sensitivity(self) -> float:
+        """Standard deviation of the noise on the sum over how far one user can move the sum."""
+        return self.noise_multiplier / self.sampler.sensitivity
+
+    @property
     def noise_std(self) -> float:
         """Standard deviation C * sigma_DP of the noise on every element of the mean."""
         return self.clip_norm * self.sigma if self.noise_multiplier else 0.0

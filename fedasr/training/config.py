@@ -41,7 +41,10 @@ def default_config() -> ConfigDict:
     config.data.task = "digits"  # the synthetic corpus's: "digits" or "commands"
     config.data.train = "train"
     config.data.eval = ("dev", "test")
-    config.data.buckets = 1  # at most so many shapes of padded batches
+    # Padded lengths of clients' batches to each doubling: the same whatever the data is (see
+    # `fedasr.data.batching.Grid`). Those that occur are compiled.
+    config.data.buckets = 2
+    config.data.labels_per_frame = 0.2  # room in padded batches; who needs more is padded as longer
     # Clients' examples are read once and kept on every device: for corpora that fit there.
     config.data.resident = False
     # IID control: utterances dealt out afresh over the users, whose numbers of them are kept.
@@ -93,7 +96,8 @@ def default_config() -> ConfigDict:
     config.client.epochs = 0  # 0: use steps
     config.client.max_steps = 0  # with epochs, at most so many steps; 0: no limit
     # Utterances computed together; above 0 a batch's gradient is summed over parts of at most so
-    # many utterances of like length, in data.buckets shapes that are compiled into one program.
+    # many utterances of like length. Their shapes are compiled into one program for each doubling
+    # of the users' longest utterances; with data.buckets=4 they are 15.
     config.client.micro_batch = 0
     config.client.grad_clip = 1.0
     config.client.proximal = 0.0  # FedProx's mu
@@ -142,7 +146,7 @@ def default_config() -> ConfigDict:
     config.privacy.sigma = 1e-5
     # "poisson"; "fixed": so many without replacement; "shuffled": in turn; "everyone": cohort=0.
     config.privacy.sampler = "poisson"
-    config.privacy.slots = 0  # largest Poisson cohort; 0: mean + 7 standard deviations
+    config.privacy.slots = 0  # largest Poisson cohort; 0: so many that a round is hardly ever full
     config.privacy.cycle = 1  # groups of users that Poisson sampling takes in turn
     # "independent" from round to round, or correlated: "banded" or "buffered" (linear Toeplitz).
     config.privacy.noise = "independent"

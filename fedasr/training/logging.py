@@ -13,12 +13,20 @@ from typing import Any, TextIO
 import numpy as np
 from absl import logging
 
+from fedasr.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+_INFINITE = "_infinite"  # ends the name of the word about a number that JSON cannot hold
 
 
 def to_json(value: Any) -> Any:
-    """`value` as JSON can hold it: arrays as lists, NaN and infinities as None, keys as strings.
+    """`value` as JSON can hold it: arrays as lists, keys as strings.
+
+    An infinity becomes null with a word beside it, {"epsilon": null, "epsilon_infinite": true}, or
+    "negative" for minus infinity; for a list that holds any, the word is a list of the same shape,
+    false where the number is finite. NaN becomes null alone: what is not defined. `from_json` reads
+    it back. Settings are not for this: see `config_to_json`.
 
     Anything else that JSON does not know (paths, enumerations...) becomes its `str`.
     """
@@ -27,18 +35,87 @@ def to_json(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
+        plain = {}
+        for key, item in value.items():
+            plain[str(key)] = to_json(item)
+            if infinite := _infinite(item):
+                plain[f"{key}{_INFINITE}"] = infinite
+        return plain
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuUO":
-            # float32 by its shortest decimal: 0.1 rather than 0.10000000149011612.
-            if array.dtype.itemsize <= 4 and array.ndim == 0:
-                return to_json(float(str(array.astype(np.float32))))
-            array = array.astype(np.float64)
-        return to_json(array.tolist())
+        return to_json(_plain_array(value))
     if isinstance(value, Iterable):
         return [to_json(item) for item in value]
     return str(value)
+
+
+def _plain_array(value: Any) -> Any:
+    """An array as nested lists of Python's numbers, a scalar as one of them."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuUO":
+        # float32 by its shortest decimal: 0.1 rather than 0.10000000149011612.
+        if array.dtype.itemsize <= 4 and array.ndim == 0:
+            return float(str(array.astype(np.float32)))
+        array = array.astype(np.float64)
+    return array.tolist()
+
+
+def _infinite(value: Any) -> bool | str | list[Any]:
+    """Which of the numbers are infinite, as `to_json` says it; false or empty where none is."""
+    if isinstance(value, float) and math.isinf(value):
+        return True if value > 0 else "negative"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return _infinite(_plain_array(value))
+    if isinstance(value, list | tuple):
+        found = [_infinite(item) for item in value]
+        return found if any(found) else False
+    return False
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` wrote, with its infinities as numbers again (and without the words)."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    read = {}
+    for key, item in value.items():
+        name = key.removesuffix(_INFINITE)
+        if name == key or name not in value:
+            read[key] = _restored(from_json(item), value.get(f"{key}{_INFINITE}"))
+        elif _restored(value[name], item) == value[name]:  # a word of somebody else's
+            read[key] = from_json(item)
+    return read
+
+
+def _restored(value: Any, infinite: Any) -> Any:
+    if value is None and infinite in (True, "negative"):
+        return math.inf if infinite is True else -math.inf
+    if isinstance(value, list) and isinstance(infinite, list) and len(value) == len(infinite):
+        return [_restored(*pair) for pair in zip(value, infinite, strict=True)]
+    return value
+
+
+def config_to_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON can hold it.
+
+    Raises:
+      UserError: for NaN or an infinity, which no field takes and null would hide.
+    """
+
+    def check(value: Any, name: str) -> None:
+        if hasattr(value, "dtype") and hasattr(value, "shape"):
+            value = _plain_array(value)
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                check(item, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                check(item, name)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value} must be a finite number")
+
+    check(config, "")
+    return to_json(config)
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
@@ -69,7 +146,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = from_json(json.loads(line))
         except ValueError:
             record = None
         if isinstance(record, dict) and number < len(lines):
@@ -218,7 +295,7 @@ def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
     for key, value in record.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and not key.endswith(_INFINITE):
             yield f"{prefix}{key}", float(value)
 
 

@@ -28,13 +28,12 @@ from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.audio.features import LogMelConfig
 from fedasr.compression import settings as compression
 from fedasr.data.batching import (
+    Grid,
     LocalBatches,
     Padding,
     Resident,
-    Shape,
     make_buckets,
     make_resident,
-    make_shapes,
 )
 from fedasr.data.corpus import (
     METADATA_FILE,
@@ -79,7 +78,7 @@ from fedasr.training.checkpoint import (
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag, graceful_stop
-from fedasr.training.logging import RunLogger, to_json, write_json_atomic
+from fedasr.training.logging import RunLogger, config_to_json, to_json, write_json_atomic
 from fedasr.training.report import write_report
 
 _MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
@@ -164,8 +163,9 @@ def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) ->
 class Data:
     """The corpora of a run and the shapes that hold them.
 
-    Attributes: train; seed (None if there is none); evaluation {split: corpus}; buckets and shapes
-    for training; tokenizer; skipped {reason: count} of the preparation.
+    Attributes: train; seed (None if there is none); evaluation {split: corpus}; grid of clients'
+    padded lengths; buckets and seed_buckets, which hold all of `train` and of `seed`; tokenizer;
+    skipped {reason: count} of the preparation.
     """
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any], log: Any = print) -> None:
@@ -201,7 +201,10 @@ class Data:
                 f"{metadata['options']['stride']}: transcripts too long for it are left out"
             )
         self.skipped = dict(metadata["summary"]["skipped"])
-        self.buckets, self.shapes = padded_shapes(config, [self.train], self.train)
+        self.grid = client_grid(config)
+        self.buckets = make_buckets([self.train], 1, _MULTIPLES)
+        # Its own: else the seed would be rounded as the lengths of private users' utterances say.
+        self.seed_buckets = make_buckets([self.seed], 1, _MULTIPLES) if self.seed else ()
         others = list(self.evaluation.values()) + ([self.seed] if self.seed else [])
         self.other_buckets = make_buckets(others, 1, _MULTIPLES) if others else ()
         self._keep_on_devices = settings["resident"]
@@ -221,18 +224,11 @@ class Data:
         return self._resident[2]
 
 
-def padded_shapes(
-    config: Mapping[str, Any], corpora: Sequence[Corpus], train: Corpus
-) -> tuple[tuple[dict[str, int], ...], tuple[Shape, ...] | None]:
-    """The buckets of clients' batches, and the shapes of their parts if they have any.
-
-    Args:
-      corpora: must all fit in the buckets. train: the clients'.
-    """
-    count, slots = config["data"]["buckets"], config["client"]["micro_batch"]
-    if not slots or config["algorithm"] == "central":
-        return make_buckets(corpora, count, _MULTIPLES), None
-    return make_shapes(corpora, train, _local_batches(config), slots, count, _MULTIPLES)
+def client_grid(config: Mapping[str, Any]) -> Grid:
+    """The padded lengths of clients' batches, which no data has a say in."""
+    settings = config["data"]
+    room = {"labels": settings["labels_per_frame"]}
+    return Grid(settings["buckets"], _MULTIPLES, room)
 
 
 def _check_features(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -369,18 +365,18 @@ def make_simulation(
             seed=config["seed"],
             identity=run_identity(config),
             chunk=chunk,
-            buckets=data.buckets,
+            buckets=data.grid,
             devices=devices,
             model_devices=config["model_devices"],
             keep=ARRAYS,
             trained=trained_variables(config),
             store=store,
-            shapes=data.shapes,
+            micro_batch=client["micro_batch"],
             resident=data.resident(replicated(client_mesh(devices, config["model_devices"]))),
         )
 
     chunk = config["chunk"] if chunk is None else chunk
-    if chunk == chunks.AUTO and data.shapes is not None:
+    if chunk == chunks.AUTO and client["micro_batch"]:
         return build(1)
     if chunk != chunks.AUTO:
         return build(chunk)
@@ -627,15 +623,19 @@ def run_entry(
 
 
 def describe_ledger(
-    entries: Sequence[ledger.Entry], known: bool, delta: float, deployments: Sequence[Any]
+    entries: Sequence[ledger.Entry],
+    known: bool,
+    spent: accounting.Epsilon,
+    extrapolations: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The summary's "ledger": what this run's users are charged over all runs behind the model.
 
     Args:
       entries: of all of them, this run's own last.
       known: whether the model that it started from had a ledger.
-      delta: of the totals. deployments: (cohort, population) of each.
+      spent: by this run alone. extrapolations: the summary's, of this run alone.
     """
+    delta = spent.delta
     *earlier, own = entries
     runs = [
         {
@@ -651,11 +651,15 @@ def describe_ledger(
     described: dict[str, Any] = {"known": known, "run": own.run, "earlier": runs, "delta": delta}
     if not known:
         return described | {"total_epsilon": None, "total_deployed": []}
-    total = ledger.total(entries, delta)
-    deployed = [
-        {"cohort": c, "population": p, "epsilon": ledger.total_deployed(entries, (c, p), delta)}
-        for c, p in deployments
-    ]
+    total = ledger.Total(spent.epsilon, delta, spent.accountant, 0, ())
+    if earlier:
+        total = ledger.total(entries, delta)
+    deployed = []
+    for one in extrapolations:
+        case, epsilon = (one["cohort"], one["population"]), one["epsilon"]
+        if earlier:
+            epsilon = ledger.total_deployed(entries, case, delta)
+        deployed.append({"cohort": case[0], "population": case[1], "epsilon": epsilon})
     return described | {
         "total_epsilon": total.epsilon,
         "accountant": total.accountant,
@@ -686,7 +690,6 @@ def describe_privacy(
     privacy = config["privacy"]
     if not privacy["enabled"]:
         return {"enabled": False, "epsilon": None, "extrapolations": []}
-    delta = privacy["delta"]
     spent = mechanism.epsilon(rounds, privacy["delta"])
     extrapolations = []
     for cohort, population in privacy["deployments"]:
@@ -697,7 +700,7 @@ def describe_privacy(
                 "cohort": cohort,
                 "population": population,
                 "rounds": rounds,
-                "noise_multiplier": deployed.noise_multiplier / deployed.sampler.sensitivity,
+                **_multipliers(deployed),
                 **_figure(figure),
                 "neighbours": deployed.sampler.neighbours,
             }
@@ -714,18 +717,26 @@ def describe_privacy(
         "clip_norm": mechanism.clip_norm,
         "budget": privacy["budget"],
         "sigma": mechanism.sigma,
-        "noise_multiplier": mechanism.noise_multiplier / mechanism.sampler.sensitivity,
+        **_multipliers(mechanism),
         "delta": privacy["delta"],
         "delta_at_tails": mechanism.tail_delta(rounds),
         **_noise(mechanism, params),
         "layer_bounds": bounds,
         "not_covered": _not_covered(config, ledger_known),
-        "ledger": describe_ledger(entries, ledger_known, delta, privacy["deployments"])
+        "ledger": describe_ledger(entries, ledger_known, spent, extrapolations)
         if entries
         else None,
         **_figure(spent),
         "neighbours": mechanism.sampler.neighbours,
         "extrapolations": extrapolations,
+    }
+
+
+def _multipliers(mechanism: Mechanism) -> dict[str, float]:
+    """Noise on the sum, over the clip norm and over how far one user can move the sum."""
+    return {
+        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_over_sensitivity": mechanism.noise_over_sensitivity,
     }
 
 
@@ -798,7 +809,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: as the run itself would.
     """
-    config = to_json(config)
+    config = config_to_json(config)
     _check(config)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
@@ -855,7 +866,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         }
         if layout is not None:
             summary["local"] = {"parameters": layout.size}
-    return summary
+    return to_json(summary)
 
 
 def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
@@ -873,7 +884,7 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         configuration.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    config = to_json(config)
+    config = config_to_json(config)
     _check(config)
     workdir = Path(workdir)
     if hosts.is_leader():
@@ -1017,9 +1028,12 @@ class _Run:
             same = kept.get("device") == _device(self.devices)
             self.simulations = self._simulations(kept["chunk"] if same else None)
             if config["privacy"]["enabled"]:
+                # Raises for what cannot be claimed, before anything is trained.
+                rounds, delta = config["rounds"], config["privacy"]["delta"]
+                mechanism = self.simulations[0][1].mechanism
+                mechanism.check_delta(rounds, delta)
                 for case in config["privacy"]["deployments"]:
-                    # Raises for one that cannot be, before anything is trained.
-                    self.simulations[0][1].mechanism.deployed(*case)
+                    mechanism.deployed(*case).check_delta(rounds, delta)
         checkpoints = workdir / "checkpoints"
         if hosts.is_leader():
             self.checkpointer = Checkpointer(checkpoints, config["checkpoint"]["keep"])
@@ -1164,7 +1178,7 @@ class _Run:
             "seed_training",
             self.data.seed,
             self.recogniser.loss,
-            self.whole_bucket,
+            self.data.seed_buckets,
             self.own_devices,
         )
         state = self._central_steps("seed", trainer, params, latest, units, self.seed_steps)

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from fedasr.errors import UserError
-from fedasr.training.logging import read_metrics
+from fedasr.privacy import ledger
+from fedasr.privacy.accounting import epsilon_in_words
+from fedasr.training.logging import from_json, read_metrics
 
 Record = Mapping[str, Any]
 
@@ -138,7 +140,7 @@ def _existing(workdir: str | Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty if it is missing or no JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -285,10 +287,23 @@ def _initial_wer(summary: Record, split: str | None) -> float | None:
 
 
 def _deployment(summary: Record) -> Record:
-    """The extrapolation that the run stands for: the first with an epsilon."""
+    """The extrapolation that the run stands for: the first with an epsilon, maybe infinite."""
     found = _mapping(summary, "privacy").get("extrapolations")
     found = found if isinstance(found, list) else []
-    return next((e for e in found if _number(e, "epsilon") is not None), {})
+    return next((e for e in found if _epsilon(e) is not None), {})
+
+
+def _epsilon(record: Any) -> float | None:
+    """Its epsilon, which may be infinite, or None."""
+    value = record.get("epsilon") if isinstance(record, Mapping) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and not math.isnan(value) else None
+
+
+def _epsilon_text(record: Any) -> str:
+    value = _epsilon(record)
+    finite = value is not None and math.isfinite(value)
+    return _text(value) if finite else epsilon_in_words(value)
 
 
 def _delta(privacy: Record) -> str:
@@ -304,12 +319,11 @@ def _privacy_sentence(summary: Record) -> str:
         return "Trained without differential privacy: no noise was added."
     privacy, deployment = _mapping(summary, "privacy"), _deployment(summary)
     delta = _delta(privacy)
-    simulated = _number(privacy, "epsilon")
-    simulated_text = "unknown" if simulated is None else _text(simulated)
+    simulated_text = _epsilon_text(privacy)
     if not deployment:
         return f"User-level differential privacy: ε = {simulated_text} at δ = {delta}."
     return (
-        f"User-level differential privacy: ε = {_text(_number(deployment, 'epsilon'))} at "
+        f"User-level differential privacy: ε = {_epsilon_text(deployment)} at "
         f"δ = {delta} with {_text(deployment.get('cohort'))} of "
         f"{_text(deployment.get('population'))} users a round "
         f"(ε = {simulated_text} for the users simulated here)."
@@ -473,14 +487,14 @@ def _privacy_tables(summary: Record, privacy: Record) -> str:
             summary.get("cohort"),
             summary.get("population"),
             summary.get("rounds"),
-            privacy.get("epsilon"),
+            _epsilon_cell(privacy),
         )
     ]
     extrapolations = privacy.get("extrapolations")
     for item in extrapolations if isinstance(extrapolations, list) else []:
         if isinstance(item, Mapping):
-            keys = ("cohort", "population", "rounds", "epsilon")
-            rows.append(("extrapolated", *(item.get(key) for key in keys)))
+            keys = ("cohort", "population", "rounds")
+            rows.append(("extrapolated", *(item.get(key) for key in keys), _epsilon_cell(item)))
     settings = [
         (name, privacy[key])
         for key, name in (
@@ -488,9 +502,21 @@ def _privacy_tables(summary: Record, privacy: Record) -> str:
             ("budget", "Clipping budget across layers"),
             ("sigma", "Noise on the mean, in units of C (sigma)"),
             ("noise_multiplier", "Noise multiplier (noise on the sum, in units of C)"),
+            (
+                "noise_over_sensitivity",
+                "Noise on the sum, in units of what one user can change in it",
+            ),
         )
         if privacy.get(key) is not None
     ]
+    adaptive = _mapping(privacy, "adaptive")
+    if adaptive:
+        bounds = (
+            f"adaptive: they follow the {_text(adaptive.get('quantile'))} quantile of the users' "
+            "norms, from C on; noise on the votes, in units of what one user can change: "
+            f"{_text(adaptive.get('noise_multiplier'))}, part of ε"
+        )
+        settings.append(("Clipping bounds", bounds))
     header = ("", "users a round", "population", "rounds", f"ε at δ = {delta}")
     explanation = (
         "As simulated: the guarantee to the users whose speech really trained this model. With few "
@@ -501,12 +527,39 @@ def _privacy_tables(summary: Record, privacy: Record) -> str:
     )
     if isinstance(privacy.get("not_covered"), list):
         explanation += " Not covered: " + _text("; ".join(map(str, privacy["not_covered"]))) + "."
-    how = f"Sampling: {_text(sampling)}. Accountant: {_text(accountant)}. δ = {delta}."
+    compared = _text(privacy.get("neighbours"))
+    for item in extrapolations if isinstance(extrapolations, list) else []:
+        theirs = _text(item.get("neighbours")) if isinstance(item, Mapping) else compared
+        if theirs not in compared:
+            compared += f"; extrapolated: {theirs}"
+    how = (
+        f"ε compares: {compared}. "
+        f"Sampling: {_text(sampling)}. Accountant: {_text(accountant)}. δ = {delta}."
+    )
+    if (tails := _number(privacy, "delta_at_tails")) is not None:
+        how += f" What lies beyond the end of the noise's tails adds at most {tails:.1g} to δ."
+    described = from_json(dict(_mapping(privacy, "ledger")))
     return (
         _table(rows, header)
         + f'<p class="note">{_escape(explanation)}</p><p>{_escape(how)}</p>'
+        + "".join(f"<p>{_escape(line)}</p>" for line in ledger.in_words(described))
+        + _ledger_table(described)
         + _table(settings)
     )
+
+
+def _ledger_table(described: Record) -> str:
+    """The runs behind the model that the run started from."""
+    earlier = described.get("earlier") or []
+    keys = ("run", "stage", "rounds", "users", "epsilon")
+    rows = [[_epsilon_cell(e) if key == "epsilon" else e.get(key) for key in keys] for e in earlier]
+    header = ("earlier run", "stage", "rounds or steps", "users", "ε of its own")
+    return _table(rows, header) if rows else ""
+
+
+def _epsilon_cell(record: Record) -> float | str | None:
+    value = _epsilon(record)
+    return value if value is None or math.isfinite(value) else epsilon_in_words(value)
 
 
 def _clipping(federated: Sequence[Record], bounds: Record) -> str:

@@ -296,9 +296,9 @@ def test_processes_read_their_own_rows_and_no_others(options, keep, side_by_side
         parts.append(chunks(rows))
         own = slice(rows.start * turns, rows.stop * turns)
         found = {int(user) for chunk, _ in whole for user in chunk.user[own]}
-        # User 2 is alone in the last chunk: its dtypes are everybody's. Turns need an example's
-        # sizes: the first user's, who has the most work.
-        assert set(read) <= found | {2} | ({4} if turns > 1 else set())
+        # Arrays that hold none of a process's rows need names and dtypes: one user's, or those of
+        # user 2, who is alone in the last chunk.
+        assert len(set(read) - found - {2}) <= 1
         read.clear()
     for (chunk, padding), *several in zip(whole, *parts, strict=True):
         assert {part_padding for _, part_padding in several} == {padding}
@@ -336,7 +336,7 @@ def test_turns_are_the_next_chunks_side_by_side(dense, options, rows):
     assert len(several) < len(single)
     assert sum(p.real for _, p in several) == sum(p.real for _, p in single)
     assert sum(p.computed for _, p in several) == sum(p.computed for _, p in single)
-    left = [chunk for chunk, _ in single]
+    left = [chunk for chunk, _ in single if chunk.num_steps.any()]  # on these rows
     for chunk, _ in several:
         assert len(chunk.num_steps) == turns * len(own)
         found = list(clients(chunk))
@@ -397,7 +397,7 @@ def test_devices_have_like_work(turns):
 
 @pytest.mark.parametrize("options", [{"steps": 3}, {"epochs": 2}])
 def test_turns_are_few_where_clients_have_much_data(options, monkeypatch):
-    corpus = speech_corpus([4, 4, 4, 4])
+    corpus = speech_corpus([9, 9, 9, 9])
     buckets, local = make_buckets([corpus]), LocalBatches(2, **options)
 
     def rows():
@@ -434,7 +434,7 @@ def test_step_slots_are_few():
     batcher = ClientBatcher(corpus, LocalBatches(1, epochs=1), make_buckets([corpus]), 1, 0)
     chunks = [chunk for chunk, _ in batcher.chunks(range(6), 0)]
     assert [int(c.num_steps[0]) for c in chunks] == [6, 6, 5, 3, 2, 1]
-    assert [c.batches.index.shape[1] for c in chunks] == [6, 6, 6, 6, 6, 2]
+    assert [c.batches.index.shape[1] for c in chunks] == [16, 16, 16, 4, 4, 4]
 
 
 def test_only_the_kept_arrays_are_read():
@@ -664,7 +664,7 @@ def test_a_chunk_beyond_any_memory_is_refused(monkeypatch):
 
 
 def test_epochs_cost_no_memory():
-    corpus = speech_corpus([6, 3])
+    corpus = speech_corpus([6, 5])
     buckets = make_buckets([corpus], 1, MULTIPLES)
 
     def features(epochs):

@@ -14,20 +14,22 @@ from hypothesis import strategies as st
 from fedasr.data import batching
 from fedasr.data.batching import (
     ClientBatcher,
+    Grid,
     LocalBatches,
     Padding,
     Shape,
+    fitting_bucket,
     make_buckets,
-    make_shapes,
+    part_shapes,
 )
-from fedasr.data.corpus import InMemoryCorpus
+from fedasr.data.corpus import InMemoryCorpus, all_lengths
 from fedasr.data.sampling import ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.client import batch_gradient, local_training
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
 
-MULTIPLES = {"x": 2, "y": 1}
+GRID = Grid(2, {"x": 2, "y": 1}, {"y": 0.5})
 
 
 def ragged_corpus(sizes, seed=0):
@@ -89,18 +91,32 @@ def test_no_division_into_parts_costs_less(needs, shapes, data):
     assert spent == least[0, -1]
 
 
+def cells_of(corpus):
+    return GRID.cells(all_lengths(corpus))
+
+
+def shapes_of(corpus, user, slots):
+    """Of the parts of a user all of whose examples are in every round."""
+    buckets = cells_of(corpus)
+    own = max(
+        fitting_bucket(buckets, dict(zip(("x", "y"), pair, strict=True)))
+        for pair in zip(*(corpus.lengths(user)[name].tolist() for name in ("x", "y")), strict=True)
+    )
+    return part_shapes(min(top for top in GRID.tops(buckets) if top >= own), slots, 2)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_parts_hold_the_batches_examples(how, dense):
     local = LocalBatches(**how)
-    buckets, shapes = make_shapes([CORPUS], CORPUS, local, 4, 5, MULTIPLES)
-    assert 1 < len(shapes) <= 5
+    buckets = cells_of(CORPUS)
     whole = ClientBatcher(CORPUS, local, make_buckets([CORPUS]), 1, seed=3)
-    parts = ClientBatcher(CORPUS, local, buckets, 1, seed=3, shapes=shapes)
+    parts = ClientBatcher(CORPUS, local, GRID, 1, seed=3, micro_batch=4)
     for user in range(4):
+        shapes = shapes_of(CORPUS, user, 4)
         ((one, before),) = whole.chunks([user], 5)
         ((two, after),) = parts.chunks([user], 5)
         assert int(one.num_steps[0]) == int(two.num_steps[0])
-        assert before.real == after.real <= after.computed <= before.computed
+        assert before.real == after.real <= after.computed
         store = jax.tree.map(lambda x: x[0], two.batches)
         expected, found = dense(one.batches), dense(two.batches)
         computed = 0
@@ -132,14 +148,13 @@ def mean_loss(params, batch, key):
 @pytest.mark.parametrize("how", HOW[:3:2])
 def test_gradient_is_that_of_the_whole_batch(how):
     local = LocalBatches(**how)
-    buckets, shapes = make_shapes([CORPUS], CORPUS, local, 2, 4, MULTIPLES)
     params = {"a": jnp.arange(3.0)}
     gradient = jax.jit(batch_gradient(mean_loss))
     seen = 0
     for user in range(4):
         args = [
             ClientBatcher(CORPUS, local, make_buckets([CORPUS]), 1, seed=3),
-            ClientBatcher(CORPUS, local, buckets, 1, seed=3, shapes=shapes),
+            ClientBatcher(CORPUS, local, GRID, 1, seed=3, micro_batch=2),
         ]
         one, two = (next(b.chunks([user], 0))[0] for b in args)
         for step in range(int(one.num_steps[0])):
@@ -157,8 +172,8 @@ def test_gradient_is_that_of_the_whole_batch(how):
 @pytest.mark.parametrize("size", [1, 4])
 def test_what_is_computed_has_the_shapes_and_no_other(size):
     local = LocalBatches(size, epochs=1)
-    buckets, shapes = make_shapes([CORPUS], CORPUS, local, 2, 4, MULTIPLES)
-    batcher = ClientBatcher(CORPUS, local, buckets, 1, seed=3, shapes=shapes)
+    buckets, shapes = cells_of(CORPUS), shapes_of(CORPUS, 0, 2)
+    batcher = ClientBatcher(CORPUS, local, GRID, 1, seed=3, micro_batch=2)
     seen = set()
 
     def loss(params, batch, key):
@@ -173,8 +188,7 @@ def test_what_is_computed_has_the_shapes_and_no_other(size):
 
 def test_every_part_draws_from_a_key_of_its_own():
     local = LocalBatches(4, epochs=1)
-    buckets, shapes = make_shapes([CORPUS], CORPUS, local, 1, 4, MULTIPLES)
-    batcher = ClientBatcher(CORPUS, local, buckets, 1, seed=3, shapes=shapes)
+    batcher = ClientBatcher(CORPUS, local, GRID, 1, seed=3, micro_batch=1)
 
     def loss(params, batch, key):
         return jax.random.uniform(key) + 0 * jnp.sum(params["a"]), {}
@@ -187,7 +201,7 @@ def test_every_part_draws_from_a_key_of_its_own():
     np.testing.assert_allclose(value, np.mean(drawn), rtol=1e-6)
 
 
-def simulate(shapes=None, buckets=None, how=HOW[0], devices=1, rounds=3, chunk=1, corpus=CORPUS):
+def simulate(micro_batch=0, buckets=None, how=HOW[0], devices=1, rounds=3, chunk=1, corpus=CORPUS):
     simulation = Simulation(
         corpus,
         Mechanism(1.0, "global", 0.0, ShuffledSampler(len(corpus.users), 3, 1)),
@@ -198,7 +212,7 @@ def simulate(shapes=None, buckets=None, how=HOW[0], devices=1, rounds=3, chunk=1
         chunk=chunk,
         buckets=buckets,
         devices=jax.devices()[:devices],
-        shapes=shapes,
+        micro_batch=micro_batch,
     )
     state = simulation.init({"a": jnp.zeros(3)})
     metrics = []
@@ -210,28 +224,28 @@ def simulate(shapes=None, buckets=None, how=HOW[0], devices=1, rounds=3, chunk=1
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("how", HOW[:3])
 def test_rounds_do_not_depend_on_the_parts(how, devices):
-    whole, expected, _ = simulate(how=how, chunk=3)
-    buckets, shapes = make_shapes([CORPUS], CORPUS, LocalBatches(**how), 2, 5, MULTIPLES)
-    parts, found, simulation = simulate(shapes, buckets, how, devices)
+    whole, expected, _ = simulate(0, make_buckets([CORPUS]), how, chunk=3)
+    parts, found, simulation = simulate(2, GRID, how, devices)
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
     for a, b in zip(expected, found, strict=True):
         assert (a.clients, a.steps, a.invalid) == (b.clients, b.steps, b.invalid)
         assert a.aux == b.aux and math.isclose(a.loss, b.loss, rel_tol=1e-5)
         assert b.padding.real == a.padding.real
         assert b.padding.fraction < a.padding.fraction
-    assert simulation.compilations() <= 3
+    assert simulation.compilations() <= 4  # a user of one short example, and users of few or many
 
 
 def test_clients_side_by_side_on_a_device_are_refused():
-    buckets, shapes = make_shapes([CORPUS], CORPUS, LocalBatches(4, epochs=1), 2, 4, MULTIPLES)
     with pytest.raises(UserError, match="chunk=1"):
-        simulate(shapes, buckets, chunk=2)
+        simulate(2, GRID, chunk=2)
+    with pytest.raises(UserError, match="Grid"):
+        simulate(2, make_buckets([CORPUS]))
 
 
 def test_lengths_must_vary():
     same = InMemoryCorpus({"a": [{"x": np.zeros((2, 1), np.float32)}]})
     with pytest.raises(UserError, match="vary"):
-        make_shapes([same], same, LocalBatches(4, epochs=1), 2, 4)
+        ClientBatcher(same, LocalBatches(4, epochs=1), Grid(), 1, 0, micro_batch=2)
 
 
 def lognormal(rng, mean, std, size):
@@ -252,9 +266,15 @@ def published_durations(name, users, rng):
     return [lognormal(rng, 5.3, 1.7, max(1, round(m * 60 / 5.3))).clip(1, 30) for m in minutes]
 
 
-@pytest.mark.parametrize(("name", "seconds"), [("librispeech", 360), ("common_voice", 120)])
-def test_padding_of_the_published_corpora_is_at_most_12_percent(name, seconds):
-    """In rounds of the recipes: 8 shapes of parts, and at most 8 programs."""
+@pytest.mark.parametrize(
+    ("name", "seconds", "most"), [("librispeech", 360, 0.115), ("common_voice", 120, 0.135)]
+)
+def test_padding_of_the_published_corpora(name, seconds, most):
+    """In rounds of the recipes, with 4 lengths to a doubling: 15 shapes, and at most 8 programs.
+
+    8 shapes fitted to the lengths of all users came to at most 12%, but then every user had a say
+    in the shapes of all others. A grid that does not know the lengths needs more shapes for it.
+    """
     rng = np.random.default_rng(0)
     users = 1000
     corpus = InMemoryCorpus(
@@ -271,18 +291,19 @@ def test_padding_of_the_published_corpora_is_at_most_12_percent(name, seconds):
         ragged=("features", "labels"),
     )
     local = LocalBatches(frames=100 * seconds, epochs=10)
-    multiples = {"features": 24, "labels": 4}
-    buckets, shapes = make_shapes([corpus], corpus, local, 2, 8, multiples)
-    assert len(shapes) <= 8
-    batcher = ClientBatcher(corpus, local, buckets, 1, 0, keep=("features",), shapes=shapes)
+    grid = Grid(4, {"features": 24, "labels": 4}, {"labels": 0.2})
+    batcher = ClientBatcher(corpus, local, grid, 1, 0, keep=("features",), micro_batch=2)
     total, programs = Padding(0, 0), set()
-    cohorts = np.random.default_rng(1).permutation(users)[:60].reshape(3, 20)
+    # The users of Common Voice differ a thousandfold in their data: more are needed.
+    rounds = 1 if name == "librispeech" else 3
+    cohorts = np.random.default_rng(1).permutation(users)[: 20 * rounds].reshape(rounds, 20)
     for number, cohort in enumerate(cohorts):
         for chunk, padding in batcher.chunks(cohort, number):
             total += padding
             programs.add(tuple(x.shape for x in jax.tree.leaves(chunk)))
+            assert len(chunk.batches.spans) <= 15
     assert len(programs) <= 8
-    assert total.real > 0 and total.fraction <= 0.12
+    assert total.real > 0 and total.fraction <= most, (total.fraction, len(programs))
     # What is real is what the users have, ten times.
     expected = sum(
         int(np.sum(corpus.lengths(int(user))["features"])) for user in itertools.chain(*cohorts)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 import time
@@ -9,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
+from fedasr.data.sampling import (
+    FixedSizeSampler,
+    PoissonSampler,
+    Sampler,
+    ShuffledSampler,
+    SilentSampler,
+)
 from fedasr.errors import UserError
 
 SAMPLERS = [PoissonSampler(50, 10, seed=3), FixedSizeSampler(50, 10, seed=3)]
@@ -102,11 +109,25 @@ def test_overfull_rounds_are_truncated_uniformly():
     assert np.abs(counts - mean).max() < 5 * sd
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 10**7), st.floats(1e-9, 1), st.integers(1, 9))
+def test_default_slots_are_the_fewest_that_are_hardly_ever_full(population, share, cycle):
+    cycle = min(cycle, population)
+    sampler = PoissonSampler(population, max(share * population / cycle, 1e-9), 0, cycle=cycle)
+    others, q = -(-population // cycle) - 1, sampler.sampling_probability
+    assert stats.binom.sf(sampler.slots - 1, others, q) <= 1.0001e-18
+    # One fewer would be full more often, or could not hold the expected cohort.
+    fewer = sampler.slots - 1
+    assert stats.binom.sf(fewer - 1, others, q) > 0.9999e-18 or fewer < 1
+    assert sampler.overflow_probability <= 1.0001e-18
+
+
 def test_default_slots_leave_room():
-    sampler = PoissonSampler(10**6, 1024, seed=0)
-    assert sampler.slots == math.ceil(1024 + 7 * math.sqrt(1024 * (1 - 1024e-6)))
+    assert PoissonSampler(1000, 1, seed=0).slots == 20
     assert PoissonSampler(12, 10, seed=0).slots == 12
+    assert PoissonSampler(1, 1, seed=0).slots == 1
     everyone = PoissonSampler(12, 12, seed=0)
+    assert everyone.overflow_probability == 0
     np.testing.assert_array_equal(everyone.cohort(5), np.arange(12))
 
 
@@ -136,7 +157,9 @@ def test_events_state_the_sampling():
         dp_accounting.GaussianDpEvent(0.75),  # replacing a user moves the sum by 2C
     )
     relation = dp_accounting.NeighboringRelation
-    assert poisson.neighboring_relation == relation.ADD_OR_REMOVE_ONE
+    # What follows from the number of users (probability, slots, groups) is the same for both.
+    assert poisson.neighboring_relation == relation.REPLACE_SPECIAL
+    assert "by nothing" in poisson.neighbours and "number of users is public" in poisson.neighbours
     assert fixed.neighboring_relation == relation.REPLACE_ONE
     for sampler in (poisson, fixed):
         assert sampler.event(0.0) == dp_accounting.NonPrivateDpEvent()
@@ -162,6 +185,39 @@ def test_shuffled_users_take_turns_as_far_apart_as_stated(population, data, seed
     assert min(gaps, default=sampler.separation) >= sampler.separation
     if rounds > 2 * (population // cohort + 1):
         assert min(gaps) == sampler.separation  # no more is claimed than is needed
+
+
+@pytest.mark.parametrize("cycle", [1, 3])
+def test_overflow_is_as_probable_as_stated(cycle):
+    sampler = PoissonSampler(31, 4, seed=1, slots=5, cycle=cycle)
+    unlimited = dataclasses.replace(sampler, slots=31)
+    rounds = range(0, 6000 * cycle, cycle)  # of the first group, the largest
+    over = np.mean([len(unlimited.cohort(r)) > 5 for r in rounds])
+    p = sampler.overflow_probability
+    assert abs(over - p) < 5 * math.sqrt(p * (1 - p) / len(rounds))
+    for certain in (FixedSizeSampler(9, 3, 0), ShuffledSampler(9, 3, 0)):
+        assert certain.overflow_probability == 0
+
+
+def test_silent_users_leave_the_sampling_as_it_is():
+    """Nothing but the cohort may follow from who has something to send."""
+    everybody = PoissonSampler(30, 6, seed=2, slots=7, cycle=2)
+    silent = SilentSampler(everybody, (1, 4, 5, 29))
+    for round in range(50):
+        expected = [u for u in everybody.cohort(round).tolist() if u in (1, 4, 5, 29)]
+        assert silent.cohort(round).tolist() == expected
+    for name in Sampler.__annotations__ | {
+        k: None for k, v in vars(Sampler).items() if isinstance(v, property)
+    }:
+        assert getattr(silent, name) == getattr(everybody, name), name
+    assert isinstance(silent, Sampler)
+    assert silent.event(2.0) == everybody.event(2.0)
+    assert silent.participations(9) == everybody.participations(9)
+    assert silent.deployed(10, 1000) == everybody.deployed(10, 1000)
+    assert SilentSampler(everybody, ()).cohort(0).tolist() == []
+    for bad in ((-1,), (3, 3), (5, 4), (30,)):
+        with pytest.raises(UserError, match="ascending"):
+            SilentSampler(everybody, bad)
 
 
 def test_shuffled_order_is_the_seeds_and_everyone_is_everyone():

@@ -82,13 +82,16 @@ def test_the_misprint():
 def test_fixed_size_counts_noise_by_its_own_sensitivity():
     """The often quoted 15.5 (a user replaced moves the sum by 2C), and the noise it needs."""
     setting = (1024, 34_753, 2000, 1e-9)
-    row = plan_privacy.plan(*setting, noise_multiplier=1.43, sampling="fixed")
+    row = plan_privacy.plan(*setting, noise_multiplier=2.86, sampling="fixed")
     assert row["epsilon"] == pytest.approx(15.5, abs=0.05)
     assert row["neighbours"] == "replace one user by any other"
     assert row["sigma"] == pytest.approx(2 * 1.43 / 1024)
+    assert row["noise_multiplier"] == pytest.approx(2.86)  # on the sum, in clip norms
+    assert row["noise_over_sensitivity"] == pytest.approx(1.43)
     same_noise = plan_privacy.plan(*setting, sigma=1.43 / 1024, sampling="fixed")
     assert same_noise["epsilon"] == pytest.approx(43.7, abs=0.1)
-    assert same_noise["noise_multiplier"] == pytest.approx(1.43 / 2)
+    assert same_noise["noise_multiplier"] == pytest.approx(1.43)
+    assert same_noise["noise_over_sensitivity"] == pytest.approx(1.43 / 2)
     poisson = plan_privacy.plan(*setting, noise_multiplier=1.43)
     assert poisson["epsilon_rdp"] == pytest.approx(7.2, abs=0.05)
     assert poisson["epsilon"] == poisson["epsilon_pld"] == pytest.approx(6.8, abs=0.05)
@@ -98,18 +101,23 @@ def test_fixed_size_counts_noise_by_its_own_sensitivity():
 
 def test_noise_for_a_target_gives_the_target():
     row = plan_privacy.plan(1024, 1_000_000, 500, 1e-8, target_epsilon=4.0)
-    assert row["epsilon_rdp"] == pytest.approx(4.0, rel=1e-3) and row["epsilon"] < 4.0
+    assert row["accountant"] == "PLD" and row["epsilon_rdp"] > row["epsilon"]
+    assert 3.98 < row["epsilon"] <= 4.0 and row["noise_over_sensitivity"] == row["noise_multiplier"]
+    less = plan_privacy.plan(
+        1024, 1_000_000, 500, 1e-8, noise_multiplier=row["noise_multiplier"] / 1.001
+    )
+    assert less["epsilon"] > 4.0
     again = plan_privacy.plan(1024, 1_000_000, 500, 1e-8, noise_multiplier=row["noise_multiplier"])
     assert again == row
 
 
 def test_the_smallest_population_is_enough_and_less_is_not():
     found = plan_privacy.smallest_population(1024, 200, 1e-6, 1e-3, 2.0)
-    smaller = int(found / 1.05)
+    smaller = int(found / 1.011)
     for population, enough in ((found, True), (smaller, False)):
         sampler = PoissonSampler(population, 1024, seed=0)
         event = accounting.compose(sampler.event(1.024), 200)
-        epsilon = accounting.rdp_epsilon(event, 1e-6, sampler.neighboring_relation)
+        epsilon = accounting.epsilon(event, 1e-6, sampler.neighboring_relation).epsilon
         assert (epsilon <= 2.0) == enough
     assert plan_privacy.smallest_population(1024, 2000, 1e-9, 1e-7, 1.0) is None
 

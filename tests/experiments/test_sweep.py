@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -411,7 +412,7 @@ def test_markdown():
     outcomes["seeded__seed-1"] = done(4.0, privacy={"enabled": True, "extrapolations": [{}]})
     outcomes["seeded__seed-0"].summary["privacy"] = {
         "enabled": True,
-        "extrapolations": [{"epsilon": None}],
+        "extrapolations": [{"epsilon": math.inf}],
     }
     outcomes["LAMB__learning_rate-0.01__seed-0"] = Outcome("diverged")
     outcomes["LAMB__learning_rate-0.001__seed-0"] = Outcome("failed", message="no memory")

@@ -206,7 +206,7 @@ def test_a_batch_from_a_store_is_the_dense_batch(dense, monkeypatch):
             }
             for _ in range(size)
         ]
-        for i, size in enumerate([5, 1, 3])
+        for i, size in enumerate([15, 9, 12])
     }
     corpus = InMemoryCorpus(users, ragged=("x", "y"))
     buckets = ({"x": 6, "y": 4}, {"x": 12, "y": 4})

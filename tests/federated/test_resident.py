@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fedasr.data import batching
-from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets, make_resident
+from fedasr.data.batching import ClientBatcher, Grid, LocalBatches, make_buckets, make_resident
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
@@ -66,9 +66,6 @@ HOW = [{"batch_size": 2, "steps": 3}, {"batch_size": 2, "epochs": 2}, {"frames":
 
 def rounds(resident, how, chunk, devices, parts, own=None, **options):
     local = LocalBatches(**how)
-    buckets, shapes = make_buckets([CORPUS], 2, MULTIPLES), None
-    if parts:
-        buckets, shapes = batching.make_shapes([CORPUS], CORPUS, local, 2, 3, MULTIPLES)
     simulation = Simulation(
         CORPUS,
         Mechanism(0.5, "uniform", 0.1, PoissonSampler(7, 4.0, seed=1)),
@@ -77,11 +74,13 @@ def rounds(resident, how, chunk, devices, parts, own=None, **options):
         local,
         seed=5,
         chunk=chunk,
-        buckets=buckets,
+        buckets=Grid(2, MULTIPLES, {"y": 0.5}),
         devices=jax.devices()[:devices],
         keep=KEEP,
-        shapes=shapes,
-        resident=make_resident(CORPUS, buckets, KEEP) if resident else None,
+        micro_batch=2 if parts else 0,
+        resident=make_resident(CORPUS, make_buckets([CORPUS], 1, MULTIPLES), KEEP)
+        if resident
+        else None,
         store=own,
         **options,
     )

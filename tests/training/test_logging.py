@@ -12,8 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedasr.errors import UserError
 from fedasr.training import logging as run_logging
-from fedasr.training.logging import RunLogger, read_metrics, to_json, write_json_atomic
+from fedasr.training.logging import (
+    RunLogger,
+    config_to_json,
+    from_json,
+    read_metrics,
+    to_json,
+    write_json_atomic,
+)
 
 
 class Terminal(io.StringIO):
@@ -57,14 +65,76 @@ def test_writes_one_object_per_round(tmp_path):
     )
 )
 def test_any_value_is_strict_json_with_null_for_non_finite(value):
+    def words(v):
+        if isinstance(v, list):
+            found = [words(x) for x in v]
+            return found if any(found) else False
+        if isinstance(v, float) and math.isinf(v):
+            return True if v > 0 else "negative"
+        return False
+
     def expected(v):
         if isinstance(v, float) and not math.isfinite(v):
             return None
         if isinstance(v, dict):
-            return {k: expected(x) for k, x in v.items()}
+            said = {}
+            for k, x in v.items():
+                said[k] = expected(x)
+                if words(x):
+                    said[f"{k}_infinite"] = words(x)
+            return said
         return [expected(x) for x in v] if isinstance(v, list) else v
 
     assert strict(json.dumps(to_json(value), allow_nan=False)) == expected(value)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "epsilon", "x"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            lambda inner: (
+                st.lists(inner) | st.dictionaries(st.sampled_from(["b", "c"]), inner, max_size=2)
+            ),
+            max_leaves=8,
+        ),
+    )
+)
+def test_infinities_are_read_back(value):
+    written = json.loads(json.dumps(to_json(value), allow_nan=False))
+    assert from_json(written) == value
+    assert to_json(from_json(written)) == written
+    assert to_json(written) == written
+
+
+def test_infinity_and_nan_by_hand(tmp_path):
+    figures = {"epsilon": np.float32("inf"), "loss": math.nan, "least": [1.0, -math.inf]}
+    assert to_json(figures) == {
+        "epsilon": None,
+        "epsilon_infinite": True,
+        "loss": None,
+        "least": [1.0, None],
+        "least_infinite": [False, "negative"],
+    }
+    # A word of somebody else's about a number that is there is left alone.
+    for own in ({"x_infinite": True}, {"x": 1.0, "x_infinite": True}):
+        assert from_json(own) == own
+    with quiet(tmp_path) as log:
+        log.round(1, {"epsilon": math.inf})
+    assert '"epsilon": null, "epsilon_infinite": true' in (tmp_path / "metrics.jsonl").read_text()
+    with quiet(tmp_path, 1):  # resumed: written again as it was
+        pass
+    (record,) = read_metrics(tmp_path)
+    assert record["epsilon"] == math.inf and "epsilon_infinite" not in record
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, np.float64("nan")])
+def test_a_configuration_has_no_null_for_what_is_not_a_number(bad):
+    assert config_to_json({"a": {"b": (1, 2.5, None)}}) == {"a": {"b": [1, 2.5, None]}}
+    for config in ({"a": {"b": bad}}, {"a": {"b": (1.0, bad)}}, {"a": {"b": [[bad]]}}):
+        with pytest.raises(UserError, match=r"a\.b="):
+            config_to_json(config)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, jnp.bfloat16])
@@ -116,7 +186,7 @@ def test_read_metrics_leaves_out_what_is_not_a_record(tmp_path):
 def test_write_json_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_json_atomic(path, {"wer": np.float32(12.5), "epsilon": math.inf})
-    assert strict(path.read_text()) == {"wer": 12.5, "epsilon": None}
+    assert strict(path.read_text()) == {"wer": 12.5, "epsilon": None, "epsilon_infinite": True}
 
     def crash(*_):
         raise OSError("killed")
@@ -124,7 +194,7 @@ def test_write_json_is_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(run_logging.os, "fsync", crash)
     with pytest.raises(OSError, match="killed"):
         write_json_atomic(path, {"wer": 0})
-    assert strict(path.read_text()) == {"wer": 12.5, "epsilon": None}
+    assert strict(path.read_text()) == {"wer": 12.5, "epsilon": None, "epsilon_infinite": True}
 
 
 def test_plain_progress_tells_rate_and_remaining_time(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import shutil
 
 import dp_accounting
@@ -177,8 +178,30 @@ def test_dry_run_extrapolates_as_dp_accounting_by_hand(configure):
         dp_accounting.PoissonSampledDpEvent(1e-3, dp_accounting.GaussianDpEvent(0.6)), 200
     )
     by_hand = pld.PLDAccountant().compose(event).get_epsilon(1e-9)
-    assert deployed["epsilon"] == pytest.approx(by_hand, rel=1e-2)
+    assert deployed["epsilon"] == pytest.approx(by_hand, rel=1e-3)
     assert deployed["accountant"] == "PLD"
+    assert "by nothing" in privacy["neighbours"]
+
+
+@pytest.mark.parametrize(("name", "sensitivity"), [("poisson", 1), ("fixed", 2), ("shuffled", 1)])
+def test_noise_has_one_meaning_whatever_the_sampling(configure, name, sensitivity):
+    config = configure({"privacy.sampler": name, "privacy.sigma": 0.25, "rounds": 3})
+    privacy = loop.dry_run(config)["privacy"]
+    on_sum = 0.25 * config["cohort"]  # the mean's noise times its divisor, in clip norms
+    assert privacy["noise_multiplier"] == pytest.approx(on_sum)
+    assert privacy["noise_over_sensitivity"] == pytest.approx(on_sum / sensitivity)
+    for case in privacy["extrapolations"]:
+        assert case["noise_multiplier"] == pytest.approx(0.25 * case["cohort"])
+
+
+def test_a_dry_run_without_noise_is_json(configure):
+    summary = loop.dry_run(configure({"privacy.sigma": 0.0}))
+    json.dumps(summary, allow_nan=False)
+    for case in (summary["privacy"], *summary["privacy"]["extrapolations"]):
+        assert case["epsilon"] is None and case["epsilon_infinite"] is True
+    for bad in (math.nan, math.inf):
+        with pytest.raises(UserError, match=r"privacy\.sigma"):
+            loop.dry_run(configure({"privacy.sigma": bad}))
 
 
 def test_dry_run_without_privacy_spends_nothing(configure):
@@ -337,15 +360,6 @@ def test_devices_that_hold_the_model_together(configure, no_report, tmp_path, al
     assert losses[0] == losses[1]
     with pytest.raises(UserError, match="model_devices=0 must be at least 1"):
         loop.run(configure(settings | {"model_devices": 0}), tmp_path / "0")
-
-
-def test_central_training_has_no_parts(configure, corpus_dir):
-    settings = {"client.micro_batch": 1, "data.buckets": 3}
-    shapes = [
-        loop.Data(corpus_dir, configure(settings | {"algorithm": algorithm})).shapes
-        for algorithm in ("federated", "central")
-    ]
-    assert shapes[0] and shapes[1] is None
 
 
 def test_central_training_in_seconds_with_decay(configure, no_report, tmp_path):
