@@ -1,6 +1,6 @@
 """The faults of privacy that the suite must notice: where, what breaks, which test turns red.
 
-A new mechanism gets faults of its own here. Tests are chosen that are quick; others may notice, too.
+A new mechanism gets faults of its own here. The tests chosen are quick; others may notice, too.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ AREAS = (
     "local parameters",
     "noise",
     "released histograms",
-    "resume, stages, out of memory",
+    "resume, stages, memory",
     "sampling",
     "tails",
 )
@@ -66,6 +66,7 @@ OF_RUNS = "tests/training/test_run_privacy.py"
 OF_CORRECTIONS = "tests/experiments/test_corrections.py"
 OF_HISTOGRAMS = "tests/feedback/test_histograms.py"
 
+ADD_NOISE = f"{MECHANISM}:add_gaussian_noise"
 ROUNDS_KEY = "jax.random.fold_in(key, state.count)"
 LAW = "tests/federated/test_server.py::test_noise_joins_the_mean_before_the_optimizer"
 STAGES = f"{OF_RUNS}::test_stages_halvings_and_stops_go_on_with_the_noise"
@@ -76,23 +77,28 @@ PUBLISHED = (
     f"{OF_CORRECTIONS}::test_what_a_private_run_publishes_has_the_noise_that_its_epsilon_counts"
 )
 PARENT = f"{OF_STREAMS}::test_a_chained_run_shares_no_draw_with_its_parent"
+OS_ROOT = (
+    f"{OF_STREAMS}::test_a_secret_root_is_the_operating_systems_and_its_name_does_not_give_it_away"
+)
 EVENTS = f"{OF_SAMPLING}::test_events_state_the_sampling"
 TURNS = f"{OF_CORRELATED}::test_events_without_amplification"
+
+SLOW = {STAGES, CHAIN, SECRET}
 
 # fmt: off
 FAULTS = (
     # ------------------------------------------------------------------------------------ counters
-    edit("counters", "noise comes again after 256 rounds", "differences of models are without noise",
-         f"{MECHANISM}:add_gaussian_noise", ROUNDS_KEY, "jax.random.fold_in(key, state.count & 0xFF)",
+    edit("counters", "noise comes again after 256 rounds", "a difference is without noise",
+         ADD_NOISE, ROUNDS_KEY, "jax.random.fold_in(key, state.count & 0xFF)",
          f"{KEYS}::test_no_two_rounds_share_a_key[None]"),
     edit("counters", "noise comes again after 65,536 rounds", "as before, only later",
-         f"{MECHANISM}:add_gaussian_noise", ROUNDS_KEY, "jax.random.fold_in(key, state.count % 65_536)",
+         ADD_NOISE, ROUNDS_KEY, "jax.random.fold_in(key, state.count % 65_536)",
          f"{KEYS}::test_no_two_rounds_share_a_key[None]"),
     edit("counters", "noise of every two rounds is the same", "the rounds' difference is exact",
-         f"{MECHANISM}:add_gaussian_noise", ROUNDS_KEY, "jax.random.fold_in(key, state.count // 2)",
+         ADD_NOISE, ROUNDS_KEY, "jax.random.fold_in(key, state.count // 2)",
          f"{KEYS}::test_no_two_rounds_share_a_key[None]"),
     edit("counters", "the noise's counter stands still", "every round has the same noise",
-         f"{MECHANISM}:add_gaussian_noise", "optax.safe_increment(state.count)", "state.count",
+         ADD_NOISE, "optax.safe_increment(state.count)", "state.count",
          f"{KEYS}::test_no_two_leaves_share_draws"),
     edit("counters", "the votes' noise comes again after 256 rounds", "bounds tell the votes",
          f"{ADAPTIVE}:adapt_scales", ROUNDS_KEY, "jax.random.fold_in(key, state.count & 0xFF)",
@@ -102,18 +108,19 @@ FAULTS = (
          "fold_in(key(root, Stream.CLIENTS), round & 0xFF)",
          f"{KEYS}::test_no_two_rounds_or_users_share_a_clients_key"),
     edit("counters", "users 256 apart share a key", "two clients' randomness is one",
-         COHORT, "jax.random.fold_in(round_key, user)", "jax.random.fold_in(round_key, user & 0xFF)",
+         COHORT, "jax.random.fold_in(round_key, user)",
+         "jax.random.fold_in(round_key, user & 0xFF)",
          "tests/federated/test_cohort.py::test_randomness_belongs_to_the_user_and_the_round"),
     # --------------------------------------------------------------------------------------- noise
     edit("noise", "leaves share their draws", "the difference of two leaves is exact",
          f"{NOISE}:normal_like", "drawn[end - size : end]", "drawn[:size]",
          f"{KEYS}::test_no_two_leaves_share_draws"),
     edit("noise", "vectors and scalars have none", "biases are released as they are",
-         f"{MECHANISM}:add_gaussian_noise", "(leaf.astype(jnp.float32) + z)",
+         ADD_NOISE, "(leaf.astype(jnp.float32) + z)",
          "(leaf.astype(jnp.float32) + (z if leaf.ndim > 1 else 0 * z))",
          f"{OF_NOISE}::test_every_number_of_every_leaf_gets_noise_in_every_round[None]"),
     edit("noise", "leaves of low precision have none", "bfloat16 variables are released",
-         f"{MECHANISM}:add_gaussian_noise", "(leaf.astype(jnp.float32) + z)",
+         ADD_NOISE, "(leaf.astype(jnp.float32) + z)",
          "(leaf.astype(jnp.float32) + (z if leaf.dtype == jnp.float32 else 0 * z))",
          f"{OF_NOISE}::test_every_number_of_every_leaf_gets_noise_in_every_round[None]"),
     edit("noise", "the mean's deviation is divided by the cohort again", "too little noise",
@@ -169,7 +176,7 @@ FAULTS = (
     edit("clipping", "what is not finite passes", "one client's NaN is in the model",
          "fedasr.privacy.clipping:_select", "return jnp.where(finite, chosen, jnp.zeros_like(x))",
          "return chosen", f"{OF_CLIPPING}::test_a_non_finite_update_becomes_zero_and_is_flagged"),
-    edit("clipping", "clients that are not finite count", "figures are of clients that sent nothing",
+    edit("clipping", "clients that are not finite count", "figures are of who sent nothing",
          COHORT, "present, finite = num_steps > 0, stats.finite",
          "present, finite = num_steps > 0, jnp.bool_(True)",
          f"{OF_SIMULATION}::test_clipping_and_invalid_clients_are_reported"),
@@ -213,7 +220,7 @@ FAULTS = (
          "start = min(2 * turn * separation, rounds - 1)",
          f"{OF_CORRELATED}::test_sensitivity_is_the_worst_pattern_of_turns[banded-2-2]"),
     edit("correlated noise", "the buffers are never filled", "later rounds take nothing back",
-         f"{MECHANISM}:add_gaussian_noise", "drawn, buffers = inverse.multiply_next(drawn, buffers)",
+         ADD_NOISE, "drawn, buffers = inverse.multiply_next(drawn, buffers)",
          "drawn, _ = inverse.multiply_next(drawn, buffers)",
          f"{OF_CORRELATED}::test_the_fresh_noise_comes_back[banded]"),
     # ------------------------------------------------------------------------------------ sampling
@@ -238,7 +245,8 @@ FAULTS = (
          "int(size * self.sampling_probability)",
          f"{OF_SAMPLING}::test_poisson_users_are_independent_of_each_other"),
     edit("sampling", "overfull rounds keep the first users", "the last are never truncated",
-         f"{SAMPLING}:PoissonSampler.cohort", "rng.choice(size, kept, replace=False, shuffle=False)",
+         f"{SAMPLING}:PoissonSampler.cohort",
+         "rng.choice(size, kept, replace=False, shuffle=False)",
          "np.sort(rng.choice(size, int(drawn), replace=False))[:kept]",
          f"{OF_SAMPLING}::test_overfull_rounds_are_truncated_uniformly"),
     # ---------------------------------------------------------------------------------- accounting
@@ -251,7 +259,8 @@ FAULTS = (
          f"{SAMPLING}:FixedSizeSampler.neighboring_relation", "NeighboringRelation.REPLACE_ONE",
          "NeighboringRelation.ADD_OR_REMOVE_ONE", EVENTS),
     edit("accounting", "users in turn have one turn less", "the last is not accounted for",
-         f"{SAMPLING}:ShuffledSampler.participations", "-(-rounds * self.cohort_size // self.population)",
+         f"{SAMPLING}:ShuffledSampler.participations",
+         "-(-rounds * self.cohort_size // self.population)",
          "rounds * self.cohort_size // self.population",
          f"{OF_SAMPLING}::test_shuffled_users_take_turns_as_far_apart_as_stated"),
     edit("accounting", "groups come less often than they do", "turns are not accounted for",
@@ -268,7 +277,8 @@ FAULTS = (
          f"{LOOP}:describe_privacy", 'mechanism.epsilon(rounds, privacy["delta"])',
          "mechanism.epsilon(rounds, 1e-4)", ALONE),
     edit("accounting", "the noise is taken to be larger than it is", "epsilon is too small",
-         f"{MECHANISM}:_joint", "return least / math.sqrt", "return 1.01 * least / math.sqrt", ALONE),
+         f"{MECHANISM}:_joint", "return least / math.sqrt", "return 1.01 * least / math.sqrt",
+         ALONE),
     edit("accounting", "a deployment keeps the votes' noise", "it has not that of its own cohort",
          f"{MECHANISM}:Mechanism.deployed", "adaptive.noise_multiplier * growth",
          "adaptive.noise_multiplier * growth**2",
@@ -315,34 +325,36 @@ FAULTS = (
     edit("identity and streams", "a secret root can be guessed", "the noise can be taken off",
          f"{STREAMS}:secret_root", "secrets.token_bytes(4 * ROOT_WORDS)",
          "np.random.default_rng().bytes(4 * ROOT_WORDS)",
-         f"{OF_STREAMS}::test_a_secret_root_is_the_operating_systems_and_its_name_does_not_give_it_away"),
+         OS_ROOT),
     edit("identity and streams", "a public name is a part of the root", "the root is given away",
-         f"{STREAMS}:public_name", "hashlib.sha256(b\"public name\" + words.astype(\"<u4\").tobytes())"
-         ".hexdigest()", "words.astype(\"<u4\").tobytes().hex()",
-         f"{OF_STREAMS}::test_a_secret_root_is_the_operating_systems_and_its_name_does_not_give_it_away"),
+         f"{STREAMS}:public_name",
+         'hashlib.sha256(b"public name" + words.astype("<u4").tobytes()).hexdigest()',
+         'words.astype("<u4").tobytes().hex()',
+         OS_ROOT),
     edit("identity and streams", "secret noise is not asked for", "it follows from the seed",
          f"{LOOP}:_Run._rounds", '== "secret"', '== "never"', SECRET),
     edit("identity and streams", "the summary names the root itself", "the noise can be taken off",
          f"{LOOP}:_Run._rounds", "public_name(state.root)",
          'np.asarray(state.root).astype("<u4").tobytes().hex()', SECRET),
-    # ----------------------------------------------------------------- resume, stages, out of memory
-    edit("resume, stages, out of memory", "a resumed run has another root", "it is not the same run",
+    # ----------------------------------------------------------------- resume, stages, memory
+    edit("resume, stages, memory", "a resumed run has another root", "it is not the same run",
          f"{LOOP}:_Run._rounds", "simulation.place(restored)",
          "simulation.place(restored._replace(root=state.root))", SECRET),
-    edit("resume, stages, out of memory", "the noise begins anew on resume", "rounds share noise",
+    edit("resume, stages, memory", "the noise begins anew on resume", "rounds share noise",
          f"{LOOP}:_Run._rounds", "simulation.place(restored)",
          "simulation.place(restored._replace(opt_state=state.opt_state))", STAGES),
-    edit("resume, stages, out of memory", "buffers are empty after a resume", "noise is lost",
+    edit("resume, stages, memory", "buffers are empty after a resume", "noise is lost",
          f"{LOOP}:_Run._rounds", "simulation.place(restored)",
-         "simulation.place(restored._replace(opt_state=jax.tree.map(lambda a, b: b if a.ndim else a,"
-         " restored.opt_state, state.opt_state)))", STAGES),
-    edit("resume, stages, out of memory", "the noise begins anew with a smaller chunk",
+         "simulation.place(restored._replace(opt_state=jax.tree.map("
+         "lambda a, b: b if a.ndim else a, restored.opt_state, state.opt_state)))", STAGES),
+    edit("resume, stages, memory", "the noise begins anew with a smaller chunk",
          "rounds share noise", f"{LOOP}:_Run._train",
          "state = self.simulations[number][1].place(state)",
          "new = self.simulations[number][1]; "
          "state = new.init(state.params, state.root)._replace(round=state.round)", STAGES),
-    edit("resume, stages, out of memory", "the noise begins anew with augmentation",
-         "rounds share noise", f"{LOOP}:_Run._train", "until, simulation = self.simulations[number]",
+    edit("resume, stages, memory", "the noise begins anew with augmentation",
+         "rounds share noise", f"{LOOP}:_Run._train",
+         "until, simulation = self.simulations[number]",
          "until, simulation = self.simulations[number]; state = state if number == 0 else "
          "simulation.init(state.params, state.root)._replace(round=state.round)", STAGES),
     # -------------------------------------------------------------------------------------- ledger
@@ -373,8 +385,9 @@ FAULTS = (
     # ---------------------------------------------------------------------------- local parameters
     edit("local parameters", "they leak into what is sent", "what never leaves the client does",
          "fedasr.federated.local:with_local", "return keep(whole, layout.shared), metrics,",
-         "return keep(jax.tree.map(lambda d: d + jnp.where(jnp.isfinite(row.sum()), 1e-3 * row.sum(),"
-         " 0).astype(d.dtype), whole), layout.shared), metrics,",
+         "return keep(jax.tree.map(lambda d: d + jnp.where("
+         "jnp.isfinite(row.sum()), 1e-3 * row.sum(), 0).astype(d.dtype), whole), layout.shared), "
+         "metrics,",
          f"{OF_SENSITIVITY}::test_local_parameters_have_no_path_to_the_server[global-float32-1-1]"),
     edit("local parameters", "rows of clients that are not valid change", "garbage is kept",
          COHORT, "jnp.where(valid & jnp.all(jnp.isfinite(new)), new, own)", "new",

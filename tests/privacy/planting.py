@@ -96,13 +96,18 @@ class Value:
             setattr(owner, name, before)
 
 
+# Of which only what other libraries optimise is remembered, for seconds.
+_KEPT = ("fedasr.privacy.correlated",)
+
+
 def forget() -> None:
     """Empties whatever remembers what code has computed, or was compiled to, before."""
     import jax
 
     jax.clear_caches()
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in ("fedasr", "experiments") and module is not None:
+        ours = name.split(".")[0] in ("fedasr", "experiments") and name not in _KEPT
+        if ours and module is not None:
             for value in list(vars(module).values()):
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()

@@ -3,6 +3,7 @@
 One command prints the faults, and which test catches each:
 
     pytest -m planted -n 0
+    pytest -m "planted and not slow" -n 0   # without those that whole runs have to notice
 """
 
 import contextlib
@@ -82,7 +83,14 @@ def _is_test(module):
     return file is not None and Path(file).name.startswith("test_") and ROOT in Path(file).parents
 
 
-@pytest.mark.parametrize("fault", [pytest.param(f, id=f.name) for f in table.FAULTS])
+def parameters():
+    """The faults, those that whole runs have to notice marked slow."""
+    for fault in table.FAULTS:
+        slow = pytest.mark.slow if set(fault.caught_by) & table.SLOW else ()
+        yield pytest.param(fault, id=fault.name, marks=slow)
+
+
+@pytest.mark.parametrize("fault", parameters())
 def test_a_planted_fault_turns_the_suite_red(fault, record_property):
     record_property("planted", (fault.area, fault.name, fault.breaks, fault.caught_by))
     for node in fault.caught_by:
@@ -95,6 +103,7 @@ def test_a_planted_fault_turns_the_suite_red(fault, record_property):
         )
 
 
+@pytest.mark.slow
 def test_the_catching_tests_are_green_without_a_fault():
     """Otherwise they would catch everything."""
     planting.forget()
