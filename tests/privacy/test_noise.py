@@ -127,13 +127,13 @@ def test_every_number_of_every_leaf_gets_noise_in_every_round(correlation):
 
     def run(key):
         transform = add_gaussian_noise(std, key, correlation)
-        state, outs = transform.init(zeros), []
-        for _ in range(8):
+
+        def step(state, _):
             out, state = transform.update(zeros, state)
-            outs.append(
-                jnp.concatenate([x.astype(jnp.float32).ravel() for x in jax.tree.leaves(out)])
-            )
-        return jnp.stack(outs)
+            leaves = [x.astype(jnp.float32).ravel() for x in jax.tree.leaves(out)]
+            return state, jnp.concatenate(leaves)
+
+        return jax.lax.scan(step, transform.init(zeros), None, 8)[1]
 
     runs = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 2000)))
     rows = np.eye(8)
