@@ -7,7 +7,12 @@ from setuptools import find_packages, setup
 SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
 QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
 FUSION = ["evosax>=0.3", "scikit-learn>=1.4"]
+SUBWORDS = {  # read tokenizers that were learned elsewhere
+    "sentencepiece": ["sentencepiece>=0.2"],
+    "tokenizers": ["tokenizers>=0.20"],
+}
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
+HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 
 setup(
     name="fedasr",
@@ -20,11 +25,12 @@ setup(
     packages=find_packages(include=["fedasr", "fedasr.*", "experiments", "experiments.*"]),
     install_requires=[
         "absl-py>=2.1",
-        "anyascii>=0.3.2",
+        "anyascii>=0.3.2",  # transliterates Latin letters
         "array_record>=0.8",
         "chex>=0.1.88",
         "dp-accounting>=0.6",
         "flax>=0.12",
+        "ftfy>=6.3",  # repairs encoding damage of transcripts
         "importlib_resources>=6.0",  # tensorflow-datasets imports it without declaring it
         "jax>=0.8",
         "jax-privacy>=2.0",
@@ -43,14 +49,20 @@ setup(
         "quickstart": QUICKSTART,
         "fusion": FUSION,
         "neural": NEURAL,
+        "huggingface": HUGGINGFACE,
+        **SUBWORDS,
         "cuda": ["jax[cuda12]>=0.8"],
         "tpu": ["jax[tpu]>=0.8"],
         "test": [
             *QUICKSTART,
             *FUSION,
             *NEURAL,
+            *HUGGINGFACE,
+            *SUBWORDS["sentencepiece"],
+            *SUBWORDS["tokenizers"],
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook
+            "jiwer>=4.0",  # word error rates by other code
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8.0",

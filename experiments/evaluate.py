@@ -26,18 +26,17 @@ def run() -> None:
     if not _CHECKPOINT.value or not _DATA.value:
         raise UserError("--checkpoint and --data are needed: give both folders")
     cli.configure_devices()
-    from fedasr.data.batching import make_buckets
     from fedasr.data.corpus import open_corpus
     from fedasr.data.corpus import read_metadata as read_corpus_metadata
     from fedasr.training.checkpoint import read_metadata, restore_params
-    from fedasr.training.evaluation import Evaluator
+    from fedasr.training.evaluation import Evaluator, evaluation_buckets
     from fedasr.training.loop import build_recogniser, fitting_tokenizer, local_rows
 
     corpus = open_corpus(_DATA.value, _SPLIT.value)
     metadata = read_metadata(_CHECKPOINT.value)
     params = restore_params(_CHECKPOINT.value)
     recogniser = build_recogniser(metadata["config"])
-    buckets = make_buckets([corpus], 1, {"features": 24, "labels": 4})
+    buckets = evaluation_buckets([corpus])
     tokenizer = fitting_tokenizer(metadata["config"], read_corpus_metadata(_DATA.value))
     layout, rows = local_rows(_CHECKPOINT.value, params, corpus, _DATA.value)
     if rows is None and metadata["config"].get("local", {}).get("patterns"):

@@ -1,31 +1,46 @@
 """Prepares speech for training: features computed once, stored by user.
 
+    python -m experiments.prepare_data --inspect=PATH
     python -m experiments.prepare_data --dataset=manifest --source=speech.jsonl --out=DIR
     python -m experiments.prepare_data --dataset=librispeech --source=LibriSpeech --out=DIR
     python -m experiments.prepare_data --dataset=common_voice --source=cv-corpus-13.0/en --out=DIR
     python -m experiments.prepare_data --dataset=neural --source=competitionData --out=DIR
+    python -m experiments.prepare_data --verify --out=DIR
 
-A manifest holds one JSON object a line with `audio_filepath`, `text` and `user`. LibriSpeech and
-Common Voice are read as they are published: unpacked, or from their archives. Neural recordings are
-a folder of MATLAB files or a manifest of arrays, see `fedasr.data.neural`. The same command goes
-on with a preparation that was interrupted. The summary goes to stdout, everything else to stderr.
-Exit status: 0 when the corpus is ready, 2 for a mistake that the user can mend.
+`--inspect` says what would be prepared, and with which command, and stores nothing. A manifest
+lists recordings with `audio_filepath`, `text` and `user`: JSON lines, a JSON array, CSV or TSV.
+LibriSpeech, Common Voice, TED-LIUM, Kaldi data directories, lhotse manifests and audio datasets of
+Hugging Face are read as they lie on disk (see `fedasr.data.layouts`). Neural recordings are a
+folder of MATLAB files or a manifest of arrays, see `fedasr.data.neural`. The same command goes on
+with a preparation that was interrupted. `--verify` decodes again what is stored, and its sources.
+The summary goes to stdout, everything else to stderr.
+Exit status: 0 when the corpus is ready, 1 where --verify finds a difference, 2 for a mistake that
+the user can mend.
 """
 
+import dataclasses
+import os
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
 from fedasr import text
-from fedasr.data import corpus, prepare
-from fedasr.data.conversion import STORES
+from fedasr.data import corpus, layouts, prepare
+from fedasr.data.conversion import STORES, Utterance
 from fedasr.errors import UserError
 
-_DATASETS = ["synthetic", "manifest", "librispeech", "common_voice", "neural"]
+_DATASETS = ["synthetic", "neural", *(layout.name for layout in layouts.LAYOUTS)]
 _DATASET = flags.DEFINE_enum("dataset", None, _DATASETS, "Where the speech comes from.")
 _SOURCE = flags.DEFINE_string("source", None, "The manifest, or the folder or archive of a corpus.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the corpus: new, empty, or holding the same.")
+_INSPECT = flags.DEFINE_string(
+    "inspect", None, "Say what would be prepared from this path, and prepare nothing."
+)
+_INSPECTED = flags.DEFINE_integer("inspect_recordings", 500, "So many are decoded by --inspect.")
+_VERIFY = flags.DEFINE_bool(
+    "verify", False, "Decode again what --out holds, and what it was prepared from, and compare."
+)
 _LANGUAGE = flags.DEFINE_string(
     "language",
     None,
@@ -34,6 +49,18 @@ _LANGUAGE = flags.DEFINE_string(
 )
 _LETTERS = flags.DEFINE_bool(
     "keep_letters", False, "Keep the language's own letters (é, ä, ß) instead of folding to a-z."
+)
+_ALPHABET = flags.DEFINE_string(
+    "alphabet",
+    None,
+    f"In place of the language's: {text.FROM_DATA} (all letters of the transcripts), or one of "
+    f"{', '.join(text.SCRIPTS)}.",
+)
+_MIN_COUNT = flags.DEFINE_integer(
+    "alphabet_min_count", 1, "With from_data: characters that occur less often are left out."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "In place of an alphabet: a SentencePiece model or a tokenizer.json."
 )
 _STORE = flags.DEFINE_enum(
     "store", "features", list(STORES), "audio: features are computed whenever they are read."
@@ -48,6 +75,15 @@ _AREAS = flags.DEFINE_string(
     None,
     "Channels of neural recordings; default tx1[0:128],spikePow[0:128], or all of a manifest's.",
 )
+_USER_KEY = flags.DEFINE_string(
+    "user_key", None, "Field or column of the user; default user, speaker, speaker_id or client_id."
+)
+_TEXT_KEY = flags.DEFINE_string("text_key", None, "Field or column of the transcript.")
+_AUDIO_KEY = flags.DEFINE_string("audio_key", None, "Field or column of the recording.")
+_METADATA = flags.DEFINE_list(
+    "metadata", None, "Further fields to carry through, beside age, gender, accents and the like."
+)
+_PIPES = flags.DEFINE_bool("pipes", False, "kaldi: run the commands that wav.scp holds.")
 _LEXICON = flags.DEFINE_string(
     "lexicon", None, "neural: pronunciations in the form of CMUdict; labels are then phonemes."
 )
@@ -70,11 +106,13 @@ def run() -> dict[str, Any]:
     if _DATASET.value == "neural":
         return _neural(_SOURCE.value)
     source, facts = _opened(_DATASET.value, _SOURCE.value)
+    written = _written(facts["language"])
     with prepare.progress_bar("preparing speech") as progress:
         return prepare.prepare(
             source,
             _OUT.value,
             keep_letters=_LETTERS.value,
+            **written,
             store=_STORE.value,
             workers=_WORKERS.value,
             dev_fraction=_DEV.value,
@@ -82,32 +120,45 @@ def run() -> dict[str, Any]:
             seed=_SEED.value,
             progress=progress,
             overwrite=_OVERWRITE.value,
+            source={
+                "dataset": _DATASET.value,
+                "path": os.path.abspath(_SOURCE.value),
+                **dataclasses.asdict(_options()),
+            },
             **facts,
         )
 
 
+def _written(language: str) -> dict[str, Any]:
+    """What labels are written in, as arguments of `prepare.prepare`."""
+    if _TOKENIZER.value:
+        return {"tokenizer": _TOKENIZER.value, "alphabet": _ALPHABET.value or ""}
+    if _ALPHABET.value != text.FROM_DATA:
+        return {"alphabet": text.script_alphabet(_ALPHABET.value) if _ALPHABET.value else ""}
+    if _LETTERS.value:
+        raise UserError("--alphabet=from_data keeps all letters: leave --keep_letters out")
+    source, _ = _opened(_DATASET.value, _SOURCE.value)  # once more: a source is read once
+    texts = (item.text for item in source if isinstance(item, Utterance))
+    alphabet = text.alphabet_of(texts, language, _MIN_COUNT.value)
+    return {"alphabet": alphabet, "learned": True}
+
+
 def _opened(dataset: str, path: str) -> tuple[Any, dict[str, Any]]:
     """Utterances of a data set, and what is known of them as arguments of `prepare.prepare`."""
-    if dataset == "manifest":
-        from fedasr.data import manifest
-
-        fingerprint, total = manifest.manifest_fingerprint(path)
-        facts = {"name": f"manifest {path}", "fingerprint": fingerprint, "total": total}
-        return manifest.read_manifest(path), {**facts, "language": _LANGUAGE.value or "en"}
-    if dataset == "librispeech":
-        from fedasr.data.librispeech import LibriSpeech
-
-        if (_LANGUAGE.value or "en") != "en":
-            raise UserError("LibriSpeech is English: leave --language out")
-        source: Any = LibriSpeech(path)
-        language = "en"
-    else:
-        from fedasr.data.common_voice import CommonVoice
-
-        source = CommonVoice(path, _LANGUAGE.value)
-        language = source.language
+    source = layouts.find_layout(dataset).open(path, _options())
     facts = {name: getattr(source, name) for name in ("name", "fingerprint", "total", "notes")}
-    return source, {**facts, "language": language}
+    return source, {**facts, "language": source.language or _LANGUAGE.value or "en"}
+
+
+def _options() -> layouts.SourceOptions:
+    return layouts.SourceOptions(
+        language=_LANGUAGE.value,
+        user_key=_USER_KEY.value,
+        text_key=_TEXT_KEY.value,
+        audio_key=_AUDIO_KEY.value,
+        metadata=tuple(_METADATA.value or ()),
+        pipes=_PIPES.value,
+    )
 
 
 def _neural(path: str) -> dict[str, Any]:
@@ -133,26 +184,121 @@ def _synthetic() -> dict[str, Any]:
 
     if _LETTERS.value or (_LANGUAGE.value or "en") != "en":
         raise UserError("the synthetic speech is English: leave --language and --keep_letters out")
+    if _ALPHABET.value or _TOKENIZER.value:
+        raise UserError("the synthetic speech is English: leave --alphabet and --tokenizer out")
     config = synthetic.SyntheticConfig(task=_TASK.value, seed=_SEED.value)
     prepare.prepare_synthetic(config, _OUT.value, overwrite=_OVERWRITE.value, store=_STORE.value)
     return corpus.read_metadata(_OUT.value)["summary"]
 
 
-def program() -> None:
-    """Prepares and prints the summary."""
+def _inspect() -> None:
+    """Prints what `fedasr.data.inspection.inspect` finds."""
+    from fedasr.data import inspection
+
+    found = inspection.inspect(
+        _INSPECT.value, _options(), layout=_DATASET.value, recordings=_INSPECTED.value
+    )
+    if cli.JSON.value:
+        cli.show(found)
+        return
+    print(f"{_INSPECT.value} looks like {found['title']}, language {found['language']}")
+    each = found["utterances_per_user"]
+    sampled = "" if found["decoded"] == found["utterances"] else ", estimated"
+    print(
+        f"  {found['users']} users, {found['utterances']} utterances ({each['min']} to "
+        f"{each['max']} per user, mean {each['mean']}), {found['hours']:.2f} hours{sampled}"
+    )
+    for name, count in found["splits"].items():
+        print(f"  {name}: {count} utterances")
+    if found["without_split"]:
+        print(f"  without a split: {found['without_split']} (some users are held out, see --seed)")
+    text = found["text"]
+    print(
+        f"  text: {text['words_per_utterance']} words per utterance, {text['vocabulary']} "
+        f"different words, {text['characters_per_second']} characters per second"
+    )
+    for name, share in found["coverage"].items():
+        print(f"  {name} can write {100 * share:.1f}% of the transcripts")
+    if found["unknown_characters"]:
+        shown = ", ".join(f"{c!r} {n}" for c, n in found["unknown_characters"].items())
+        print(f"  characters that it cannot write: {shown}")
+    for reason, count in found["rejected"].items():
+        print(f"  would be skipped, {reason}: {count}")
+    if found["unreadable"]:
+        print(f"  unreadable: {found['unreadable']} of {found['unreadable'] + found['decoded']}")
+    for key, count in found["notes"].items():
+        print(f"  {key.replace('_', ' ')}: {count}")
+    if found["suspicious"]:
+        print("  most suspicious:")
+    for item in found["suspicious"]:
+        print(f"    {item['id']}: {item['why']}")
+    print(f"prepare it with\n  {found['command']}")
+
+
+def _verify() -> int:
+    """Prints what `fedasr.data.inspection.verify` finds; returns the exit status."""
+    from fedasr.data import inspection
+
+    if not _OUT.value:
+        raise UserError("--out is missing: give the folder of the corpus to verify")
+    known = dict(corpus.read_metadata(_OUT.value).get("source") or {})
+    dataset = _DATASET.value or known.pop("dataset", None)
+    path = _SOURCE.value or known.pop("path", None)
+    known.pop("dataset", None)
+    known.pop("path", None)
+    source = None
+    if dataset in {layout.name for layout in layouts.LAYOUTS} and path:
+        options = layouts.SourceOptions(**known) if not _SOURCE.value else _options()
+        options = dataclasses.replace(options, metadata=tuple(options.metadata))
+        source = layouts.find_layout(dataset).open(path, options)
+    report = inspection.verify(_OUT.value, source)
+    if cli.JSON.value:
+        cli.show(report)
+    else:
+        print(
+            f"{_OUT.value}: {report['stored']} utterances stored, {len(report['damaged'])} damaged"
+        )
+        if source is None:
+            print(
+                "  what it was prepared from is not known: give --dataset and --source to compare"
+            )
+        else:
+            print(f"  {report['compared']} compared with {path}: {report['same']} the same")
+        for key in ("damaged", "different", "no_longer_there", "new"):
+            for item in report.get(key, [])[:10]:
+                shown = f"{item['id']}: {item['why']}" if isinstance(item, dict) else item
+                print(f"  {key.replace('_', ' ')}: {shown}")
+            if (more := len(report.get(key, [])) - 10) > 0:
+                print(f"  {key.replace('_', ' ')}: {more} more (all with --json)")
+    return 0 if inspection.is_same(report) else cli.FAILED
+
+
+def program() -> int | None:
+    """Prepares and prints the summary; or inspects, or verifies."""
+    if _INSPECT.value:
+        return _inspect()
+    if _VERIFY.value:
+        return _verify()
     summary = run()
     if cli.JSON.value:
         cli.show(summary)
-        return
+        return None
     print(f"{_OUT.value}: {_describe(summary)}")
     for name, split in summary["splits"].items():
         print(f"  {name}: {_describe(split)}")
     for reason, count in summary["skipped"].items():
-        print(f"  skipped, {reason}: {count} (listed in {prepare.SKIPPED_FILE})")
+        example = summary.get("skipped_examples", {}).get(reason)
+        shown = f"; for example {example[:200]}" if example else ""
+        print(
+            f"  skipped, {reason}: {count} (listed in {_OUT.value}/{prepare.SKIPPED_FILE}{shown})"
+        )
+        if reason == "unknown_characters":
+            print(f"    {prepare.describe_unknown(summary['unknown_characters'])}")
     others = {key: summary[key] for key in ("users_without_utterances", "users_in_several_splits")}
     for key, count in (others | summary["notes"]).items():
         if count:
             print(f"  {key.replace('_', ' ')}: {count}")
+    return None
 
 
 def _describe(part: dict[str, Any]) -> str:

@@ -27,7 +27,11 @@ def is_feasible(labels: jax.Array, label_lengths: jax.Array, logit_lengths: jax.
 
 
 def ctc_loss(
-    logits: jax.Array, logit_lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array
+    logits: jax.Array,
+    logit_lengths: jax.Array,
+    labels: jax.Array,
+    label_lengths: jax.Array,
+    stream: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of the labels, per utterance.
 
@@ -39,6 +43,8 @@ def ctc_loss(
       logit_lengths: int [b], true frames.
       labels: int [b, u], each in 1..v-1 within its length.
       label_lengths: int [b], true labels.
+      stream: never have the scores of all states in all frames, [b, t, 2u + 1], in memory. For
+        values alone: a gradient would need them.
 
     Returns:
       loss float32 [b] in nats, and feasible bool [b].
@@ -49,6 +55,9 @@ def ctc_loss(
     valid = frame & feasible[:, None]
     logits = jnp.where(valid[:, :, None], logits.astype(jnp.float32), 0)
     log_probs = jax.nn.log_softmax(logits)
+    if stream:
+        loss = -_streamed_log_likelihood(log_probs, logit_lengths, labels, label_lengths, feasible)
+        return jnp.where(feasible, loss, 0), feasible
     # The states of an alignment: blank, label, blank, ..., label, blank. A product with one-hot
     # rows, for gathering would scatter in the backward pass; accelerators round it by default.
     one_hot = jax.nn.one_hot(labels, logits.shape[2])
@@ -56,13 +65,46 @@ def ctc_loss(
     blank = log_probs[:, :, BLANK, None]
     pairs = jnp.stack([jnp.broadcast_to(blank, of_labels.shape), of_labels], axis=-1)
     emissions = jnp.concatenate([pairs.reshape(*blank.shape[:2], -1), blank], axis=-1)
-    # A label may follow another without a blank, unless they are equal.
-    differ = labels[:, 1:] != labels[:, :-1]
-    jumps = jnp.zeros((labels.shape[0], emissions.shape[2]), bool).at[:, 3::2].set(differ)
+    jumps = _jumps(labels)
     states = 2 * jnp.where(feasible, label_lengths, 0) + 1
     frames = jnp.where(feasible, logit_lengths, 0)
     loss = -_log_likelihood(emissions, jumps, frames, states)
     return jnp.where(feasible, loss, 0), feasible
+
+
+def _jumps(labels: jax.Array) -> jax.Array:
+    """Where the state before the last may be left out: a label after another that it differs from.
+
+    Of labels int [b, u], bool [b, 2u + 1].
+    """
+    differ = labels[:, 1:] != labels[:, :-1]
+    jumps = jnp.zeros((labels.shape[0], 2 * labels.shape[1] + 1), bool)
+    return jumps.at[:, 3::2].set(differ)
+
+
+def _streamed_log_likelihood(log_probs, logit_lengths, labels, label_lengths, feasible):
+    """`_log_likelihood`, whose scores of states are read from [b, t, v] frame by frame."""
+    tokens = jnp.full((labels.shape[0], 2 * labels.shape[1] + 1), BLANK)
+    tokens = tokens.at[:, 1::2].set(labels)
+    states = 2 * jnp.where(feasible, label_lengths, 0) + 1
+    frames = jnp.where(feasible, logit_lengths, 0)
+    state = jnp.arange(tokens.shape[1])
+    there, penalty = state < states[:, None], jnp.where(_jumps(labels), 0.0, _NEVER)
+    first = jnp.broadcast_to(jnp.where(state < 2, 0.0, _NEVER), tokens.shape)
+
+    def step(carry, frame):
+        score, offset = carry
+        number, of_frame = frame
+        emission = jnp.where(there, jnp.take_along_axis(of_frame, tokens, axis=1), _NEVER)
+        most = jnp.max(emission, axis=1, keepdims=True)
+        real = (number < frames)[:, None]
+        score = jnp.where(real, _advance(score, emission - most, penalty), score)
+        return (score, offset + jnp.where(real, most, 0)), None
+
+    by_frame = jnp.arange(log_probs.shape[1]), jnp.moveaxis(log_probs, 1, 0)
+    start = first, jnp.zeros((len(labels), 1), log_probs.dtype)
+    (after, offset), _ = jax.lax.scan(step, start, by_frame)
+    return _at_last(after, states) + offset[:, 0]
 
 
 @jax.custom_vjp
@@ -139,18 +181,23 @@ def _walk(start, emissions, jumps, inside):
       The score after the last frame, and before each frame, [t, ..., s].
     """
     penalty = jnp.where(jumps, 0.0, _NEVER)
-    nowhere = jnp.full((*start.shape[:-1], 2), _NEVER)
 
     def step(score, frame):
         emission, real = frame
-        # Materialised: reading through the concatenation keeps XLA from vectorising the rest.
-        padded = jax.lax.optimization_barrier(jnp.concatenate([nowhere, score + emission], axis=-1))
-        here, one, two = padded[..., 2:], padded[..., 1:-1], padded[..., :-2] + penalty
-        most = jnp.maximum(jnp.maximum(here, one), two)
-        sum = jnp.exp(here - most) + jnp.exp(one - most) + jnp.exp(two - most)
-        return jnp.where(real, most + jnp.log(sum), score), score
+        return jnp.where(real, _advance(score, emission, penalty), score), score
 
     return jax.lax.scan(step, start, (emissions, inside))
+
+
+def _advance(score, emission, penalty):
+    """The scores [..., s] after a frame with these emissions; `penalty` is that of jumps."""
+    nowhere = jnp.full((*score.shape[:-1], 2), _NEVER)
+    # Materialised: reading through the concatenation keeps XLA from vectorising the rest.
+    padded = jax.lax.optimization_barrier(jnp.concatenate([nowhere, score + emission], axis=-1))
+    here, one, two = padded[..., 2:], padded[..., 1:-1], padded[..., :-2] + penalty
+    most = jnp.maximum(jnp.maximum(here, one), two)
+    sum = jnp.exp(here - most) + jnp.exp(one - most) + jnp.exp(two - most)
+    return most + jnp.log(sum)
 
 
 def _at_last(score, states):

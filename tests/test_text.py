@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedasr.errors import UserError
@@ -8,12 +8,17 @@ from fedasr.text import (
     CHARACTERS,
     LANGUAGES,
     PHONEMES,
+    REASONS,
     CharTokenizer,
     PhonemeTokenizer,
     alphabet,
+    describe_losses,
+    normalise,
     normalize_text,
+    parse_losses,
     pronounced,
     read_lexicon,
+    script_alphabet,
     tokenizer_for,
 )
 
@@ -57,10 +62,79 @@ def test_normalised_text_is_in_the_alphabet_and_stable(text):
     assert TOKENIZER.decode(TOKENIZER.encode(normal)) == normal
 
 
-@given(st.text(max_size=20), st.text(max_size=20))
+# Beside one another, other signs may be taken for encoding damage, or "?" for a lost letter.
+PLAIN = "abzXY ,.;\u4e16\u754c\u0434\u03b1\u0663123&%$+=\ufffd\U0001f642"
+
+
+@given(st.text(PLAIN, max_size=20), st.text(PLAIN, max_size=20))
 @settings(deadline=None, max_examples=100)
 def test_unknown_characters_are_counted_one_by_one(a, b):
     assert normalize_text(a + b)[1] == normalize_text(a)[1] + normalize_text(b)[1]
+
+
+WORDS = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ\u00e4\u00e9\u00df", min_size=2, max_size=8)
+# Whatever separates, between words of two letters or more (single letters with dots are initials).
+SEPARATORS = st.sampled_from(
+    [
+        *",.;:!/|\t\n ",
+        "--",
+        "---",
+        "\u2014",
+        "\u2015",
+        "\u2026",
+        "...",
+        " - ",
+        '"',
+        "\u00bb",
+        ", ",
+        "?! ",
+        "\u00a0",
+    ]
+)
+
+
+@given(st.lists(st.tuples(WORDS, SEPARATORS), min_size=1, max_size=6), st.sampled_from(LANGUAGES))
+@settings(deadline=None, max_examples=200)
+def test_words_never_join_across_separators(parts, language):
+    whole = normalise("".join(word + separator for word, separator in parts), language)
+    alone = [normalise(word, language) for word, _ in parts]
+    # Counted, they are not used; and German's marks of gender are meant to join.
+    assume(not whole.losses and (language != "de" or ":" not in [s for _, s in parts]))
+    assert whole.text == " ".join(found.text for found in alone if found.text)
+
+
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=40)
+    | st.text("ab'\u2019\u00b4`-\u2013.?,*()\" \u00c3\u00a9\u200d\u0301s7t\u0434", max_size=30),
+    st.sampled_from([*LANGUAGES, "ru", "tr", "fa", "hi"]),
+    st.sampled_from(["paper", "own", "open", "cyrillic", "arabic", "hangul", "devanagari"]),
+)
+@settings(deadline=None, max_examples=400)
+def test_normalised_text_stays_as_it_is(text, language, kind):
+    characters = {"paper": CHARACTERS, "open": None}.get(kind)
+    if kind == "own":
+        characters = alphabet(language if language in LANGUAGES else "de", keep_letters=True)
+    elif kind not in ("paper", "open"):
+        characters = script_alphabet(kind)
+    found = normalise(text, language, characters)
+    assert normalise(found.text, language, characters) == (found.text, ())
+    assert not set('\n_,.?!"()*') & set(found.text)
+    if characters is not None:
+        CharTokenizer(characters).encode(found.text)  # nothing outside the alphabet
+    assert len(found.losses) <= len(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["route 66 & 5%", "don?t \ufffd", "[noise] f*ck \u0434\u0434", "\x07 a\x9a", "a@b.com (u)ser"],
+)
+def test_losses_are_described_and_read_again(text):
+    losses = normalise(text).losses
+    line = describe_losses(losses, text)
+    assert losses and repr(text) in line and "\n" not in line
+    counts = parse_losses(line)
+    assert sum(counts.values()) == len(losses)
+    assert {reason for _, reason in counts} == {loss.reason for loss in losses} <= set(REASONS)
 
 
 def test_unsupported_language_is_refused():

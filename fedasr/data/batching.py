@@ -936,14 +936,49 @@ def place(
     batches.setdefault("mask", np.zeros(shape, np.bool_))[position] = True
 
 
+def fewest_buckets(
+    corpora: Sequence[Corpus],
+    padding: float,
+    most: int,
+    multiples: Mapping[str, int] | None = None,
+) -> tuple[dict[str, int], ...]:
+    """As few buckets as keep padding below a share, were every example padded to the first.
+
+    Args:
+      corpora, multiples: see `make_buckets`.
+      padding: share of the padded elements of the array that orders the buckets.
+      most: so many buckets at most, even if they pad more: each is a compiled program.
+    """
+    for count in range(1, most + 1):
+        buckets = make_buckets(corpora, count, multiples)
+        if len(buckets) < count or bucket_padding(corpora, buckets).fraction <= padding:
+            break
+    return buckets
+
+
+def bucket_padding(corpora: Sequence[Corpus], buckets: Sequence[Bucket]) -> Padding:
+    """Padding of the array that the buckets name first, were every example padded to the first."""
+    total, unit = Padding(0, 0), next(iter(buckets[0]), None) if buckets else None
+    for corpus in corpora:
+        lengths = all_lengths(corpus)
+        if unit not in lengths:
+            continue
+        fitting = _fitting_buckets(buckets, lengths, len(lengths[unit]))
+        sizes = np.array([bucket[unit] for bucket in buckets])
+        total += Padding(int(lengths[unit].sum()), int(sizes[fitting].sum()))
+    return total
+
+
 def eval_batches(
     corpus: Corpus,
     buckets: Sequence[Bucket],
-    batch_size: int,
+    batch_size: int | Sequence[int],
     keep: Sequence[str] | None = None,
     owners: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example of a corpus once, each bucket's in batches of equal shape (see "mask").
+
+    `batch_size` may be one for each bucket: long examples, few of them together.
 
     With `owners` also "user", int32 [batch]: whose example it is, -1 for padding.
     """
@@ -952,21 +987,26 @@ def eval_batches(
     fitting = _fitting_buckets(buckets, all_lengths(corpus), int(ends[-1]))
     for number, bucket in enumerate(buckets or ({},)):
         rows = np.flatnonzero(fitting == number)
-        for start in range(0, len(rows), batch_size):
+        size = batch_size if isinstance(batch_size, int) else batch_size[number]
+        for start in range(0, len(rows), size):
             batches: dict[str, np.ndarray] = {}
-            picked = rows[start : start + batch_size]
+            picked = rows[start : start + size]
             users = np.searchsorted(ends, picked, side="right")
             for slot, (user, row) in enumerate(zip(users, picked, strict=True)):
                 example = corpus.get(int(user), [int(row - ends[user] + sizes[user])])[0]
-                place(batches, (slot,), (batch_size,), example, bucket, keep)
+                place(batches, (slot,), (size,), example, bucket, keep)
             if owners:
-                batches["user"] = np.full(batch_size, -1, np.int32)
+                batches["user"] = np.full(size, -1, np.int32)
                 batches["user"][: len(users)] = users
             yield batches
 
 
 class PooledBatcher:
     """Batches of shuffled passes over all users' examples, for central training.
+
+    With several buckets, the examples of a batch are of like length: those of a pass, shuffled, are
+    put in the order of their buckets and cut into batches, which are shuffled again. One bucket
+    leaves them as they were shuffled first.
 
     Args:
       corpus: its users are forgotten.
@@ -1011,25 +1051,87 @@ class PooledBatcher:
                 raise UserError(f"a batch of {frames} frames is shorter than an example: {longest}")
             # Any order has at least so many batches; a short last one may be left out.
             self._per_pass = (int(self._lengths.sum()) - longest) // frames + 1
-        self._order: tuple[int, np.ndarray, list[np.ndarray]] | None = None
+        self._fitting = None
+        if len(self._buckets) > 1:
+            self._fitting = _fitting_buckets(self._buckets, all_lengths(corpus), total)
+        self._order: tuple[int, list[np.ndarray]] | None = None
 
-    def _pass(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The order of examples in a pass, and with `frames` its batches."""
+    @property
+    def per_pass(self) -> int:
+        """Batches of a pass over all examples (but for those that fill none)."""
+        return self._per_pass
+
+    def _pass(self, number: int) -> list[np.ndarray]:
+        """The examples of each batch of a pass."""
         if self._order is None or self._order[0] != number:
             rng = generator(self._stream, self._seed, number)
             order = rng.permutation(int(self._ends[-1]))
-            parts = pack(self._lengths[order], self._frames) if self._frames else []
-            self._order = (number, order, parts)
-        return self._order[1:]
+            if not self._frames:
+                order = order[: self._per_pass * self._batch]
+            if self._fitting is not None:
+                order = order[np.argsort(self._fitting[order], kind="stable")]
+            if not self._frames:
+                parts = list(order.reshape(self._per_pass, self._batch))
+            elif self._fitting is None:
+                parts = [order[part] for part in pack(self._lengths[order], self._frames)]
+            else:
+                parts = self._by_bucket(order)
+            if self._fitting is not None:
+                parts = [parts[i] for i in rng.permutation(len(parts))]
+            self._order = (number, parts)
+        return self._order[1]
+
+    def _by_bucket(self, order: np.ndarray) -> list[np.ndarray]:
+        """Batches of as many examples as `frames` has room for, at least as many as a pass takes.
+
+        `order` is by bucket. What is left of a bucket joins the next.
+        """
+        parts, left = [], order[:0]
+        for number in range(len(self._buckets)):
+            left = np.concatenate([left, order[self._fitting[order] == number]])
+            room = self._room(number)
+            full = len(left) // room * room
+            parts += list(left[:full].reshape(-1, room))
+            left = left[full:]
+        return parts if len(parts) >= self._per_pass else [*parts, left]
+
+    def _room(self, bucket: int) -> int:
+        """How many examples of a bucket make a batch of `frames`."""
+        room = max(1, self._frames // next(iter(self._buckets[bucket].values())))
+        return room - room % self._multiple if room > self._multiple else room
+
+    def padding(self, steps: int) -> Padding:
+        """How much of the first `steps` batches is real, in the array that the buckets name first.
+
+        Places without an example count as padding, too.
+        """
+        total = Padding(0, 0)
+        if not self._buckets:
+            return total
+        unit = next(iter(self._buckets[0]))
+        every = all_lengths(self._corpus)
+        lengths = every.get(unit)
+        if lengths is None:
+            return total
+        fitting = _fitting_buckets(self._buckets, every, int(self._ends[-1]))
+        for step in range(steps):
+            number, first = divmod(step, self._per_pass)
+            picked = self._pass(number)[first]
+            bucket = int(fitting[picked].max())
+            slots = self._slots_for(bucket, len(picked))
+            total += Padding(int(lengths[picked].sum()), slots * self._buckets[bucket][unit])
+        return total
+
+    def _slots_for(self, bucket: int, count: int) -> int:
+        slots = self._slots or rounded_slots(count)
+        if self._frames and self._fitting is not None:
+            slots = self._room(bucket)  # one number for each bucket is one program
+        return round_up(slots, self._multiple)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Batch number `step`: a pure function of (seed, step)."""
         number, first = divmod(step, self._per_pass)
-        order, parts = self._pass(number)
-        if self._frames is None:
-            picked = order[first * self._batch : (first + 1) * self._batch]
-        else:
-            picked = order[parts[first]]
+        picked = self._pass(number)[first]
         owners = np.searchsorted(self._ends, picked, side="right")
         places = [
             (int(user), int(index - (self._ends[user - 1] if user else 0)))
@@ -1042,13 +1144,42 @@ class PooledBatcher:
             for u, i in places
             if self._buckets
         ]
-        bucket = self._buckets[max(need)] if need else {}
-        slots = round_up(self._slots or rounded_slots(len(places)), self._multiple)
+        number = max(need, default=0)
+        bucket = self._buckets[number] if need else {}
+        slots = self._slots_for(number, len(places))
         batches: dict[str, np.ndarray] = {}
         for slot, (user, index) in enumerate(places):
             example = self._corpus.get(user, [index])[0]
             place(batches, (slot,), (slots,), example, bucket, self._keep)
         return batches
+
+
+def pooled_buckets(
+    corpus: Corpus,
+    *,
+    padding: float,
+    most: int,
+    multiples: Mapping[str, int] | None = None,
+    **batches: Any,
+) -> tuple[dict[str, int], ...]:
+    """As few buckets as keep the padding of a `PooledBatcher` below a share, or near its least.
+
+    Args:
+      corpus: to train on.
+      padding: share of the padded elements of the array that orders the buckets.
+      most: so many buckets at most: each is a compiled program.
+      multiples: see `make_buckets`.
+      batches: arguments of `PooledBatcher` (batch_size or frames, multiple).
+    """
+    found = []
+    for count in (c for c in (1, 2, 3, 4, 6, 8, 12, 16) if c <= most):
+        buckets = make_buckets([corpus], count, multiples)
+        batcher = PooledBatcher(corpus, buckets, 0, **batches)
+        found.append((batcher.padding(batcher.per_pass).fraction, buckets))
+        if found[-1][0] <= padding or len(buckets) < count:
+            break
+    enough = max(padding, min(share for share, _ in found) + 0.01)
+    return next(buckets for share, buckets in found if share <= enough)
 
 
 class Prefetcher:

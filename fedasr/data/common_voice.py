@@ -8,7 +8,6 @@ The user is the `client_id`; the splits are train, dev and test.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -17,12 +16,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedasr.data.prepare import Rejected, Utterance
-from fedasr.data.recordings import ARCHIVES, archive_files, file_state, is_archive, read_audio
+from fedasr.data.conversion import Rejected, Utterance
+from fedasr.data.layouts import SourceOptions
+from fedasr.data.recordings import (
+    ARCHIVES,
+    AUDIO_ENDINGS,
+    Recording,
+    archive_files,
+    file_state,
+    is_archive,
+)
 from fedasr.errors import UserError
 
 SPLITS = ("train", "dev", "test")
 _COLUMNS = ("client_id", "path", "sentence")
+_METADATA = ("accent", "accents", "age", "device", "gender", "locale", "variant")
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class _Row:
     user: str
     sentence: str
     split: str
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 class CommonVoice:
@@ -76,7 +85,10 @@ class CommonVoice:
         for split in SPLITS:
             if split in tsvs:
                 locales |= self._read(split, tsvs[split])
-        self.language = locales.pop() if len(locales) == 1 else posixpath.basename(self._root)
+        name = posixpath.basename(self._root) if self._root != "." else ""
+        self.language = locales.pop() if len(locales) == 1 else name or language
+        if self.language is None:
+            raise UserError(f"{path} does not say its language: set the language")
         if language not in (None, self.language):
             raise UserError(f"{path} holds {self.language!r}, not the language {language!r}")
         self.name = f"Common Voice {self.language}"
@@ -110,13 +122,13 @@ class CommonVoice:
                 yield self._utterance(clip, content)
 
     def _is_named(self, name: str) -> bool:
-        folder, clip = posixpath.split(name)
-        return folder == f"{self._root}/clips" and clip in self._rows
+        folder, clip = posixpath.split(posixpath.normpath(name))
+        return folder == posixpath.normpath(f"{self._root}/clips") and clip in self._rows
 
     def _utterance(self, clip: str, file: str | bytes) -> Utterance:
         row = self._rows[clip]
-        audio = functools.partial(read_audio, file)
-        return Utterance(clip, row.user, row.sentence, row.split, audio)
+        metadata = dict(row.metadata)
+        return Utterance(clip, row.user, row.sentence, row.split, Recording(file), metadata)
 
     def _read(self, split: str, content: bytes) -> set[str]:
         """Takes in the rows of a split; returns the languages that they say they are in."""
@@ -151,7 +163,12 @@ class CommonVoice:
             elif clip in self._rows:
                 self._rejected.append(Rejected(clip, "duplicate_id", where))
             else:
-                self._rows[clip] = _Row(fields[user].strip(), fields[sentence], split)
+                carried = tuple(
+                    (name, value)
+                    for name, value in sorted(zip(names, fields, strict=True))
+                    if name in _METADATA and value.strip()
+                )
+                self._rows[clip] = _Row(fields[user].strip(), fields[sentence], split, carried)
                 if locale is not None and fields[locale].strip():
                     locales.add(fields[locale].strip())
         return locales
@@ -199,8 +216,18 @@ def _tsvs(folder: Path) -> dict[str, bytes]:
 
 
 def _clips(folder: Path) -> set[str]:
+    """The clips, and by their path those in folders among them, which no row can name."""
+    found = set()
     with os.scandir(folder / "clips") as entries:
-        return {entry.name for entry in entries if entry.name[0] != "." and entry.is_file()}
+        for entry in entries:
+            if entry.name[0] == ".":
+                continue
+            if entry.is_file():
+                found.add(entry.name)
+            elif entry.is_dir():
+                below = Path(entry.path).rglob("*")
+                found |= {f"{entry.name}/{p.name}" for p in below if p.suffix in AUDIO_ENDINGS}
+    return found
 
 
 def _in_archive(archive: Path, language: str | None) -> tuple[str, dict[str, bytes], set[str]]:
@@ -208,18 +235,41 @@ def _in_archive(archive: Path, language: str | None) -> tuple[str, dict[str, byt
     tsvs: dict[str, dict[str, bytes]] = {}
     clips: dict[str, set[str]] = {}
     for name, content in archive_files(archive, lambda name: name.endswith(".tsv")):
-        folder, base = posixpath.split(name)
+        folder, base = posixpath.split(posixpath.normpath(name))
+        folder = folder or "."  # the TSVs may be at the archive's root
         if content is not None:
             tsvs.setdefault(folder, {})[base.removesuffix(".tsv")] = content
         elif posixpath.basename(folder) == "clips":
-            clips.setdefault(posixpath.dirname(folder), set()).add(base)
+            clips.setdefault(posixpath.dirname(folder) or ".", set()).add(base)
     roots = {
         posixpath.basename(root): root
         for root, files in tsvs.items()
         if set(files) & set(SPLITS) and root in clips
     }
+    if set(roots) == {"."}:
+        return ".", tsvs["."], clips["."]  # its name says no language
     root = roots[_chosen(sorted(roots), language, archive)]
     return root, tsvs[root], clips[root]
+
+
+def detect(path: Path) -> bool:
+    """Whether this looks like a release, unpacked or packed."""
+    if is_archive(path):
+        try:
+            return bool(_in_archive(path, None))
+        except UserError as error:
+            return "which language" in str(error)
+    if not path.is_dir():
+        return False
+    try:
+        return _is_release(path) or any(p.is_dir() and _is_release(p) for p in path.iterdir())
+    except OSError:
+        return False
+
+
+def open_source(path: Path, options: SourceOptions) -> CommonVoice:
+    """Opens a release; raises UserError as `CommonVoice`."""
+    return CommonVoice(path, options.language)
 
 
 def _not_common_voice(path: Path) -> UserError:

@@ -18,17 +18,18 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fedasr import text as text_lib
+from fedasr.data import identity
 from fedasr.data.corpus import valid_split_name
-from fedasr.data.recordings import log_mel_on_cpu
+from fedasr.data.recordings import Mismatch, Recording, log_mel_on_cpu
 from fedasr.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,15 +50,19 @@ class Utterance:
       user: who speaks; privacy and federated learning are per user.
       text: transcript as written; `fedasr.text` normalises it.
       split: the split it belongs to, or None to leave the choice to `prepare`.
-      audio: returns (samples float32 [samples] or [samples, channels] in [-1, 1], rate in Hz). To
-        be called in another process it must be picklable, such as a `functools.partial`.
+      audio: returns (samples float32 [samples] or [samples, channels] in [-1, 1], rate in Hz), and
+        perhaps how many complaints of a decoder were caught. To be called in another process it
+        must be picklable. Recordings are compared with one another where it is a
+        `fedasr.data.recordings.Recording`.
+      metadata: what else the source knows of it (age, gender, accent, device ...), for reports.
     """
 
     id: str
     user: str
     text: str
     split: str | None
-    audio: Callable[[], tuple[np.ndarray, int]]
+    audio: Callable[[], tuple[Any, ...]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,16 @@ class Converted(NamedTuple):
 
     signal: features float16 [frames, mels] or audio int16 [samples]. labels: int32 [characters].
     seconds: of the recording. saturated: whether samples beyond [-1, 1] were cut to int16.
+    recording: identifies what was decoded; None where the source is no recording. complaints: of
+    the decoder.
     """
 
     signal: np.ndarray
     labels: np.ndarray
     seconds: float
     saturated: bool
+    recording: str | None = None
+    complaints: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,11 +113,21 @@ class Converter:
     stride: int
     min_frames: int
     max_seconds: float
+    alphabet: str = ""
+    subwords: Mapping[str, str] | None = None
+    learned: bool = False
 
     @property
-    def characters(self) -> str:
-        """The alphabet of the labels."""
-        return text_lib.alphabet(self.language, self.keep_letters)
+    def characters(self) -> str | list[str]:
+        """The alphabet of the labels, or the pieces of a subword tokenizer."""
+        return self._tokenizer.characters
+
+    @property
+    def _tokenizer(self) -> text_lib.Tokenizer:
+        if self.subwords:
+            return text_lib.subwords_of(self.subwords)
+        characters = self.alphabet or text_lib.alphabet(self.language, self.keep_letters)
+        return text_lib.CharTokenizer(characters)
 
     @property
     def trailing(self) -> tuple[int, ...]:
@@ -129,8 +148,8 @@ class Converter:
         """
         from fedasr.audio import features as features_lib
 
-        labels = labels_of(utterance.text, self.language, self.keep_letters, self.pad_space)
-        audio, rate = _decoded(utterance)
+        labels = labels_of(utterance.text, self.language, self._tokenizer, self.pad_space)
+        audio, rate, complaints = _decoded(utterance)
         if not rate > 0:
             raise Skip("unreadable_audio", f"a sample rate of {rate}")
         if not audio.size:
@@ -146,32 +165,43 @@ class Converter:
         if frames < self.min_frames:
             raise Skip("too_short", f"{frames} frames, at least {self.min_frames}")
         check_feasible(labels, frames, self.stride)
+        recording = None
+        if isinstance(utterance.audio, Recording):
+            recording = identity.recording_digest(audio, rate)
         if self.store == "audio":
             if not np.isfinite(waveform).all():
                 raise Skip("non_finite_audio", "the samples overflow")
             scaled = np.round(waveform * np.float32(features_lib.INT16_SCALE))
             cut = np.clip(scaled, -32768, 32767)
             saturated = bool((np.abs(waveform) > 1).any())
-            return Converted(cut.astype(np.int16), labels, seconds, saturated)
+            signal = cut.astype(np.int16)
+            return Converted(signal, labels, seconds, saturated, recording, complaints)
         features = log_mel_on_cpu(waveform, self.features)
         if not np.isfinite(features).all():  # finite samples, but absurdly large ones
             raise Skip("non_finite_audio", "the features overflow")
-        return Converted(features.astype(np.float16), labels, seconds, False)
+        signal = features.astype(np.float16)
+        return Converted(signal, labels, seconds, False, recording, complaints)
 
 
-def labels_of(text: str, language: str, keep_letters: bool, pad_space: bool) -> np.ndarray:
-    """The ids of a transcript, int32 [characters].
+def labels_of(
+    text: str, language: str, tokenizer: text_lib.Tokenizer, pad_space: bool
+) -> np.ndarray:
+    """The ids of a transcript, int32 [tokens].
 
     Raises:
       Skip: "unknown_characters" or "empty_text".
     """
-    normalised, unknown = text_lib.normalize_text(text, language, keep_letters)
-    if unknown:
-        raise Skip("unknown_characters", f"{unknown} in {text!r}")
-    if not normalised:
+    # A subword tokenizer's pieces are no alphabet; the characters in them are.
+    characters = getattr(tokenizer, "alphabet", tokenizer.characters)
+    found = text_lib.normalise(text, language, characters)
+    if found.losses:
+        raise Skip("unknown_characters", text_lib.describe_losses(found.losses, text))
+    if not found.text:
         raise Skip("empty_text", repr(text))
-    tokenizer = text_lib.CharTokenizer(text_lib.alphabet(language, keep_letters))
-    return np.asarray(tokenizer.encode(normalised, pad_space=pad_space), np.int32)
+    try:
+        return np.asarray(tokenizer.encode(found.text, pad_space=pad_space), np.int32)
+    except UserError as error:  # pieces that cannot write this text
+        raise Skip("unwritable_text", str(error)) from error
 
 
 def check_feasible(labels: np.ndarray, frames: int, stride: int) -> None:
@@ -181,14 +211,19 @@ def check_feasible(labels: np.ndarray, frames: int, stride: int) -> None:
         raise Skip("infeasible", f"{needed} output frames needed, {there} there")
 
 
-def _decoded(utterance: Utterance) -> tuple[np.ndarray, int]:
+def _decoded(utterance: Utterance) -> tuple[np.ndarray, int, int]:
+    """(samples, rate, complaints of the decoder)."""
     try:
-        audio, rate = utterance.audio()
+        audio, rate, *more = utterance.audio()
     except (UserError, MemoryError):
         raise
+    except Mismatch as error:
+        raise Skip("duration_mismatch", str(error)) from error
+    except ValueError as error:  # says itself what is wrong
+        raise Skip("unreadable_audio", str(error)) from error
     except Exception as error:
         raise Skip("unreadable_audio", f"{type(error).__name__}: {error}") from error
-    return np.asarray(audio), rate
+    return np.asarray(audio), rate, sum(more)
 
 
 # ---------------------------------------------------------------------------------------- parts
@@ -196,7 +231,11 @@ def _decoded(utterance: Utterance) -> tuple[np.ndarray, int]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Where one utterance lies: in which part, from which byte, and how much of it."""
+    """Where one utterance lies: in which part, from which byte, and how much of it.
+
+    `recording` and `transcript` identify what was said, `file` the file and the part of it that it
+    was read from; `spelling` is the user's id as the source wrote it, where that differs.
+    """
 
     id: str
     user: str
@@ -207,6 +246,12 @@ class Row:
     characters: int
     seconds: float
     saturated: bool
+    recording: str | None = None
+    transcript: str = ""
+    complaints: int = 0
+    spelling: str | None = None
+    file: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,18 +407,29 @@ def _converted(converter: Converter, item: Utterance | Rejected, data: Any) -> l
     try:
         if isinstance(item, Rejected):
             raise Skip(item.reason, item.detail)
-        user = item.user
+        if not (user := identity.normalised_user(item.user)):
+            raise Skip("bad_user", f"{item.user!r} is empty")
         if item.split is not None and not valid_split_name(item.split):
             raise Skip("bad_split", repr(item.split))
-        signal, labels, seconds, saturated = converter(item)
+        converted = converter(item)
     except Skip as skip:
         reason, detail = skip.args
         return [item.id, user, reason, " ".join(detail.split())[:300]]
     offset = data.tell()
-    data.write(signal.tobytes())
-    data.write(labels.tobytes())
-    where = [offset, len(signal), len(labels)]
-    return [item.id, user, item.split, *where, seconds, saturated]
+    data.write(converted.signal.tobytes())
+    data.write(converted.labels.tobytes())
+    where = [offset, len(converted.signal), len(converted.labels)]
+    return [
+        *(item.id, user, item.split, *where, converted.seconds, converted.saturated),
+        *(converted.recording, identity.labels_digest(converted.labels), converted.complaints),
+        *(item.user if item.user != user else None, _file_of(item), dict(item.metadata)),
+    ]
+
+
+def _file_of(item: Utterance) -> str | None:
+    if not isinstance(audio := item.audio, Recording):
+        return None
+    return identity.file_part(audio.file, audio.start, audio.stop, audio.channel)
 
 
 def read_rows(folder: Path, parts: int) -> Iterator[Row | Skipped]:
@@ -415,7 +471,9 @@ def _is_finished(folder: Path, number: int, digest: str) -> bool:
 def _digest(items: list[Utterance | Rejected]) -> str:
     """Of what the source says of the inputs; that their audio is the same is for the caller."""
     facts = [
-        [x.id, x.reason, x.detail] if isinstance(x, Rejected) else [x.id, x.user, x.text, x.split]
+        [x.id, x.reason, x.detail]
+        if isinstance(x, Rejected)
+        else [x.id, x.user, x.text, x.split, dict(x.metadata)]
         for x in items
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """LibriSpeech (openslr.org/12) as a source: its folders as unpacked, or its archives as they are.
 
-    LibriSpeech/SUBSET/READER/CHAPTER/READER-CHAPTER-NUMBER.flac
+    LibriSpeech/SUBSET/READER/CHAPTER/READER-CHAPTER-NUMBER.flac    (or .wav, .mp3, .ogg, .opus)
     LibriSpeech/SUBSET/READER/CHAPTER/READER-CHAPTER.trans.txt    lines of ID TRANSCRIPT
 
 The user is the reader, and every subset is a split: train-clean-100 is `train_clean_100`.
@@ -8,7 +8,6 @@ The user is the reader, and every subset is a split: train-clean-100 is `train_c
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -17,9 +16,17 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedasr.data.conversion import Rejected, Utterance
 from fedasr.data.corpus import valid_split_name
-from fedasr.data.prepare import Rejected, Utterance
-from fedasr.data.recordings import ARCHIVES, archive_files, file_state, is_archive, read_audio
+from fedasr.data.layouts import SourceOptions
+from fedasr.data.recordings import (
+    ARCHIVES,
+    AUDIO_ENDINGS,
+    Recording,
+    archive_files,
+    file_state,
+    is_archive,
+)
 from fedasr.errors import UserError
 
 _AUDIO, _TRANSCRIPTS = ".flac", ".trans.txt"
@@ -30,14 +37,16 @@ class LibriSpeech:
 
     What cannot be used is a `Rejected`: "missing_transcript" (audio without a line),
     "missing_audio" (a line without audio), "duplicate_id" (a second line, or a second file of the
-    same split, with the same id), "bad_transcript_line" and "misplaced_audio" (the file's name
-    gives another reader than its folder).
+    same split, with the same id), "bad_transcript_line", "misplaced_audio" (the file's name gives
+    another reader than its folder, or the folder is none of a subset), and what cannot be visited:
+    "broken_link", "unreadable_folder". Links to folders are followed.
 
     An archive is read twice as a stream, for its transcripts and for its audio, and never unpacked.
 
     Attributes:
       name: for people. fingerprint: of names, sizes and times of change of all files (of the
-      archives, where they are the source). total: number of items. notes: {}.
+      archives, where they are the source). total: number of items. notes: {"archives_not_read"},
+      where archives lie beside what is unpacked. language: "en".
 
     Args:
       path: the LibriSpeech folder, its parent, the folder of one subset, an archive, or a folder of
@@ -48,8 +57,9 @@ class LibriSpeech:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._subsets, self._archives = _find(Path(path).absolute())
-        self.notes: dict[str, int] = {}
+        self._root, self._archives, beside = _find(Path(path).absolute())
+        self.language = "en"
+        self._unvisited: dict[str, Rejected] = {}
         self._transcripts = _Transcripts()
         self._audio: dict[tuple[str, str], str] = {}  # (split, id): name of the file
         rejected: list[Rejected] = []
@@ -59,19 +69,21 @@ class LibriSpeech:
         for name, content in self._inventory(_TRANSCRIPTS):
             if not self._archives:
                 state = file_state(Path(name))
-                relative = os.path.relpath(name, self._subsets[0].parent)
-                digest.update(json.dumps([relative, *state]).encode())
-            if name.endswith(_TRANSCRIPTS):
+                digest.update(json.dumps([*Path(name).parts[-4:], *state]).encode())
+            if name.lower().endswith(ARCHIVES):
+                beside += 1
+            elif name.lower().endswith(_TRANSCRIPTS):
                 self._transcripts.read(name, content)
             elif problem := self._add(name):
                 rejected.append(problem)
         if not self._audio:
             raise _not_librispeech(path)
+        self.notes = {"archives_not_read": beside} if beside else {}
         self.fingerprint = digest.hexdigest()
         names = ", ".join(sorted({split for split, _ in self._audio}))
         self.name = f"LibriSpeech {names}"
         lines = self._transcripts.lines
-        self._rejected = rejected + self._transcripts.rejected
+        self._rejected = [*rejected, *self._transcripts.rejected, *self._unvisited.values()]
         self._rejected += [
             Rejected(id, "missing_transcript", self._audio[split, id])
             for split, id in self._audio
@@ -89,7 +101,7 @@ class LibriSpeech:
         """The rejected first, then the utterances; raises UserError for a damaged archive."""
         yield from self._rejected
         seen: set[str] = set()  # an archive may hold a name twice
-        for name, content in self._inventory(_AUDIO if self._archives else None):
+        for name, content in self._inventory(AUDIO_ENDINGS if self._archives else None):
             split, reader, id = _parts(name)
             known = self._audio.get((split, id)) == name and name not in seen
             if not known or (split, id) not in self._transcripts.lines:
@@ -102,26 +114,36 @@ class LibriSpeech:
                 user=reader,
                 text=self._transcripts.lines[split, id],
                 split=split,
-                audio=functools.partial(read_audio, file),
+                audio=Recording(file),
             )
 
-    def _inventory(self, read: str | None) -> Iterator[tuple[str, bytes | None]]:
-        """Every file of audio or transcripts: (name, content where the name ends in `read`)."""
+    def _inventory(self, read: str | tuple[str, ...] | None) -> Iterator[tuple[str, bytes | None]]:
+        """Every file of audio or transcripts: (name, content where the name ends in `read`).
+
+        Archives below a folder are given, too, and not read.
+        """
+        kinds = (*AUDIO_ENDINGS, _TRANSCRIPTS)
 
         def wanted(name: str) -> bool:
-            return read is not None and name.endswith(read)
+            return read is not None and name.lower().endswith(read)
 
         for archive in self._archives:
             for name, content in archive_files(archive, wanted):
-                if name.endswith((_AUDIO, _TRANSCRIPTS)):
+                if name.lower().endswith(kinds):
                     yield name, content
-        for subset in self._subsets:
-            for folder, folders, files in os.walk(subset):
-                folders.sort()
-                for file in sorted(files):
-                    if file.endswith((_AUDIO, _TRANSCRIPTS)) and not file.startswith("."):
-                        path = Path(folder, file)
-                        yield os.fspath(path), path.read_bytes() if wanted(file) else None
+        if self._root is not None:
+            for path in walk(self._root, self._unvisited):
+                if path.name.lower().endswith((*kinds, *ARCHIVES)):
+                    content = None
+                    if wanted(path.name):
+                        try:
+                            content = path.read_bytes()
+                        except OSError as error:
+                            name = os.fspath(path)
+                            detail = error.strerror or str(error)
+                            self._unvisited[name] = Rejected(name, "unreadable_transcripts", detail)
+                            continue
+                    yield os.fspath(path), content
 
     def _add(self, name: str) -> Rejected | None:
         """Registers a file of audio; returns why not, if it cannot be used."""
@@ -161,13 +183,79 @@ class _Transcripts:
 def _parts(name: str) -> tuple[str, str, str]:
     """(split, reader, file name without its ending) of .../SUBSET/READER/CHAPTER/FILE."""
     *_, subset, reader, _, file = ["", "", "", *Path(name).parts]
-    return subset.replace("-", "_"), reader, file.removesuffix(_AUDIO)
+    stem, ending = os.path.splitext(file)
+    return subset.replace("-", "_"), reader, stem if ending.lower() in AUDIO_ENDINGS else file
 
 
-def _find(path: Path) -> tuple[list[Path], list[Path]]:
-    """Folders of subsets, or archives, that `path` means."""
+def walk(folder: Path, unvisited: dict[str, Rejected]) -> Iterator[Path]:
+    """All files below a folder, sorted, links followed, hidden files left out.
+
+    Args:
+      folder: where to begin.
+      unvisited: takes in, by name, what looks like input but cannot be visited: links to nothing
+        ("broken_link"), folders that cannot be read ("unreadable_folder").
+    """
+
+    def below(place: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+        try:
+            stat = place.stat()
+            names = sorted(os.listdir(place))
+        except OSError as error:
+            name = os.fspath(place)
+            unvisited[name] = Rejected(name, "unreadable_folder", error.strerror or str(error))
+            return
+        here = stat.st_dev, stat.st_ino
+        if here in above:  # a link to a folder that holds it
+            return
+        for name in names:
+            path = place / name
+            if name.startswith("."):
+                continue
+            if path.is_dir():
+                yield from below(path, above | {here})
+            elif path.is_file():
+                yield path
+            elif path.is_symlink():
+                where = os.fspath(path)
+                unvisited[where] = Rejected(where, "broken_link", f"to {os.readlink(path)}")
+
+    yield from below(folder, frozenset())
+
+
+def detect(path: Path) -> bool:
+    """Whether this looks like LibriSpeech, unpacked or packed."""
     if is_archive(path):
-        return [], [path]
+        return any(name.endswith(_TRANSCRIPTS) for name in _first_names(path))
+    try:
+        root, archives, _ = _find(path)
+    except (UserError, OSError):
+        return False
+    return root is not None or detect(archives[0])
+
+
+def _first_names(archive: Path, number: int = 200) -> list[str]:
+    names = []
+    try:
+        for name, _ in archive_files(archive, lambda name: False):
+            names.append(name)
+            if len(names) >= number:
+                break
+    except UserError:
+        return []
+    return names
+
+
+def open_source(path: Path, options: SourceOptions) -> LibriSpeech:
+    """Opens it; raises UserError as `LibriSpeech`, or for another language than English."""
+    if options.language not in (None, "en"):
+        raise UserError("LibriSpeech is English: leave --language out")
+    return LibriSpeech(path)
+
+
+def _find(path: Path) -> tuple[Path | None, list[Path], int]:
+    """(folder below which all is read, or archives; how many archives are left aside)."""
+    if is_archive(path):
+        return None, [path], 0
     if not path.is_dir():
         raise _not_librispeech(path)
     inner = path / "LibriSpeech"
@@ -181,7 +269,9 @@ def _find(path: Path) -> tuple[list[Path], list[Path]]:
         )
     if not subsets and not archives:
         raise _not_librispeech(path)
-    return subsets, [] if subsets else archives
+    if not subsets:
+        return None, archives, 0
+    return root, [], 0 if root == path else len(archives)  # those below it are met on the way
 
 
 def _is_subset(folder: Path) -> bool:
@@ -192,7 +282,7 @@ def _is_subset(folder: Path) -> bool:
 
 
 def _is_reader(folder: Path) -> bool:
-    return folder.name.isdigit() and folder.is_dir()
+    return folder.name.isdigit() and (folder.is_dir() or folder.is_symlink())
 
 
 def _not_librispeech(path: str | os.PathLike[str]) -> UserError:

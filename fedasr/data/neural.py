@@ -471,7 +471,8 @@ class NeuralConverter:
           Skip: it cannot be used.
         """
         text = utterance.text
-        labels = labels_of(text, self.language, self.keep_letters, self.pad_space)
+        letters = text_lib.alphabet(self.language, self.keep_letters)
+        labels = labels_of(text, self.language, text_lib.CharTokenizer(letters), self.pad_space)
         if self.lexicon:
             words, _ = text_lib.normalize_text(text, self.language, self.keep_letters)
             phonemes, unknown = text_lib.pronounced(

@@ -18,8 +18,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedasr import text as text_lib
 from fedasr.data import conversion
 from fedasr.data import corpus as corpus_lib
+from fedasr.data import identity as identity_lib
 from fedasr.data.conversion import Converter, Progress, Rejected, Row, Skipped, Utterance
 from fedasr.errors import UserError
 
@@ -28,10 +30,11 @@ if TYPE_CHECKING:  # numpy only at run time: features come from JAX, loaded when
     from fedasr.data.synthetic import SyntheticConfig
 
 SKIPPED_FILE = "skipped.jsonl"
+UTTERANCES_FILE = "utterances.jsonl"
 _UNFINISHED = ".unfinished"
 _PARTS = "parts"  # in the folder of what is unfinished
 _LOCK = ".lock"
-_PREPARE_VERSION = 2  # part of the fingerprint: raise it when the same input gives other data
+_PREPARE_VERSION = 3  # part of the fingerprint: raise it when the same input gives other data
 
 
 def prepare(
@@ -43,6 +46,9 @@ def prepare(
     feature_config: LogMelConfig | None = None,
     language: str = "en",
     keep_letters: bool = False,
+    alphabet: str = "",
+    learned: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
     store: str = "features",
     pad_space: bool = True,
     dev_fraction: float = 0.1,
@@ -56,14 +62,19 @@ def prepare(
     total: int | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Computes features and labels of utterances and writes them as a corpus on disk.
 
     Every input is either stored or counted under one reason (and listed in `skipped.jsonl`):
     whatever reason its source gave (`Rejected`), "bad_split" (not a name a split can have),
-    "duplicate_id", "empty_text" (nothing left after normalisation), "unknown_characters" (the
-    transcript holds characters, such as digits, that the alphabet cannot write; leaving them out
-    would change what was said), "unreadable_audio" (decoding failed, or no samples),
+    "bad_user" (an empty id), "duplicate_id", "duplicate_recording" (the same part of the same file
+    with the same transcript, whatever its names and users), "duration_mismatch" (another length
+    than is stated, by more than 0.1 s), "empty_text" (nothing left after normalisation),
+    "unknown_characters" (the transcript holds characters, such as digits, that the alphabet cannot
+    write; leaving them out would change what was said), "unwritable_text" (a subword tokenizer
+    gives another text back), "unreadable_audio" (decoding failed, the file is cut or damaged, or
+    there are no samples),
     "non_finite_audio" (NaN or Inf), "too_long", "too_short" and "infeasible" (more labels than
     CTC can align with the model's output frames).
 
@@ -74,7 +85,11 @@ def prepare(
     rounding of samples to int16, which 16-bit recordings at 16 kHz do not need.
     Users none of whose utterances names a split are divided among train, dev and test, whole users
     at a time, by a hash of the seed and the user. Other utterances without a split join the first
-    split that their user names.
+    split that their user names. Users' ids are stored in one spelling
+    (`fedasr.data.identity.normalised_user`).
+
+    Beside the corpus, `utterances.jsonl` lists what is stored in its order, with the metadata that
+    the source carries through.
 
     A finished corpus with the same fingerprint is left as it is; a preparation that was interrupted
     goes on with what it had converted when it is asked for again with the same fingerprint.
@@ -92,6 +107,11 @@ def prepare(
       feature_config: parameters of the features; the paper's if None.
       language: of the transcripts, one of `fedasr.text.LANGUAGES`.
       keep_letters: write the language's own letters (é, ä, ß) instead of folding them to a-z.
+      alphabet: the characters of the labels, or one of `fedasr.text.SCRIPTS`; "" for the
+        language's. `fedasr.text.alphabet_of` finds those of a source.
+      learned: whether that alphabet was found in the transcripts: runs then say that it is not
+        covered by their privacy.
+      tokenizer: a SentencePiece model or a `tokenizer.json`, in place of an alphabet.
       store: "features" or "audio".
       pad_space: put a space on both sides of the labels, as in the paper's targets.
       dev_fraction: share of the undivided users held out for dev, at least one user of three.
@@ -105,13 +125,21 @@ def prepare(
       total: number of inputs if known, for `progress`.
       progress: called with (inputs done, total), after each input where there is one worker.
       overwrite: replace a finished corpus that differs.
+      source: how to open the source again, for whoever verifies the corpus; stored as it is.
 
     Returns:
       {"users", "utterances", "hours", "minutes_per_user", "skipped": {reason: count},
+      "skipped_examples": {reason: "id: detail" of the first},
+      "unknown_characters": the most frequent of them, as [shown, reason, count],
       "users_without_utterances", "users_in_several_splits", "notes", "splits": {split: {"users",
       "utterances", "hours", "minutes_per_user"}}}. "minutes_per_user" is {"mean", "std" (of the
-      population), "min", "max"}; "notes" are those given and, with `store="audio"`,
-      "saturated_utterances": how many had samples beyond [-1, 1], which int16 cannot hold.
+      population), "min", "max"}; "notes" are those given and, where they are not 0, with
+      `store="audio"` "saturated_utterances" (how many had samples beyond [-1, 1], which int16
+      cannot hold), "utterances_with_decoder_complaints", "decoder_complaints" (lines),
+      "recordings_stored_several_times" (equal sound from different files),
+      "recordings_in_several_splits" (the test set is then no test), "recordings_of_several_users",
+      "recordings_with_several_transcripts", "user_ids_normalised" (spellings that are stored as
+      another) and "users_differing_by_case_only".
 
     Raises:
       UserError: the folder holds something else, an option makes no sense, no utterance at all
@@ -130,7 +158,18 @@ def prepare(
         raise UserError(f"store={store!r}: use one of {conversion.STORES}")
     if workers < 0:
         raise UserError(f"workers must be 0 (one a core) or more, not {workers}")
+    if tokenizer is not None and (alphabet or keep_letters):
+        raise UserError("a tokenizer has its own characters: leave the alphabet and letters out")
+    if alphabet == text_lib.FROM_DATA:
+        raise UserError("utterances are read once: find their alphabet by fedasr.text.alphabet_of")
+    if alphabet in text_lib.SCRIPTS:
+        alphabet = text_lib.script_alphabet(alphabet)
+    elif alphabet.isascii() and len(set(alphabet)) < len(alphabet):
+        text_lib.script_alphabet(alphabet)  # a name, which is unknown
     converter = conversion.Converter(
+        alphabet=alphabet,
+        subwords=None if tokenizer is None else text_lib.read_subwords(tokenizer).options,
+        learned=learned,
         features=feature_config or features_lib.LogMelConfig(),
         language=language,
         keep_letters=keep_letters,
@@ -154,6 +193,7 @@ def prepare(
         total=total,
         progress=progress,
         overwrite=overwrite,
+        source=source,
     )
 
 
@@ -173,6 +213,7 @@ def prepare_with(
     progress: Progress | None = None,
     overwrite: bool = False,
     write_more: Callable[[Path], None] | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`prepare` with any converter, such as `fedasr.data.neural.NeuralConverter`.
 
@@ -206,10 +247,10 @@ def prepare_with(
             utterances, converter, parts, workers or _cores(), total, progress
         )
         with open(out / SKIPPED_FILE, "w", encoding="utf-8") as skipped_file:
-            rows, users, skipped = _accepted(conversion.read_rows(parts, count), skipped_file)
+            inputs = _accepted(conversion.read_rows(parts, count), skipped_file)
+        rows, users, skipped = inputs.rows, inputs.users, inputs.skipped
         if not rows:
-            counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no input"
-            raise UserError(f"no utterance could be stored ({counts}): mend the source")
+            raise UserError(_nothing_stored(inputs, out))
         by_split, several = _divide(rows, dev_fraction, test_fraction, seed)
         splits = {
             split: _ConvertedCorpus(by_user, parts, converter)
@@ -217,12 +258,13 @@ def prepare_with(
         }
         if write_more is not None:
             write_more(out)
-        notes = dict(notes or {})
-        if saturated := sum(row.saturated for row in rows):
-            notes["saturated_utterances"] = saturated
+        notes = {**(notes or {}), **_notes(inputs, by_split)}
+        _write_utterances(out / UTTERANCES_FILE, splits)
         summary = {
             **_extent(rows),
             "skipped": skipped,
+            "skipped_examples": inputs.examples,
+            "unknown_characters": _unknown(out / SKIPPED_FILE),
             "users_without_utterances": len(users - {row.user for row in rows}),
             "users_in_several_splits": several,
             "notes": notes,
@@ -234,7 +276,10 @@ def prepare_with(
         corpus_lib.write_corpus(
             out,
             splits,
-            {"name": name, "identity": identity, "options": options, "summary": summary},
+            {
+                **{"name": name, "identity": identity, "options": options, "summary": summary},
+                **({"source": dict(source)} if source else {}),
+            },
         )
     return summary
 
@@ -428,28 +473,136 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _accepted(
-    items: Iterable[Row | Skipped], skipped_file: IO[str]
-) -> tuple[list[Row], set[str], dict[str, int]]:
-    """Stored rows, all users named by the input, and the counts of what is left out, sorted."""
-    rows: list[Row] = []
-    users: set[str] = set()
+@dataclasses.dataclass
+class _Inputs:
+    """What became of all inputs.
+
+    Attributes:
+      rows: those that are stored. users: all that the input names. skipped: counts by reason,
+      sorted. examples: one "id: detail" for each reason. again: (recording, named split, user) of
+      those skipped because their file and transcript are stored already. renamed: users' ids that
+      were not as they are stored.
+    """
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    users: set[str] = dataclasses.field(default_factory=set)
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
+    again: list[tuple[str, str | None, str]] = dataclasses.field(default_factory=list)
+    renamed: set[str] = dataclasses.field(default_factory=set)
+
+
+def _accepted(items: Iterable[Row | Skipped], skipped_file: IO[str]) -> _Inputs:
+    """Takes in what became of each input, and lists what is left out."""
+    inputs = _Inputs()
     skipped: Counter[str] = Counter()
     seen: set[str] = set()
+    stored: dict[tuple[str, str], Row] = {}  # by file and transcript
     for item in items:
         if item.user is not None:
-            users.add(item.user)
+            inputs.users.add(item.user)
+            if spelling := getattr(item, "spelling", None):
+                inputs.renamed.add(spelling)
             # Only an id that was stored is taken: one that failed may still come with good audio.
             if item.id in seen and getattr(item, "reason", None) != "bad_split":
                 item = Skipped(item.id, item.user, "duplicate_id", "")
+        if isinstance(item, Row) and item.file is not None:
+            first = stored.setdefault((item.file, item.transcript), item)
+            if first is not item:
+                inputs.again.append((first.recording or "", item.split, item.user))
+                same = f"the same file and transcript as {first.id!r} of {first.user!r}"
+                item = Skipped(item.id, item.user, "duplicate_recording", same)
         if isinstance(item, Row):
             seen.add(item.id)
-            rows.append(item)
+            inputs.rows.append(item)
             continue
         skipped[item.reason] += 1
+        inputs.examples.setdefault(item.reason, f"{item.id}: {item.detail}".rstrip(": "))
         line = {"id": item.id, "reason": item.reason, "detail": item.detail}
         skipped_file.write(json.dumps(line) + "\n")
-    return rows, users, dict(sorted(skipped.items()))
+    inputs.skipped = dict(sorted(skipped.items()))
+    inputs.examples = dict(sorted(inputs.examples.items()))
+    return inputs
+
+
+def _nothing_stored(inputs: _Inputs, out: Path) -> str:
+    """One line that says why, with an example and where the rest is."""
+    if not inputs.skipped:
+        return "no utterance could be stored (no input): mend the source"
+    counts = ", ".join(f"{n} {reason}" for reason, n in inputs.skipped.items())
+    if "unknown_characters" in inputs.skipped:
+        counts += f": {describe_unknown(_unknown(out / SKIPPED_FILE))}"
+    most = max(inputs.skipped, key=inputs.skipped.__getitem__)
+    return (
+        f"no utterance could be stored ({counts}); for example {inputs.examples[most]} "
+        f"(all are listed in {out / SKIPPED_FILE}): mend the source"
+    )
+
+
+def _notes(inputs: _Inputs, by_split: Mapping[str, Mapping[str, Sequence[Row]]]) -> dict[str, int]:
+    """Counts of what is stored but worth a look; those that are 0 are left out."""
+    places: dict[str, set[str]] = {}
+    speakers: dict[str, set[str]] = {}
+    texts: dict[str, set[str]] = {}
+    copies: Counter[str] = Counter()
+    for split, by_user in by_split.items():
+        for row in (row for rows in by_user.values() for row in rows):
+            if row.recording is not None:
+                places.setdefault(row.recording, set()).add(split)
+                speakers.setdefault(row.recording, set()).add(row.user)
+                texts.setdefault(row.recording, set()).add(row.transcript)
+                copies[row.recording] += 1
+    for recording, split, user in inputs.again:
+        speakers[recording].add(user)
+        if split is not None:
+            places[recording].add(split)
+    users = {row.user for row in inputs.rows}
+    counts = {
+        "saturated_utterances": sum(row.saturated for row in inputs.rows),
+        "utterances_with_decoder_complaints": sum(row.complaints > 0 for row in inputs.rows),
+        "decoder_complaints": sum(row.complaints for row in inputs.rows),
+        "recordings_stored_several_times": sum(count > 1 for count in copies.values()),
+        "recordings_in_several_splits": sum(len(x) > 1 for x in places.values()),
+        "recordings_of_several_users": sum(len(x) > 1 for x in speakers.values()),
+        "recordings_with_several_transcripts": sum(len(x) > 1 for x in texts.values()),
+        "user_ids_normalised": len(inputs.renamed),
+        "users_differing_by_case_only": identity_lib.case_variants(users),
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _write_utterances(path: Path, splits: Mapping[str, _ConvertedCorpus]) -> None:
+    """Lists what is stored, in its order: the split, the user, the id, and what else is known."""
+    with open(path, "w", encoding="utf-8") as file:
+        for split, corpus in splits.items():
+            for user, rows in zip(corpus.users, corpus.rows, strict=True):
+                for row in rows:
+                    line: dict[str, Any] = {"split": split, "user": user, "id": row.id}
+                    line["seconds"] = round(row.seconds, 4)
+                    if row.metadata:
+                        line["metadata"] = dict(row.metadata)
+                    file.write(json.dumps(line) + "\n")
+
+
+_SHOWN = 20  # kinds of unknown characters in a summary
+
+
+def _unknown(path: Path) -> list[list[Any]]:
+    """What made transcripts unusable, most frequent first: [characters, reason, count]."""
+    counts: Counter[tuple[str, str]] = Counter()
+    with open(path, encoding="utf-8") as lines:
+        for line in map(json.loads, lines):
+            if line["reason"] == "unknown_characters":
+                counts += text_lib.parse_losses(line["detail"])
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [[shown, reason, count] for (shown, reason), count in ordered[:_SHOWN]]
+
+
+def describe_unknown(unknown: Sequence[Sequence[Any]]) -> str:
+    """One line: which characters, how often, and for each kind what keeps them."""
+    shown = ", ".join(f"{characters} {count}x" for characters, _, count in unknown[:10])
+    reasons = dict.fromkeys(reason for _, reason, _ in unknown)
+    return f"{shown} ({'; '.join(f'{r}: {text_lib.REASONS[r]}' for r in reasons)})"
 
 
 class _ConvertedCorpus:

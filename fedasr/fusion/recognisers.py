@@ -21,7 +21,7 @@ from fedasr.privacy import ledger
 from fedasr.text import CharTokenizer
 from fedasr.training.checkpoint import Checkpointer, restore_params
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
-from fedasr.training.evaluation import Evaluator
+from fedasr.training.evaluation import Evaluator, evaluation_buckets
 from fedasr.training.loop import build_recogniser, fitting_tokenizer
 
 PyTree = Any
@@ -106,7 +106,7 @@ def error_rates(parents: Parents, data: str | Path, splits: Sequence[str]) -> An
       parents: for their functions. data: a prepared corpus. splits: split expressions of it.
     """
     corpora = {split: open_corpus(data, split) for split in splits}
-    buckets = make_buckets(list(corpora.values()), 1, _MULTIPLES)
+    buckets = evaluation_buckets(list(corpora.values()))
     evaluator = Evaluator(parents.recogniser, buckets, tokenizer=parents.tokenizer)
 
     def rates(params: PyTree) -> dict[str, float]:

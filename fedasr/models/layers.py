@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.fields import check_dataclass
 
+# Of whatever is a size: more is a slip, and would not end in an error but in no memory.
+_SIZES = ("vocab", "features", "dim", "mlp", "units", "joint_dim", "prediction_dim", "heads")
 BLOCK = "block_"  # how the names of an encoder's blocks begin
 
 
@@ -28,6 +31,7 @@ def check_options(config: Any, sizes: Sequence[str]) -> None:
     Raises:
       UserError: a size below 1, an unknown dtype, `remat` or `attention`.
     """
+    check_numbers(config)
     check_sizes(config, sizes)
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"the model's dtype must be float32, bfloat16 or float16: {config.dtype!r}")
@@ -35,6 +39,21 @@ def check_options(config: Any, sizes: Sequence[str]) -> None:
         raise UserError(f"the model's remat must be 'none' or 'block': {config.remat!r}")
     if config.attention not in ("plain", "fused"):
         raise UserError(f"the model's attention must be 'plain' or 'fused': {config.attention!r}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises UserError for a field of another type, one that is not finite, negative or huge.
+
+    Shares of what is dropped must be below 1.
+    """
+    check_dataclass(
+        config,
+        "the model's",
+        dict.fromkeys(_SIZES, (0, 65_536)) | {"blocks": (0, 1000), "layers": (0, 1000)},
+    )
+    for name in ("dropout", "layer_drop"):
+        if getattr(config, name, 0) >= 1:
+            raise UserError(f"the model's {name}={getattr(config, name)} must be below 1")
 
 
 def check_sizes(config: Any, sizes: Sequence[str]) -> None:
@@ -525,8 +544,27 @@ def _attention_backward(saved, gradient):
 attention.defvjp(_attention_forward, _attention_backward)
 
 
+LONG = 1024  # frames; beyond, evaluation has not all scores [t, t] in memory at once
+_QUERIES = 256  # at a time, there
+
+
+def long_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attention` of some queries after others: memory grows with t, not with its square.
+
+    Args and returns: as `attention`, without dropout.
+    """
+    b, t, heads, e = q.shape
+    blocks = -(-t // _QUERIES)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * _QUERIES - t), (0, 0), (0, 0)))
+    parts = jnp.moveaxis(padded.reshape(b, blocks, _QUERIES, heads, e), 1, 0)
+    out = jax.lax.map(lambda part: attention(part, k, v, mask, None), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(b, -1, heads, e)[:, :t]
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention without biases; padding frames are never attended to.
+
+    Without keys, sequences beyond `LONG` frames are computed by `long_attention`.
 
     rotary_positions: whether scores depend on the distance between frames (see `rotary`).
     fused: see `fused_attention`; no attention weight is then dropped.
@@ -549,6 +587,9 @@ class SelfAttention(nn.Module):
         if self.rotary_positions:
             q, k = rotary(q), rotary(k)
         last = Dense(d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out")
+        flash = self.fused and jax.default_backend() == "gpu"
+        if keys is None and t > LONG and not flash:
+            return last(long_attention(q, k, v, mask).reshape(b, t, d))
         if self.fused:
             return last(fused_attention(q, k, v, mask).reshape(b, t, d))
         factors = None

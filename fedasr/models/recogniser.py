@@ -1,6 +1,7 @@
 """Speech recognisers by name, as the pure functions that the rest of the framework needs."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ def ctc_recogniser(
 
     def forward(params, batch, features, keys):
         logits, lengths = module.apply({"params": params}, features, batch["features_length"], keys)
-        values, feasible = ctc_loss(logits, lengths, batch["labels"], batch["labels_length"])
+        labels = batch["labels"], batch["labels_length"]
+        values, feasible = ctc_loss(logits, lengths, *labels, _streamed(logits, labels[0], keys))
         return values, values, feasible, (logits, lengths)
 
     def decode(params, outputs):
@@ -119,13 +121,22 @@ def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
 
     def forward(params, batch, features, keys):
         outputs = recurrent.forward(params, features, batch["features_length"], keys, config)
-        values, feasible = ctc_loss(*outputs, batch["labels"], batch["labels_length"])
+        labels = batch["labels"], batch["labels_length"]
+        values, feasible = ctc_loss(*outputs, *labels, _streamed(outputs[0], labels[0], keys))
         return values + recurrent.penalty(params, config), values, feasible, outputs
 
     def decode(params, outputs):
         return greedy_decode(*outputs)
 
     return _recogniser(lambda key: recurrent.init(key, config), forward, decode, None)
+
+
+_STREAMED = 1 << 24  # scores of all states in all frames, beyond which they are not kept
+
+
+def _streamed(logits: jax.Array, labels: jax.Array, keys: jax.Array | None) -> bool:
+    """Whether a loss should be computed without them: of long recordings, without a gradient."""
+    return keys is None and 2 * math.prod(logits.shape[:2]) * labels.shape[1] > _STREAMED
 
 
 def _encoder_init(module: Any, features: int) -> Callable[[jax.Array], Any]:
@@ -174,6 +185,11 @@ def _recogniser(
     return Recogniser(jax.jit(init), loss, evaluate)
 
 
+def model_configs() -> dict[str, type]:
+    """The class of a model's options, by the model's name."""
+    return {name: pair[0] for name, pair in MODELS.items()} | _RECURRENT
+
+
 def make_recogniser(
     name: str, options: Mapping[str, Any], augment: SpecAugmentConfig | None = None
 ) -> Recogniser:
@@ -188,7 +204,7 @@ def make_recogniser(
     Raises:
       UserError: for an unknown name or option, or SpecAugment for a recurrent model.
     """
-    configs = {known: pair[0] for known, pair in MODELS.items()} | _RECURRENT
+    configs = model_configs()
     if name not in configs:
         raise UserError(f"unknown model {name!r}: choose one of {sorted(configs)}")
     config_type = configs[name]

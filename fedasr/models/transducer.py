@@ -6,6 +6,7 @@ utterance are then computed at once, and the state of decoding is those labels. 
 adds both projections, takes the tanh and scores every token (Graves et al., 2013, arXiv 1303.5778).
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,34 @@ class ObjectiveConfig:
         layers.check_sizes(self, ("context", "prediction_dim", "joint_dim", "max_symbols"))
         if not 0 <= self.ctc_weight < 1:
             raise UserError(f"the model's ctc_weight must be in [0, 1): {self.ctc_weight}")
+
+
+def check_joint(batch: int, frames: int, positions: int, vocab: int) -> None:
+    """Raises UserError where the joint network's scores, and the loss of them, would not fit.
+
+    Args:
+      batch, frames, positions, vocab: the sizes of the lattice: utterances, encoder frames, labels
+        and one, tokens.
+    """
+    size, there = 4 * batch * frames * positions * vocab, _memory()
+    if 2 * size > there:  # in float32, and what the loss makes of it
+        raise UserError(
+            f"the RNN-T joint network would take {size / 2**30:.1f} GiB ({batch} utterances x "
+            f"{frames} frames x {positions} label positions x {vocab} tokens) and its loss as much "
+            f"again, {there / 2**30:.1f} GiB are there: take smaller batches (client.micro_batch), "
+            "shorter recordings (max_seconds) or fewer tokens, or objective='ctc'"
+        )
+
+
+def _memory() -> int:
+    """Bytes of the first device, or of the machine where it does not tell (a CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return 1 << 62
 
 
 class Transducer(nn.Module):
@@ -100,6 +129,7 @@ class Transducer(nn.Module):
           [b, t, u + 1, vocab] in the compute's dtype.
         """
         context, positions = self.config.context, labels.shape[1] + 1
+        check_joint(*encoded.shape[:2], positions, self.config.vocab)
         before = jnp.pad(labels, ((0, 0), (context, 0)), constant_values=BLANK)
         last = jnp.stack([before[:, i : i + positions] for i in range(context)], axis=-1)
         if self.is_initializing() and self.config.ctc_weight:

@@ -8,6 +8,7 @@ replacement, noise multipliers below `MIN_PLD_NOISE`. Noise is calibrated with t
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -185,18 +186,19 @@ def _rdp_epsilon_and_order(
     )
     orders = _INTEGER_ORDERS if fixed_size else _POISSON_ORDERS
 
-    def curve(simple, count=1):
+    @functools.cache
+    def curve(simple):
         accountant = rdp.RdpAccountant(orders, neighboring_relation)
         if not accountant.supports(simple):
             raise UserError(f"{simple} has no Rényi bound under {neighboring_relation}.")
-        return accountant.compose(simple, count).rdp
+        return accountant.compose(simple).rdp
 
     def convert(values, at, slack=0.0):
         found, order = rdp.compute_epsilon(orders, values, at)
         return max(0.0, float(found)) + slack, float(order)
 
     with _quiet():
-        total = sum((curve(simple, count) for simple, count in plain), np.zeros(len(orders)))
+        total = sum((count * curve(simple) for simple, count in plain), np.zeros(len(orders)))
         candidates = [convert(total, delta - mass, slack)] if mass < delta else []
         # Both exceed the ordinary bound: mixing cannot help once the first all but equals it.
         if mass > 1e-3 * delta:
@@ -240,18 +242,26 @@ def calibrate_noise(
     if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
         raise UserError(f"target_epsilon must be finite and above 0, not {target_epsilon}.")
 
+    @functools.cache
     def by_rdp(noise: float) -> float:
         return rdp_epsilon(event_of(noise), delta, neighboring_relation)
 
     def reported(noise: float) -> float:
         return epsilon(event_of(noise), delta, neighboring_relation).epsilon
 
+    @functools.cache
+    def by_pld(noise: float) -> float:
+        found = pld_epsilon(event_of(noise), delta, neighboring_relation)
+        return by_rdp(noise) if found is None or found == math.inf else found
+
     span = (_MIN_NOISE, _MAX_NOISE)
     guess = smallest(by_rdp, target_epsilon, 1.0, *span, 1.05)
-    slope = -1.5
+    figure, slope = reported, -1.5
     if guess is not None:
         slope = math.log(by_rdp(1.05 * guess) / by_rdp(guess)) / math.log(1.05)
-    found = smallest(reported, target_epsilon, guess or 1.0, *span, _CALIBRATED, slope)
+        if by_pld(guess) < by_rdp(guess):  # and so it is near there: PLD alone is the quicker
+            figure = by_pld
+    found = smallest(figure, target_epsilon, guess or 1.0, *span, _CALIBRATED, slope)
     if found is None:
         raise UserError(
             f"No noise reaches epsilon {target_epsilon} at delta {delta}; "
@@ -303,7 +313,7 @@ def smallest(
         else:
             low = at
         if high is not None and (high <= lowest or (low is not None and high - low <= step)):
-            return math.exp(high)
+            return min(max(math.exp(high), least), most)
         if low is not None and low >= highest:
             return None
         if low is None or high is None:  # further out, if need be by more every time
@@ -311,7 +321,7 @@ def smallest(
                 if len(seen) > 1:
                     (x0, y0), (x1, y1) = list(seen.items())[-2:]
                     slope = (y1 - y0) / (x1 - x0)
-                stride = abs(excess(at) / min(slope, -0.5)) + (1 - len(seen) % 2) * step
+                stride = abs(excess(at) / min(slope, -0.5)) + step
             else:
                 stride = min(4 * stride, 3.0)
             at = max(at - stride, lowest) if low is None else min(at + stride, highest)

@@ -1,12 +1,12 @@
 """Ordinary training on pooled data: seeds for federated training, and central baselines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 import optax
 
-from fedasr.data.batching import Bucket, PooledBatcher, Prefetcher
+from fedasr.data.batching import Bucket, Padding, PooledBatcher, Prefetcher, pooled_buckets
 from fedasr.data.corpus import Corpus
 from fedasr.federated.client import Loss, Params
 from fedasr.federated.cohort import (
@@ -21,6 +21,9 @@ from fedasr.federated.cohort import (
 from fedasr.federated.server import ServerState, init_server, server_step
 from fedasr.streams import Stream, seed_key
 
+# Every bucket is a program to compile, padding is time in every step.
+PADDING, MOST_BUCKETS = 0.12, 12
+
 
 class CentralTraining:
     """Minibatch training with the users forgotten; the devices share each batch.
@@ -30,7 +33,9 @@ class CentralTraining:
       loss: see `fedasr.federated.client.Loss`.
       optimizer: any optax transformation.
       batch_size: examples per step over all devices; None with `frames`.
-      seed, buckets, keep: as for `fedasr.federated.simulation.Simulation`.
+      seed, keep: as for `fedasr.federated.simulation.Simulation`.
+      buckets: of its batches (see `PooledBatcher`); None for as few as pad little.
+      multiples: of their sizes, then.
       devices: of this process; default all.
       frames: about so many frames per step over all devices (see `PooledBatcher`).
       steps_per_report: steps in one item of `run`.
@@ -46,7 +51,8 @@ class CentralTraining:
         batch_size: int | None,
         *,
         seed: int,
-        buckets: Sequence[Bucket],
+        buckets: Sequence[Bucket] | None = None,
+        multiples: Mapping[str, int] | None = None,
         frames: int | None = None,
         steps_per_report: int = 10,
         devices: Sequence[jax.Device] | None = None,
@@ -56,16 +62,12 @@ class CentralTraining:
     ) -> None:
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
         # Every device needs an equal share; the padding examples are masked.
-        self._batcher = PooledBatcher(
-            corpus,
-            buckets,
-            seed,
-            batch_size=batch_size,
-            frames=frames,
-            multiple=self._mesh.shape[AXIS],
-            keep=keep,
-            stream=stream,
-        )
+        batches = dict(batch_size=batch_size, frames=frames, multiple=self._mesh.shape[AXIS])
+        if buckets is None:
+            buckets = pooled_buckets(
+                corpus, padding=PADDING, most=MOST_BUCKETS, multiples=multiples, **batches
+            )
+        self._batcher = PooledBatcher(corpus, buckets, seed, keep=keep, stream=stream, **batches)
         self._optimizer = optimizer
         self._per_report = steps_per_report
         root = seed_key(seed, stream)
@@ -79,6 +81,14 @@ class CentralTraining:
         whole = replicated(self._mesh)
         where = {"in_shardings": (whole, client_sharding(self._mesh)), "out_shardings": whole}
         self._step = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
+
+    def padding(self, steps: int) -> Padding:
+        """How much of the first `steps` batches is real; see `PooledBatcher.padding`."""
+        return self._batcher.padding(steps)
+
+    def compilations(self) -> int:
+        """How many programs were compiled: at most one for each bucket and number of examples."""
+        return self._step._cache_size()
 
     def init(self, params: Params) -> ServerState:
         """The state before the first step; its `round` counts optimiser steps."""

@@ -1,12 +1,12 @@
 """Word and character error rates of a recogniser over a corpus."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedasr.data.batching import Bucket, eval_batches
+from fedasr.data.batching import Bucket, eval_batches, fewest_buckets
 from fedasr.data.corpus import Corpus
 from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
 from fedasr.federated.local import Layout
@@ -14,14 +14,30 @@ from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.text import CharTokenizer, Tokenizer
 from fedasr.training.metrics import ErrorRate, char_errors, word_errors
 
+MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
+# Frames of a batch: long utterances come few at a time, the longest alone. 5.5 minutes.
+BATCH_FRAMES = 1 << 15
+_PADDING, _MOST_BUCKETS = 0.3, 6
+
+
+def evaluation_buckets(
+    corpora: Sequence[Corpus], multiples: Mapping[str, int] = MULTIPLES
+) -> tuple[dict[str, int], ...]:
+    """Buckets for an `Evaluator`: few, for each is compiled, but a long recording has its own."""
+    return fewest_buckets(corpora, _PADDING, _MOST_BUCKETS, multiples)
+
 
 class Evaluator:
     """Greedy decoding of every utterance of a corpus, in batches of one compiled shape a bucket.
 
+    Memory is bounded by `BATCH_FRAMES` or by the longest utterance, whichever is more, not by their
+    number: an utterance too long to come once for each device is computed on one.
+
     Args:
       recogniser: the model.
       buckets: padded shapes; every utterance must fit in one.
-      batch_size: utterances at a time, rounded up to a multiple of the devices.
+      batch_size: utterances at a time, rounded up to a multiple of the devices; fewer where they
+        are long.
       devices: of this process; default all.
       tokenizer: that wrote the labels; default that of the 29 characters.
       layout: of local parameters, to evaluate users with their own.
@@ -39,9 +55,14 @@ class Evaluator:
         model_devices: int = 1,
     ) -> None:
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
-        self._sharding, lanes = client_sharding(self._mesh), self._mesh.shape[AXIS]
-        self._batch_size = -(-batch_size // lanes) * lanes
+        lanes = self._mesh.shape[AXIS]
+        self._one = client_mesh((devices or jax.local_devices())[:model_devices], model_devices)
         self._buckets = tuple(buckets)
+        self._sizes = []
+        for bucket in self._buckets or ({},):
+            fitting = BATCH_FRAMES // max(next(iter(bucket.values()), 1), 1)
+            whole = min(-(-batch_size // lanes), fitting // lanes) * lanes
+            self._sizes.append(whole or max(1, min(batch_size, fitting)))
         self._evaluate = jax.jit(recogniser.evaluate)
         self._tokenizer = tokenizer or CharTokenizer()
 
@@ -64,16 +85,19 @@ class Evaluator:
             (float32 [b, n]); None for those in `params`.
         """
         references, hypotheses, losses, count = [], [], 0.0, 0
-        # Placed otherwise they would compile again.
-        params = jax.device_put(params, model_sharding(self._mesh, params))
-        for batch in eval_batches(corpus, self._buckets, self._batch_size, ARRAYS, owners=True):
+        placed: dict[Any, Any] = {}
+        for batch in eval_batches(corpus, self._buckets, self._sizes, ARRAYS, owners=True):
             users = batch.pop("user")
-            on_device = jax.device_put(batch, self._sharding)
+            mesh = self._one if len(users) % self._mesh.shape[AXIS] else self._mesh
+            if mesh not in placed:  # placed otherwise they would compile again
+                placed[mesh] = jax.device_put(params, model_sharding(mesh, params))
+            sharding = client_sharding(mesh)
+            on_device = jax.device_put(batch, sharding)
             if rows is None:
-                outputs = self._evaluate(params, on_device)
+                outputs = self._evaluate(placed[mesh], on_device)
             else:
-                own = jax.device_put(rows(users), self._sharding)
-                outputs = self._evaluate_own(params, own, on_device)
+                own = jax.device_put(rows(users), sharding)
+                outputs = self._evaluate_own(placed[mesh], own, on_device)
             tokens, lengths, loss, valid = jax.device_get(outputs)
             losses += float(loss.sum())
             count += int(valid.sum())
@@ -82,6 +106,10 @@ class Evaluator:
                 references.append(self._tokenizer.decode(labels))
                 hypotheses.append(self._tokenizer.decode(tokens[i, : lengths[i]]))
         return references, hypotheses, losses / max(count, 1)
+
+    def compilations(self) -> int:
+        """How many programs were compiled: one for each bucket."""
+        return self._evaluate._cache_size() + self._evaluate_own._cache_size()
 
     def __call__(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None

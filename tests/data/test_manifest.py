@@ -106,7 +106,7 @@ def test_bad_lines_are_rejected_one_by_one(tmp_path):
         json.dumps({**good, "split": "all"}).encode(),
         json.dumps({**good, "split": 3}).encode(),
         json.dumps({**good, "id": 3}).encode(),
-        json.dumps({**good, "offset": 1.5}).encode(),
+        json.dumps({**good, "offset": -1.5}).encode(),
     ]
     line = json.dumps(good).encode()
     path = tmp_path / "m.jsonl"

@@ -1,14 +1,19 @@
 """Every published row, built and held against a table of facts typed in by hand."""
 
+import functools
 import importlib
+import json
 import math
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.configs import mini, published, recipes
 from fedasr.errors import UserError
+from fedasr.privacy import accounting
 from fedasr.training import loop
 from fedasr.training.logging import to_json
 
@@ -190,6 +195,44 @@ def test_a_dry_run_needs_no_data():
     }
     # The paper's headline, 7.2 (its T is 2034, ours 2006).
     assert deployed[204_800, 69_506_000] == pytest.approx(7.2, rel=0.02)
+
+
+def test_every_published_row_can_be_tried_dry(monkeypatch):
+    """To JSON, those without noise (whose epsilon is infinite) as well.
+
+    Models are laid out once for each size, and the accountants answer roughly: that they are right
+    is tested elsewhere.
+    """
+
+    def empty(shapes, key):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    models = {}
+    build_recogniser = loop.build_recogniser
+
+    def shared(config):
+        key = json.dumps(config["model"], sort_keys=True)
+        if key not in models:
+            whole = build_recogniser(config)
+            shapes = jax.eval_shape(whole.init, jax.random.key(0))
+            models[key] = whole._replace(init=functools.partial(empty, shapes))
+        return models[key]
+
+    monkeypatch.setattr(loop, "build_recogniser", shared)
+    monkeypatch.setattr(accounting, "pld_epsilon", lambda *_: None)
+    monkeypatch.setattr(accounting, "_POISSON_ORDERS", np.array([1.5, 4.0, 16.0]))
+    infinite = 0
+    for table, row in ROWS:
+        summary = loop.dry_run(build(table, row))
+        privacy = json.loads(json.dumps(to_json(summary), allow_nan=False)).get("privacy", {})
+        if not privacy.get("enabled"):
+            continue
+        for case in (privacy, *privacy["extrapolations"]):
+            without_noise = privacy["sigma"] == 0
+            assert case.get("epsilon_infinite", False) == without_noise, row.name
+            assert (case["epsilon"] is None) == without_noise
+            infinite += without_noise
+    assert infinite > 0 and len(ROWS) >= 135 and len(models) >= len(SIZES)
 
 
 @pytest.mark.parametrize(
