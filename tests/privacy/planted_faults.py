@@ -83,6 +83,7 @@ OS_ROOT = (
 EVENTS = f"{OF_SAMPLING}::test_events_state_the_sampling"
 TURNS = f"{OF_CORRELATED}::test_events_without_amplification"
 
+REFUSED = "tests/federated/test_local.py::test_paths_from_user_to_user_are_refused_under_noise"
 SLOW = {STAGES, CHAIN, SECRET}
 
 # fmt: off
@@ -283,6 +284,16 @@ FAULTS = (
          f"{MECHANISM}:Mechanism.deployed", "adaptive.noise_multiplier * growth",
          "adaptive.noise_multiplier * growth**2",
          f"{OF_ADAPTIVE}::test_the_votes_are_accounted_for"),
+    edit("accounting", "noise is calibrated for more than is asked", "the target is exceeded",
+         "fedasr.privacy.accounting:calibrate_noise", "target_epsilon, guess or 1.0",
+         "1.1 * target_epsilon, guess or 1.0",
+         "tests/privacy/test_accounting.py::test_calibration_meets_the_target[sampler1]"),
+    edit("accounting", "a Poisson round claims that a user is added", "q follows the population",
+         f"{SAMPLING}:PoissonSampler.neighboring_relation", "REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE",
+         EVENTS),
+    Fault("sampling", "one round in a thousand has no slot left", "users displace each other",
+          (Value(f"{SAMPLING}:_FULL_ROUND", 1e-3),),
+          (f"{OF_SAMPLING}::test_default_slots_are_the_fewest_that_are_hardly_ever_full",)),
     # ------------------------------------------------------------------------- released histograms
     edit("released histograms", "they are left out of the event", "two queries are free",
          f"{MECHANISM}:Mechanism.event", "if not self.released:", "if True:",
@@ -332,7 +343,7 @@ FAULTS = (
          'words.astype("<u4").tobytes().hex()',
          OS_ROOT),
     edit("identity and streams", "secret noise is not asked for", "it follows from the seed",
-         f"{LOOP}:_Run._rounds", '== "secret"', '== "never"', SECRET),
+         f"{LOOP}:_Run._secret", '== "secret"', '== "never"', SECRET),
     edit("identity and streams", "the summary names the root itself", "the noise can be taken off",
          f"{LOOP}:_Run._rounds", "public_name(state.root)",
          'np.asarray(state.root).astype("<u4").tobytes().hex()', SECRET),
@@ -360,6 +371,8 @@ FAULTS = (
     # -------------------------------------------------------------------------------------- ledger
     edit("ledger", "what came before the last run is forgotten", "the total is too small",
          f"{LOOP}:earlier_runs", '[*data["earlier"], *data["own"]]', 'data["own"]', CHAIN),
+    edit("ledger", "a resumed run forgets what came before it", "the total is too small",
+         f"{LOOP}:_runs_before", 'ledger.from_data(kept["earlier"])', "[]", CHAIN),
     edit("ledger", "a model without a ledger has cost nothing", "a total is claimed",
          f"{LOOP}:earlier_runs", "return [], False", "return [], True", ALONE),
     edit("ledger", "a checkpoint's entry is of a round less", "the last round is free",
@@ -389,6 +402,11 @@ FAULTS = (
          "jnp.isfinite(row.sum()), 1e-3 * row.sum(), 0).astype(d.dtype), whole), layout.shared), "
          "metrics,",
          f"{OF_SENSITIVITY}::test_local_parameters_have_no_path_to_the_server[global-float32-1-1]"),
+    edit("local parameters", "new users start from others' rows under noise", "nothing bounds that",
+         f"{MECHANISM}:Mechanism.check_local", 'if prototype != "init":', "if False:", REFUSED),
+    edit("local parameters", "users with rows displace each other", "rows remember who was there",
+         f"{MECHANISM}:Mechanism.check_local", "overflow_probability > _NEVER",
+         "overflow_probability > 1", REFUSED),
     edit("local parameters", "rows of clients that are not valid change", "garbage is kept",
          COHORT, "jnp.where(valid & jnp.all(jnp.isfinite(new)), new, own)", "new",
          "tests/federated/test_local.py::test_clients_that_are_not_valid_keep_what_they_had"),
