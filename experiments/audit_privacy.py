@@ -346,10 +346,10 @@ def program() -> int | None:
         raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
     cli.configure_devices()
     from fedasr.privacy.auditing import write_roc
-    from fedasr.training.logging import config_to_json
+    from fedasr.training.config import resolve
 
     canaries = flags.FLAGS.canaries
-    audit = run(config_to_json(plain))
+    audit = run(resolve(plain))
     if flags.FLAGS.plot:
         write_roc(audit, flags.FLAGS.plot)
     if cli.JSON.value:

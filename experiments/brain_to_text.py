@@ -678,9 +678,10 @@ def run() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
-    from fedasr.training.logging import config_to_json, to_json
+    from fedasr.training.config import resolve
+    from fedasr.training.logging import to_json
 
-    config = config_to_json(_CONFIG.value.to_dict())
+    config = resolve(_CONFIG.value.to_dict(), None)
     seeds = cli.seeds(flags.FLAGS.seeds)
     workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
     cli.configure_compilation(workdir.parent)

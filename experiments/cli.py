@@ -28,7 +28,8 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line 
 
 def fail(message: object, status: int = MISTAKE) -> int:
     """Prints a one-line error on stderr; returns the exit status."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        print("error:", " ".join(str(message).split()), file=sys.stderr)
     return status
 
 
@@ -47,15 +48,34 @@ def main(program: Callable[[], int | None]) -> None:
     except (UserError, flags.Error) as error:
         status = fail(error)
     except KeyboardInterrupt:
+        # At once: the usual end waits for threads, which may wait for a disk that hangs.
         status = fail("interrupted", STOPPED)
+        _flush()
+        os._exit(status)
+    except BrokenPipeError:  # whoever read the result has gone
+        status = FAILED
     except Exception:
         traceback.print_exc()
         status = FAILED
-    sys.stdout.flush()
-    sys.stderr.flush()
+    status = _flush() or status
     if status not in (0, STOPPED) and _TOGETHER:
         os._exit(status)  # the usual end waits for the other processes, which may wait for this one
     sys.exit(status)
+
+
+def _flush() -> int:
+    """Whether stdout took all: 0, or the exit status if it is full or closed.
+
+    Closed streams are replaced, so that Python does not stumble over them at its end.
+    """
+    status = 0
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (OSError, ValueError):
+            status = FAILED if name == "stdout" else status
+            setattr(sys, name, open(os.devnull, "w"))
+    return status
 
 
 def define_config(default: str) -> Any:
@@ -160,6 +180,8 @@ def configure_compilation(folder: Path) -> None:
     """
     import jax
 
+    from fedasr.training.logging import say
+
     if not jax.config.jax_compilation_cache_dir:
         cache = folder.absolute() / ".compile-cache" / _processor()
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -167,9 +189,9 @@ def configure_compilation(folder: Path) -> None:
     def report(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
         kind = event.rsplit("/", 1)[-1]
         if kind == "jaxpr_to_mlir_module_duration" and seconds >= LARGE_PROGRAM:
-            print(f"compiling {fun_name} ...", file=sys.stderr, flush=True)
+            say(f"compiling {fun_name} ...")
         elif kind == "backend_compile_duration" and seconds >= LONG_COMPILATION:
-            print(f"compiled {fun_name} in {seconds:.1f} s", file=sys.stderr, flush=True)
+            say(f"compiled {fun_name} in {seconds:.1f} s")
 
     jax.monitoring.register_event_duration_secs_listener(report)
 

@@ -609,9 +609,10 @@ def run() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
-    from fedasr.training.logging import config_to_json, from_json, to_json
+    from fedasr.training.config import resolve
+    from fedasr.training.logging import from_json, to_json
 
-    config = config_to_json(_CONFIG.value.to_dict())
+    config = resolve(_CONFIG.value.to_dict(), ("corrections",))
     systems = _SYSTEMS.value
     if unknown := sorted(set(systems) - set(SYSTEMS)):
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")

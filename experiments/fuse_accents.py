@@ -394,9 +394,10 @@ def program() -> None:
     """Runs what the flags ask for."""
     cli.configure_devices()
     cli.keep_memory()
-    from fedasr.training.logging import config_to_json, to_json
+    from fedasr.training.config import resolve
+    from fedasr.training.logging import to_json
 
-    config = config_to_json(_CONFIG.value.to_dict())
+    config = resolve(_CONFIG.value.to_dict(), ("accents",))
     between = [name for name in flags.FLAGS.between if name]
     for flag, names, known in (
         ("privacy", flags.FLAGS.privacy, PRIVACY),

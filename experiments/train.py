@@ -7,11 +7,11 @@
 With --coordinator the same command runs on several hosts, --process=0 on HOST; the work directory
 and the data must be the same folders everywhere. --coordinator=auto: where JAX knows the cluster.
 
-Without --config it is the quickstart. Running the same command again resumes. Exit status: 0 when
+Without --config it is the quickstart. Running the same command again resumes; with --extend=ROUNDS
+a run that is there, finished or not, goes on to more rounds. Exit status: 0 when
 the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +24,7 @@ _DEFAULT = str(Path(__file__).parent / "configs" / "quickstart.py")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/NAME-FINGERPRINT of the configuration."
 )
+_EXTEND = flags.DEFINE_integer("extend", None, "Rounds that the run in --workdir goes on to.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or 'auto'.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)
@@ -46,21 +47,22 @@ def train() -> int | None:
     from fedasr.federated import hosts
     from fedasr.training import config as config_lib
     from fedasr.training import loop
-    from fedasr.training.logging import config_to_json
+    from fedasr.training.logging import say
+    from fedasr.training.workdir import local_path
 
-    config = config_to_json(_CONFIG.value.to_dict())
+    config = config_lib.resolve(_CONFIG.value.to_dict())
     if _DRY_RUN.value:
-        summary = loop.dry_run(config)
+        summary = loop.dry_run(config, _WORKDIR.value, _EXTEND.value)
         if hosts.is_leader():
             cli.show(summary)
         return None
     name = f"{config['name']}-{config_lib.fingerprint(config)}"
-    workdir = Path(_WORKDIR.value or Path("runs") / name)
+    workdir = local_path(_WORKDIR.value or Path("runs") / name)
     if hosts.is_leader():
-        print(f"work directory: {workdir}", file=sys.stderr)
+        say(f"work directory: {workdir}")
     cli.configure_compilation(workdir.parent)
     try:
-        summary = loop.run(config, workdir)
+        summary = loop.run(config, workdir, _EXTEND.value)
     except loop.Interrupted as stopped:
         return cli.fail(stopped, cli.STOPPED)
     if hosts.is_leader():
@@ -68,7 +70,7 @@ def train() -> int | None:
             cli.show(summary)
         else:
             print("\n".join(_describe(summary)))
-        print(f"report: {workdir / 'report.html'}", file=sys.stderr)
+        say(f"report: {workdir / 'report.html'}")
     return None if summary["status"] == "completed" else cli.FAILED
 
 

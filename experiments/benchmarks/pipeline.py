@@ -81,9 +81,9 @@ def run() -> None:
     import jax
 
     from fedasr.training import loop
-    from fedasr.training.logging import config_to_json
+    from fedasr.training.config import resolve
 
-    config = config_to_json(_CONFIG.value.to_dict())
+    config = resolve(_CONFIG.value.to_dict())
     if config["data"]["resident"]:
         raise UserError("data.resident: there is nothing to wait for")
     directory = loop.data_directory(config)

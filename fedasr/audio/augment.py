@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.fields import check_dataclass
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class SpecAugmentConfig:
     time_fraction: float = 0.1
 
     def __post_init__(self):
+        check_dataclass(self, "SpecAugment's")
         counts = (self.frequency_masks, self.frequency_width, self.time_masks, self.time_width)
         if min(counts) < 0 or not 0 <= self.time_fraction <= 1:
             raise UserError(

@@ -104,6 +104,11 @@ class SyntheticConfig:
         return tuple(getattr(self, f"{split}_utterances"))
 
 
+def tasks() -> list[str]:
+    """What the users of a synthetic corpus may say."""
+    return sorted(_SENTENCE_MAKERS)
+
+
 def expected_users(config: SyntheticConfig, split: str) -> int:
     """Number of users of a split, or of a part of splits (see `fedasr.data.splits`); no engine.
 

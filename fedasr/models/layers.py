@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.fields import check_dataclass
 
+# Of whatever is a size: more is a slip, and would not end in an error but in no memory.
+_SIZES = ("vocab", "features", "dim", "mlp", "units", "joint_dim", "prediction_dim", "heads")
 BLOCK = "block_"  # how the names of an encoder's blocks begin
 
 
@@ -28,6 +31,7 @@ def check_options(config: Any, sizes: Sequence[str]) -> None:
     Raises:
       UserError: a size below 1, an unknown dtype, `remat` or `attention`.
     """
+    check_numbers(config)
     check_sizes(config, sizes)
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"the model's dtype must be float32, bfloat16 or float16: {config.dtype!r}")
@@ -35,6 +39,21 @@ def check_options(config: Any, sizes: Sequence[str]) -> None:
         raise UserError(f"the model's remat must be 'none' or 'block': {config.remat!r}")
     if config.attention not in ("plain", "fused"):
         raise UserError(f"the model's attention must be 'plain' or 'fused': {config.attention!r}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises UserError for a field of another type, one that is not finite, negative or huge.
+
+    Shares of what is dropped must be below 1.
+    """
+    check_dataclass(
+        config,
+        "the model's",
+        dict.fromkeys(_SIZES, (0, 65_536)) | {"blocks": (0, 1000), "layers": (0, 1000)},
+    )
+    for name in ("dropout", "layer_drop"):
+        if getattr(config, name, 0) >= 1:
+            raise UserError(f"the model's {name}={getattr(config, name)} must be below 1")
 
 
 def check_sizes(config: Any, sizes: Sequence[str]) -> None:

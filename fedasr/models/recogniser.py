@@ -185,6 +185,11 @@ def _recogniser(
     return Recogniser(jax.jit(init), loss, evaluate)
 
 
+def model_configs() -> dict[str, type]:
+    """The class of a model's options, by the model's name."""
+    return {name: pair[0] for name, pair in MODELS.items()} | _RECURRENT
+
+
 def make_recogniser(
     name: str, options: Mapping[str, Any], augment: SpecAugmentConfig | None = None
 ) -> Recogniser:
@@ -199,7 +204,7 @@ def make_recogniser(
     Raises:
       UserError: for an unknown name or option, or SpecAugment for a recurrent model.
     """
-    configs = {known: pair[0] for known, pair in MODELS.items()} | _RECURRENT
+    configs = model_configs()
     if name not in configs:
         raise UserError(f"unknown model {name!r}: choose one of {sorted(configs)}")
     config_type = configs[name]

@@ -61,6 +61,7 @@ class RecurrentConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab", "features", "units", "layers", "subsample", "window", "stride")
+        layers.check_numbers(self)
         layers.check_sizes(self, sizes)
         if self.day_layer not in DAY_LAYERS:
             raise UserError(f"the model's day_layer must be one of {DAY_LAYERS}: {self.day_layer}")

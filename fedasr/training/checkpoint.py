@@ -1,47 +1,64 @@
 """Checkpoints that survive `kill -9`, restored bit for bit: a thin layer over orbax-checkpoint.
 
-A checkpoint is a folder `checkpoints/STEP/` that holds a pytree (`state`) and a JSON object
-(`metadata`). Orbax writes it under a temporary name and renames the folder as the last act, so a
-folder named by a plain number is complete, whenever the process is killed.
+A checkpoint is a folder `checkpoints/STEP/` that holds a pytree (`state`), a JSON object
+(`metadata`) and the SHA-256 of every array and of the metadata (`checksums`; releases before
+2026-12 wrote none). Orbax writes it under a temporary name and renames the folder as the last act,
+so a folder named by a plain number is complete, whenever the process is killed. That it was written
+is not taken for granted: each is read back and compared, and only then older ones may go.
 """
 
 import contextlib
+import hashlib
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedasr.errors import UserError
+from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 
 PyTree = Any
 
-_STATE, _METADATA = "state", "metadata"
+_STATE, _METADATA, _CHECKSUMS = "state", "metadata", "checksums"
 # Written by orbax inside every complete step folder.
 _STEP_MARKER = "_CHECKPOINT_METADATA"
 # Part of the name of a folder that orbax has not finished.
 _TEMPORARY_MARK = ".orbax-checkpoint-tmp"
+# What a checkpoint that cannot be read is renamed to, before its number.
+DAMAGED = "damaged-"
+# Paths that mean themselves to every library: others may be taken for patterns or escapes.
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.+=,-]*")
 
 
 class Checkpointer:
     """Saves and restores the states of one run.
 
-    Saving copies the state to host memory and writes it in the background: the copy is all that
-    training waits for. At most one save is in flight. Opening a directory removes what an
-    interrupted save left behind, so only the process that trains may open it; others read with
-    `restore_params` and `read_metadata`.
+    Saving copies the state to host memory, writes it in the background and reads it back: the copy
+    is all that training waits for. At most one save is in flight. Opening a directory removes what
+    an interrupted save left behind and sets aside (renames) what cannot be read, so only the
+    process that trains may open it; others read with `restore_params` and `read_metadata`.
 
     Args:
-        directory: folder of the checkpoints, created if missing.
+        directory: folder of the checkpoints, created if missing; any path that the file system
+            takes.
         keep: how many of the latest checkpoints to keep, at least 1. An older one is deleted only
-            after a newer one is complete.
+            after a newer one was read back.
+
+    Attributes:
+        damaged: {folder as it is called now: why it cannot be read} of what was set aside.
 
     Raises:
-        UserError: if `keep` is below 1 or the folder cannot be made.
+        UserError: if `keep` is below 1, the folder cannot be made, or there are checkpoints and
+            none of them can be read.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2):
@@ -61,10 +78,15 @@ class Checkpointer:
         for folder in self.directory.iterdir():
             if _TEMPORARY_MARK in folder.name and folder.is_dir():
                 shutil.rmtree(folder)
+        self.damaged = _set_aside(self.directory)
+        self._keep = keep
+        self._reading: threading.Thread | None = None
+        self._problem: Exception | None = None
+        self._stack = contextlib.ExitStack()
         self._manager = ocp.CheckpointManager(
-            self.directory,
+            self._stack.enter_context(plain_path(self.directory)),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                # Keeps all: what is old is deleted here, after the newest was read back.
                 create=False,
                 # Of several processes one writes: it must not wait for the others.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -75,6 +97,7 @@ class Checkpointer:
             item_handlers={
                 _STATE: ocp.PyTreeCheckpointHandler(),
                 _METADATA: ocp.JsonCheckpointHandler(),
+                _CHECKSUMS: ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -82,7 +105,7 @@ class Checkpointer:
         """Starts saving `state` as checkpoint `step`; `wait` returns when it is complete.
 
         A step that is already saved is left as it is: training is deterministic, so a step has one
-        state. An error of the previous save that was still in flight is raised here.
+        state. What went wrong with the previous save, if it was still in flight, is raised here.
 
         Args:
             step: number of the checkpoint, larger than any saved before.
@@ -92,6 +115,8 @@ class Checkpointer:
         Raises:
             ValueError: if `step` is below the latest one saved.
             TypeError: if `metadata` is not JSON-serialisable.
+            UserError: the checkpoint cannot be written, such as on a full disk; all older ones are
+                as they were.
         """
         import orbax.checkpoint as ocp
 
@@ -104,30 +129,72 @@ class Checkpointer:
         # numpy leaves are about twice as quick to write as jax arrays (which carry their
         # shardings), and a copy is needed anyway: the next round may donate these buffers.
         host_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
-        self._manager.save(
-            int(step),
-            args=ocp.args.Composite(
-                **{
-                    _STATE: ocp.args.PyTreeSave(host_state),
-                    _METADATA: ocp.args.JsonSave(metadata),
-                }
-            ),
+        try:
+            self._manager.save(
+                int(step),
+                args=ocp.args.Composite(
+                    **{
+                        _STATE: ocp.args.PyTreeSave(host_state),
+                        _METADATA: ocp.args.JsonSave(metadata),
+                        _CHECKSUMS: ocp.args.JsonSave(_checksums(host_state, metadata)),
+                    }
+                ),
+            )
+        except Exception as error:
+            raise self._unwritten(step, error) from error
+        self._reading = threading.Thread(target=self._read_back, args=(int(step),), daemon=True)
+        self._reading.start()
+
+    def _read_back(self, step: int) -> None:
+        """Waits for a save, reads it and deletes what it makes superfluous."""
+        try:
+            self._manager.wait_until_finished()
+            folder = self.directory / str(step)
+            if not _is_step(folder):
+                raise OSError("it is not there")
+            verify(folder)
+            oldest = sorted(_steps(self.directory))[-self._keep :][0]
+            for other in self.directory.iterdir():  # half-deleted ones are no steps any more
+                if other.name.isdecimal() and int(other.name) < oldest:
+                    shutil.rmtree(other)
+        except Exception as error:
+            self._problem = self._unwritten(step, error)
+
+    def _unwritten(self, step: int, error: Exception) -> UserError:
+        for folder in self.directory.glob(f"{step}{_TEMPORARY_MARK}*"):
+            shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
+        older = max((x for x in _steps(self.directory) if x != step), default=None)
+        return UserError(
+            f"the checkpoint {step} cannot be written to {self.directory} ({_reason(error)}): make "
+            "room there; the same command goes on "
+            + ("from the beginning" if older is None else f"from checkpoint {older}")
         )
 
     def wait(self) -> None:
-        """Blocks until the save in flight, if any, is complete; raises its error."""
-        self._manager.wait_until_finished()
+        """Blocks until the save in flight, if any, was read back.
+
+        Raises:
+            UserError: it was not written, or cannot be read.
+        """
+        if self._reading is not None:
+            self._reading.join()
+            self._reading = None
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
 
     def latest_step(self) -> int | None:
         """The latest complete checkpoint, or None; waits for a save in flight."""
         self.wait()
-        return self._manager.latest_step()
+        return max(_steps(self.directory), default=None)
 
     def oldest_step(self) -> int | None:
         """The oldest complete checkpoint that is still there, or None."""
         return min(_steps(self.directory), default=None)
 
-    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def restore(
+        self, step: int, like: PyTree, added: Collection[str] = ()
+    ) -> tuple[PyTree, dict[str, Any]]:
         """Returns `(state, metadata)` of checkpoint `step`, bit for bit as saved.
 
         Args:
@@ -136,17 +203,24 @@ class Checkpointer:
                 numbers or `jax.ShapeDtypeStruct`). It also decides the kind of each leaf: numpy
                 leaves and Python numbers come back as such, everything else as jax arrays, on the
                 sharding that the leaf of `like` is committed to, if any.
+            added: paths of leaves (or of what they lie in) that a release added: where the
+                checkpoint lacks one, the value is that of `like`.
 
         Raises:
             UserError: if there is no such checkpoint, it cannot be read, or it does not fit `like`
                 (the message names the first leaf that differs).
         """
         self.wait()
-        return CheckpointReader(self.directory).restore(step, like)
+        return CheckpointReader(self.directory).restore(step, like, added)
 
     def close(self) -> None:
         """Waits for the save in flight and frees the resources."""
-        self._manager.close()
+        if self._reading is not None:
+            self._reading.join()
+        with self._stack:
+            # What went wrong with the last save was raised by `wait`, or something else was.
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -179,12 +253,14 @@ class CheckpointReader:
         """The oldest complete checkpoint, or None."""
         return min(_steps(self.directory), default=None)
 
-    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def restore(
+        self, step: int, like: PyTree, added: Collection[str] = ()
+    ) -> tuple[PyTree, dict[str, Any]]:
         """See `Checkpointer.restore`."""
         folder = self.directory / str(step)
         if not _is_step(folder):
             raise UserError(f"there is no checkpoint {step} in {self.directory}")
-        return _fit(folder, like), _read_json(folder)
+        return _fit(folder, like, added), _read_json(folder)
 
     def close(self) -> None:
         """Does nothing."""
@@ -224,28 +300,103 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return _read_json(_find_step(path))
 
 
-def lock_directory(workdir: str | Path) -> IO[str]:
-    """Keeps other processes out of a work directory; the system frees it when this one ends.
-
-    Args:
-        workdir: a folder.
-
-    Returns:
-        A file; closing it frees the directory.
+def verify(folder: Path) -> None:
+    """Reads one checkpoint and compares it with its checksums, if it has any.
 
     Raises:
-        UserError: if another process, or another lock of this one, holds it.
+        UserError: it cannot be read, or holds something else than was saved.
     """
-    file = (Path(workdir) / ".lock").open("w")
-    with contextlib.suppress(ImportError):  # Windows
-        import fcntl
+    metadata = _read_json(folder)
+    arrays = _by_path(_read_arrays(folder, _read_shapes(folder)))
+    if (expected := _read_checksums(folder)) is None:
+        return
+    found = _digests(arrays, metadata)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise _unreadable(folder, OSError(f"{name} is not what was saved"))
 
+
+def _checksums(state: PyTree, metadata: Mapping[str, Any]) -> dict[str, str]:
+    return _digests(_by_path(state), metadata)
+
+
+def _digests(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 by path of kind, shape and bytes, and of the metadata as "metadata"."""
+    digests = {"metadata": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())}
+    for path, leaf in arrays.items():
+        value = np.ascontiguousarray(leaf)
+        head = f"{value.dtype} {np.shape(leaf)} ".encode()
+        digests[f"state/{path}"] = digest = hashlib.sha256(head)
+        digest.update(value.view(np.uint8) if value.size and value.ndim else value.tobytes())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _set_aside(directory: Path) -> dict[Path, str]:
+    """Renames the latest checkpoints as long as they cannot be read.
+
+    Training is deterministic: from an older one it comes to the same.
+    """
+    damaged: dict[Path, str] = {}
+    for step in sorted(_steps(directory), reverse=True):
+        folder = directory / str(step)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise UserError(f"--workdir={workdir} is in use by another process") from error
-    return file
+            verify(folder)
+        except UserError as error:
+            damaged[folder] = str(error)
+            continue
+        break
+    else:
+        if damaged:
+            folder, error = next(iter(damaged.items()))
+            raise UserError(
+                f"none of the {len(damaged)} checkpoints in {directory} can be read: put them back "
+                f"from a copy, or remove that folder to start afresh ({folder.name}: {error[:200]})"
+            )
+    whole = max((x for x in _steps(directory) if directory / str(x) not in damaged), default=-1)
+    for folder in directory.iterdir():
+        # Half of a folder that is older is on its way out; one that is newer has lost something.
+        if folder.name.isdecimal() and not _is_step(folder) and int(folder.name) > whole:
+            damaged[folder] = f"the checkpoint {folder} lacks a part"
+    renamed = {}
+    for folder, why in damaged.items():
+        place = folder.with_name(f"{DAMAGED}{folder.name}")
+        shutil.rmtree(place, ignore_errors=True)
+        renamed[folder.rename(place)] = why
+    return renamed
+
+
+@contextlib.contextmanager
+def plain_path(path: str | Path) -> Iterator[Path]:
+    """The same folder by a path that no library takes for a pattern.
+
+    Orbax looks for files by patterns made of its folder's path, so that brackets in it hide what it
+    has written. Where a path is not plain, a symbolic link in a temporary folder leads there.
+
+    Args:
+        path: of a folder that exists.
+
+    Raises:
+        UserError: no folder for temporary files has a plain path.
+    """
+    path = Path(path).absolute()
+    if _PLAIN_PATH.fullmatch(str(path)):
+        yield path
+        return
+    places = [p for p in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")]
+    for place in filter(_PLAIN_PATH.fullmatch, places):
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="fedasr-", dir=place)
+        except OSError:
+            continue
+        with folder as name:
+            link = Path(name) / "link"
+            link.symlink_to(path, target_is_directory=True)
+            yield link
+        return
+    raise UserError(
+        f"{path} has characters that a library takes for a pattern, and no folder for temporary "
+        "files can hold a link to it: set TMPDIR to one with a plain path"
+    )
 
 
 def _is_step(folder: Path) -> bool:
@@ -256,6 +407,17 @@ def _steps(directory: Path) -> list[int]:
     """Numbers of the complete checkpoints in a folder, which may be missing."""
     folders = directory.iterdir() if directory.is_dir() else ()
     return [int(f.name) for f in folders if f.name.isdecimal() and _is_step(f)]
+
+
+def step_folders(directory: str | Path) -> list[Path]:
+    """The complete checkpoints in a folder, which may be missing, the oldest first."""
+    return [Path(directory) / str(step) for step in sorted(_steps(Path(directory)))]
+
+
+def has_checkpoint(path: str | Path) -> bool:
+    """Whether there is a complete checkpoint at a path as `restore_params` takes it."""
+    path = Path(path).absolute()
+    return _is_step(path) or any(map(_steps, (path / "checkpoints", path)))
 
 
 def _find_step(path: str | Path) -> Path:
@@ -271,19 +433,43 @@ def _find_step(path: str | Path) -> Path:
     )
 
 
+def _reason(error: Exception) -> str:
+    reason = str(error)
+    if "o space left" in reason:
+        return os.strerror(28)
+    reason = " ".join(reason.split())
+    return f"{type(error).__name__}: {reason}"[:200]
+
+
 def _unreadable(folder: Path, error: Exception) -> UserError:
-    reason = next(iter(str(error).splitlines()), "")[:200]
     return UserError(
-        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {reason}): remove that "
+        f"the checkpoint {folder} cannot be read ({_reason(error)}): remove that "
         "folder to use an earlier checkpoint"
     )
+
+
+def _read_checksums(folder: Path) -> dict[str, str] | None:
+    """None of a checkpoint that was saved without."""
+    import orbax.checkpoint as ocp
+
+    if not (folder / _CHECKSUMS).exists():
+        return None
+    try:
+        with plain_path(folder) as plain:
+            return ocp.JsonCheckpointHandler().restore(plain / _CHECKSUMS)
+    except Exception as error:
+        raise _unreadable(folder, error) from error
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     try:
-        return ocp.JsonCheckpointHandler().restore(folder / _METADATA)
+        with plain_path(folder) as plain:
+            metadata = ocp.JsonCheckpointHandler().restore(plain / _METADATA)
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no object")
+        return metadata
     except Exception as error:
         raise _unreadable(folder, error) from error
 
@@ -293,7 +479,8 @@ def _read_shapes(folder: Path) -> PyTree:
     import orbax.checkpoint as ocp
 
     try:
-        return ocp.PyTreeCheckpointHandler().metadata(folder / _STATE).tree
+        with plain_path(folder) as plain:
+            return ocp.PyTreeCheckpointHandler().metadata(plain / _STATE).tree
     except Exception as error:
         raise _unreadable(folder, error) from error
 
@@ -304,14 +491,15 @@ def _read_arrays(folder: Path, tree: PyTree) -> PyTree:
 
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     try:
-        return ocp.PyTreeCheckpointHandler().restore(
-            folder / _STATE,
-            args=ocp.args.PyTreeRestore(
-                item=tree,
-                restore_args=jax.tree.map(lambda _: as_numpy, tree),
-                partial_restore=True,
-            ),
-        )
+        with plain_path(folder) as plain:
+            return ocp.PyTreeCheckpointHandler().restore(
+                plain / _STATE,
+                args=ocp.args.PyTreeRestore(
+                    item=tree,
+                    restore_args=jax.tree.map(lambda _: as_numpy, tree),
+                    partial_restore=True,
+                ),
+            )
     except Exception as error:
         raise _unreadable(folder, error) from error
 
@@ -330,9 +518,14 @@ def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
     return tuple(leaf.shape), np.dtype(leaf.dtype)
 
 
-def _fit(folder: Path, like: PyTree) -> PyTree:
+def _fit(folder: Path, like: PyTree, added: Collection[str] = ()) -> PyTree:
     tree = _read_shapes(folder)
     saved, wanted = _by_path(tree), _by_path(like)
+    filled = {
+        name
+        for name in wanted.keys() - saved.keys()
+        if any(name == path or name.startswith(f"{path}/") for path in added)
+    }
 
     def misfit(difference: str) -> UserError:
         return UserError(
@@ -341,6 +534,8 @@ def _fit(folder: Path, like: PyTree) -> PyTree:
         )
 
     for name, leaf in wanted.items():
+        if name in filled:
+            continue
         if name not in saved:
             raise misfit(f"it has no {name}")
         for what, here, there in zip(
@@ -353,7 +548,9 @@ def _fit(folder: Path, like: PyTree) -> PyTree:
             raise misfit(f"the model has no {name}")
 
     arrays = _by_path(_read_arrays(folder, tree))
-    leaves = [_as_kind(arrays[name], leaf) for name, leaf in wanted.items()]
+    leaves = [
+        leaf if name in filled else _as_kind(arrays[name], leaf) for name, leaf in wanted.items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

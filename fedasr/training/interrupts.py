@@ -1,6 +1,7 @@
 """Stopping between rounds when the operating system or the user asks for it."""
 
 import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 _STDERR = 2
+
+
+def _say(text: bytes) -> None:
+    """Writes to stderr if that takes it at once: who no longer listens must not keep us."""
+    try:
+        if select.select([], [_STDERR], [], 0)[1]:
+            os.write(_STDERR, text)
+    except (OSError, ValueError):
+        pass
 
 
 class StopFlag:
@@ -38,7 +48,7 @@ def graceful_stop() -> Iterator[StopFlag]:
         stop.requested = True
         # os.write, since a signal may arrive in the middle of a buffered write to stderr.
         name = signal.Signals(number).name
-        os.write(_STDERR, f"\n{name}: stopping after this round (again to abort)\n".encode())
+        _say(f"\n{name}: stopping after this round (again to abort)\n".encode())
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

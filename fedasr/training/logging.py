@@ -1,5 +1,6 @@
 """What a run tells: `metrics.jsonl`, TensorBoard events and progress on stderr."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,11 +14,17 @@ from typing import Any, TextIO
 import numpy as np
 from absl import logging
 
-from fedasr.errors import UserError
+from fedasr.training.sinks import Sink
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _INFINITE = "_infinite"  # ends the name of the word about a number that JSON cannot hold
+
+
+def say(text: str) -> None:
+    """A line on stderr; whether anybody listens makes no difference."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def to_json(value: Any) -> Any:
@@ -26,7 +33,8 @@ def to_json(value: Any) -> Any:
     An infinity becomes null with a word beside it, {"epsilon": null, "epsilon_infinite": true}, or
     "negative" for minus infinity; for a list that holds any, the word is a list of the same shape,
     false where the number is finite. NaN becomes null alone: what is not defined. `from_json` reads
-    it back. Settings are not for this: see `config_to_json`.
+    it back. Settings are not for this: see
+    `fedasr.training.config.resolve`.
 
     Anything else that JSON does not know (paths, enumerations...) becomes its `str`.
     """
@@ -95,29 +103,6 @@ def _restored(value: Any, infinite: Any) -> Any:
     return value
 
 
-def config_to_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON can hold it.
-
-    Raises:
-      UserError: for NaN or an infinity, which no field takes and null would hide.
-    """
-
-    def check(value: Any, name: str) -> None:
-        if hasattr(value, "dtype") and hasattr(value, "shape"):
-            value = _plain_array(value)
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                check(item, f"{name}.{key}" if name else str(key))
-        elif isinstance(value, list | tuple):
-            for item in value:
-                check(item, name)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name}={value} must be a finite number")
-
-    check(config, "")
-    return to_json(config)
-
-
 def write_json_atomic(path: str | Path, obj: Any) -> None:
     """Writes `to_json(obj)` to `path`; a reader sees the old file or the new one, never a part."""
     text = json.dumps(to_json(obj), indent=2, allow_nan=False) + "\n"
@@ -164,6 +149,9 @@ class RunLogger:
     events in `tensorboard/PHASE` (if tensorboardX is installed). Progress goes to stderr: a bar on
     a terminal (if rich is installed), a plain line now and then elsewhere.
 
+    None of these can harm the run: one that fails or hangs is named once, as a message and in
+    `failures`, and what it would have been told is lost.
+
     Args:
         workdir: the work directory, created if missing.
         resume_round: round of the checkpoint that the run continues from: later rounds will be
@@ -173,6 +161,10 @@ class RunLogger:
         tensorboard: whether to write TensorBoard events.
         interval: seconds between plain progress lines.
         stream: where progress goes; stderr by default.
+        patience: seconds that a round waits for a sink that hangs, once.
+
+    Attributes:
+        failures: {sink: what was wrong first}.
     """
 
     def __init__(
@@ -184,14 +176,18 @@ class RunLogger:
         tensorboard: bool = True,
         interval: float = 10.0,
         stream: TextIO | None = None,
+        patience: float = 10.0,
     ):
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        kept = [] if resume_round is None else read_metrics(workdir)
-        kept = [r for r in kept if not _is_after(r, resume_round, resume_step)]
-        _replace(workdir / METRICS_FILE, "".join(json.dumps(to_json(r)) + "\n" for r in kept))
-        self._logged = {_phase_and_number(r) for r in kept}
-        self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8")
+        self.failures: dict[str, str] = {}
+        self._to_terminal = Sink("progress", self._failed, patience)
+        self._to_file = Sink(METRICS_FILE, self._failed, patience)
+        # Events may come late: nobody looks at them between two rounds.
+        self._to_tensorboard = Sink("TensorBoard", self._failed, 0)
+        self._file = _LineFile(workdir / METRICS_FILE)
+        self._logged: set[tuple[str, Any]] = set()
+        self._to_file(self._keep, workdir, resume_round, resume_step)
         self._tensorboard = workdir / TENSORBOARD_FOLDER if tensorboard else None
         self._resumed = {"seed": resume_step, "federated": resume_round}
         if resume_round is None:
@@ -201,10 +197,26 @@ class RunLogger:
         self._interval = interval
         self._stream = stream or sys.stderr
 
+    def _failed(self, name: str, what: str) -> None:
+        self.failures[name] = what
+        if name != "progress":
+            self.message(f"warning: {name}: {what}: training goes on without")
+
+    def _keep(self, workdir: Path, round: int | None, step: int | None) -> None:
+        """Begins the file anew with the records that the run will not repeat."""
+        kept = [] if round is None else read_metrics(workdir)
+        kept = [r for r in kept if not _is_after(r, round, step)]
+        self._logged.update(_phase_and_number(r) for r in kept)
+        _replace(workdir / METRICS_FILE, "".join(json.dumps(to_json(r)) + "\n" for r in kept))
+
     def start(self, total: int, done: int = 0, phase: str = "federated") -> None:
         """Starts the progress of a phase of `total` rounds (steps), of which `done` are done."""
         self._stop_progress()
-        self._progress = _Progress(phase, total, done, self._interval, self._stream)
+
+        def begin() -> None:
+            self._progress = _Progress(phase, total, done, self._interval, self._stream)
+
+        self._to_terminal(begin)
 
     def round(self, round: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Counts federated round `round` as done, and logs its metrics if given.
@@ -219,18 +231,27 @@ class RunLogger:
 
     def message(self, text: str) -> None:
         """Prints a line to the progress stream without tearing the bar."""
-        if self._progress is not None:
-            self._progress.print(text)
-        else:
-            print(text, file=self._stream, flush=True)
+
+        def show() -> None:
+            if self._progress is not None:
+                self._progress.print(text)
+            else:
+                print(text, file=self._stream, flush=True)
+
+        self._to_terminal(show)
 
     def close(self) -> None:
         """Ends the progress and closes the files; may be called twice."""
         self._stop_progress()
-        self._file.close()
-        for writer in self._events.values():
-            writer.close()
-        self._events.clear()
+        self._to_file(self._file.close)
+
+        def end() -> None:
+            while self._events:
+                self._events.popitem()[1].close()
+
+        self._to_tensorboard(end)
+        for sink in (self._to_tensorboard, self._to_file, self._to_terminal):
+            sink.close()
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -245,9 +266,12 @@ class RunLogger:
             record = to_json({"phase": phase, counter: number, **metrics})
             if (phase, number) not in self._logged:
                 self._logged.add((phase, number))
-                self._file.write(json.dumps(record, allow_nan=False) + "\n")
-                self._file.flush()
-                self._write_events(phase, number, record)
+                self._to_file(self._file.write, json.dumps(record, allow_nan=False) + "\n")
+                if self._tensorboard is not None:
+                    self._to_tensorboard(self._write_events, phase, number, record)
+        self._to_terminal(self._advance, number, record)
+
+    def _advance(self, number: int, record: Mapping[str, Any] | None) -> None:
         if self._progress is not None:
             self._progress.advance(number, record)
 
@@ -255,27 +279,88 @@ class RunLogger:
         if self._tensorboard is None:
             return
         if phase not in self._events:
+            # TensorBoard hides the events of a folder from purge_step on: they are repeated.
+            last = self._resumed[phase]
             try:
-                from tensorboardX import SummaryWriter
+                self._events[phase] = _Events(self._tensorboard / phase, last)
             except ImportError:
                 logging.warning("no TensorBoard events: install tensorboardX to have them")
                 self._tensorboard = None
                 return
-            # TensorBoard hides the events of a folder from purge_step on: they are repeated.
-            last = self._resumed[phase]
-            self._events[phase] = SummaryWriter(
-                str(self._tensorboard / phase),
-                purge_step=None if last is None else last + 1,
-                flush_secs=10,
-            )
-        for tag, value in _numbers(record):
-            if tag not in ("round", "step"):
-                self._events[phase].add_scalar(tag, value, global_step=number)
+        numbers = {t: v for t, v in _numbers(record) if t not in ("round", "step")}
+        self._events[phase].write(number, numbers)
 
     def _stop_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.close()
-            self._progress = None
+        def stop() -> None:
+            if self._progress is not None:
+                self._progress.close()
+                self._progress = None
+
+        self._to_terminal(stop)
+
+
+class _LineFile:
+    """Appends whole lines: what a full disk took a part of is cut off again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+
+    def write(self, line: str) -> None:
+        if self._file is None:
+            self._file = self._path.open("ab", buffering=0)
+        data, before = line.encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(data)
+        except OSError:
+            self._file.truncate(before)
+            raise
+        if written != len(data):
+            self._file.truncate(before)
+            raise OSError(f"{self._path} takes no more: the disk is full")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _Events:
+    """TensorBoard events of one folder, written at once and not by one more thread.
+
+    tensorboardX's own `SummaryWriter` has a thread that an error of the disk ends; what is put into
+    its queue then blocks for ever.
+
+    Args:
+        folder: made if missing.
+        last: number of the last record that the run will not repeat; None if none is repeated.
+
+    Raises:
+        ImportError: tensorboardX is missing.
+    """
+
+    def __init__(self, folder: Path, last: int | None) -> None:
+        import tensorboardX
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = tensorboardX.event_file_writer.EventsWriter(str(folder / "events"))
+        if last is not None:
+            log = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=last + 1, file_version="brain.Event:2"))
+            self._writer.write_event(Event(step=last + 1, session_log=log))
+
+    def write(self, number: int, values: Mapping[str, float]) -> None:
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event
+
+        for tag, value in values.items():
+            event = Event(step=number, wall_time=time.time(), summary=summary.scalar(tag, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _phase_and_number(record: Mapping[str, Any]) -> tuple[str, Any]:

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,25 +65,46 @@ from fedasr.privacy import accounting, clipping, ledger
 from fedasr.privacy.ledger import UNKNOWN_USERS, Users
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.settings import make_mechanism, make_sampler
-from fedasr.streams import Stream, make_root, public_name, secret_root, seed_key
-from fedasr.text import Tokenizer, learned_vocabulary, tokenizer_for
+from fedasr.streams import ROOT_WORDS, Stream, make_root, public_name, secret_root, seed_key
+from fedasr.text import CharTokenizer, Tokenizer, learned_vocabulary, tokenizer_for
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import (
     Checkpointer,
     CheckpointReader,
+    has_checkpoint,
     lock_directory,
     restore_params,
 )
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
+from fedasr.training.checks import check_optimizer, check_splits
+from fedasr.training.config import check_fields, fingerprint
 from fedasr.training.evaluation import MULTIPLES as _MULTIPLES
 from fedasr.training.evaluation import Evaluator, evaluation_buckets
 from fedasr.training.interrupts import StopFlag, graceful_stop
-from fedasr.training.logging import RunLogger, config_to_json, to_json, write_json_atomic
+from fedasr.training.logging import RunLogger, say, to_json, write_json_atomic
 from fedasr.training.report import write_report
+from fedasr.training.sinks import Sink
+from fedasr.training.workdir import (
+    CONFIG_FILE,
+    STATE_ADDED,
+    SUMMARY_FILE,
+    check_same,
+    extended,
+    history,
+    identity,
+    local_path,
+    read_existing,
+    read_json,
+    tree_hash,
+)
 
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
-CONFIG_FILE, SUMMARY_FILE, REPORT_FILE = "config.json", "summary.json", "report.html"
+REPORT_FILE = "report.html"
 CHUNK_FILE = "chunk.json"  # what chunk="auto" came to, or what fitted: a resumed run takes it again
+# Of client updates: with more invalid ones the rest are no cohort any more.
+_MOST_INVALID = 0.5
+_BAD_ROUNDS = 3  # so many at the end are no accident
+_REPORT_SECONDS = 300.0  # that the run waits for its plots
 LOCAL_FOLDER = "local"  # of a work directory, the users' local parameters
 
 
@@ -103,16 +123,36 @@ class Totals:
     computed: int = 0
     timed_steps: int = 0
     timed_seconds: float = 0.0
+    client_updates: int = 0
+    loss_is_finite: bool = True  # in the last round with anybody in it, or the last steps
+    bad_rounds: int = 0  # in a row, up to the last, in which most updates were invalid
 
     def add(self, metrics: RoundMetrics, compiled: bool) -> None:
         """Counts a round; one that compiled something says nothing about speed."""
         self.invalid_client_updates += metrics.invalid
+        self.client_updates += metrics.clients
+        if metrics.clients:
+            self.loss_is_finite = math.isfinite(metrics.loss)
+            bad = metrics.invalid > _MOST_INVALID * metrics.clients
+            self.bad_rounds = self.bad_rounds + 1 if bad else 0
         self.infeasible_utterances += int(metrics.aux.get("infeasible", 0))
         self.real += metrics.padding.real
         self.computed += metrics.padding.computed
         if not compiled:
             self.timed_steps += metrics.steps
             self.timed_seconds += metrics.seconds
+
+    def problem(self) -> str:
+        """Why a run that got to its end has not done what it should; "" if it has."""
+        invalid, updates = self.invalid_client_updates, self.client_updates
+        if invalid > _MOST_INVALID * updates:
+            return f"{invalid} of {updates} client updates were not finite and counted as zero"
+        if self.bad_rounds >= _BAD_ROUNDS:
+            return (
+                f"in the last {self.bad_rounds} rounds most client updates were not finite and "
+                "counted as zero"
+            )
+        return "" if self.loss_is_finite else "the last training loss was not finite"
 
 
 def build_recogniser(config: Mapping[str, Any], augmented: bool = True) -> Recogniser:
@@ -127,10 +167,8 @@ def build_recogniser(config: Mapping[str, Any], augmented: bool = True) -> Recog
     """
     augment = None
     if config["augment"]["enabled"] and augmented:
-        try:
-            augment = SpecAugmentConfig(**config["augment"]["options"])
-        except TypeError as error:
-            raise UserError(f"augment.options: {error}") from error
+        options = config["augment"]["options"]
+        augment = SpecAugmentConfig(**_known(SpecAugmentConfig, options, "augment.options"))
     return make_recogniser(config["model"]["name"], config["model"]["options"], augment)
 
 
@@ -171,6 +209,7 @@ class Data:
     def __init__(self, directory: str | Path, config: Mapping[str, Any], log: Any = print) -> None:
         settings = config["data"]
         metadata = read_metadata(directory)
+        check_splits(config, metadata["splits"], directory, log)
         self.tokenizer = fitting_tokenizer(config, metadata)
         _check_features(config, metadata)
         self.train = open_corpus(directory, settings["train"])
@@ -479,50 +518,22 @@ def _local_batches(config: Mapping[str, Any]) -> LocalBatches:
     )
 
 
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as JSON holds it, which has no NaN and no infinity: checked before."""
+    check_fields(config)
+    config = to_json(config)
+    _check(config)
+    return config
+
+
 def _check(config: Mapping[str, Any]) -> None:
     """Raises UserError for mistakes that would otherwise show late, or not at all."""
-    if config["algorithm"] not in ("federated", "central"):
-        raise UserError(
-            f"algorithm={config['algorithm']!r} is unknown: choose 'federated' or 'central'"
-        )
-    least = {
-        "rounds": 0,
-        "devices": 0,
-        "model_devices": 1,
-        "data.buckets": 1,
-        "seed_training.steps": 0,
-        "seed_training.batch_size": 1,
-        "central.steps": 0,
-        "central.batch_size": 1,
-        "evaluation.every": 0,
-        "evaluation.batch_size": 1,
-        "checkpoint.every": 1,
-        "checkpoint.seed_every": 0,
-        "checkpoint.keep": 1,
-        "server.decay_rounds": 1,
-        "client.decay_rounds": 1,
-        "client.batch_seconds": 0,
-        "client.micro_batch": 0,
-        "central.batch_seconds": 0,
-        "central.decay_steps": 0,
-        "seed_training.batch_seconds": 0,
-        "seed_training.decay_steps": 0,
-        "augment.start_round": 0,
-        "data.population": 0,
-    }
-    flat = _flatten(config)
-    for name, bound in least.items():
-        if flat[name] < bound:
-            raise UserError(f"{name}={flat[name]} must be at least {bound}")
-    if config["chunk"] != chunks.AUTO and not (
-        isinstance(config["chunk"], int) and config["chunk"] >= 0
-    ):
-        raise UserError(f"chunk={config['chunk']!r} must be a number from 0, or 'auto'")
     compression.check(config)
     _check_local(config)
     for section in ("seed_training", "central", "client", "server"):
         settings = config[section]
-        make_optimizer(settings["optimizer"], 0.1, **settings.get("options", {}))
+        options = settings.get("options", {})
+        check_optimizer(settings["optimizer"], options, f"{section}.options")
     _local_batches(config)
     options = config["model"]["options"]
     mels = LogMelConfig().num_mels
@@ -533,11 +544,7 @@ def _check(config: Mapping[str, Any]) -> None:
     # The channels of neural recordings are known with the data (`Data`).
     elif options.get("features", mels) != mels:
         raise UserError(f"the data needs model.options.features={mels}")
-    if not 0 < config["privacy"]["delta"] < 1:
-        raise UserError(f"privacy.delta={config['privacy']['delta']} must lie between 0 and 1")
-    for case in config["privacy"]["deployments"]:
-        if not isinstance(case, list) or len(case) != 2 or not 0 < case[0] <= case[1]:
-            raise UserError(f"privacy.deployments: {case} is not (cohort, population)")
+    SpecAugmentConfig(**_known(SpecAugmentConfig, config["augment"]["options"], "augment.options"))
     if config["devices"] > len(jax.local_devices()):
         raise UserError(f"devices={config['devices']}: only {len(jax.local_devices())} are here")
     if (count := config["devices"] or len(jax.devices())) % config["model_devices"]:
@@ -551,13 +558,14 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError("central training and local parameters need a single process")
         if config["model_devices"] > 1:
             raise UserError("model_devices above 1 needs a single process")
-    if config["init_from"]:
-        checkpoint_metadata(config["init_from"])
-    if config["privacy"]["noise_seed"] not in ("run", "secret"):
-        raise UserError(
-            f"privacy.noise_seed={config['privacy']['noise_seed']!r} is unknown: choose 'run' or "
-            "'secret'"
-        )
+
+
+def _known(kind: type, options: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The options; raises UserError for one that the dataclass does not have."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if unknown := sorted(options.keys() - set(names)):
+        raise UserError(f"{where} has no {unknown[0]}: it has {', '.join(names)}")
+    return options
 
 
 def _check_local(config: Mapping[str, Any]) -> None:
@@ -580,6 +588,7 @@ def run_identity(config: Mapping[str, Any]) -> str:
     config = copy.deepcopy(dict(config))
     config["data"].pop("dir")
     config.pop("init_from")
+    config.pop("start", None)  # the root has the parameters themselves
     if config["privacy"]["noise"] not in ("banded", "buffered"):
         config.pop("rounds")
     return json.dumps(config, sort_keys=True)
@@ -603,6 +612,25 @@ def earlier_runs(config: Mapping[str, Any]) -> tuple[list[ledger.Entry], bool]:
     if data is None:
         return [], False
     return ledger.from_data([*data["earlier"], *data["own"]]), bool(data["known"])
+
+
+def _runs_before(
+    config: Mapping[str, Any], started: str | Path | None
+) -> tuple[list[ledger.Entry], bool]:
+    """The ledger that a run starts with: its own checkpoint's, if it has one already.
+
+    The model that it started from need not be there any more.
+
+    Args:
+      config: of the run.
+      started: its work directory or checkpoint; None if there is none.
+    """
+    if started is None or not has_checkpoint(started):
+        return earlier_runs(config)
+    kept = checkpoint_metadata(started).get("ledger")
+    if kept is None:
+        return [], False
+    return ledger.from_data(kept["earlier"]), bool(kept["known"])
 
 
 def run_entry(
@@ -799,8 +827,14 @@ def _dry_chunk(config: Mapping[str, Any]) -> int | str:
     return 1 if automatic and chunks.device_budget(jax.devices()) is None else config["chunk"]
 
 
-def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
+def dry_run(
+    config: Mapping[str, Any], workdir: str | Path | None = None, extend: int | None = None
+) -> dict[str, Any]:
     """What a run would be: resolves the configuration, trains nothing, makes no data.
+
+    Args:
+      config, extend: see `run`.
+      workdir: where it would be, to find out whether it may; None for anywhere.
 
     Returns:
       The keys of a summary that can be known beforehand, and `bytes_per_client` {"down", "up"}.
@@ -808,8 +842,9 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: as the run itself would.
     """
-    config = config_to_json(config)
-    _check(config)
+    config = _checked(config)
+    with _one_line(workdir):
+        config = _rehearse_place(config, workdir, extend)
     recogniser = build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = parameter_count(recogniser)
@@ -817,15 +852,11 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     if settings["dir"] and settings["population"] and not Path(settings["dir"]).exists():
         population = settings["population"]
     elif settings["dir"]:
-        population = len(open_corpus(settings["dir"], settings["train"]).users)
-        metadata = read_metadata(settings["dir"])
-        fitting_tokenizer(config, metadata)
-        if vocabulary := learned_vocabulary(metadata):
+        population = _rehearse(config, Path(settings["dir"]))
+        if vocabulary := learned_vocabulary(read_metadata(settings["dir"])):
             settings["vocabulary"] = vocabulary
     else:
-        from fedasr.data.synthetic import SyntheticConfig, expected_users
-
-        population = expected_users(SyntheticConfig(task=settings["task"]), settings["train"])
+        population = _rehearse_synthetic(config)
     summary = {
         "status": "dry_run",
         "name": config["name"],
@@ -843,7 +874,7 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
         if layout is not None:
             mechanism.check_local(config["local"]["prototype"])
         clients = compression.describe_client(config, shapes, local=layout and layout.local)
-        earlier, known = earlier_runs(config)
+        earlier, known = _runs_before(config, workdir)
         names = _user_names(settings)
         entries = [
             *earlier,
@@ -871,24 +902,131 @@ def dry_run(config: Mapping[str, Any]) -> dict[str, Any]:
     return to_json(summary)
 
 
-def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+def _rehearse_place(
+    config: dict[str, Any], workdir: str | Path | None, extend: int | None
+) -> dict[str, Any]:
+    """The configuration that would be run in a directory, refused if that is another's."""
+    existing = None if workdir is None else read_existing(local_path(workdir))
+    if extend is not None:
+        config = extended(Path(workdir or "?"), existing, config, extend)
+    start = _start(config, existing, Path(workdir or "?"))
+    if existing is None:
+        return config
+    ours = {**config, "data": dict(config["data"])}
+    ours["start"] = tree_hash(start) if start is not None else existing.get("start", "")
+    theirs = existing.get("data")
+    theirs = theirs if isinstance(theirs, Mapping) else {}
+    recorded = {name: theirs.get(name) for name in ("identity", "characters")}
+    if config["data"]["dir"] and (directory := Path(config["data"]["dir"])).exists():
+        recorded["identity"] = _identity(directory)
+        recorded["characters"] = tokenizer_for(read_metadata(directory)).characters
+    ours["data"] |= recorded
+    rounds = {} if extend is None else {"rounds": extend}
+    check_same(Path(workdir), {**existing, **rounds}, ours)
+    return config
+
+
+def _rehearse(config: Mapping[str, Any], directory: Path) -> int:
+    """Makes all that a run on this data would train with, and nothing of it on disk.
+
+    Returns:
+      The number of training users.
+
+    Raises:
+      UserError: as the run would.
+    """
+    small = {**config, "data": {**config["data"], "resident": False}}  # not the data itself
+    data = Data(directory, small, lambda text: None)
+    devices = jax.devices()[: config["devices"] or None]
+    _check_central(config, data, devices)
+    if config["algorithm"] == "federated":
+        with tempfile.TemporaryDirectory() as folder:
+            store = None
+            if layout := local_layout(config):
+                users, prototype = len(data.train.users), config["local"]["prototype"]
+                store = LocalStore(folder, layout, users, prototype)
+            chunk = _dry_chunk(config)
+            chunk = 1 if chunk == chunks.AUTO else chunk
+            simulation = make_simulation(
+                config, data, build_recogniser(config).loss, devices, store, chunk
+            )
+        _check_deployments(config, simulation.mechanism)
+    return len(data.train.users)
+
+
+def _rehearse_synthetic(config: Mapping[str, Any]) -> int:
+    """Likewise as far as is known of the synthetic corpus before it is made."""
+    from fedasr.data import synthetic
+
+    settings = synthetic.SyntheticConfig(task=config["data"]["task"])
+    where = f"the synthetic corpus {settings.task!r}"
+    check_splits(config, synthetic.SPLITS, where, lambda text: None)
+    fitting_tokenizer(config, {"options": {"characters": CharTokenizer().characters}})
+    _check_features(config, {"options": {}})
+    population = synthetic.expected_users(settings, config["data"]["train"])
+    if config["algorithm"] == "federated":
+        _check_deployments(config, make_mechanism(config, make_sampler(config, population)))
+    return population
+
+
+def _check_deployments(config: Mapping[str, Any], mechanism: Mechanism) -> None:
+    """Raises UserError for what cannot be claimed, before anything is trained."""
+    if config["privacy"]["enabled"]:
+        rounds, delta = config["rounds"], config["privacy"]["delta"]
+        mechanism.check_delta(rounds, delta)
+        for case in config["privacy"]["deployments"]:
+            mechanism.deployed(*case).check_delta(rounds, delta)
+
+
+def _check_central(config: Mapping[str, Any], data: Data, devices: Sequence[jax.Device]) -> None:
+    """Raises UserError for central training that could not begin, before something else does."""
+    loss = build_recogniser(config).loss
+    stages = {"seed_training": data.seed}
+    if config["algorithm"] == "central":
+        stages["central"] = data.train
+    for section, corpus in stages.items():
+        if corpus is not None:
+            _central(config, section, corpus, loss, devices)
+
+
+def run(
+    config: Mapping[str, Any], workdir: str | Path, extend: int | None = None
+) -> dict[str, Any]:
     """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
 
     Args:
       config: a plain mapping with the fields of `default_config`.
       workdir: made if missing.
+      extend: rounds to go on to instead of the configuration's, in a directory that holds a run.
 
     Returns:
       The summary, also in `workdir/summary.json`.
 
     Raises:
-      UserError: for a mistake in the configuration or data, or a `workdir` of another
-        configuration.
+      UserError: for a mistake in the configuration or data, a `workdir` of another configuration,
+        or a disk that does not take what must not be lost.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    config = config_to_json(config)
-    _check(config)
-    workdir = Path(workdir)
+    workdir, config = local_path(workdir), _checked(config)
+    with _one_line(workdir):
+        return _run(config, workdir, extend)
+
+
+@contextlib.contextmanager
+def _one_line(workdir: str | Path | None) -> Iterator[None]:
+    """Turns what a disk does not do into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        what = error.strerror or " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the run in --workdir={workdir} cannot go on: {what}{where}: what was saved is "
+            "intact; mend that, and the same command goes on"
+        ) from error
+
+
+def _run(config: dict[str, Any], workdir: Path, extend: int | None) -> dict[str, Any]:
     if hosts.is_leader():
         data_directory(config)  # the others find it made
     hosts.wait_for_all("data")
@@ -905,61 +1043,110 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
     with contextlib.ExitStack() as stack:
         if hosts.is_leader():
-            stack.enter_context(lock_directory(workdir))
+            lock = stack.enter_context(lock_directory(workdir))
+            if lock.warning:
+                say(lock.warning)
         stop = stack.enter_context(graceful_stop())
         hosts.wait_for_all("locked")
-        new = _is_new(workdir, config)
-        summary_path = workdir / SUMMARY_FILE
-        if (done := _read_json(summary_path)) and done.get("status") == "completed":
+        existing = read_existing(workdir)
+        if extend is not None:
+            config = extended(workdir, existing, config, extend)
+        start = _start(config, existing, workdir)
+        config["start"] = tree_hash(start) if start is not None else (existing or {}).get("start")
+        config["start"] = config["start"] or ""
+        if existing is not None:
+            rounds = {} if extend is None else {"rounds": extend}
+            check_same(workdir, {**existing, **rounds}, config)
+        before = read_json(workdir / SUMMARY_FILE)
+        if before and _is_done(before, config):
             if hosts.is_leader() and not (workdir / REPORT_FILE).exists():  # killed between the two
-                write_report(workdir)
-            return done
-        if new and local_layout(config) is not None:  # rows of a mistaken configuration
+                _report(workdir)
+            return before
+        if existing is None and local_layout(config) is not None:  # rows of a mistake
             remove_rows(workdir / LOCAL_FOLDER)
         scratch = workdir
         if not hosts.is_leader():
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        this = _Run(config, directory, workdir, scratch, stop)
+        this = _Run(config, directory, workdir, scratch, stop, start)
+        this.history = history(before, config["rounds"])
         # Before anything is written all have read, and the same.
         hosts.wait_for_all("begun")
         hosts.check_alike("configuration, data or work directory", f"{config} {this.latest}")
         hosts.connect()
-        if new and hosts.is_leader():  # not before: a mistake must not claim the directory
+        # Not before: a mistake must not claim the directory.
+        if hosts.is_leader() and read_json(workdir / CONFIG_FILE) != config:
             write_json_atomic(workdir / CONFIG_FILE, config)
         summary = this.run()
         hosts.wait_for_all("ended")  # who leaves before would end the others
         return summary
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _read_chunk(path: Path) -> dict[str, Any]:
+    """What `chunk="auto"` came to; {} if nothing was written.
 
-
-def _is_new(workdir: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `workdir` holds no run yet; refuses another configuration's."""
-    existing = _read_json(workdir / CONFIG_FILE)
-    if existing is None:
-        return True
-    if existing != config:
-        theirs, ours = _flatten(existing), _flatten(config)
-        differing = sorted(
-            key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
-        )
+    Raises:
+      UserError: the file is damaged.
+    """
+    kept = read_json(path)
+    said = {name: kept.get(name) for name in ("chunk", "device")} if kept else {}
+    # Files of releases before 2026-12 have no check.
+    damaged = kept and (
+        not isinstance(said["chunk"], int)
+        or not isinstance(said["device"], str)
+        or kept.get("check", "") not in ("", fingerprint(said))
+    )
+    if damaged or (kept is None and path.exists()):
         raise UserError(
-            f"--workdir={workdir} belongs to another configuration (differs in "
-            f"{', '.join(differing[:5])}): choose another directory"
+            f"{path} is damaged: remove it, and chunk is found anew (another one adds in another "
+            "order: the last bits may then differ)"
         )
-    return False
+    return kept or {}
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, Mapping) and tree:
-        return {
-            name: leaf
-            for key, value in tree.items()
-            for name, leaf in _flatten(value, f"{prefix}.{key}" if prefix else key).items()
-        }
-    return {prefix: tree}
+def _is_done(summary: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a summary is that of the whole of this run."""
+    if summary.get("status") != "completed":
+        return False
+    if summary.get("configuration", identity(config)) != identity(config):
+        return False
+    return config["algorithm"] == "central" or summary.get("rounds") == config["rounds"]
+
+
+def _start(
+    config: Mapping[str, Any], existing: Mapping[str, Any] | None, workdir: Path
+) -> dict[str, Any] | None:
+    """The parameters that a run starts from; None without init_from, or if it has started.
+
+    What a run has started from may be gone once there is a checkpoint, or have been trained on.
+    """
+    if not config["init_from"]:
+        return None
+    same = existing is not None and existing.get("init_from") == config["init_from"]
+    if same and has_checkpoint(workdir):
+        return None
+    return _read_start(config)
+
+
+def _read_start(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises UserError if there is none, or it is of another model or alphabet."""
+    path = config["init_from"]
+    shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+    start = _loaded(path, shapes)
+    theirs = checkpoint_metadata(path).get("config", {}).get("data", {}).get("characters")
+    ours = config["data"].get("characters", theirs)
+    if theirs not in (None, ours):
+        raise UserError(f"init_from={path} writes the characters {theirs!r}, the data {ours!r}")
+    return start
+
+
+def _report(workdir: Path) -> str:
+    """Writes the report; returns what is wrong if it cannot be written, or takes too long."""
+    problems: dict[str, str] = {}
+    sink = Sink("report", problems.__setitem__, _REPORT_SECONDS)
+    sink(write_report, workdir)
+    if problems:
+        say(f"warning: no report: {problems['report']}")
+    return problems.get("report", "")
 
 
 def _device(devices: Sequence[jax.Device]) -> str:
@@ -970,7 +1157,13 @@ class _Run:
     """The state of one process's part of a run."""
 
     def __init__(
-        self, config: dict[str, Any], directory: Path, workdir: Path, logs: Path, stop: StopFlag
+        self,
+        config: dict[str, Any],
+        directory: Path,
+        workdir: Path,
+        logs: Path,
+        stop: StopFlag,
+        start: Any = None,
     ) -> None:
         # `logs` is the work directory in the leader; what others write is for nobody.
         self.config, self.logs, self.stop = config, logs, stop
@@ -979,24 +1172,16 @@ class _Run:
         self.initial: dict[str, Any] = {}
         self.final: dict[str, Any] | None = None
         self.recogniser = build_recogniser(config)
-        self.start: Any = None
+        self.start = start
+        self.history: list[dict[str, Any]] = []
         self.run_name = public_name(make_root(run_identity(config)))
-        if config["init_from"]:
-            shapes = jax.eval_shape(self.recogniser.init, jax.random.key(0))
-            self.start = _loaded(config["init_from"], shapes)
-            theirs = checkpoint_metadata(config["init_from"]).get("config", {}).get("data", {})
-            theirs = theirs.get("characters")
-            if theirs not in (None, config["data"]["characters"]):
-                raise UserError(
-                    f"init_from={config['init_from']} writes the characters {theirs!r}, the data "
-                    f"{config['data']['characters']!r}"
-                )
         self.devices = jax.devices()[: config["devices"] or None]
         # What is not spread over processes is done by each, and alike.
         self.own_devices = [d for d in self.devices if d.process_index == jax.process_index()]
         self.data = Data(directory, config, self._message)
         self.users = Users.of(self.data.train.users)
         self.seed_steps = config["seed_training"]["steps"] if self.data.seed else 0
+        _check_central(config, self.data, self.own_devices)
         self.evaluator = Evaluator(
             self.recogniser,
             evaluation_buckets(list(self.data.evaluation.values())),
@@ -1023,28 +1208,20 @@ class _Run:
                 plain = build_recogniser(config, augmented=False)
                 losses.insert(0, (min(start, config["rounds"]), plain.loss))
             self.losses, self.chunk_file = losses, workdir / CHUNK_FILE
-            kept = _read_json(self.chunk_file) or {}
+            kept = _read_chunk(self.chunk_file)
             same = kept.get("device") == _device(self.devices)
             self.simulations = self._simulations(kept["chunk"] if same else None)
-            if config["privacy"]["enabled"]:
-                # Raises for what cannot be claimed, before anything is trained.
-                rounds, delta = config["rounds"], config["privacy"]["delta"]
-                mechanism = self.simulations[0][1].mechanism
-                mechanism.check_delta(rounds, delta)
-                for case in config["privacy"]["deployments"]:
-                    mechanism.deployed(*case).check_delta(rounds, delta)
+            _check_deployments(config, self.simulations[0][1].mechanism)
         checkpoints = workdir / "checkpoints"
         if hosts.is_leader():
             self.checkpointer = Checkpointer(checkpoints, config["checkpoint"]["keep"])
         else:
             self.checkpointer = CheckpointReader(checkpoints)
         self.latest = self.checkpointer.latest_step()
-        if self.latest is None:
-            self.earlier, self.ledger_known = earlier_runs(config)
-        else:  # the model that it started from need not be there any more
-            kept = checkpoint_metadata(checkpoints / str(self.latest)).get("ledger")
-            self.ledger_known = kept is not None and kept["known"]
-            self.earlier = [] if kept is None else ledger.from_data(kept["earlier"])
+        for folder, why in getattr(self.checkpointer, "damaged", {}).items():
+            self._message(f"warning: {why}; it was set aside as {folder.name}")
+        newest = None if self.latest is None else checkpoints / str(self.latest)
+        self.earlier, self.ledger_known = _runs_before(config, newest)
 
     def _simulations(self, chunk: int | None) -> list[tuple[int, Simulation]]:
         """(rounds until which it runs, simulation), in order."""
@@ -1063,7 +1240,8 @@ class _Run:
         """The float additions of a resumed run are in the order of the first."""
         chunk = chunk or self.simulations[0][1].chunk
         if hosts.is_leader() and chunk != self.config["chunk"]:
-            write_json_atomic(self.chunk_file, {"chunk": chunk, "device": _device(self.devices)})
+            kept = {"chunk": chunk, "device": _device(self.devices)}
+            write_json_atomic(self.chunk_file, kept | {"check": fingerprint(kept)})
 
     def _message(self, text: str) -> None:
         if not hosts.is_leader():
@@ -1071,7 +1249,7 @@ class _Run:
         if logger := getattr(self, "logger", None):
             logger.message(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     # Checkpoints are numbered by the steps of the seed plus the units (rounds, or steps of the
     # central baseline) of the main stage; `stage` tells which state they hold.
@@ -1153,12 +1331,18 @@ class _Run:
                     params = None
                 summary = self._main(params, latest, units)
         except Interrupted:
-            partial = {"status": "interrupted", "wall_seconds": self._wall_seconds()}
+            partial = {
+                "status": "interrupted",
+                "wall_seconds": self._wall_seconds(),
+                "history": self.history,
+                "side_channel_failures": self.logger.failures,
+            }
             write_json_atomic(self.logs / SUMMARY_FILE, partial)
             raise
         write_json_atomic(self.logs / SUMMARY_FILE, summary)
-        if hosts.is_leader():
-            write_report(self.logs)
+        if hosts.is_leader() and (problem := _report(self.logs)):
+            summary["side_channel_failures"]["report"] = problem
+            write_json_atomic(self.logs / SUMMARY_FILE, summary)
         return summary
 
     def _wall_seconds(self) -> float:
@@ -1212,6 +1396,7 @@ class _Run:
         self.logger.start(before + total, before + units, "seed")
         for state, done, loss in trainer.run(state, total - units):
             self.logger.step(before + done, {"loss": loss})
+            self.totals.loss_is_finite = math.isfinite(loss)
             if every and done % every == 0 and done < total:
                 self._save(stage, done, state)
             self._check_stop(stage, done, state)
@@ -1298,17 +1483,22 @@ class _Run:
     def _rounds(self, params: Any, latest: int | None, units: int) -> ServerState:
         config, total = self.config, self.config["rounds"]
         simulation = self.simulations[0][1]
-        root = None
-        if latest is None and config["privacy"]["noise_seed"] == "secret":
-            root = hosts.leaders(secret_root())
-        state = simulation.init(params, root)
+        state = simulation.init(params, self._secret() if latest is None else None)
         names = simulation.layer_names(params)
         if latest is None:
             # In this order: a run that resumes from this checkpoint does not log round 0 again.
             self.logger.round(0, {"eval": self.initial})
             self._save("main", 0, state)
         else:
-            restored, _ = self.checkpointer.restore(latest, jax.device_get(state))
+            nothing = np.zeros(ROOT_WORDS, np.uint32)
+            like = jax.device_get(state)._replace(root=nothing)
+            restored, _ = self.checkpointer.restore(latest, like, STATE_ADDED)
+            if not restored.root.any():
+                # Of a release whose rounds had other streams. Not the root of a run that would
+                # begin now: the rounds to come would share its noise.
+                root = self._secret()
+                root = simulation.root_of(restored.params) if root is None else root
+                restored = restored._replace(root=root)
             state = simulation.place(restored)
         self.run_name = public_name(state.root)
         self.logger.start(total, units)
@@ -1331,6 +1521,11 @@ class _Run:
             if not last:
                 self._check_stop("main", metrics.round, state)
         return state
+
+    def _secret(self) -> np.ndarray | None:
+        """A root that nobody can compute, if the configuration wants one."""
+        secret = self.config["privacy"]["noise_seed"] == "secret"
+        return hosts.leaders(secret_root()) if secret else None
 
     def _epsilon(self, simulation: Simulation, round: int) -> float | None:
         privacy = self.config["privacy"]
@@ -1356,9 +1551,19 @@ class _Run:
         federated = mechanism is not None
         leaves = jax.tree.leaves(state.params)
         finite = bool(jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])))
+        problem = "" if finite else "parameters are not finite"
+        if not all(math.isfinite(rates["loss"]) for rates in final.values()):
+            problem = problem or "the loss of the trained model is not finite"
+        problem = problem or totals.problem()
+        if problem:
+            self._message(f"the result is worth nothing: {problem}")
         return to_json(
             {
-                "status": "completed" if finite else "diverged",
+                "status": "diverged" if problem else "completed",
+                "problem": problem or None,
+                "configuration": identity(config),
+                "history": self.history,
+                "side_channel_failures": self.logger.failures,
                 "name": config["name"],
                 "algorithm": config["algorithm"],
                 "rounds": int(state.round) if federated else 0,
@@ -1388,6 +1593,7 @@ class _Run:
                 "skipped_utterances": self.data.skipped,
                 "infeasible_utterances": totals.infeasible_utterances,
                 "invalid_client_updates": totals.invalid_client_updates,
+                "client_updates": totals.client_updates if federated else None,
                 "wall_seconds": self._wall_seconds(),
                 "chunk": self.simulations[0][1].chunk if federated else None,
                 "device": _device(self.devices),

@@ -6,6 +6,7 @@ import pytest
 
 from fedasr.data.batching import PooledBatcher, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
+from fedasr.streams import Stream, seed_key
 from fedasr.training.central import CentralTraining
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -63,7 +64,7 @@ def single(corpus):
 
 def by_hand(corpus, steps):
     buckets = make_buckets([corpus], 2, {"x": 4})
-    root = jax.random.fold_in(jax.random.key(SEED), 2)
+    root = seed_key(SEED, Stream.CENTRAL)
     optimizer = optax.adam(0.1)
     params = jax.tree.map(jnp.asarray, PARAMS)
     state, losses = optimizer.init(params), []

@@ -256,3 +256,98 @@ def test_kill_at_random_moments(tmp_path):
         assert not [f.name for f in tmp_path.iterdir() if not f.name.isdecimal()]
         assert read_metadata(tmp_path) == {"step": step}
     assert started > 5
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1]", "a\\b", "with space", "räksmörgås", "~", "q?*", "#%41", "line\nbreak", "{x}$Y"]
+)
+def test_any_path_that_the_file_system_takes(tmp_path, name):
+    state = {"params": {"w": np.arange(3.0)}}
+    with Checkpointer(tmp_path / name / "checkpoints") as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state, {"step": step})
+        assert checkpoints.restore(3, like=state)[1] == {"step": 3}
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / name, target_is_directory=True)
+    for path in (tmp_path / name, link):
+        np.testing.assert_array_equal(restore_params(path)["w"], np.arange(3.0))
+        assert read_metadata(path) == {"step": 3}
+    assert {f.name for f in (tmp_path / name / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def files_of(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def test_every_damaged_file_is_noticed_or_means_nothing(tmp_path):
+    """Bytes flipped, cut off or missing: what is restored is what was saved, or an older one."""
+    states = {
+        step: {"params": {"w": np.arange(600.0) + step}, "n": np.int64(step)} for step in (1, 2)
+    }
+    with Checkpointer(tmp_path / "whole") as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state, {"step": step})
+    rng, noticed = random.Random(0), 0
+    names = [p.relative_to(tmp_path / "whole") for p in files_of(tmp_path / "whole" / "2")]
+    for number, (name, how) in enumerate((n, h) for n in names for h in ("flip", "cut", "remove")):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(tmp_path / "whole", folder)
+        data = bytearray((folder / name).read_bytes())
+        if how == "flip" and data:
+            data[rng.randrange(len(data))] ^= 0xFF
+        (folder / name).write_bytes(data[: len(data) // 2] if how == "cut" else data)
+        if how == "remove":
+            (folder / name).unlink()
+        with Checkpointer(folder) as checkpoints:
+            step = checkpoints.latest_step()
+            state, metadata = checkpoints.restore(step, like=states[1])
+            assert metadata == {"step": step}
+            assert bits(state) == bits(states[step])
+            if step == 1:
+                assert [place.name for place in checkpoints.damaged] == ["damaged-2"]
+                checkpoints.save(2, states[2], {"step": 2})  # training comes to it again
+                assert bits(checkpoints.restore(2, like=states[1])[0]) == bits(states[2])
+                noticed += 1
+        shutil.rmtree(folder)
+    assert noticed >= len(names)
+
+
+def test_damage_to_all_is_refused_in_one_line(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": np.ones(2)}, {})
+    (tmp_path / "1" / "checksums" / "metadata").write_text("{}")
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints in .* can be read") as caught:
+        Checkpointer(tmp_path)
+    assert "\n" not in str(caught.value) and (tmp_path / "1").exists()
+
+
+def test_a_save_that_cannot_be_read_back_is_an_error_and_older_ones_stay(tmp_path, monkeypatch):
+    from fedasr.training import checkpoint
+
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"params": np.ones(2)}, {})
+        checkpoints.wait()
+        tell = checkpoint.verify
+
+        def spoil(folder):
+            (folder / "state" / "manifest.ocdbt").write_bytes(b"torn")
+            tell(folder)
+
+        monkeypatch.setattr(checkpoint, "verify", spoil)
+        checkpoints.save(2, {"params": np.full(2, 2.0)}, {})
+        with pytest.raises(UserError, match=r"checkpoint 2 cannot be written .* from checkpoint 1"):
+            checkpoints.wait()
+        monkeypatch.undo()
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 1
+
+
+def test_leaves_that_a_release_added_keep_their_first_values(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": np.ones(2)}, {})
+        like = {"params": np.zeros(2), "run": {"id": np.arange(3)}}
+        state, _ = checkpoints.restore(1, like=like, added=("run",))
+        np.testing.assert_array_equal(state["run"]["id"], np.arange(3))
+        np.testing.assert_array_equal(state["params"], np.ones(2))
+        with pytest.raises(UserError, match="it has no run/id"):
+            checkpoints.restore(1, like=like, added=("ru",))

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.training.config import default_config, fingerprint
+from fedasr.errors import UserError
+from fedasr.training.config import default_config, fingerprint, resolve
 from fedasr.training.logging import to_json
 
 pytest.importorskip("ml_collections")
@@ -29,6 +30,18 @@ def test_fingerprint_depends_on_the_values_alone(tree):
     assert fingerprint(tree) == fingerprint(backwards)
     key = next(iter(tree))
     assert fingerprint({**tree, key: "something else"}) != fingerprint(tree)
+
+
+@pytest.mark.parametrize("value", [float("nan"), [1.0, float("inf")], {"x": float("-inf")}])
+def test_sections_of_a_program_hold_finite_numbers(value):
+    config = default_config().to_dict()
+    assert resolve(config) == to_json(config)
+    config["mine"] = {"numbers": value}
+    with pytest.raises(UserError, match=r"no such field in the configuration: mine"):
+        resolve(config)
+    for own in (("mine",), None):
+        with pytest.raises(UserError, match=r"mine\.numbers.*must be a finite number"):
+            resolve(config, own)
 
 
 def test_fingerprints_are_short_and_differ_between_configurations():

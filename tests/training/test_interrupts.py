@@ -1,11 +1,13 @@
 """Signals become a flag, then an exception, and the handlers are restored."""
 
+import contextlib
 import os
 import signal
 import threading
 
 import pytest
 
+from fedasr.training import interrupts
 from fedasr.training.interrupts import graceful_stop
 
 
@@ -43,6 +45,24 @@ def test_stderr_says_what_happens(capfd):
     with graceful_stop():
         os.kill(os.getpid(), signal.SIGTERM)
     assert "SIGTERM: stopping after this round" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("trouble", ["closed", "full"])
+def test_a_signal_is_heard_though_nobody_listens(trouble, monkeypatch):
+    reading, writing = os.pipe()
+    if trouble == "closed":
+        os.close(reading)
+    else:
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(1 << 16))
+        os.set_blocking(writing, True)
+    monkeypatch.setattr(interrupts, "_STDERR", writing)
+    with graceful_stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    os.close(writing)
 
 
 def test_no_op_outside_the_main_thread():

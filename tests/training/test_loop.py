@@ -195,13 +195,14 @@ def test_noise_has_one_meaning_whatever_the_sampling(configure, name, sensitivit
 
 
 def test_a_dry_run_without_noise_is_json(configure):
-    summary = loop.dry_run(configure({"privacy.sigma": 0.0}))
+    config = configure({"privacy.sigma": 0.0})
+    summary = loop.dry_run(config)
     json.dumps(summary, allow_nan=False)
     for case in (summary["privacy"], *summary["privacy"]["extrapolations"]):
         assert case["epsilon"] is None and case["epsilon_infinite"] is True
     for bad in (math.nan, math.inf):
         with pytest.raises(UserError, match=r"privacy\.sigma"):
-            loop.dry_run(configure({"privacy.sigma": bad}))
+            loop.dry_run(config | {"privacy": config["privacy"] | {"sigma": bad}})
 
 
 def test_dry_run_without_privacy_spends_nothing(configure):

@@ -1,0 +1,372 @@
+"""Runs a tiny training under random faults, again and again, until so many have happened.
+
+    python -m experiments.chaos [--faults=100] [--seed=0] [--workdir=DIR] [--json]
+
+Every run must end with the parameters of one that was left alone, bit for bit, or be refused in one
+line that names a file and what to do about it; the script then does that and goes on. Anything else
+(a traceback, another result, a process that hangs) is counted as a failure and printed. Faults:
+
+    kill         kill -9 at a random moment
+    stop         SIGTERM, which has to end in a checkpoint and status 3
+    full         no room on the disk from a random moment on (as root, on a small tmpfs)
+    read_only    the same with a disk that becomes read-only
+    clock        the clock jumps by up to a day, forwards or backwards, before the process starts
+    garble       some bytes of a file in the work directory change while nothing runs
+    cut          a file is cut off
+    lose         a file is deleted
+
+Exit status: 0 if there was no failure, 1 otherwise, 2 for a mistake that the user can mend.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from fedasr.errors import UserError
+
+KINDS = ("kill", "stop", "full", "read_only", "clock", "garble", "cut", "lose")
+_NEED_ROOT = ("full", "read_only")
+LONGEST = 600.0  # seconds that a process may take: then it hangs
+_SIZE = "64m"  # of the small disk
+
+
+def tiny_corpus(folder: Path) -> Path:
+    """Half a second of noise for each of 4 training users and one other."""
+    import numpy as np
+
+    from fedasr.data.prepare import Utterance, prepare
+
+    noise = 0.1 * np.random.default_rng(0).standard_normal(8_000, np.float32), 16_000
+    utterances = [
+        Utterance(f"{split}-{user}", f"{split}-{user}", "one two", split, lambda: noise)
+        for split, users in {"seed": 1, "train": 4, "dev": 1}.items()
+        for user in range(users)
+    ]
+    prepare(utterances, folder, name="noise")
+    return folder
+
+
+def tiny_config(corpus: Path) -> dict[str, Any]:
+    """Two steps of a seed and six rounds with privacy, LAMB and a checkpoint every other round."""
+    from fedasr.training.config import default_config
+    from fedasr.training.logging import to_json
+
+    config = default_config()
+    config.data.dir, config.data.eval = str(corpus), ("dev",)
+    config.model.options.update(dim=8, blocks=1, heads=2, mlp=8, kernel=3)
+    config.rounds, config.cohort = 6, 2
+    config.client.steps, config.client.batch_size = 1, 2
+    config.seed_training.steps, config.seed_training.batch_size = 2, 2
+    config.checkpoint.every, config.checkpoint.seed_every = 2, 1
+    config.evaluation.every = 3
+    config.privacy.sampler, config.privacy.deployments = "fixed", ()
+    return to_json(config.to_dict())
+
+
+def _child(config: Mapping[str, Any], workdir: str, log: str, shift: float) -> None:
+    """A run in a process of its own, as `experiments.train` would end it."""
+    with open(log, "ab", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if shift:
+        told = time.time
+        time.time = lambda: told() + shift
+    from fedasr.training import loop
+
+    try:
+        summary = loop.run(config, workdir)
+        status = 0 if summary["status"] == "completed" else cli.FAILED
+    except UserError as error:
+        status = cli.fail(error)
+    except loop.Interrupted as error:
+        status = cli.fail(error, cli.STOPPED)
+    except KeyboardInterrupt:
+        status = cli.fail("interrupted", cli.STOPPED)
+    except BaseException:
+        traceback.print_exc()
+        status = cli.FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Chaos:
+    """Runs and faults in one folder.
+
+    Args:
+      folder: for the corpus, the reference and the runs.
+      seed: of the faults.
+      kinds: of the faults; what needs root is left out without it.
+      say: told of every fault and of failures.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        kinds: tuple[str, ...] = KINDS,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        from fedasr.training.checkpoint import restore_params
+
+        self._random = random.Random(seed)
+        self._folder, self._say = folder, say
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            ["fedasr.training.loop", "orbax.checkpoint", "tensorboardX"]
+        )
+        self._disk = folder / "disk"
+        self._disk.mkdir(parents=True, exist_ok=True)
+        self._mounted = self._mount()
+        usable = kinds if self._mounted else [kind for kind in kinds if kind not in _NEED_ROOT]
+        self.kinds = tuple(usable)
+        self.results: Counter[tuple[str, str]] = Counter()
+        self.failures: list[str] = []
+        self._config = tiny_config(tiny_corpus(folder / "corpus"))
+        began = time.monotonic()
+        status, errors = self._run(folder / "whole")
+        self._seconds = time.monotonic() - began
+        if status:
+            raise UserError(f"the run without faults failed: {errors[-300:]}")
+        self._whole = restore_params(folder / "whole")
+
+    def close(self) -> None:
+        """Gives the small disk back."""
+        if self._mounted:
+            subprocess.run(["umount", str(self._disk)], check=False)
+
+    def __enter__(self) -> "Chaos":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _mount(self) -> bool:
+        if os.geteuid():
+            return False
+        command = ["mount", "-t", "tmpfs", "-o", f"size={_SIZE}", "tmpfs", str(self._disk)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def run(self, faults: int) -> None:
+        """Lets so many faults happen, over as many runs as that takes."""
+        number = 0
+        while sum(self.results.values()) < faults:
+            workdir = self._disk / f"run [{number}]"  # a path that has to be taken literally
+            number += 1
+            finished = False
+            for _ in range(12):
+                if sum(self.results.values()) >= faults:
+                    break
+                if finished := self._fault(workdir, self._random.choice(self.kinds)):
+                    break
+            if not finished:
+                self._finish(workdir, "no more faults")
+            shutil.rmtree(workdir, ignore_errors=True)
+
+    def _fault(self, workdir: Path, kind: str) -> bool:
+        """One fault; whether the run has got to its end."""
+        before = len(self.failures)
+        if kind in ("garble", "cut", "lose"):
+            hurt = self._hurt(workdir, kind)
+            if hurt is None:  # there is no file yet
+                kind = "kill"
+            else:
+                status, errors = self._run(workdir)
+                outcome = self._judge(workdir, kind, hurt, status, errors)
+                self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
+                return outcome != "resumed"
+        shift = self._random.uniform(-86_400, 86_400) if kind == "clock" else 0.0
+        process, log = self._start(workdir, shift)
+        process.join(self._random.uniform(0, 1.2 * self._seconds))
+        if kind == "kill":
+            process.kill()
+        elif kind == "stop" and process.is_alive():
+            os.kill(process.pid, signal.SIGTERM)
+        elif kind == "full":
+            self._fill()
+        elif kind == "read_only":
+            self._remount("ro")
+        status, errors = self._end(process, log)
+        self._mend()
+        outcome = self._judge(workdir, kind, "", status, errors)
+        self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
+        return outcome == "identical"
+
+    def _judge(self, workdir: Path, kind: str, hurt: str, status: int | None, errors: str) -> str:
+        """ "identical", "resumed" (to be gone on with) or "refused", after doing what was said."""
+        where = f"{kind} {hurt}".strip()
+        if status is None:
+            self._fail(f"{where}: hangs")
+        elif "Traceback" in errors:
+            self._fail(f"{where}: a traceback, status {status}: {errors[-1500:]}")
+        elif status == 0:
+            self._compare(workdir, where)
+            return "identical"
+        elif status == cli.MISTAKE:
+            lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+            if len(lines) != 1:
+                self._fail(f"{where}: {len(lines)} lines of errors: {errors[-500:]}")
+            elif kind in _NEED_ROOT:
+                if "disk" not in lines[0] and "room" not in lines[0] and "mend" not in lines[0]:
+                    self._fail(f"{where}: no remedy in: {lines[0]}")
+            else:
+                self._obey(workdir, where, lines[0])
+                self._finish(workdir, where)
+            return "refused"
+        elif status not in (cli.STOPPED, -signal.SIGKILL, -signal.SIGTERM):
+            self._fail(f"{where}: status {status}: {errors[-500:]}")
+        return "resumed"
+
+    def _obey(self, workdir: Path, where: str, line: str) -> None:
+        """Removes what a refusal says is to be removed, if it is in the work directory."""
+        # The paths have a space and brackets.
+        found = re.findall(re.escape(str(workdir)) + r"(/[^\s:;,()]+)", line)
+        if "remove" not in line or not found:
+            self._fail(f"{where}: neither a file nor a remedy in: {line}")
+            return
+        path = workdir / found[0].lstrip("/")
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _finish(self, workdir: Path, where: str) -> None:
+        """Runs to the end without a fault."""
+        status, errors = self._run(workdir)
+        if status:
+            self._fail(f"{where}: then status {status}: {errors[-1500:]}")
+        else:
+            self._compare(workdir, where)
+
+    def _compare(self, workdir: Path, where: str) -> None:
+        import jax
+        import numpy as np
+
+        from fedasr.training.checkpoint import restore_params
+        from fedasr.training.logging import read_metrics
+
+        try:
+            found = restore_params(workdir)
+        except UserError as error:
+            # A finished run says so, whatever became of its checkpoints; they are not its result.
+            if "cannot be read" not in str(error) and "no checkpoint" not in str(error):
+                self._fail(f"{where}: {error}")
+            return
+        same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, self._whole)
+        if not all(jax.tree.leaves(same)):
+            self._fail(f"{where}: other parameters")
+        rounds = [r.get("round") for r in read_metrics(workdir) if "round" in r]
+        if len(rounds) != len(set(rounds)) and "metrics.jsonl" not in where:
+            self._fail(f"{where}: a round is logged twice")
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            summary = json.loads((workdir / "summary.json").read_text())
+            if not np.isfinite(summary["wer"]["dev"]):
+                self._fail(f"{where}: no error rate")
+
+    def _fail(self, what: str) -> None:
+        self.failures.append(what)
+        self._say(f"FAILED: {what}")
+
+    def _hurt(self, workdir: Path, kind: str) -> str | None:
+        files = sorted(p for p in workdir.rglob("*") if p.is_file() and not p.is_symlink())
+        if not files:
+            return None
+        path = self._random.choice(files)
+        data = bytearray(path.read_bytes())
+        if kind == "lose":
+            path.unlink()
+        elif kind == "cut":
+            path.write_bytes(data[: self._random.randrange(len(data) + 1)])
+        elif data:
+            for _ in range(self._random.randint(1, 8)):
+                data[self._random.randrange(len(data))] = self._random.randrange(256)
+            path.write_bytes(data)
+        return str(path.relative_to(workdir))
+
+    def _start(self, workdir: Path, shift: float = 0.0) -> tuple[Any, Path]:
+        log = self._folder / "log.txt"
+        log.write_bytes(b"")
+        process = self._context.Process(
+            target=_child, args=(self._config, str(workdir), str(log), shift)
+        )
+        process.start()
+        return process, log
+
+    def _end(self, process: Any, log: Path) -> tuple[int | None, str]:
+        process.join(LONGEST)
+        status = process.exitcode
+        if status is None:
+            process.kill()
+            process.join()
+        return status, log.read_text(errors="replace")
+
+    def _run(self, workdir: Path) -> tuple[int | None, str]:
+        return self._end(*self._start(workdir))
+
+    def _fill(self) -> None:
+        with contextlib.suppress(OSError), (self._disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 14))
+
+    def _remount(self, how: str) -> None:
+        """Files that are open for writing keep a disk writable: then nothing happens."""
+        command = ["mount", "-o", f"remount,{how}", str(self._disk)]
+        subprocess.run(command, capture_output=True, check=False)
+
+    def _mend(self) -> None:
+        if self._mounted:
+            self._remount("rw")
+        (self._disk / "filler").unlink(missing_ok=True)
+
+
+def table(results: Mapping[tuple[str, str], int]) -> list[str]:
+    """Lines of Markdown: how the faults of each kind ended."""
+    ends = ("identical", "resumed", "refused", "failed")
+    lines = ["| fault | " + " | ".join(ends) + " |", "|---" * (len(ends) + 1) + "|"]
+    for kind in KINDS:
+        counts = [results.get((kind, end), 0) for end in ends]
+        lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + " |")
+    return lines
+
+
+def program() -> int | None:
+    """Does what the flags ask for."""
+    values = flags.FLAGS
+    with contextlib.ExitStack() as stack:
+        folder = values.workdir
+        if not folder:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedasr-chaos-"))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "compile-cache"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+        chaos = stack.enter_context(
+            Chaos(Path(folder), values.seed, say=lambda text: print(text, file=sys.stderr))
+        )
+        chaos.run(values.faults)
+        if cli.JSON.value:
+            results = {f"{kind} {end}": count for (kind, end), count in chaos.results.items()}
+            cli.show({"results": results, "failures": chaos.failures})
+        else:
+            print("\n".join(table(chaos.results)))
+        return cli.FAILED if chaos.failures else None
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("faults", 100, "How many are to happen.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the faults.")
+    flags.DEFINE_string("workdir", "", "Where all of it happens; default: a temporary folder.")
+    cli.main(program)

@@ -1,0 +1,237 @@
+"""Whose a work directory is: one configuration's, whatever places it names and whenever it began.
+
+What decides is the configuration that the checkpoints carry; without a checkpoint it is
+`config.json`. Two are the same if they differ in places alone and what lies there is the same: data
+is known by the hash of its metadata (`data.identity`), the parameters that a run starts from by the
+hash of theirs (`start`).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedasr.errors import UserError
+from fedasr.training.checkpoint import read_metadata, step_folders
+from fedasr.training.config import fingerprint
+from fedasr.training.logging import to_json
+
+CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
+# Where things lie; beside each, what they are.
+PLACES = {"data.dir": "data.identity", "init_from": "start"}
+# Fields that releases added, the newest first, with what older ones did: a directory that lacks
+# one was made by such a release. Whatever is added to the declaration, or to a model's options, is
+# to be added here.
+ADDED: dict[str, Any] = {
+    "start": "",  # what init_from was, where a release did not note it
+    "privacy.noise_seed": "run",
+    "data.labels_per_frame": 0.2,
+    "data.resident": False,
+    "model.options.attention": "plain",
+    "model_devices": 1,
+    "model.options.remat": "none",
+    "client.micro_batch": 0,
+    "local.patterns": [],
+    "local.prototype": "init",
+    "model.options.input_layer": False,
+    "compression.download": "",
+    "compression.upload": "",
+    "compression.share": 0.9,
+    "compression.align": True,
+    "compression.measure": False,
+    "partial.mode": "all",
+    "partial.patterns": ["."],
+    "partial.groups": 10,
+    "partial.share": 0.1,
+    "privacy.adaptive.warmup": 0,
+    "privacy.adaptive.warmup_rate": 4.0,
+}
+# Likewise of a state: a leaf that a checkpoint lacks has the value with which a run would begin.
+# The root of all that is random is made from the run; rounds before it had streams of their own.
+STATE_ADDED = ("root",)
+
+
+def local_path(workdir: str | Path) -> Path:
+    """A work directory's path.
+
+    Raises:
+      UserError: it is a bucket: `Path` would make a local folder of its name, which nobody looks
+        for. The users' rows, locks and logs need files that can be changed in place.
+    """
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(workdir)):
+        raise UserError(
+            f"--workdir={workdir} is not on a file system: mount the bucket (such as by gcsfuse or "
+            f"s3fs) and give that folder, or ./{found[1]}: for a folder of this name"
+        )
+    return Path(workdir)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no file, or none that holds an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by "section.name"; empty mappings are leaves."""
+    if isinstance(tree, Mapping) and tree:
+        return {
+            name: leaf
+            for key, value in tree.items()
+            for name, leaf in flatten(value, f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {prefix: tree}
+
+
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Names of the fields in which two configurations are not the same.
+
+    Args:
+      theirs: as an older release may have written it.
+      ours: of this release.
+    """
+    old, new = flatten(to_json(theirs)), flatten(to_json(ours))
+    for name, value in ADDED.items():
+        if name in new:
+            old.setdefault(name, value)
+    found = {name for name in old.keys() | new.keys() if old.get(name, _MISSING) != new.get(name)}
+    if "data.characters" not in flatten(theirs):
+        found.discard("data.characters")
+    if "data.labels_per_frame" not in flatten(theirs):
+        found.discard("data.buckets")  # it counted shapes that were fitted to the data
+    for place, content in PLACES.items():
+        if content == "start" and place not in found:
+            found.discard(content)  # the same place: what was there when the run began counts
+        elif old.get(content) and old.get(content) == new.get(content):
+            found.discard(place)
+    return sorted(found)
+
+
+_MISSING = object()
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that name a configuration wherever its data lies."""
+    flat = flatten(to_json(config))
+    return fingerprint({name: value for name, value in flat.items() if name not in PLACES})
+
+
+def tree_hash(tree: Any) -> str:
+    """Sixteen hexadecimal digits that name a pytree of arrays: their paths, kinds and values."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        value = np.ascontiguousarray(leaf)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        digest.update(f"{name} {value.dtype} {np.shape(leaf)} ".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_existing(workdir: Path) -> dict[str, Any] | None:
+    """The configuration whose run a directory holds; None if it holds none.
+
+    Raises:
+      UserError: `config.json` names another one than the checkpoints carry.
+    """
+    written = read_json(workdir / CONFIG_FILE)
+    carried = None
+    for folder in reversed(step_folders(workdir / "checkpoints")):
+        try:
+            carried = read_metadata(folder).get("config")
+            break
+        except UserError:
+            continue  # damaged: the next older one counts, see `Checkpointer`
+    if not isinstance(carried, dict):
+        return written
+    if written is None:
+        return carried
+    # An extension is written before the first checkpoint that carries it.
+    if other := [name for name in differing(carried, written) if name != "rounds"]:
+        raise UserError(
+            f"{workdir / CONFIG_FILE} is not of the run whose checkpoints lie beside it (differs "
+            f"in {', '.join(other[:5])}): remove that file to go on with the checkpoints' run"
+        )
+    return written
+
+
+def check_same(workdir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises UserError unless a directory's configuration is the one to be run."""
+    if found := differing(theirs, ours):
+        more = ""
+        if found == ["rounds"] and _rounds(theirs) < ours["rounds"]:
+            more = f", or go on to more rounds by --extend={ours['rounds']}"
+        raise UserError(
+            f"--workdir={workdir} belongs to another configuration (differs in "
+            f"{', '.join(found[:5])}): choose another directory{more}"
+        )
+
+
+def extended(
+    workdir: Path, theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], rounds: int
+) -> dict[str, Any]:
+    """The configuration of a run that goes on to more rounds.
+
+    Everything random of a round is a function of the seed and the round's number, so a run that
+    is extended ends as one that was made so. Not with correlated noise: its strategy is made for a
+    number of rounds, and another number is another mechanism from the first round on.
+
+    Args:
+      workdir: for messages.
+      theirs: of the directory.
+      ours: of the command.
+      rounds: to go on to.
+
+    Raises:
+      UserError: there is nothing to extend, or this cannot be.
+    """
+    if theirs is None:
+        raise UserError(f"--extend: --workdir={workdir} holds no run yet: set --config.rounds")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 100_000_000:
+        raise UserError(f"--extend={rounds} must be a number of rounds, 1 to 100000000")
+    if ours["algorithm"] != "federated":
+        raise UserError("--extend goes on with federated rounds: central training has none")
+    if ours["privacy"]["enabled"] and ours["privacy"]["noise"] != "independent":
+        raise UserError(
+            f"--extend: privacy.noise={ours['privacy']['noise']!r} is made for its number of "
+            "rounds, more are another mechanism: start anew with --config.rounds"
+        )
+    if rounds < _rounds(theirs):
+        raise UserError(f"--extend={rounds}: the run already goes to round {_rounds(theirs)}")
+    return {**ours, "rounds": rounds}
+
+
+def _rounds(config: Mapping[str, Any]) -> int:
+    rounds = config.get("rounds")  # of a file, which may hold anything
+    return rounds if isinstance(rounds, int) else 0
+
+
+def history(summary: Mapping[str, Any] | None, rounds: int) -> list[dict[str, Any]]:
+    """What a directory's earlier ends came to: rounds, error rates and epsilon of each.
+
+    Args:
+      summary: that lies there.
+      rounds: that the run goes to now.
+    """
+    if not summary:
+        return []
+    kept = list(summary.get("history") or [])
+    done = summary.get("rounds")
+    if summary.get("status") == "completed" and isinstance(done, int) and done < rounds:
+        privacy = summary.get("privacy") or {}
+        kept.append(
+            {
+                "rounds": done,
+                "wer": summary.get("wer"),
+                "cer": summary.get("cer"),
+                "epsilon": privacy.get("epsilon"),
+            }
+        )
+    return kept

@@ -1,0 +1,21 @@
+"""A few random faults; `python -m experiments.chaos` has many."""
+
+import pytest
+
+from experiments.chaos import Chaos
+
+
+@pytest.mark.slow
+def test_a_few_faults_of_every_kind(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    said = []
+    with Chaos(tmp_path, seed=0, say=said.append) as chaos:
+        chaos.run(6)
+        assert not chaos.failures, chaos.failures
+        assert sum(chaos.results.values()) == 6
+        # It notices what it is there to notice: here, another result.
+        chaos._whole["output"]["bias"] += 1.0
+        chaos._compare(tmp_path / "whole", "planted")
+        assert (
+            chaos.failures == ["planted: other parameters"] == [said[-1].removeprefix("FAILED: ")]
+        )
