@@ -234,8 +234,8 @@ class Row:
     """Where one utterance lies: in which part, from which byte, and how much of it.
 
     `recording` and `transcript` identify what was said, `file` the file and the part of it that it
-    was read from, with the transcript as written; `spelling` is the user's id as the source wrote it,
-    where that differs.
+    was read from, with the transcript as written; `spelling` is the user's id as the source wrote
+    it, where that differs.
     """
 
     id: str
