@@ -90,3 +90,21 @@ def quick_compilation():
 def dense():
     """`dense_batches`."""
     return dense_batches
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The planted faults that were run, and the tests that catch them."""
+    rows = [
+        (report.outcome, *value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "planted"
+    ]
+    if rows:
+        terminalreporter.section("planted faults")
+    for outcome, area, name, breaks, tests in rows:
+        caught = "caught by" if outcome == "passed" else "NOT CAUGHT by"
+        terminalreporter.write_line(f"{area}: {name} ({breaks})")
+        terminalreporter.write_line(f"    {caught} {', '.join(tests)}")

@@ -137,11 +137,52 @@ def test_initialisation_meets_no_stream_of_any_run(recorded, name, options):
     assert len(runs) > 10 and not {*runs} & {k for one in inits for k in one}
 
 
-def test_no_key_is_drawn_from_twice_in_a_run(recorded):
-    sim = simulation(mechanism=Mechanism(1.0, "uniform", 1.0, FixedSizeSampler(8, 4, 0)))
+@pytest.mark.parametrize("adaptive", [None, AdaptiveClip(2.0)])
+def test_no_key_is_drawn_from_twice_in_a_run(recorded, adaptive):
+    mechanism = Mechanism(1.0, "uniform", 1.0, FixedSizeSampler(8, 4, 0), adaptive=adaptive)
+    sim = simulation(mechanism=mechanism)
     (keys,) = drawn(recorded, lambda: rounds(sim, sim.init(PARAMS), 4).params)
-    # 4 clients of 2 steps and one draw of noise a round.
-    assert len(keys) == 4 * (4 * 2 + 1) and len(set(keys)) == len(keys)
+    # 4 clients of 2 steps, one draw of noise and one for the votes a round.
+    each = 4 * 2 + 1 + (adaptive is not None)
+    assert len(keys) == 4 * each and len(set(keys)) == len(keys)
+
+
+def test_no_two_streams_of_a_root_or_seed_agree():
+    root = streams.make_root("a run")
+    words = root.astype("<u4").tobytes()
+    for make in (
+        lambda s: tuple(np.asarray(jax.random.key_data(streams.key(root, s))).tolist()),
+        lambda s: tuple(np.asarray(jax.random.key_data(streams.seed_key(3, s))).tolist()),
+        lambda s: tuple(
+            np.asarray(jax.random.key_data(streams.fold(jax.random.key(0), s))).tolist()
+        ),
+        lambda s: streams.sub_seed(root, s),
+        lambda s: streams.sub_seed(root, s, "part"),
+        lambda s: streams.generator(s, words).integers(2**62),
+        lambda s: streams.generator(s, 0, 1).integers(2**62),
+    ):
+        assert len({make(stream) for stream in Stream}) == len(Stream)
+    parts = [(), (0,), (1,), ("a",), (0, 1), (1, 0)]
+    assert len({streams.sub_seed(root, Stream.SAMPLING, *p) for p in parts}) == len(parts)
+    assert len({streams.generator(Stream.SAMPLING, *p).integers(2**62) for p in parts}) == 6
+
+
+def test_a_secret_root_is_the_operating_systems_and_its_name_does_not_give_it_away(monkeypatch):
+    asked = []
+
+    def token_bytes(count):
+        asked.append(count)
+        return bytes(range(100, 100 + count))
+
+    monkeypatch.setattr(streams.secrets, "token_bytes", token_bytes)
+    root = streams.secret_root()
+    assert asked == [32] and root.dtype == np.uint32 and root.shape == (8,)
+    assert root.astype("<u4").tobytes() == bytes(range(100, 132))
+    name = streams.public_name(root)
+    assert len(name) == 16
+    for shown in (root.astype("<u4"), root.astype(">u4")):
+        text = shown.tobytes().hex()
+        assert not any(name[i : i + 6] in text for i in range(11))
 
 
 def variants():

@@ -55,6 +55,17 @@ def test_rounds_and_seeds_differ(sampler):
     assert sampler.expected_cohort == 10
 
 
+@pytest.mark.parametrize("make", [PoissonSampler, FixedSizeSampler])
+def test_no_round_has_the_cohort_of_another(make):
+    """Nor one of another seed: not of seed + round, nor after 256, 1000 or 65536 rounds."""
+    sampler = make(400, 40, seed=5)
+    powers = [b**k + i for b in (2, 10) for k in range(1, 40) for i in range(-1, 2)]
+    rounds = sorted({*range(1500), *(n for n in powers if n >= 0)})
+    assert len({tuple(sampler.cohort(r)) for r in rounds}) == len(rounds)
+    table = {tuple(make(400, 40, s).cohort(r)) for s in range(12) for r in range(12)}
+    assert len(table) == 144
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_everybody_is_equally_likely(sampler):
     rounds = 4000

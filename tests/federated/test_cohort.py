@@ -214,6 +214,7 @@ def test_randomness_belongs_to_the_user_and_the_round():
     first = delta(user=1, round=1)
     np.testing.assert_array_equal(first, delta(user=1, round=1, place=2))
     others = [delta(user=2, round=1), delta(user=1, round=2), delta(user=2, round=2)]
+    others += [delta(user=1 + far, round=1) for far in (256, 1000, 65_536)]
     for i, a in enumerate([first, *others]):
         for b in others[i:]:
             assert np.abs(a - b).max() > 1e-4

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedasr.compression.partial import Subset, partial_training
 from fedasr.data.batching import LocalBatches
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.errors import UserError
 from fedasr.federated import local
 from fedasr.federated.client import local_training
@@ -441,6 +441,23 @@ def test_clients_that_are_not_valid_keep_what_they_had(tmp_path):
     # User 4's shared update is fine and counts: the server knows nothing of the local ones.
     assert kept == [False, True, False, True, True, False]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_paths_from_user_to_user_are_refused_under_noise(tmp_path):
+    """By the simulation itself, whoever makes it."""
+
+    def noisy(sampler, noise=1.0):
+        return Mechanism(1.0, "uniform", noise, sampler)
+
+    for prototype in ("mean", "last"):
+        with pytest.raises(UserError, match="each other's"):
+            simulation(tmp_path / prototype, prototype, noisy(sampler(3)))
+        simulation(tmp_path / prototype, prototype, noisy(sampler(3), 0.0))
+    few = PoissonSampler(len(SIZES), 3, seed=0, slots=4)
+    with pytest.raises(UserError, match="displaced"):
+        simulation(tmp_path / "few", mechanism=noisy(few))
+    simulation(tmp_path / "few", mechanism=noisy(few, 0.0))
+    simulation(tmp_path / "all", mechanism=noisy(PoissonSampler(len(SIZES), 3, seed=0)))
 
 
 def test_store_and_corpus_must_agree(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy import correlated
+from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise, sensitivity
 from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
 
@@ -202,3 +203,23 @@ def test_one_band_is_independent_noise_without_a_memory():
 
 def test_they_can_be_replaced_and_compared():
     assert dataclasses.replace(BANDED, rounds=10) != BANDED == BandedNoise(3, ROUNDS)
+
+
+@pytest.mark.parametrize("rounds", [1, 4, ROUNDS])
+def test_votes_are_fresh_queries_under_correlated_noise(rounds, buffered):
+    """Without amplification: the sums are one query about all turns, each turn's votes another."""
+    z, votes = 2.0, 3.0
+    sampler = ShuffledSampler(12, 4, seed=0)
+    turns = sampler.participations(rounds)
+    for correlation in (BANDED, buffered):
+        event = dataclasses.replace(
+            mechanism(sampler, correlation, z), adaptive=AdaptiveClip(votes)
+        ).event(rounds)
+        changed = sensitivity(correlation, rounds, 3, turns)
+        expected = (changed**2 / z**2 + turns / votes**2) ** -0.5
+        assert event.noise_multiplier == pytest.approx(expected)
+    # With amplification every turn is a query of its own, and so are its votes.
+    cyclic = PoissonSampler(300, 10, seed=0, cycle=3)
+    event = dataclasses.replace(mechanism(cyclic, noise=z), adaptive=AdaptiveClip(votes)).event(9)
+    assert event.count == 3
+    assert event.event.noise_multiplier == pytest.approx((1 / z**2 + 1 / votes**2) ** -0.5)

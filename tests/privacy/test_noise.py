@@ -114,6 +114,63 @@ def test_leaves_and_rounds_have_draws_of_their_own():
     assert len(np.unique(np.concatenate(seen))) > 0.999 * 300 * 7 * 33
 
 
+@pytest.mark.parametrize("correlation", [None, BandedNoise(2, 8)])
+def test_every_number_of_every_leaf_gets_noise_in_every_round(correlation):
+    """Scalars, vectors, tensors, in any dtype; the first of 8 rounds as well as the last."""
+    std = 4.0
+    kinds = {"scalar": (), "bias": (3,), "kernel": (2, 3), "deep": (2, 1, 2, 2), "none": (0,)}
+    zeros = {
+        f"{name} {dtype}": jnp.zeros(shape, dtype)
+        for name, shape in kinds.items()
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+
+    def run(key):
+        transform = add_gaussian_noise(std, key, correlation)
+
+        def step(state, _):
+            out, state = transform.update(zeros, state)
+            leaves = [x.astype(jnp.float32).ravel() for x in jax.tree.leaves(out)]
+            return state, jnp.concatenate(leaves)
+
+        return jax.lax.scan(step, transform.init(zeros), None, 8)[1]
+
+    runs = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 2000)))
+    rows = np.eye(8)
+    if correlation is not None:
+        column = correlation.coefficients(8)
+        strategy = sum(np.diag(np.full(8 - i, c), -i) for i, c in enumerate(column) if c)
+        rows = np.linalg.inv(strategy)
+    expected = std * np.linalg.norm(rows, axis=1)
+    assert runs.shape == (2000, 8, 3 * 18)
+    error = np.abs(runs.std(axis=0) / expected[:, None] - 1)
+    assert error.max() < 6 / math.sqrt(2 * 2000)
+
+
+@pytest.mark.parametrize("correlation", [None, BandedNoise(3, 12)])
+def test_noise_is_drawn_as_far_as_its_claim_needs(monkeypatch, correlation):
+    """With so little of it that a user moves it far beyond any reach that is fixed."""
+    asked = []
+
+    def draw(key, size, reach):
+        asked.append(reach)
+        return jnp.zeros(size)
+
+    monkeypatch.setattr(noise, "standard_normal", draw)
+    sampler = ShuffledSampler(12, 4, 0)
+    mechanism = Mechanism(
+        1.0, "global", 0.02, sampler, correlation=correlation, adaptive=AdaptiveClip(0.01)
+    )
+    transform = mechanism.server_transform(jax.random.key(0), jax.random.key(1))
+    zeros = {"a": jnp.zeros(3)}
+    transform.update(zeros, transform.init(zeros), clipped=jnp.zeros(1), clients=jnp.float32(0))
+    assert len(asked) == 2
+    moved = 1 / 0.02 if correlation is None else math.sqrt(3) / 0.02  # of 12 rounds, 3 turns apart
+    assert asked[0] >= 0.999 * moved + 15 and asked[1] >= 1 / 0.01 + 15
+    # So far beyond the user that what lies further out is nothing.
+    assert stats.norm.sf(noise.reached(asked[0]) - moved) < 1e-40
+
+
 @pytest.mark.parametrize("shift", [0.5, 2.0])
 def test_tail_delta_bounds_what_lies_beyond(shift):
     """Against direct sampling, with an end so near that something lies beyond it."""

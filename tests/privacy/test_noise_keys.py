@@ -19,6 +19,8 @@ from fedasr.data.sampling import FixedSizeSampler
 from fedasr.federated.client import local_training, take_batch
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy import noise
+from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales
+from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
 
 SEED, USERS, STEPS = 5, 4, 3
@@ -44,21 +46,59 @@ def noise_shows_its_key(monkeypatch):
     monkeypatch.setattr(noise, "standard_normal", drawn)
 
 
-def test_no_two_rounds_share_a_key(noise_shows_its_key):
-    """520 rounds at the beginning and 20 at the end of all."""
-    transform = add_gaussian_noise(1.0, jax.random.key(SEED))
+def many_rounds():
+    """Such that a count that is cut to some bits, or taken modulo some number, comes again."""
+    powers = [b**k + i for b in (2, 10) for k in range(1, 31) for i in range(-2, 3)]
+    found = {*range(20_000), *powers, *range(2**31 - 22, 2**31 - 2)}
+    return np.array(sorted(n for n in found if 0 <= n < 2**31 - 1), np.int32)
+
+
+@pytest.mark.parametrize("correlation", [None, BandedNoise(2, 9)])
+def test_no_two_rounds_share_a_key(noise_shows_its_key, correlation):
+    transform = add_gaussian_noise(1.0, jax.random.key(SEED), correlation)
     zeros = {"leaf": jnp.zeros(4)}
     state = transform.init(zeros)
-    counts = jnp.concatenate([jnp.arange(520), 2**31 - 2 - jnp.arange(20)]).astype(jnp.int32)
+    counts = many_rounds()
 
     def drawn(count):
         out, after = transform.update(zeros, state._replace(count=count))
         return out["leaf"], after.count
 
     keys, after = jax.vmap(drawn)(counts)
-    assert keys.shape == (540, 4)
+    assert keys.shape == (len(counts), 4)
     np.testing.assert_array_equal(after, counts + 1)
-    assert distinct(keys)
+    if correlation is None:
+        assert distinct(keys)
+    else:  # the first of its rounds: nothing to take back, but a factor
+        assert len(np.unique(keys, axis=0)) == len(keys)
+
+
+def test_no_two_rounds_share_a_key_of_the_votes(noise_shows_its_key):
+    """The noise on four votes is seen where the scales go: a monotonous function of the key."""
+    adapt = adapt_scales(AdaptiveClip(1e-6, rate=1.0), 1.0, jax.random.key(SEED))
+    params = {f"leaf{i}": jnp.zeros(1) for i in range(4)}
+    state = adapt.init(params)
+    counts = many_rounds()
+
+    def drawn(count):
+        _, after = adapt.update(
+            params, state._replace(count=count), clipped=jnp.full(4, 0.5), clients=1.0
+        )
+        return after.scales, after.count
+
+    scales, after = jax.vmap(drawn)(counts)
+    np.testing.assert_array_equal(after, counts + 1)
+    assert len(np.unique(np.asarray(scales), axis=0)) == len(counts)
+
+
+def test_no_two_rounds_or_users_share_a_clients_key():
+    simulation = key_simulation(1)
+    counts = many_rounds()[::7]
+    root = simulation.root_of(KEY_PARAMS)
+    keys = [jax.random.key_data(simulation._round_key(c, root)) for c in counts[:300]]
+    assert len({tuple(np.asarray(k).tolist()) for k in keys}) == 300
+    by_round = jax.vmap(lambda c: jax.random.key_data(simulation._round_key_of(root, c)))(counts)
+    assert len(np.unique(np.asarray(by_round), axis=0)) == len(counts)
 
 
 def test_no_two_leaves_share_draws():
