@@ -90,7 +90,7 @@ def parameters():
         yield pytest.param(fault, id=fault.name, marks=slow)
 
 
-@pytest.mark.parametrize("fault", parameters())
+@pytest.mark.parametrize("fault", list(parameters()))
 def test_a_planted_fault_turns_the_suite_red(fault, record_property):
     record_property("planted", (fault.area, fault.name, fault.breaks, fault.caught_by))
     for node in fault.caught_by:
