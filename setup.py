@@ -27,6 +27,7 @@ setup(
         "absl-py>=2.1",
         "anyascii>=0.3.2",  # transliterates Latin letters
         "array_record>=0.8",
+        "attrs>=23.1",  # dp-accounting's events are its classes
         "chex>=0.1.88",
         "dp-accounting>=0.6",
         "flax>=0.12",

@@ -3,7 +3,7 @@
     python -m experiments.audit_privacy [--config=experiments/configs/NAME.py]
         [--config.section.field=value ...] [--canaries={updates,users}]
         [--method={one_run,many_runs}] [--trials=N] [--canary_count=M] [--rounds=T] [--delta=D]
-        [--confidence=P] [--seed=S] [--plot=FILE.png] [--json]
+        [--confidence=P] [--seed=S] [--side_by_side] [--runs=R] [--plot=FILE.png] [--json]
 
 `updates`: canaries return crafted updates (see `fedasr.privacy.auditing`). The mechanism is the
 configuration's: sampler, cohort, population, clip norm, budget, noise, rounds. The model is
@@ -15,12 +15,18 @@ other users by the configuration's own federated rounds, and recognised by how m
 inserted utterance fell. An absent canary is a user who has nothing but an utterance that cannot be
 aligned, whose update is zero. Rounds start from `init_from`, or from scratch.
 
+The report has what is claimed for Gaussian noise of a trusted server (central) and for Skellam
+noise of the same variance in shares of the clients (distributed), and why not where the latter
+cannot be. With --side_by_side both are run and audited, each by both methods: --trials are the runs
+of the method asked for, --runs those of the other.
+
 Exit status: 0 when the bound is below the claim, 1 when it exceeds it (the code does not have the
 privacy that it claims), 2 for a mistake that the user can mend.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +43,7 @@ from fedasr.streams import Stream, generator, seed_key
 if TYPE_CHECKING:
     from fedasr.data.corpus import Corpus, Example
     from fedasr.privacy.auditing import Audit
+    from fedasr.privacy.mechanism import Mechanism
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "quickstart.py")
 _RUNS = 1000  # of many_runs with crafted updates
@@ -105,7 +112,7 @@ def audit_users(
     canaries: int | None,
     confidence: float,
     log: Callable[[str], None],
-) -> Audit:
+) -> tuple[Audit, Mechanism]:
     """Audits whole trainings with held-out users among the training users.
 
     Args:
@@ -113,6 +120,9 @@ def audit_users(
       delta, method, trials, confidence: see `fedasr.privacy.auditing.audit_updates`.
       canaries: of each trial; None for all held-out users ("one_run"), or one ("many_runs").
       log: takes a line for every trial.
+
+    Returns:
+      The audit, and the mechanism that was audited.
 
     Raises:
       UserError: for a configuration whose rounds cannot be audited so.
@@ -161,7 +171,7 @@ def audit_users(
     private = config["privacy"]["enabled"]
     claimed = mechanism.epsilon(config["rounds"], delta).epsilon if private else math.inf
     scores = {"loss": auditing.Scores(fall[present], fall[~present])}
-    return auditing.conclude(
+    audit = auditing.conclude(
         scores,
         claimed,
         delta,
@@ -171,6 +181,7 @@ def audit_users(
         confidence=confidence,
         neighbours=mechanism.sampler.neighbours,
     )
+    return audit, mechanism
 
 
 def _with_canaries(
@@ -240,7 +251,68 @@ def inserted_losses(
 # --------------------------------------------------------------------------------------- program
 
 
-def run(config: dict[str, Any]) -> Audit:
+CENTRAL, DISTRIBUTED = "central", "distributed"
+
+
+class Report(NamedTuple):
+    """What was audited and what is claimed.
+
+    audits: (noise, audit), the configuration's own by the method asked for first; noise is
+      "central", of the server, or "distributed", in shares.
+    figures: by noise, what is claimed for the configuration's own: see `figure_of`.
+    canaries: "updates" or "users".
+    """
+
+    audits: list[tuple[str, Audit]]
+    figures: dict[str, dict[str, Any]]
+    canaries: str
+
+
+def both_noises(mechanism: Mechanism, bits: int, dimension: int) -> dict[str, Mechanism | str]:
+    """The mechanism with noise of the server and with noise of equal variance in shares.
+
+    Args:
+      mechanism: with either.
+      bits, dimension: of `SecureAggregation`, where the mechanism has none.
+
+    Returns:
+      {"central": mechanism, "distributed": mechanism, or why there is none}.
+    """
+    from fedasr.privacy.secure_aggregation import SecureAggregation
+
+    if mechanism.secure is not None:
+        return {CENTRAL: mechanism.central(), DISTRIBUTED: mechanism}
+    try:
+        secure = SecureAggregation(dimension, bits)
+        return {CENTRAL: mechanism, DISTRIBUTED: dataclasses.replace(mechanism, secure=secure)}
+    except UserError as error:
+        return {CENTRAL: mechanism, DISTRIBUTED: str(error)}
+
+
+def figure_of(mechanism: Mechanism | str, rounds: int, delta: float) -> dict[str, Any]:
+    """What is claimed: `epsilon` (`math.inf` for no guarantee, None if there is no such mechanism),
+    `accountant`, `epsilon_rdp`, `bits` and expected share of coordinates that wrap around of noise
+    in shares, and `why_not`.
+    """
+    figure: dict[str, Any] = {"epsilon": None, "accountant": None, "epsilon_rdp": None}
+    if isinstance(mechanism, str):
+        return figure | {"why_not": mechanism}
+    try:
+        found = mechanism.epsilon(rounds, delta)
+    except UserError as error:
+        return figure | {"why_not": str(error)}
+    figure |= {
+        "epsilon": found.epsilon,
+        "accountant": found.accountant,
+        "epsilon_rdp": found.epsilon_rdp,
+    }
+    if mechanism.secure is not None:
+        encoding = mechanism.encoding
+        figure |= {"bits": encoding.bits, "wrapped": encoding.wrapped()}
+    return figure
+
+
+def run(config: dict[str, Any]) -> Report:
     """What the flags ask for.
 
     Args:
@@ -249,8 +321,6 @@ def run(config: dict[str, Any]) -> Audit:
     Raises:
       UserError: for a mistake in flags or configuration.
     """
-    from fedasr.privacy import auditing
-    from fedasr.privacy.settings import make_mechanism, make_sampler
     from fedasr.training import loop
 
     options = flags.FLAGS
@@ -261,30 +331,115 @@ def run(config: dict[str, Any]) -> Audit:
     # Rounds start from init_from or from scratch; deployments are not what runs here.
     config["seed_training"]["steps"] = 0
     config["privacy"]["deployments"] = []
-    resolved = loop.dry_run(config)
+    population = loop.dry_run(config)["population"]
     delta = config["privacy"]["delta"] if options.delta is None else options.delta
-    trials = options.trials
-    if trials is None:
-        if options.method == "many_runs" and options.canaries == "users":
-            raise UserError("--method=many_runs trains --trials models: say how many")
-        trials = _RUNS if options.method == "many_runs" else 1
-    shared = {
-        "method": options.method,
-        "trials": trials,
-        "canaries": options.canary_count,
-        "confidence": options.confidence,
-    }
-    if options.canaries == "users":
-        return audit_users(
-            config, delta, **shared, log=lambda text: print(text, file=sys.stderr, flush=True)
+    other = "many_runs" if options.method == "one_run" else "one_run"
+    methods = [options.method, other] if options.side_by_side else [options.method]
+    counts = {method: _trials(method) for method in methods}
+    attack = _attack_users if options.canaries == "users" else _attack_updates
+    audits, noises = [], {}
+    for method in methods:
+        first, mechanism = attack(config, None, population, delta, method, counts[method])
+        own = CENTRAL if mechanism.secure is None else DISTRIBUTED
+        audits.append((own, first))
+        noises = noises or both_noises(
+            mechanism, config["privacy"]["bits"], _dimension(config, mechanism, method)
         )
-    mechanism = make_mechanism(config, make_sampler(config, resolved["population"]))
-    return auditing.audit_updates(mechanism, config["rounds"], delta, **shared, seed=config["seed"])
+        rest = DISTRIBUTED if own == CENTRAL else CENTRAL
+        if options.side_by_side and not isinstance(noises[rest], str):
+            second, _ = attack(config, rest, population, delta, method, counts[method])
+            audits.append((rest, second))
+    figures = {name: figure_of(one, config["rounds"], delta) for name, one in noises.items()}
+    return Report(audits, figures, options.canaries)
 
 
-def to_summary(audit: Audit, canaries: str) -> dict[str, Any]:
-    """The JSON object, before infinities (a claim without a guarantee) become JSON."""
+def _trials(method: str) -> int:
+    """So many runs does a method have: --trials of the one asked for, --runs of the other."""
+    flag = "trials" if method == flags.FLAGS.method else "runs"
+    if (count := flags.FLAGS[flag].value) is not None:
+        return count
+    if method == "many_runs" and flags.FLAGS.canaries == "users":
+        raise UserError(f"many_runs trains as many models as it has runs: say how many (--{flag})")
+    return _RUNS if method == "many_runs" else 1
+
+
+def _with_noise(config: Mapping[str, Any], noise: str | None) -> dict[str, Any]:
+    """The configuration with noise of that kind; None for its own."""
+    if noise is None:
+        return dict(config)
+    kind = "skellam" if noise == DISTRIBUTED else "independent"
+    return {**config, "privacy": {**config["privacy"], "noise": kind}}
+
+
+def _attack_users(
+    config: Mapping[str, Any],
+    noise: str | None,
+    population: int,
+    delta: float,
+    method: str,
+    trials: int,
+) -> tuple[Audit, Mechanism]:
+    del population
+    # By one run at least two canaries are needed, by many exactly one.
+    count = flags.FLAGS.canary_count if method == flags.FLAGS.method else None
+    return audit_users(
+        _with_noise(config, noise),
+        delta,
+        method=method,
+        trials=trials,
+        canaries=count,
+        confidence=flags.FLAGS.confidence,
+        log=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+
+
+def _attack_updates(
+    config: Mapping[str, Any],
+    noise: str | None,
+    population: int,
+    delta: float,
+    method: str,
+    trials: int,
+) -> tuple[Audit, Mechanism]:
+    from fedasr.privacy import auditing
+    from fedasr.privacy.settings import make_mechanism, make_sampler
+
+    settings = _with_noise(config, noise)
+    sampler = make_sampler(settings, population)
+    count = flags.FLAGS.canary_count if method == flags.FLAGS.method else None
+    # The size stands in for the canaries' own, which follows.
+    mechanism = make_mechanism(settings, sampler, 1000)
+    count = auditing.default_canaries(mechanism, method) if count is None else count
+    mechanism = auditing.for_canaries(mechanism, count)
+    audit = auditing.audit_updates(
+        mechanism,
+        config["rounds"],
+        delta,
+        method=method,
+        trials=trials,
+        canaries=count,
+        confidence=flags.FLAGS.confidence,
+        seed=config["seed"],
+    )
+    return audit, mechanism
+
+
+def _dimension(config: Mapping[str, Any], mechanism: Mechanism, method: str) -> int:
+    """Numbers that a client sends in the audit."""
+    from fedasr.privacy import auditing
+    from fedasr.training import loop
+
+    if flags.FLAGS.canaries == "users":
+        return loop.sent_parameters(config)
+    count = flags.FLAGS.canary_count or auditing.default_canaries(mechanism, method)
+    return sum(x.size for x in auditing.canary_params(count).values())
+
+
+def to_row(noise: str, audit: Audit) -> dict[str, Any]:
+    """One audit, before infinities (a claim without a guarantee) become JSON."""
     return {
+        "noise": noise,
+        "method": audit.method,
         "epsilon_lower": audit.epsilon_lower,
         "epsilon_lower_strict": audit.strict,
         "epsilon_claimed": audit.epsilon_claimed,
@@ -292,8 +447,6 @@ def to_summary(audit: Audit, canaries: str) -> dict[str, Any]:
         "exceeds": audit.exceeds,
         "confidence": audit.confidence,
         "delta": audit.delta,
-        "method": audit.method,
-        "canaries": canaries,
         "canary_count": audit.canaries,
         "trials": audit.trials,
         "rounds": audit.rounds,
@@ -302,8 +455,21 @@ def to_summary(audit: Audit, canaries: str) -> dict[str, Any]:
     }
 
 
-def _describe(audit: Audit, canaries: str) -> Iterator[str]:
-    """The audit for people."""
+def to_summary(report: Report) -> dict[str, Any]:
+    """The JSON object: the first audit, `figures` claimed by noise, and all `audits`."""
+    rows = [to_row(noise, audit) for noise, audit in report.audits]
+    return {
+        **rows[0],
+        "canaries": report.canaries,
+        "exceeds": any(row["exceeds"] for row in rows),
+        "figures": report.figures,
+        "audits": rows,
+    }
+
+
+def _describe(report: Report) -> Iterator[str]:
+    """The audits for people."""
+    (_, audit), canaries = report.audits[0], report.canaries
     yield (
         f"{audit.canaries:,} canary {canaries} in {audit.trials:,} x {audit.rounds:,} rounds, "
         f"{audit.method}: AUROC {audit.auroc:.3f} ({audit.statistic})"
@@ -317,9 +483,44 @@ def _describe(audit: Audit, canaries: str) -> Iterator[str]:
             f"(for Gaussian trade-off curves; {audit.strict:.3g} whatever the mechanism, a much "
             "looser bound)"
         )
-    claimed = audit.epsilon_claimed
-    yield f"claimed: {f'{claimed:.4g}' if math.isfinite(claimed) else 'infinite (no guarantee)'}"
+    yield f"claimed: {_claim(audit.epsilon_claimed)}"
     yield f"the claim compares: {audit.neighbours}"
+    yield ""
+    lines = [("noise", "claimed", "by", "RDP", *(_head(method) for method in _methods(report)))]
+    for noise, figure in report.figures.items():
+        bounds = [_bound(report, noise, method) for method in _methods(report)]
+        claims = ["-", "-", "-"]
+        if figure["epsilon"] is not None:
+            claims = [_claim(figure["epsilon"]), figure["accountant"]]
+            claims.append(_claim(figure["epsilon_rdp"]))
+        lines.append((noise, *claims, *bounds))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+    for noise, figure in report.figures.items():
+        if "why_not" in figure:
+            yield f"{noise}: {figure['why_not']}"
+        if "bits" in figure:
+            yield f"{noise}: {figure['bits']} bits, {figure['wrapped']:.2g} of coordinates wrap"
+
+
+def _claim(epsilon: float) -> str:
+    return f"{epsilon:.4g}" if math.isfinite(epsilon) else "infinite (no guarantee)"
+
+
+def _methods(report: Report) -> list[str]:
+    return list(dict.fromkeys(audit.method for _, audit in report.audits))
+
+
+def _head(method: str) -> str:
+    return f"at least, by {method}"
+
+
+def _bound(report: Report, noise: str, method: str) -> str:
+    for name, audit in report.audits:
+        if (name, audit.method) == (noise, method):
+            return f"{audit.epsilon_lower:.3g}{' (exceeds)' if audit.exceeds else ''}"
+    return "not run"
 
 
 def _define_flags() -> None:
@@ -333,6 +534,8 @@ def _define_flags() -> None:
         None,
         "Instead of the configuration's; larger ones show more, up to a hundredth of the sampling.",
     )
+    flags.DEFINE_bool("side_by_side", False, "Both kinds of noise, each by both methods.")
+    flags.DEFINE_integer("runs", None, "Of the other method, side by side.", lower_bound=1)
     flags.DEFINE_float("confidence", 0.95, "Of the bound.")
     flags.DEFINE_integer("seed", None, "Instead of the configuration's.", lower_bound=0)
     flags.DEFINE_string("plot", None, "Picture of the ROC curves.")
@@ -348,18 +551,20 @@ def program() -> int | None:
     from fedasr.privacy.auditing import write_roc
     from fedasr.training.config import resolve
 
-    canaries = flags.FLAGS.canaries
-    audit = run(resolve(plain))
+    report = run(resolve(plain))
     if flags.FLAGS.plot:
-        write_roc(audit, flags.FLAGS.plot)
+        write_roc(report.audits[0][1], flags.FLAGS.plot)
     if cli.JSON.value:
-        cli.show(to_summary(audit, canaries))
+        cli.show(to_summary(report))
     else:
-        print("\n".join(_describe(audit, canaries)))
-    if audit.exceeds:
+        print("\n".join(_describe(report)))
+    for noise, audit in report.audits:
+        if not audit.exceeds:
+            continue
         return cli.fail(
-            f"the audit found epsilon >= {audit.epsilon_lower:.3g}, more than the "
-            f"{audit.epsilon_claimed:.3g} claimed: the code has less privacy than it says",
+            f"the audit of {noise} noise by {audit.method} found epsilon >= "
+            f"{audit.epsilon_lower:.3g}, more than the {audit.epsilon_claimed:.3g} claimed: the "
+            "code has less privacy than it says",
             cli.FAILED,
         )
     return None

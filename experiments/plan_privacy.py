@@ -12,7 +12,8 @@ rounds, delta and sigma are a finished run's, and with --target_epsilon too the 
 cohort, the smallest population that gives it. Every figure protects one user with all their data:
 it compares with the user's contribution replaced by nothing, where the number of users is public;
 under fixed-size sampling with the user replaced by any other.
---sampling, --cycle, --noise, --bands and --buffers are as in a run's configuration.
+--sampling, --cycle, --noise, --bands, --buffers and --bits are as in a run's configuration;
+--noise=skellam needs the number of --parameters that clients send.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.secure_aggregation import SecureAggregation
 from fedasr.privacy.settings import make_correlation, make_sampler
 from fedasr.training.logging import from_json
 
@@ -50,6 +52,8 @@ def make_mechanism(
     noise: str = "independent",
     bands: int = 0,
     buffers: int = 2,
+    bits: int = 16,
+    parameters: int = 0,
 ) -> Mechanism:
     """The mechanism that the flags name, with a noise multiplier of 1.
 
@@ -75,8 +79,12 @@ def make_mechanism(
         if slots:
             raise UserError(f"--slots are of Poisson sampling, not of --sampling={sampling}")
     sampler = make_sampler(settings, population)
-    correlation = make_correlation(settings, sampler)
-    return Mechanism(1.0, "global", 1.0, sampler, correlation=correlation)
+    correlation, secure = make_correlation(settings, sampler), None
+    if noise == "skellam":
+        if parameters < 1:
+            raise UserError("--noise=skellam depends on the model's size: give --parameters")
+        secure = SecureAggregation(parameters, bits)
+    return Mechanism(1.0, "global", 1.0, sampler, correlation=correlation, secure=secure)
 
 
 def plan(
@@ -240,7 +248,7 @@ def _inputs() -> dict[str, Any]:
 
 def _kind() -> dict[str, Any]:
     """The flags that say what kind of sampling and noise it is."""
-    names = ("sampling", "slots", "cycle", "noise", "bands", "buffers")
+    names = ("sampling", "slots", "cycle", "noise", "bands", "buffers", "bits", "parameters")
     return {name: flags.FLAGS[name].value for name in names}
 
 
@@ -360,9 +368,13 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer("slots", 0, "Largest Poisson cohort; 0: hardly ever full.")
     flags.DEFINE_integer("cycle", 1, "Groups of users that Poisson sampling takes in turn.")
-    flags.DEFINE_enum("noise", "independent", ["independent", "banded", "buffered"], "Of rounds.")
+    flags.DEFINE_enum(
+        "noise", "independent", ["independent", "banded", "buffered", "skellam"], "Kind."
+    )
     flags.DEFINE_integer("bands", 0, "Of banded noise; 0: the rounds between turns, at most 32.")
     flags.DEFINE_integer("buffers", 2, "Of buffered linear Toeplitz noise.")
+    flags.DEFINE_integer("bits", 16, "Of a parameter that a client sends, with skellam noise.")
+    flags.DEFINE_integer("parameters", 0, "That a client sends updates of, with skellam noise.")
     flags.DEFINE_string("workdir", None, "Extrapolate the run in this directory.")
     flags.DEFINE_string("plot", None, "PNG of epsilon against population, by cohort.")
 

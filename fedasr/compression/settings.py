@@ -1,5 +1,6 @@
 """From a configuration's `compression` and `partial` to a client update and its costs."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from fedasr.compression.transport import transport_bytes
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Loss
 from fedasr.federated.subset import keep
+from fedasr.privacy.settings import make_secure
 
 
 def make_formats(config: Mapping[str, Any]) -> tuple[FloatFormat | None, FloatFormat | None]:
@@ -105,12 +107,16 @@ def describe_client(
     words = [f"{fmt} {way}" for fmt, way in ((down, "download"), (up, "upload")) if fmt is not None]
     if subset is not None:
         words.append(f"trains by {subset.mode}")
+    trained = None if subset is None else subset.trained(params)
+    secure = make_secure(config, sent_size(params, trained, local))
+    if secure is not None:
+        words.append(f"{secure.bits} bits a coordinate under secure aggregation")
     if words:
         share = config["compression"]["share"]
         uploaded = None if subset is None else subset.uploaded(params)
         if uploaded is not None and local is not None:
             uploaded = [p for p, own in zip(uploaded, local, strict=True) if not own]
-        cost = transport_bytes(sent, down, up, share, uploaded=uploaded)
+        cost = transport_bytes(sent, down, up, share, uploaded=uploaded, secure=secure)
         rows.append((", ".join(words), cost, (down, up), subset))
     described = []
     for method, cost, formats, used in rows:
@@ -135,6 +141,26 @@ def describe_client(
             }
         )
     return described
+
+
+def sent_size(
+    params: Any, trained: Sequence[bool] | None = None, local: Sequence[bool] | None = None
+) -> int:
+    """Number of parameters that a client sends updates of.
+
+    Args:
+      params: the model's, or their shapes.
+      trained, local: for each variable in order, whether clients train it, and whether it stays
+        with the client; None for all and none.
+    """
+    leaves = jax.tree.leaves(params)
+    trained = [True] * len(leaves) if trained is None else trained
+    local = [False] * len(leaves) if local is None else local
+    return sum(
+        math.prod(leaf.shape)
+        for leaf, known, own in zip(leaves, trained, local, strict=True)
+        if known and not own
+    )
 
 
 def fedsgd_memory(

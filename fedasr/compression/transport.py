@@ -16,6 +16,7 @@ from fedasr.compression.online import (
     flags,
     weight_matrices,
 )
+from fedasr.privacy.secure_aggregation import SecureAggregation
 
 _FLOAT32_BYTES = 4
 
@@ -36,6 +37,7 @@ def transport_bytes(
     select: Select = weight_matrices,
     *,
     uploaded: Sequence[float] | None = None,
+    secure: SecureAggregation | None = None,
 ) -> Transport:
     """Expected bytes that a client receives and sends in a round.
 
@@ -48,6 +50,7 @@ def transport_bytes(
       share, select: see `online.compress_params`.
       uploaded: probability of each variable's upload, in order (`partial.Subset.uploaded`);
         None for 1.
+      secure: if given, all that is sent back goes as its integers.
 
     Raises:
       UserError: if the share is out of [0, 1].
@@ -70,7 +73,7 @@ def transport_bytes(
     always = [1.0] * len(leaves)
     return Transport(
         total(download, always),
-        total(upload, always if uploaded is None else uploaded),
+        total(upload, always if uploaded is None else uploaded) if secure is None else secure.bytes,
         round(total(None, always)),
     )
 

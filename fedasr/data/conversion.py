@@ -234,7 +234,8 @@ class Row:
     """Where one utterance lies: in which part, from which byte, and how much of it.
 
     `recording` and `transcript` identify what was said, `file` the file and the part of it that it
-    was read from; `spelling` is the user's id as the source wrote it, where that differs.
+    was read from, with the transcript as written; `spelling` is the user's id as the source wrote
+    it, where that differs.
     """
 
     id: str
@@ -429,7 +430,7 @@ def _converted(converter: Converter, item: Utterance | Rejected, data: Any) -> l
 def _file_of(item: Utterance) -> str | None:
     if not isinstance(audio := item.audio, Recording):
         return None
-    return identity.file_part(audio.file, audio.start, audio.stop, audio.channel)
+    return identity.file_part(audio.file, audio.start, audio.stop, audio.channel, item.text)
 
 
 def read_rows(folder: Path, parts: int) -> Iterator[Row | Skipped]:

@@ -68,7 +68,7 @@ def resolved(folder: Path, name: str) -> Path:
         return path
 
 
-def file_part(file: str | os.PathLike[str] | bytes, *part: float | int | None) -> str | None:
+def file_part(file: str | os.PathLike[str] | bytes, *part: float | int | str | None) -> str | None:
     """Identifies a part of a file, under whatever name and link; None for content in memory."""
     if isinstance(file, bytes):
         return None

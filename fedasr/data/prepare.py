@@ -497,7 +497,7 @@ def _accepted(items: Iterable[Row | Skipped], skipped_file: IO[str]) -> _Inputs:
     inputs = _Inputs()
     skipped: Counter[str] = Counter()
     seen: set[str] = set()
-    stored: dict[tuple[str, str], Row] = {}  # by file and transcript
+    stored: dict[str, Row] = {}  # by file and transcript
     for item in items:
         if item.user is not None:
             inputs.users.add(item.user)
@@ -507,7 +507,7 @@ def _accepted(items: Iterable[Row | Skipped], skipped_file: IO[str]) -> _Inputs:
             if item.id in seen and getattr(item, "reason", None) != "bad_split":
                 item = Skipped(item.id, item.user, "duplicate_id", "")
         if isinstance(item, Row) and item.file is not None:
-            first = stored.setdefault((item.file, item.transcript), item)
+            first = stored.setdefault(item.file, item)
             if first is not item:
                 inputs.again.append((first.recording or "", item.split, item.user))
                 same = f"the same file and transcript as {first.id!r} of {first.user!r}"

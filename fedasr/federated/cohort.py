@@ -27,7 +27,8 @@ _TOGETHER_BYTES = 1 << 20  # of an array, at most, to be summed over devices wit
 class CohortSum(NamedTuple):
     """Sums over the clients of a round; the leaves of an accumulator have a leading device axis.
 
-    delta: weighted sum of the clipped client updates, float32, shaped like the parameters.
+    delta: weighted sum of the clipped client updates, float32, shaped like the parameters; or the
+      sum modulo 2^32 of what clients sent, int32 [n], where they encode.
     weight: float32, sum of the weights of valid clients.
     clients, steps, invalid: int32 scalars: clients that took part, their optimiser steps, and the
       clients whose update or weight was not finite (they contribute zero to `delta`).
@@ -67,6 +68,26 @@ class Weigh(Protocol):
           A float scalar. It is clipped to [0, 1] before it multiplies the update; where it is not
           finite the client counts as invalid.
         """
+
+
+class Encode(Protocol):
+    """From a client's clipped and weighted update to what it sends, noise included."""
+
+    def __call__(self, delta: Params, rotation: jax.Array, key: jax.Array) -> jax.Array:
+        """Integers whose sum modulo 2^32 the server can decode.
+
+        Args:
+          delta: float32, zeros of a client that is not valid.
+          rotation: public key of the round. key: the client's own, used for nothing else.
+
+        Returns:
+          int32 [n].
+        """
+
+
+def rotation_key(round_key: jax.Array) -> jax.Array:
+    """The public key of a round that clients and the server rotate updates with."""
+    return fold(round_key, Stream.ROTATION)
 
 
 def client_mesh(devices: Sequence[jax.Device] | None = None, model_devices: int = 1) -> Mesh:
@@ -180,6 +201,7 @@ def make_cohort(
     weigh: Weigh | None = None,
     local: bool = False,
     in_turns: bool = False,
+    encode: Encode | None = None,
 ) -> Cohort:
     """Builds the cohort's sum from a client update, the client-side clipping and the weights.
 
@@ -197,6 +219,7 @@ def make_cohort(
         are returned beside the sums and have no part in them. Those of empty slots and of clients
         that are not valid, or whose new ones are not finite, stay as they were.
       in_turns: each device trains its clients of a chunk one after another, not vmapped.
+      encode: see `Encode`; None to send updates as they are.
     """
 
     def one_client(
@@ -219,8 +242,13 @@ def make_cohort(
         def where_valid(x):
             return jnp.where(valid, x, jnp.zeros_like(x))
 
+        delta = jax.tree.map(lambda d: where_valid(d.astype(jnp.float32) * weight), delta)
+        if encode is not None:
+            # Who is not valid sends nothing, with noise: it must not depend on what users have.
+            sent = encode(delta, rotation_key(round_key), fold(key, Stream.SHARE))
+            delta = jnp.where(present, sent, jnp.zeros_like(sent))
         sums = CohortSum(
-            delta=jax.tree.map(lambda d: where_valid(d.astype(jnp.float32) * weight), delta),
+            delta=delta,
             weight=where_valid(weight),
             clients=present.astype(jnp.int32),
             steps=num_steps,

@@ -41,6 +41,7 @@ from fedasr.federated.cohort import (
     make_cohort,
     model_sharding,
     replicated,
+    rotation_key,
     settled,
 )
 from fedasr.federated.local import LocalStore, with_local
@@ -166,6 +167,8 @@ class Simulation:
             raise UserError("weigh needs a mechanism with weighting='bounded', without adaptive")
         if weigh is not None and store is not None:
             raise UserError("weigh would judge a model without the user's local parameters")
+        if mechanism.secure is not None and model_devices > 1:
+            raise UserError("noise in shares rotates whole updates: it needs model_devices=1")
         if resident is not None and weigh is not None:
             raise UserError("weigh would be given the whole of a resident corpus")
         if resident is not None and jax.process_count() > 1:
@@ -225,6 +228,7 @@ class Simulation:
             _for_all(weigh, trained),
             store is not None,
             per_device == 1,
+            mechanism.encoder(),
         )
         if self._adaptive:
             server_optimizer = hold(server_optimizer, mechanism.adaptive.warmup)
@@ -367,7 +371,11 @@ class Simulation:
         return ClientView(state.params, scales_of(state.opt_state))
 
     def _votes(self, state: ServerState, total: CohortSum | None) -> dict[str, Any]:
-        """What adaptive bounds need to know of a round."""
+        """What adaptive bounds, or noise in shares, need to know of a round."""
+        if self.mechanism.secure is not None:
+            rotation = rotation_key(self._round_key(np.int32(state.round), _root(state)))
+            nobody = hosts.place(jnp.int32(0), replicated(self.mesh))
+            return {"clients": nobody if total is None else total.clients, "rotation": rotation}
         if not self._adaptive:
             return {}
         if total is None:
@@ -380,6 +388,9 @@ class Simulation:
     def _delta(self, state: ServerState, total: CohortSum | None) -> Params:
         if total is not None:
             return self._reweigh(total) if self._reweigh else total.delta
+        if self.mechanism.secure is not None:
+            zeros = jnp.zeros(self.mechanism.encoding.dimension, jnp.int32)
+            return hosts.place(zeros, replicated(self.mesh))
         like = keep_part(state.params, self._trained)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
         return hosts.place(zeros, model_sharding(self.mesh, zeros))

@@ -163,19 +163,20 @@ def rdp_epsilon(event: Any, delta: float, neighboring_relation: Any) -> float:
 def _rdp_epsilon_and_order(
     event: Any, delta: float, neighboring_relation: Any
 ) -> tuple[float, float]:
-    from dp_accounting import dp_event, rdp
+    from dp_accounting import NeighboringRelation, dp_event, rdp
+
+    from fedasr.privacy.events import SkellamDpEvent
 
     _check_delta(delta)
     plain, mixed = [], []
     mass = slack = 0.0
     for simple, count in _simple_events(event, counts=True):
-        if not isinstance(simple, dp_event.TruncatedSubsampledGaussianDpEvent):
+        if getattr(simple, "truncated_batch_size", None) is None:
             plain.append((simple, count))
             continue
         full = full_round_probability(simple)
-        q, z = simple.sampling_probability, simple.noise_multiplier
-        ordinary = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(z))
-        doubled = dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(z / 2))
+        q = simple.sampling_probability
+        ordinary, doubled = _untruncated(simple, 1), _untruncated(simple, 2)
         plain.append((ordinary, count))
         mixed.append((ordinary, doubled, full, count))
         mass += count * full * q
@@ -188,6 +189,10 @@ def _rdp_epsilon_and_order(
 
     @functools.cache
     def curve(simple):
+        if isinstance(simple, SkellamDpEvent):
+            if neighboring_relation is NeighboringRelation.REPLACE_ONE:
+                raise UserError(f"{simple} has no Rényi bound under {neighboring_relation}.")
+            return simple.rdp(orders)
         accountant = rdp.RdpAccountant(orders, neighboring_relation)
         if not accountant.supports(simple):
             raise UserError(f"{simple} has no Rényi bound under {neighboring_relation}.")
@@ -363,6 +368,16 @@ def _noise_multiplier(event: Any) -> float | None:
     while hasattr(event, "event"):
         event = event.event
     return getattr(event, "noise_multiplier", None)
+
+
+def _untruncated(event: Any, moved: float) -> Any:
+    """A truncated round as an ordinary one in which a user moves the sum `moved` times as far."""
+    from dp_accounting import dp_event
+
+    if not isinstance(event, dp_event.TruncatedSubsampledGaussianDpEvent):
+        return event.untruncated(moved)
+    gaussian = dp_event.GaussianDpEvent(event.noise_multiplier / moved)
+    return dp_event.PoissonSampledDpEvent(event.sampling_probability, gaussian)
 
 
 def full_round_probability(event: Any) -> float:

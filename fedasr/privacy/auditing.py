@@ -162,6 +162,14 @@ def canary_params(canaries: int) -> dict[str, jax.Array]:
     return {name: jnp.zeros(canaries, jnp.float32) for name in _LAYERS}
 
 
+def for_canaries(mechanism: Mechanism, canaries: int) -> Mechanism:
+    """The mechanism on the canaries' layers in place of a model: noise in shares depends on it."""
+    if mechanism.secure is None:
+        return mechanism
+    secure = dataclasses.replace(mechanism.secure, dimension=len(_LAYERS) * canaries)
+    return dataclasses.replace(mechanism, secure=secure)
+
+
 def layer_weights(mechanism: Mechanism, params: Mapping[str, jax.Array]) -> dict[str, float]:
     """Share of the clip norm that a clipped canary has in each layer; the squares add up to 1."""
     if mechanism.budget == "global":
@@ -353,9 +361,10 @@ def audit_updates(
             f"one_run: choose at most {probability / 100:.2g}, or many_runs"
         )
     if canaries is None:
-        canaries = 1 if method == "many_runs" else min(mechanism.sampler.population, 1000)
+        canaries = default_canaries(mechanism, method)
     if method == "many_runs" and canaries != 1:
         raise UserError("many_runs has one canary in each run")
+    mechanism = for_canaries(mechanism, canaries)
     present = toss(trials, canaries, method, seed)
     seen = observe(mechanism, present, rounds, seed, devices)
     attacks = {
@@ -373,6 +382,11 @@ def audit_updates(
         confidence=confidence,
         neighbours=mechanism.sampler.neighbours,
     )
+
+
+def default_canaries(mechanism: Mechanism, method: str) -> int:
+    """Canaries of a run whose updates are crafted: one, or everybody, at most 1000."""
+    return 1 if method == "many_runs" else min(mechanism.sampler.population, 1000)
 
 
 def _check(method: str, trials: int, rounds: int, delta: float, confidence: float) -> None:

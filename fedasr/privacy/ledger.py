@@ -141,12 +141,15 @@ def event_from_data(data: Mapping[str, Any]) -> Any:
     """
     from dp_accounting import dp_event
 
+    from fedasr.privacy import events
+
     def value(x):
         if isinstance(x, Mapping):
             return event_from_data(x)
         return [value(y) for y in x] if isinstance(x, list) else x
 
-    kind = getattr(dp_event, str(data.get("type")), None)
+    name = str(data.get("type"))
+    kind = getattr(dp_event, name, getattr(events, name, None))
     if not (isinstance(kind, type) and issubclass(kind, dp_event.DpEvent)):
         raise UserError(f"the ledger has an event that is not known here: {data.get('event')!r}")
     try:

@@ -5,7 +5,9 @@ turns into an epsilon: what is claimed is what is run.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -19,6 +21,13 @@ from fedasr.errors import UserError
 from fedasr.privacy import accounting, clipping, noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales, clip_scaled
 from fedasr.privacy.correlated import Correlation, sensitivity
+from fedasr.privacy.secure_aggregation import (
+    Encoding,
+    SecureAggregation,
+    decode_sum,
+    encode,
+    make_encoding,
+)
 
 # Of the claimed delta, so much may be lost where the tails of the noise end.
 _TAIL_SHARE = 0.01
@@ -117,6 +126,8 @@ class Mechanism:
         such as histograms that weights are made from (`fedasr.feedback.weighting`): Gaussian
         queries, the standard deviation over what one user's contribution changes. They are part
         of `event`.
+      secure: None for Gaussian noise that the server adds, or how clients send integers with shares
+        of Skellam noise in them, for secure aggregation: noise of the same variance.
 
     Raises:
       UserError: if an argument is out of range, noise is asked for without a clip norm or with
@@ -134,6 +145,7 @@ class Mechanism:
     correlation: Correlation | None = None
     adaptive: AdaptiveClip | None = None
     released: tuple[float, ...] = ()
+    secure: SecureAggregation | None = None
 
     def __post_init__(self):
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -164,6 +176,7 @@ class Mechanism:
         ):
             raise UserError("The counts that adapt the clipping need noise of their own.")
         self._check_correlation()
+        self._check_secure()
         self.client_transform()  # raises for an unusable clip_norm or budget
 
     def _check_correlation(self) -> None:
@@ -183,6 +196,43 @@ class Mechanism:
                 f"apart, {sampler.description} sampling has them {sampler.separation} apart: use "
                 f"Poisson sampling with cycle={correlation.bands}, or {nearest}."
             )
+
+    def _check_secure(self) -> None:
+        """Shares of Skellam noise are accounted for as fresh noise on sums of fixed sensitivity."""
+        if self.secure is None:
+            return
+        if self.correlation is not None:
+            raise UserError(
+                f"No accountant knows {self.correlation.description} noise in shares: use Skellam "
+                "noise that is independent from round to round, or correlated Gaussian noise."
+            )
+        if self.adaptive is not None:
+            raise UserError(
+                "Skellam noise is on a grid of fixed bounds: set privacy.adaptive.enabled=False, "
+                "or privacy.noise='independent'."
+            )
+        if self.sampler.sensitivity != 1:
+            raise UserError(
+                f"No accountant knows Skellam noise under {self.sampler.description}: use Poisson "
+                "sampling ('poisson'), or users in turn ('shuffled')."
+            )
+        _ = self.encoding  # raises where bits or noise do not suffice
+
+    @property
+    def encoding(self) -> Encoding:
+        """How clients send updates, where `secure` is given."""
+        return make_encoding(self.secure, self.clip_norm, self.noise_multiplier, self.sampler.slots)
+
+    def central(self) -> "Mechanism":
+        """The same with Gaussian noise of the same variance, added by a server that is trusted."""
+        return dataclasses.replace(self, secure=None)
+
+    def encoder(self) -> Callable[..., jax.Array] | None:
+        """From a clipped and weighted update to what its client sends; None without `secure`.
+
+        See `secure_aggregation.encode`, without its first argument.
+        """
+        return None if self.secure is None else functools.partial(encode, self.encoding)
 
     def check_weights(self, weights: Any, users: int) -> np.ndarray | None:
         """Weights of the users that leave a user's sensitivity at the clip norm.
@@ -255,6 +305,8 @@ class Mechanism:
     @property
     def description(self) -> str:
         """Sampling, and noise where it is correlated, in words."""
+        if self.secure is not None:
+            return f"{self.sampler.description}; Skellam noise in {self.secure.bits} bits"
         if self.correlation is None:
             return self.sampler.description
         return f"{self.sampler.description}; {self.correlation.description} noise"
@@ -295,6 +347,8 @@ class Mechanism:
         Raises:
           UserError: bounds adapt and there is no key for the votes.
         """
+        if self.secure is not None:
+            return decode_sum(self.encoding, self.sampler.expected_cohort, key)
         steps = [
             optax.scale(1 / self.sampler.expected_cohort),
             add_gaussian_noise(
@@ -350,7 +404,9 @@ class Mechanism:
             sampler = self.sampler
             turns *= min(1.0, sampler.expected_cohort * sampler.separation / sampler.population)
         times = {"rounds": rounds, "turns": turns}
-        floor = 0.0
+        if self.secure is not None:
+            return min(1.0, self.encoding.tail_delta(**times) + self._released_tail())
+        floor = self._released_tail()
         if self.adaptive is not None and self.adaptive.noise_multiplier:
             shift = 1 / self.adaptive.noise_multiplier
             reach = noise.reach_for(shift)
@@ -360,11 +416,11 @@ class Mechanism:
             parameters *= rounds
         reach = noise.reach_for(self._shift())
         floor += noise.tail_delta(self._shift(rounds), reach, coordinates=parameters, **times)
-        for z in self.released:
-            if z:
-                shift = self.sampler.sensitivity / z
-                floor += math.exp(-(max(0.0, _NUMPY_REACH - shift) ** 2) / 2)
         return min(1.0, floor)
+
+    def _released_tail(self) -> float:
+        shifts = [self.sampler.sensitivity / z for z in self.released if z]
+        return sum(math.exp(-(max(0.0, _NUMPY_REACH - shift) ** 2) / 2) for shift in shifts)
 
     def check_delta(self, rounds: int, delta: float) -> float:
         """`tail_delta` for up to 10^10 parameters, if that is small beside a claimed delta.
@@ -406,6 +462,8 @@ class Mechanism:
 
     def _rounds_event(self, rounds: int) -> Any:
         turns = self.sampler.participations(rounds)
+        if self.secure is not None:
+            return accounting.compose(self._shares_event(), turns)
         sum_noise = self.noise_multiplier
         if self.correlation is not None and rounds > 0 and self.sampler.amplifies:
             sum_noise /= sensitivity(self.correlation, rounds, self.sampler.separation, 1)
@@ -415,6 +473,15 @@ class Mechanism:
             return accounting.compose(event, turns)
         changed = sensitivity(self.correlation, rounds, self.sampler.separation, turns)
         return self.sampler.event(_joint(sum_noise / changed, count_noise / math.sqrt(turns)))
+
+    def _shares_event(self) -> Any:
+        """One round's, with the chance and the room of the sampler's own event."""
+        import attrs
+
+        chance = ("sampling_probability", "dataset_size", "truncated_batch_size")
+        gaussian = self.sampler.event(self.noise_multiplier)
+        said = {name: getattr(gaussian, name) for name in chance if hasattr(gaussian, name)}
+        return attrs.evolve(self.encoding.event, **said)
 
     def calibrated(self, target_epsilon: float, delta: float, rounds: int) -> "Mechanism":
         """The same mechanism with the smallest noise (to 0.1%) whose `epsilon` is at most that.

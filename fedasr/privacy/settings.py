@@ -9,6 +9,7 @@ from fedasr.errors import UserError
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise, Correlation
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.secure_aggregation import SecureAggregation
 
 
 def make_sampler(config: Mapping[str, Any], population: int) -> Sampler:
@@ -51,7 +52,7 @@ def make_correlation(config: Mapping[str, Any], sampler: Sampler) -> Correlation
     """
     privacy, rounds = config["privacy"], config["rounds"]
     name = privacy["noise"]
-    if name == "independent":
+    if name in ("independent", "skellam"):
         return None
     if name == "banded":
         bands = privacy["bands"] or min(sampler.separation, 32, rounds)
@@ -66,12 +67,53 @@ def make_correlation(config: Mapping[str, Any], sampler: Sampler) -> Correlation
         turns = sampler.participations(rounds)
         return BufferedNoise(privacy["buffers"], rounds, sampler.separation, turns)
     raise UserError(
-        f"privacy.noise={name!r} is unknown: choose 'independent', 'banded' or 'buffered'"
+        f"privacy.noise={name!r} is unknown: choose 'independent', 'banded', 'buffered' or "
+        "'skellam'"
     )
 
 
-def make_mechanism(config: Mapping[str, Any], sampler: Sampler) -> Mechanism:
-    """The privacy mechanism of a configuration; without privacy, neither clipping nor noise."""
+def make_secure(config: Mapping[str, Any], dimension: int | None) -> SecureAggregation | None:
+    """How clients send updates with shares of the noise in them; None for noise of the server's.
+
+    Args:
+      config: of the run.
+      dimension: number of parameters that clients send updates of.
+
+    Raises:
+      UserError: for settings that cannot go together with it.
+    """
+    privacy = config["privacy"]
+    if not privacy["enabled"] or privacy["noise"] != "skellam":
+        return None
+    if dimension is None:
+        raise UserError("privacy.noise='skellam' depends on the model: here it has none")
+    if config["compression"]["upload"]:
+        raise UserError(
+            "privacy.noise='skellam' sends integers of privacy.bits bits, whose sum is theirs: "
+            "unset compression.upload and choose privacy.bits"
+        )
+    if (mode := config["partial"]["mode"]) not in ("all", "fixed"):
+        raise UserError(
+            f"partial.mode={mode!r} would save nothing: under secure aggregation everybody sends "
+            "all variables; choose partial.mode='fixed', or privacy.noise='independent'"
+        )
+    if config["model_devices"] > 1:
+        raise UserError("privacy.noise='skellam' rotates whole updates: set model_devices=1")
+    if not privacy["sigma"] > 0:
+        raise UserError("privacy.noise='skellam' needs privacy.sigma above 0")
+    return SecureAggregation(dimension, privacy["bits"])
+
+
+def make_mechanism(
+    config: Mapping[str, Any], sampler: Sampler, dimension: int | None = None
+) -> Mechanism:
+    """The privacy mechanism of a configuration; without privacy, neither clipping nor noise.
+
+    Args:
+      config: of the run.
+      sampler: who takes part.
+      dimension: number of parameters that clients send updates of, for noise in shares.
+    """
     privacy, weighting = config["privacy"], config["client"]["weighting"]
     if not privacy["enabled"]:
         return Mechanism(math.inf, "global", 0.0, sampler, weighting=weighting)
@@ -85,6 +127,7 @@ def make_mechanism(config: Mapping[str, Any], sampler: Sampler) -> Mechanism:
         weighting=weighting,
         correlation=make_correlation(config, sampler),
         adaptive=_adaptive(privacy["adaptive"], sampler),
+        secure=make_secure(config, dimension),
     )
 
 

@@ -128,6 +128,7 @@ def fields() -> dict[str, Any]:
     """
     from fedasr.audio.augment import SpecAugmentConfig
     from fedasr.models.transformer import TransformerConfig
+    from fedasr.privacy.secure_aggregation import MAX_BITS, MIN_BITS
 
     central: Spec = {
         "steps": whole(0, most=100_000_000, unit="steps"),
@@ -261,8 +262,11 @@ def fields() -> dict[str, Any]:
             "slots": whole(0, unit="users"),
             "cycle": whole(1, 1),  # groups of users that Poisson sampling takes in turn
             # "independent" from round to round, or correlated: "banded" or "buffered" (linear
-            # Toeplitz).
-            "noise": choice("independent", ("independent", "banded", "buffered")),
+            # Toeplitz); or "skellam": integers, in shares that clients add themselves, for secure
+            # aggregation.
+            "noise": choice("independent", ("independent", "banded", "buffered", "skellam")),
+            # Of a coordinate that a client sends, with "skellam".
+            "bits": whole(16, MIN_BITS, MAX_BITS, "bits"),
             # "run": all that is random follows from the run, and whoever has its configuration,
             # data and start can compute the noise; "secret": from the operating system, kept in
             # checkpoints alone.

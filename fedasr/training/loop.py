@@ -394,7 +394,7 @@ def make_simulation(
     def build(chunk: int) -> Simulation:
         return Simulation(
             data.train,
-            make_mechanism(config, sampler),
+            make_mechanism(config, sampler, sent_parameters(config)),
             compression.make_client_update(config, make_update, loss),
             make_optimizer(server["optimizer"], schedule, **server["options"]),
             _local_batches(config),
@@ -494,6 +494,13 @@ def shared_variables(config: Mapping[str, Any]) -> list[bool] | None:
     """For each of the model's variables, whether users send updates of it; None if of all."""
     layout = local_layout(config)
     return trained_variables(config) if layout is None else layout.shared
+
+
+def sent_parameters(config: Mapping[str, Any]) -> int:
+    """Number of parameters that users send updates of."""
+    shapes = jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+    layout = local_layout(config)
+    return compression.sent_size(shapes, trained_variables(config), layout and layout.local)
 
 
 def trained_variables(config: Mapping[str, Any]) -> list[bool] | None:
@@ -727,6 +734,7 @@ def describe_privacy(
                 "rounds": rounds,
                 **_multipliers(deployed),
                 **_figure(figure),
+                **_shares(deployed, rounds, privacy["delta"]),
                 "neighbours": deployed.sampler.neighbours,
             }
         )
@@ -752,9 +760,16 @@ def describe_privacy(
         if entries
         else None,
         **_figure(spent),
+        **_shares(mechanism, rounds, privacy["delta"]),
         "neighbours": mechanism.sampler.neighbours,
         "extrapolations": extrapolations,
     }
+
+
+def _noise_words(mechanism: Mechanism) -> str:
+    if mechanism.secure is not None:
+        return f"Skellam in shares, {mechanism.secure.bits} bits"
+    return "independent" if mechanism.correlation is None else mechanism.correlation.description
 
 
 def _multipliers(mechanism: Mechanism) -> dict[str, float]:
@@ -770,12 +785,37 @@ def _noise(mechanism: Mechanism, params: Any) -> dict[str, Any]:
     correlation, adaptive = mechanism.correlation, mechanism.adaptive
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     described = {
-        "noise": "independent" if correlation is None else correlation.description,
+        "noise": _noise_words(mechanism),
         "noise_state_bytes": correlation.buffers * size if correlation and mechanism.sigma else 0,
     }
     if adaptive is not None:
         described["adaptive"] = dataclasses.asdict(adaptive)
     return described
+
+
+def _shares(mechanism: Mechanism, rounds: int, delta: float) -> dict[str, Any]:
+    """Of noise in shares: what it costs beside Gaussian noise of the same variance; else nothing.
+
+    `bits` of each of `coordinates` that a client sends, `wrapped`, the share of the sum's
+    coordinates that are expected to wrap around, without signal and with the most there can be,
+    `sensitivity`, what rounding makes of the clip norm, over it, and `central`, epsilon under that
+    Gaussian noise.
+    """
+    if mechanism.secure is None:
+        return {}
+    encoding = mechanism.encoding
+    length = encoding.l2 / (mechanism.clip_norm * encoding.scale)
+    most = encoding.shares * mechanism.clip_norm
+    return {
+        "secure_aggregation": {
+            "bits": encoding.bits,
+            "coordinates": encoding.dimension,
+            "wrapped": [encoding.wrapped(), encoding.wrapped(most)],
+            "sensitivity": length,
+            "rounding": math.sqrt(encoding.rounding_variance / encoding.variance),
+            "central": _figure(mechanism.central().epsilon(rounds, delta)),
+        }
+    }
 
 
 def _not_covered(config: Mapping[str, Any], ledger_known: bool) -> list[str]:
@@ -867,7 +907,8 @@ def dry_run(
         "config": config,
     }
     if config["algorithm"] == "federated":
-        mechanism = make_mechanism(config, make_sampler(config, population))
+        sampler = make_sampler(config, population)
+        mechanism = make_mechanism(config, sampler, sent_parameters(config))
         mechanism.client_transform()
         shared = keep(shapes, shared_variables(config))
         layout = local_layout(config)
@@ -965,7 +1006,10 @@ def _rehearse_synthetic(config: Mapping[str, Any]) -> int:
     _check_features(config, {"options": {}})
     population = synthetic.expected_users(settings, config["data"]["train"])
     if config["algorithm"] == "federated":
-        _check_deployments(config, make_mechanism(config, make_sampler(config, population)))
+        _check_deployments(
+            config,
+            make_mechanism(config, make_sampler(config, population), sent_parameters(config)),
+        )
     return population
 
 

@@ -538,6 +538,13 @@ def _privacy_tables(summary: Record, privacy: Record) -> str:
     )
     if (tails := _number(privacy, "delta_at_tails")) is not None:
         how += f" What lies beyond the end of the noise's tails adds at most {tails:.1g} to δ."
+    if shares := _mapping(privacy, "secure_aggregation"):
+        central = _number(_mapping(shares, "central"), "epsilon")
+        how += (
+            f" The noise is Skellam, in shares that clients add before they send "
+            f"{_text(shares.get('bits'))} bits a coordinate; with Gaussian noise of the same "
+            f"variance, added by a trusted server, ε would be {_text(central)}."
+        )
     described = from_json(dict(_mapping(privacy, "ledger")))
     return (
         _table(rows, header)

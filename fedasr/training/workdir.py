@@ -30,6 +30,7 @@ PLACES = {"data.dir": "data.identity", "init_from": "start"}
 ADDED: dict[str, Any] = {
     "start": "",  # what init_from was, where a release did not note it
     "privacy.noise_seed": "run",
+    "privacy.bits": 16,
     "data.labels_per_frame": 0.2,
     "data.resident": False,
     "model.options.attention": "plain",

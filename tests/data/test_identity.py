@@ -90,6 +90,7 @@ def test_parts_and_other_transcripts_of_a_file_are_other_utterances(tmp_path):
         {"start": 0.7, "end": 1.4},
         {"start": 0.7, "end": 1.4, "id": "again"},
         {"start": 0.7, "end": 1.4, "id": "other", "text": "ho"},
+        {"start": 0.7, "end": 1.4, "id": "as written", "text": "Hi!"},
         {"duration": 2.05},
         {"duration": 1.5, "id": "wrong"},
         {"offset": 1.5, "duration": 0.7, "id": "outside"},
@@ -97,7 +98,7 @@ def test_parts_and_other_transcripts_of_a_file_are_other_utterances(tmp_path):
     entries = [{"audio_filepath": "a.wav", "user": "u", **entry} for entry in entries]
     source = read_manifest(manifest(tmp_path / "m", *entries))
     summary = prepare(source, tmp_path / "out", name="x")
-    assert summary["utterances"] == 4
+    assert summary["utterances"] == 5
     assert summary["skipped"] == {"duplicate_recording": 1, "duration_mismatch": 2}
     assert summary["notes"] == {
         "recordings_stored_several_times": 1,

@@ -9,6 +9,15 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import audit_privacy
+from experiments.audit_privacy import Report
+from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
+from fedasr.privacy.auditing import Audit, Scores
+from fedasr.privacy.mechanism import Mechanism
+from fedasr.training.config import default_config
+from fedasr.training.logging import config_to_json
+
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -51,6 +60,131 @@ def test_crafted_updates(program, tmp_path):
     assert (found["delta"], found["confidence"], found["exceeds"]) == (1e-3, 0.95, False)
     assert 0.5 < found["auroc"] < 0.7
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_side_by_side(program):
+    """Both kinds of noise by both methods, in one table and one object."""
+    options = ("--rounds=2", "--trials=20", "--runs=60", "--delta=1e-3", "--side_by_side")
+    done = program("experiments.audit_privacy", NOISY[0], *options, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() >= KEYS
+    rows = {(row["noise"], row["method"]): row for row in found["audits"]}
+    assert rows.keys() == {
+        (noise, method)
+        for noise in ("central", "distributed")
+        for method in ("one_run", "many_runs")
+    }
+    first = rows["central", "one_run"]
+    assert all(found[key] == first[key] for key in first.keys() - {"exceeds"})
+    central, distributed = found["figures"]["central"], found["figures"]["distributed"]
+    assert central["accountant"] == "PLD" and distributed["accountant"] == "RDP"
+    assert central["epsilon"] < distributed["epsilon"] < 1.01 * central["epsilon_rdp"]
+    assert distributed["bits"] == 16 and 0 < distributed["wrapped"] < 1e-8
+    for (noise, _), row in rows.items():
+        assert row["epsilon_claimed"] == pytest.approx(found["figures"][noise]["epsilon"], rel=0.01)
+        assert 0 <= row["epsilon_lower"] <= row["epsilon_claimed"]
+    assert rows["distributed", "many_runs"]["trials"] == 60
+    assert rows["distributed", "one_run"]["canary_count"] == 20 * 68
+
+
+def audit_of(noise, method, lower, claimed):
+    scores = {"likelihood": Scores(np.ones(2), np.zeros(2))}
+    return noise, Audit(
+        lower, claimed, lower, 1e-3, 0.95, method, 5, 2, 10, "likelihood", 0.6, scores, {}
+    )
+
+
+def test_the_text_of_a_report():
+    figure = {"epsilon": 1.5, "accountant": "PLD", "epsilon_rdp": 2.0}
+    figures = {"central": figure, "distributed": figure | {"bits": 12, "wrapped": 1e-9}}
+    audits = [
+        audit_of("central", "one_run", 0.25, 1.5),
+        audit_of("distributed", "one_run", 1.75, 1.5),
+        audit_of("central", "many_runs", 0.5, 1.5),
+    ]
+    lines = list(audit_privacy._describe(Report(audits, figures, "updates")))
+    head, central, distributed = (line.split() for line in lines[-4:-1])
+    assert head[-1] == "many_runs" and "one_run" in head
+    assert central == ["central", "1.5", "PLD", "2", "0.25", "0.5"]
+    assert distributed == [*"distributed 1.5 PLD 2 1.75 (exceeds) not run".split()]
+    assert "12 bits" in lines[-1]
+    summary = audit_privacy.to_summary(Report(audits, figures, "updates"))
+    assert summary["exceeds"] and not summary["audits"][0]["exceeds"]
+    assert summary["epsilon_lower"] == 0.25 and summary["figures"] == figures
+
+
+def test_noise_in_shares_that_cannot_be_is_explained():
+    fixed = Mechanism(1.0, "global", 2.0, FixedSizeSampler(100, 10, seed=0))
+    noises = audit_privacy.both_noises(fixed, 16, 1000)
+    assert noises["central"] is fixed and "'shuffled'" in noises["distributed"]
+    figure = audit_privacy.figure_of(noises["distributed"], 3, 1e-5)
+    assert figure["epsilon"] is None and "'shuffled'" in figure["why_not"]
+    lines = list(
+        audit_privacy._describe(
+            Report([audit_of("central", "one_run", 0.1, 1.5)], {"distributed": figure}, "updates")
+        )
+    )
+    assert "'shuffled'" in lines[-1]
+    poisson = Mechanism(1.0, "global", 2.0, PoissonSampler(100, 10, seed=0))
+    both = audit_privacy.both_noises(poisson, 14, 1000)
+    assert both["distributed"].secure.bits == 14
+    again = audit_privacy.both_noises(both["distributed"], 20, 1)
+    assert again["distributed"] is both["distributed"] and again["central"] == poisson
+
+
+@pytest.fixture(scope="module")
+def few_people(tmp_path_factory):
+    """Two training users and a held-out one, an utterance of noise each."""
+    pytest.importorskip("array_record")
+    pytest.importorskip("tensorflow_datasets")
+    utterances = [
+        Utterance(
+            user,
+            user,
+            "one two",
+            split,
+            lambda i=i: (0.1 * np.random.default_rng(i).standard_normal(8_000, np.float32), 16_000),
+        )
+        for i, (user, split) in enumerate((("a", "train"), ("b", "train"), ("c", "dev")))
+    ]
+    out = tmp_path_factory.mktemp("people") / "data"
+    prepare(utterances, out, name="people")
+    return out
+
+
+def audit_people(directory, trials, **privacy):
+    config = default_config()
+    config.data.dir, config.data.eval = str(directory), ("dev",)
+    config.model.options.update(dim=16, blocks=1, heads=2, mlp=16)
+    config.update(rounds=2, cohort=3)
+    config.client.update(steps=10, batch_size=2, learning_rate=0.5)
+    config.server.update(optimizer="sgd", learning_rate=3.0)
+    config.privacy.update(
+        sampler="shuffled", clip_norm=5.0, budget="global", sigma=1.0, delta=1e-3, deployments=()
+    )
+    config.privacy.update(privacy)
+    options = {"trials": trials, "canaries": None, "confidence": 0.95, "log": lambda text: None}
+    plain = config_to_json(config.to_dict())
+    return audit_privacy.audit_users(plain, 1e-3, method="many_runs", **options)
+
+
+def test_a_held_out_user_is_recognised_when_there_is_no_noise(few_people, monkeypatch):
+    """The attack on real users works: their own utterance, with random words, is learned."""
+    monkeypatch.setattr(Mechanism, "noise_std", property(lambda self: 0.0))
+    found, mechanism = audit_people(few_people, 4)
+    assert found.auroc == 1 and found.canaries == found.trials == 4
+    scores = found.scores["loss"]
+    assert scores.present.min() > 3 > 0 > scores.absent.max()
+    assert 1 < found.epsilon_claimed < 2 and mechanism.sampler.population == 3
+
+
+@pytest.mark.slow
+def test_a_held_out_user_is_hidden_by_shares_of_noise(few_people):
+    found, mechanism = audit_people(few_people, 2, noise="skellam")
+    assert mechanism.secure.dimension > 10_000
+    assert not found.exceeds and found.epsilon_claimed > 1
+    assert np.isfinite(found.scores["loss"].present).all()
 
 
 def test_too_little_noise_is_exit_status_1(program_environment):

@@ -136,3 +136,15 @@ def test_mistakes(how, message):
         plan_privacy.plan(100, 1000, 10, 1e-6, **how)
     with pytest.raises(UserError, match="cohort=100 is more than the 50 users"):
         plan_privacy.plan(100, 50, 10, 1e-6, sigma=1e-3)
+
+
+def test_noise_in_shares():
+    """As the run's own, for so many parameters; needed bits are asked for before anything runs."""
+    kind = {"noise_multiplier": 1.43, "noise": "skellam"}
+    row = plan_privacy.plan(1024, 34_753, 2000, 1e-9, parameters=10_000_000, bits=20, **kind)
+    central = plan_privacy.plan(1024, 34_753, 2000, 1e-9, noise_multiplier=1.43)
+    assert (row["accountant"], row["epsilon_pld"]) == ("RDP", None)
+    assert central["epsilon_rdp"] < row["epsilon"] < 1.003 * central["epsilon_rdp"]
+    assert "20 bits" in row["sampling"]
+    with pytest.raises(UserError, match="--parameters"):
+        plan_privacy.plan(1024, 34_753, 2000, 1e-9, **kind)
