@@ -12,9 +12,14 @@ import io
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 pytestmark = pytest.mark.planted
+# The same examples every time, however slow the machine is.
+hypothesis.settings.register_profile(
+    "planted", derandomize=True, suppress_health_check=list(hypothesis.HealthCheck), deadline=None
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -65,11 +70,13 @@ def outcomes(nodes):
     args = ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:xdist", "-p", "no:logging"]
     args += ["-o", "addopts=--import-mode=importlib", "--rootdir", str(ROOT)]
     args += [f"{ROOT / node.partition('::')[0]}::{node.partition('::')[2]}" for node in nodes]
-    said = io.StringIO()
+    said, profile = io.StringIO(), hypothesis.settings.get_current_profile_name()
+    hypothesis.settings.load_profile("planted")
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = pytest.main(args, plugins=[verdicts])
     finally:
+        hypothesis.settings.load_profile(profile)
         for name in [name for name, m in sys.modules.items() if _is_test(m)]:
             del sys.modules[name]
         sys.modules.update(before)
