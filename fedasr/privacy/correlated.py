@@ -153,9 +153,11 @@ class BufferedNoise:
 
 @functools.lru_cache
 def _banded(rounds: int, bands: int) -> tuple[float, ...]:
+    import jax
     from jax_privacy.matrix_factorization import toeplitz
 
-    found = np.asarray(toeplitz.optimize_banded_toeplitz(rounds, bands), np.float32)
+    with jax.ensure_compile_time_eval():  # whoever asks first may be tracing a program
+        found = np.asarray(toeplitz.optimize_banded_toeplitz(rounds, bands), np.float32)
     # Float32 from here on: what is accounted for is what runs.
     return tuple(map(float, found))
 
@@ -165,16 +167,18 @@ def _buffered(
     buffers: int, rounds: int, separation: int, participations: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decay and output scale of each buffer, float64 with float32 values, both [buffers]."""
+    import jax
     from jax_privacy.matrix_factorization import buffered_toeplitz
 
-    found = buffered_toeplitz.optimize(
-        n=rounds,
-        min_sep=separation,
-        max_participations=participations,
-        error="mean",  # as for bands
-        min_buffers=buffers,
-        max_buffers=buffers,
-    )
+    with jax.ensure_compile_time_eval():
+        found = buffered_toeplitz.optimize(
+            n=rounds,
+            min_sep=separation,
+            max_participations=participations,
+            error="mean",  # as for bands
+            min_buffers=buffers,
+            max_buffers=buffers,
+        )
     return tuple(
         np.asarray(x, np.float32).astype(np.float64) for x in (found.buf_decay, found.output_scale)
     )

@@ -68,7 +68,7 @@ def test_a_round_is_a_federated_round_and_then_central_steps(parts):
         middle = ServerState(server.params, middle.opt_state, middle.round)
         for middle, _, _ in central.run(middle, 3):  # noqa: B007
             pass
-        server = ServerState(middle.params, server.opt_state, server.round)
+        server = ServerState(middle.params, server.opt_state, server.round, server.root)
         np.testing.assert_array_equal(state.params["w"], middle.params["w"])
         assert (int(state.round), int(state.step)) == (round, 3 * round)
         assert (metrics.round, metrics.loss) == (round, expected.loss)
