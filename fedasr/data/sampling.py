@@ -512,6 +512,14 @@ class SilentSampler:
         return self.sampler.slots
 
     @property
+    def seed(self) -> int:
+        return getattr(self.sampler, "seed", 0)
+
+    def reseeded(self, seed: int) -> "SilentSampler":
+        """See `Sampler`."""
+        return dataclasses.replace(self, sampler=self.sampler.reseeded(seed))
+
+    @property
     def separation(self) -> int:
         return self.sampler.separation
 

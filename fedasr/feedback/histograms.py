@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedasr.errors import UserError
-from fedasr.streams import Stream, generator
+from fedasr.privacy import noise
+from fedasr.streams import Stream, seed_key
 
 
 class Histogram(NamedTuple):
@@ -78,6 +79,7 @@ def client_histogram(
     for own in keys:
         counts[sorted({bucket(key, buckets) for key in own})[:most]] += 1
     if noise_multiplier:
-        rng = generator(Stream.HISTOGRAM, seed)
-        counts += rng.normal(scale=noise_multiplier * math.sqrt(most), size=buckets)
+        key = seed_key(seed, Stream.HISTOGRAM)
+        drawn = noise.standard_normal(key, buckets, noise.released_reach(noise_multiplier))
+        counts += noise_multiplier * math.sqrt(most) * np.asarray(drawn, np.float64)
     return Histogram(counts, most, noise_multiplier)

@@ -44,16 +44,17 @@ def check_options(config: Any, sizes: Sequence[str]) -> None:
 def check_numbers(config: Any) -> None:
     """Raises UserError for a field of another type, one that is not finite, negative or huge.
 
-    Shares of what is dropped must be below 1.
+    Dropout must be below 1; a layer may be dropped always.
     """
     check_dataclass(
         config,
         "the model's",
         dict.fromkeys(_SIZES, (0, 65_536)) | {"blocks": (0, 1000), "layers": (0, 1000)},
     )
-    for name in ("dropout", "layer_drop"):
-        if getattr(config, name, 0) >= 1:
-            raise UserError(f"the model's {name}={getattr(config, name)} must be below 1")
+    if getattr(config, "dropout", 0) >= 1:
+        raise UserError(f"the model's dropout={config.dropout} must be below 1")
+    if getattr(config, "layer_drop", 0) > 1:
+        raise UserError(f"the model's layer_drop={config.layer_drop} must be at most 1")
 
 
 def check_sizes(config: Any, sizes: Sequence[str]) -> None:

@@ -33,9 +33,6 @@ from fedasr.privacy.secure_aggregation import (
 _TAIL_SHARE = 0.01
 _NEVER = 1e-15  # a probability that no number of rounds makes visible
 _MOST_PARAMETERS = 10**10  # on which the loss at the tails hardly depends
-# How far numpy's normal draws go, of which what was `released` is made: they are resolved by 53
-# bits and, beyond 3.65, drawn from the tail by -log(u) / 3.65.
-_NUMPY_REACH = 3.65 + 53 * math.log(2) / 3.66
 
 
 class NoiseState(NamedTuple):
@@ -419,8 +416,17 @@ class Mechanism:
         return min(1.0, floor)
 
     def _released_tail(self) -> float:
-        shifts = [self.sampler.sensitivity / z for z in self.released if z]
-        return sum(math.exp(-(max(0.0, _NUMPY_REACH - shift) ** 2) / 2) for shift in shifts)
+        return sum(
+            noise.tail_delta(
+                self.sampler.sensitivity / z,
+                noise.released_reach(z),
+                rounds=1,
+                turns=1.0,
+                coordinates=_MOST_PARAMETERS,
+            )
+            for z in self.released
+            if z
+        )
 
     def check_delta(self, rounds: int, delta: float) -> float:
         """`tail_delta` for up to 10^10 parameters, if that is small beside a claimed delta.

@@ -40,6 +40,14 @@ def reach_for(shift: float) -> float:
     return shift + _MARGIN
 
 
+def released_reach(noise_multiplier: float) -> float:
+    """The reach of noise on what is published about all users, whose neighbours are not known yet.
+
+    Replacing a user moves it by up to twice as much as removing one.
+    """
+    return reach_for(2 / noise_multiplier)
+
+
 def exponential(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Standard exponential variables -log(u), of u uniform in (0, 1) with 40 bits.
 

@@ -175,7 +175,7 @@ def test_increasing_coefficients_are_refused(monkeypatch):
 
 def test_calibration_and_deployment_keep_the_correlation():
     small = mechanism(ShuffledSampler(12, 4, seed=0), noise=0.5).calibrated(3.0, 1e-5, ROUNDS)
-    assert small.epsilon(ROUNDS, 1e-5).epsilon_rdp == pytest.approx(3.0, rel=1e-3)
+    assert small.epsilon(ROUNDS, 1e-5).epsilon == pytest.approx(3.0, rel=1e-3)
     large = small.deployed(40, 120)
     assert large.noise_multiplier == pytest.approx(10 * small.noise_multiplier)
     assert large.sampler == ShuffledSampler(120, 40, 0) and large.correlation == BANDED
