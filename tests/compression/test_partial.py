@@ -134,7 +134,7 @@ def test_a_round_trains_one_group_for_everybody():
     assert [g for g in groups if g is None] == [None] * LAYERS  # biases
     assert sorted(g for g in groups if g is not None) == [0, 0, 1, 1, 2, 2]
     seen = set()
-    for round in range(6):
+    for round in range(12):
         found = [changed(train(subset, user, round)) for user in (1, 2)]
         assert found[0] == found[1]
         (group,) = {g for g, yes in zip(groups, found[0], strict=True) if yes and g is not None}
