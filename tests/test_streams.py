@@ -38,6 +38,10 @@ MODELS = {
     "conformer": {"dim": 16, "blocks": 1, "heads": 2, "vocab": 8},
     "recurrent": {"features": 4, "units": 6, "layers": 2, "window": 2, "stride": 1, "vocab": 8},
 }
+RNNT = (
+    "transformer",
+    MODELS["transformer"] | {"objective": "rnnt", "joint_dim": 8, "prediction_dim": 8},
+)
 
 
 def loss(params, batch, key):
@@ -121,7 +125,7 @@ def test_tags_are_unique_and_no_counter_reaches_them():
     assert all(2**31 <= s < 2**32 for s in Stream)
 
 
-@pytest.mark.parametrize(("name", "options"), MODELS.items())
+@pytest.mark.parametrize(("name", "options"), [*MODELS.items(), RNNT])
 def test_initialisation_meets_no_stream_of_any_run(recorded, name, options):
     """With the models' own initialisers, for the seed of the run and its neighbours."""
     recogniser = make_recogniser(name, options)
