@@ -668,7 +668,7 @@ def describe_ledger(
       spent: by this run alone. extrapolations: the summary's, of this run alone.
     """
     delta = spent.delta
-    *earlier, own = entries
+    *earlier, _ = entries
     runs = [
         {
             "run": entry.run,
@@ -680,7 +680,7 @@ def describe_ledger(
         }
         for entry in earlier
     ]
-    described: dict[str, Any] = {"known": known, "run": own.run, "earlier": runs, "delta": delta}
+    described: dict[str, Any] = {"known": known, "earlier": runs, "delta": delta}
     if not known:
         return described | {"total_epsilon": None, "total_deployed": []}
     total = ledger.Total(spent.epsilon, delta, spent.accountant, 0, ())
@@ -1609,6 +1609,7 @@ class _Run:
                 "history": self.history,
                 "side_channel_failures": self.logger.failures,
                 "name": config["name"],
+                "run": self.run_name,
                 "algorithm": config["algorithm"],
                 "rounds": int(state.round) if federated else 0,
                 "central_steps": self.seed_steps + (0 if federated else int(state.round)),

@@ -116,7 +116,7 @@ def test_a_chain_of_runs_is_independent_and_charged_in_full(corpora, tmp_path, m
     total = second["privacy"]["ledger"]
     assert total["total_epsilon"] == pytest.approx(by_hand(event(), event()), rel=2e-3)
     assert planned["total_epsilon"] == pytest.approx(total["total_epsilon"])
-    assert total["shared_users"] == POPULATION and total["earlier"][0]["run"] == own["run"]
+    assert total["shared_users"] == POPULATION and total["earlier"][0]["run"] == first["run"]
     deployed = event(z=20.0, q=20 / 1000)
     assert total["total_deployed"][0]["epsilon"] == pytest.approx(
         by_hand(deployed, deployed), rel=2e-3
