@@ -104,5 +104,5 @@ def test_a_resumed_run_is_bit_identical(corpus, single):
 
 
 def test_it_learns(single):
-    losses = [loss for _, _, loss in single.run(single.init(PARAMS), 60)]
+    losses = [loss for _, _, loss in single.run(single.init(PARAMS), 300)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
