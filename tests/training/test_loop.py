@@ -403,7 +403,7 @@ def test_all_kinds_of_state_survive_a_stop(configure, no_report, tmp_path, monke
     whole = loop.run(config, tmp_path / "whole")
     privacy = whole["privacy"]
     assert privacy["noise"] == "banded, 2 bands"  # 4 users, 2 a round: turns 2 apart
-    start = loop.build_recogniser(config).init(jax.random.key(config["seed"]))
+    start = loop.initial_params(loop.build_recogniser(config), config)
     end, trained = restore_params(tmp_path / "whole"), 0
     for (path, before), after in zip(
         jax.tree.leaves_with_path(start), jax.tree.leaves(end), strict=True
