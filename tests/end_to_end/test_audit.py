@@ -15,8 +15,7 @@ from fedasr.data.prepare import Utterance, prepare
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.privacy.auditing import Audit, Scores
 from fedasr.privacy.mechanism import Mechanism
-from fedasr.training.config import default_config
-from fedasr.training.logging import config_to_json
+from fedasr.training.config import default_config, resolve
 
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
 
@@ -165,7 +164,7 @@ def audit_people(directory, trials, **privacy):
     )
     config.privacy.update(privacy)
     options = {"trials": trials, "canaries": None, "confidence": 0.95, "log": lambda text: None}
-    plain = config_to_json(config.to_dict())
+    plain = resolve(config.to_dict())
     return audit_privacy.audit_users(plain, 1e-3, method="many_runs", **options)
 
 
