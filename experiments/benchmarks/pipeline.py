@@ -36,20 +36,21 @@ class _Stored:
     def __init__(self, chunks: dict[int, list[Any]]) -> None:
         self._chunks = chunks
 
-    def chunks(self, users: Iterable[int], round: int) -> Iterator[Any]:
+    def chunks(self, users: Iterable[int], round: int, seed: int | None = None) -> Iterator[Any]:
         """What was read for that round."""
-        del users
+        del users, seed
         return iter(self._chunks[round])
 
 
 def measure(simulation: Any, state: Any, rounds: int, repeats: int) -> dict[str, float]:
     """The figures above. `simulation` is left with what it had."""
     batcher, first = simulation.batcher, int(state.round)
+    draws = simulation.draws(state)
     reading, chunks = [], {}
     for number in range(first, first + rounds + 1):
-        users = simulation.mechanism.sampler.cohort(number)
+        users = draws.sampler.cohort(number)
         began = time.perf_counter()
-        chunks[number] = list(batcher.chunks(users, number))
+        chunks[number] = list(batcher.chunks(users, number, draws.order))
         reading.append(time.perf_counter() - began)
     list(simulation.run(state, rounds + 1))  # compiles
     found: dict[str, list[list[Any]]] = {"disk": [], "memory": []}
