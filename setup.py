@@ -57,6 +57,11 @@ setup(
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
         **SUBWORDS,
+        "dev": [  # what .pre-commit-config.yaml runs, beside ruff
+            "import-linter>=2.1",  # contracts of which package may import which
+            "mypy>=1.15",
+            "pre-commit>=4.0",
+        ],
         "cuda": ["jax[cuda12]>=0.8"],
         "tpu": ["jax[tpu]>=0.8"],
         "test": [

@@ -207,3 +207,21 @@ def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere(tmp_path):
         assert (tmp_path / "reference" / "api" / f"{module}.html").exists()
     mechanism = tmp_path / "reference" / "api" / "fedasr.privacy.mechanism.html"
     assert "The one object that states the privacy of a run." in mechanism.read_text()
+
+
+def test_habits_run_what_is_there():
+    """Hooks and workflow name tools of an extra, and the script that is there."""
+    yaml = pytest.importorskip("yaml")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    tools = {hook["entry"].split()[0] for repo in hooks for hook in repo["hooks"]}
+    assert tools == {"ruff", "mypy", "lint-imports"}
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for package in ("ruff", "mypy", "import-linter", "pre-commit"):
+        assert f'"{package}>=' in setup
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    commands = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in commands and os.access(ROOT / ".ci" / "run", os.X_OK)
+    for template in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md"):
+        head = yaml.safe_load(template.read_text(encoding="utf-8").split("---")[1])
+        assert head["name"] and head["about"]
