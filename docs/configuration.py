@@ -1,16 +1,18 @@
 """The page of the configuration, made from the declared fields.
 
 Defaults, kinds and units are those of the declaration, the range is what its check says of values
-that are out of it, and the words are the comments that stand beside the field in the source, or
-those of `WORDS` below.
+that are out of it. The words are those of the declaration (`Field.doc`, docstrings of sections),
+else the comments that stand beside a field in the source, unless `WORDS` below has better ones.
 """
 
 import ast
+import dataclasses
 import inspect
 import io
 import re
 import tokenize
 from collections.abc import Mapping
+from typing import Any
 
 from fedasr.fields import Field, flatten
 from fedasr.training import config
@@ -83,7 +85,7 @@ WORDS = {
 
 def page() -> str:
     """The page's Markdown: a table for each section."""
-    said = comments(inspect.getsource(config))
+    said = comments(inspect.getsource(config)) | declared_words(config)
     sections: dict[str, list[str]] = {}
     for path, field in flatten(config.fields()).items():
         section, _, name = path.rpartition(".")
@@ -147,6 +149,35 @@ def allowed(field: Field) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def declared_words(module: Any) -> dict[str, str]:
+    """What declarations say of fields and sections, by path.
+
+    Args:
+      module: whose `fields` returns them; its `Config`, if there is one, is the dataclass of
+        dataclasses that they stand in.
+    """
+    said = {
+        path: _sentence(field.doc)
+        for path, field in flatten(module.fields()).items()
+        if getattr(field, "doc", "")
+    }
+
+    def walk(kind: Any, prefix: str) -> None:
+        for field in dataclasses.fields(kind):
+            if inner := field.metadata.get("section"):
+                said[f"{prefix}{field.name}"] = " ".join(_summary(inner).split())
+                walk(inner, f"{prefix}{field.name}.")
+
+    if hasattr(module, "Config"):
+        walk(module.Config, "")
+    return said
+
+
+def _summary(kind: Any) -> str:
+    """A docstring up to its attributes."""
+    return (inspect.getdoc(kind) or "").partition("\nAttributes:")[0]
 
 
 def comments(source: str) -> dict[str, str]:

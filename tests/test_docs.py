@@ -1,15 +1,17 @@
 """The documentation: its site, its references, its links and the shape of its prose."""
 
+import dataclasses
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from fedasr.fields import flatten
+from fedasr.fields import Field, flatten
 from fedasr.training import config
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +159,33 @@ def test_ranges_are_those_of_the_checks():
     assert allowed(whole(3, 1, 7)) == "whole number, at least 1 and at most 7"
     assert allowed(real(0.5, above=0, below=1)) == "number, above 0 and below 1"
     assert allowed(choice("a", ("b", "a"))) == "one of `a`, `b`"
+
+
+def test_declarations_become_words():
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        """What is inside.
+
+        Attributes:
+          other: not shown.
+        """
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        inner: Inner = dataclasses.field(default_factory=Inner, metadata={"section": Inner})
+
+    @dataclasses.dataclass(frozen=True)
+    class Documented(Field):
+        doc: str = ""
+
+    module = types.SimpleNamespace(
+        Config=Config,
+        fields=lambda: {
+            "inner": {"one": Documented(1, bool, doc="the first"), "two": Field(2, bool)}
+        },
+    )
+    words = load("configuration").declared_words(module)
+    assert words == {"inner": "What is inside.", "inner.one": "The first."}
 
 
 def test_comments_become_words():
