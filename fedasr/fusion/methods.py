@@ -464,7 +464,9 @@ def score_all(score: Score, models: PyTree) -> jax.Array:
       score: see the module.
     """
     # Vmapped matrix products of a CPU are slower than one after the other.
-    return jax.lax.map(score, models) if jax.default_backend() == "cpu" else jax.vmap(score)(models)
+    return jax.lax.platform_dependent(
+        models, cpu=functools.partial(jax.lax.map, score), default=jax.vmap(score)
+    )
 
 
 # ---------------------------------------------------------------------------------------- names

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedasr.ctc import BLANK
 from fedasr.errors import UserError
+from fedasr.kernels.ctc import BLANK
 from fedasr.models import layers
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr import ctc
 from fedasr.data.batching import PooledBatcher, bucket_padding, fewest_buckets, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.errors import UserError
+from fedasr.kernels import ctc
 from fedasr.models import layers, transducer
 from fedasr.models.recogniser import Recogniser, make_recogniser
 from fedasr.text import CharTokenizer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fedasr.ctc import BLANK, compact
+from fedasr.kernels.ctc import BLANK, compact
 
 _NEVER = -1e30  # a log-probability; unlike -inf it has differences and gradients
 
