@@ -80,12 +80,11 @@ def pack_params(
     leaves, treedef = jax.tree.flatten(params)
     selected = flags(params, weight_matrices)
     rest = iter(chosen if chosen is not None else [True] * sum(selected))
-    return treedef.unflatten(
-        [
-            pack_variable(leaf, fmt, align=align) if select and next(rest) else leaf
-            for leaf, select in zip(leaves, selected, strict=True)
-        ]
-    )
+    packed = [
+        pack_variable(leaf, fmt, align=align) if select and next(rest) else leaf
+        for leaf, select in zip(leaves, selected, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, packed)
 
 
 def fedsgd_program(
@@ -174,7 +173,7 @@ def measure(program: Callable[..., Any], params: Any, *rest: Any) -> Memory:
     # The buffers are the same without the optimisations that come after them.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if device.platform == "cpu" else None
-    analysis = lowered.compile(compiler_options=options).memory_analysis()
+    analysis: Any = lowered.compile(compiler_options=options).memory_analysis()
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     parameters = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
     total = arguments + outputs + analysis.temp_size_in_bytes - analysis.alias_size_in_bytes

@@ -158,15 +158,23 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(
+    frames = q.shape[1]
+    # For training JAX refuses odd numbers of frames.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, frames % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=_lengths(mask), implementation="cudnn"
     )
+    return out[:, :frames]
 
 
 def _why_not_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> str:
     """Why JAX cannot write calls of cuDNN for these arrays on this machine; empty where it can."""
+
+    def trained(*args: jax.Array) -> jax.Array:
+        return jax.vjp(lambda *qkv: _cudnn(*qkv, mask), *args)[0]
+
     try:
-        jax.eval_shape(_cudnn, q, k, v, mask)
+        jax.eval_shape(trained, q, k, v)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return str(error) or type(error).__name__
     return ""

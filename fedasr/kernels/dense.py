@@ -21,8 +21,8 @@ def reference(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def by_kernel(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """The derivative of `product` by its kernel: [..., f] and [..., g] -> [f, g]."""
-    rows = [a.reshape(-1, a.shape[-1]) for a in (x, gradient)]
-    return jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+    rows, by_rows = (a.reshape(-1, a.shape[-1]) for a in (x, gradient))
+    return jax.lax.dot_general(rows, by_rows, (((0,), (0,)), ((), ())))
 
 
 def by_input(gradient: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ def _shifted_sum(x: jax.Array, kernel: jax.Array, left: int) -> jax.Array:
     width, frames = kernel.shape[0], x.shape[1]
     padded = _padded(x, left, width)
     taps = [padded[:, j : j + frames] * kernel[j].astype(padded.dtype) for j in range(width)]
-    return functools.reduce(operator.add, taps, 0).astype(x.dtype)
+    return functools.reduce(operator.add, taps).astype(x.dtype)
 
 
 def _padded(x: jax.Array, left: int, width: int) -> jax.Array:

@@ -78,20 +78,20 @@ class Convolution(nn.Module):
     """Gated dense layer, depthwise convolution over time, layer norm, swish, dense layer."""
 
     kernel: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """x: [b, t, d]; mask: bool [b, t], True for true frames -> [b, t, d]."""
         d = x.shape[-1]
-        init = layers.uniform_fan_in()
-        options = {"use_bias": False, "kernel_init": init, "dtype": self.dtype}
-        x = jax.nn.glu(layers.Dense(2 * d, name="up", **options)(x))
+        x = jax.nn.glu(layers.bias_free(2 * d, self.dtype, "up")(x))
         # The one place beside attention where frames meet: padding must be silent.
         x = jnp.where(mask[..., None], x, jnp.zeros_like(x))
-        x = depthwise_convolution(x, self.param("depthwise", init, (self.kernel, d)))
+        x = depthwise_convolution(
+            x, self.param("depthwise", layers.uniform_fan_in(), (self.kernel, d))
+        )
         x = nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(x)
-        return layers.Dense(d, name="down", **options)(jax.nn.swish(x))
+        return layers.bias_free(d, self.dtype, "down")(jax.nn.swish(x))
 
 
 class Block(nn.Module):

@@ -196,6 +196,11 @@ class Dense(nn.Dense):
     dot_general: Callable[..., jax.Array] = lambda x, kernel, *_, **__: product(x, kernel)
 
 
+def bias_free(features: int, dtype: jnp.dtype, name: str) -> Dense:
+    """A dense layer of a block: without biases, computed in `dtype`."""
+    return Dense(features, use_bias=False, kernel_init=uniform_fan_in(), dtype=dtype, name=name)
+
+
 class MaskedNorm(nn.Module):
     """Zero mean and unit variance over the true frames of each utterance, scalar scale and bias."""
 
@@ -278,7 +283,7 @@ class SelfAttention(nn.Module):
 
     heads: int
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
     rotary_positions: bool = False
     fused: bool = False
 
@@ -286,13 +291,11 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
         """x: [b, t, d]; mask: bool [b, t], True for true frames; keys: [b] or None."""
         b, t, d = x.shape
-        qkv = Dense(
-            3 * d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="qkv"
-        )(x)
+        qkv = bias_free(3 * d, self.dtype, "qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
         if self.rotary_positions:
             q, k = rotary(q), rotary(k)
-        last = Dense(d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out")
+        last = bias_free(d, self.dtype, "out")
         long = keys is None and t > attentions.LONG
         if self.fused:
             return last(attentions.fused_attention(q, k, v, mask, long).reshape(b, t, d))
@@ -314,12 +317,12 @@ class FeedForward(nn.Module):
 
     hidden: int
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """x: [b, t, d] -> [b, t, d]; keys: [b] or None."""
-        options = {"use_bias": False, "kernel_init": uniform_fan_in(), "dtype": self.dtype}
-        hidden = self.activation(Dense(self.hidden, name="up", **options)(x))
-        return Dense(x.shape[-1], name="down", **options)(dropout(hidden, self.dropout, keys))
+        hidden = self.activation(bias_free(self.hidden, self.dtype, "up")(x))
+        down = bias_free(x.shape[-1], self.dtype, "down")
+        return down(dropout(hidden, self.dropout, keys))

@@ -8,7 +8,9 @@ lies under "day" can stay with the client. Smoothing is part of the model becaus
 training must come before it.
 """
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,7 +179,8 @@ def smooth(x: jax.Array, sd: float, every: int = 1) -> jax.Array:
     right = max(0, (out - 1) * every + radius + 1 - x.shape[1])
     padded = jnp.pad(x, ((0, 0), (radius, right), (0, 0)))
     views = [padded[:, i : i + (out - 1) * every + 1 : every] for i in range(2 * radius + 1)]
-    return sum(w / sum(weights) * view for w, view in zip(weights, views, strict=True))
+    parts = [w / sum(weights) * view for w, view in zip(weights, views, strict=True)]
+    return functools.reduce(operator.add, parts)
 
 
 def forward(
@@ -227,4 +230,4 @@ def forward(
 def penalty(params: Any, config: RecurrentConfig) -> jax.Array:
     """`l2` times the sum of the squares of all matrices, a scalar."""
     matrices = [a for a in jax.tree.leaves(params) if a.ndim == 2]
-    return config.l2 * sum(jnp.sum(a**2) for a in matrices)
+    return config.l2 * functools.reduce(operator.add, [jnp.sum(a**2) for a in matrices])
