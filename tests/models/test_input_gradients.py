@@ -48,12 +48,12 @@ def make_loss(name, augment=None):
 
 def assert_slopes(function, x, gradient, step, tolerance):
     """The gradient gives the slopes of the function, along itself and along a random direction."""
-    largest = np.linalg.norm(gradient)
+    largest = float(np.linalg.norm(gradient))
     assert largest > 1e-3
     directions = gradient / largest, np.random.default_rng(2).normal(size=x.shape) / x.size**0.5
     for direction in directions:
         high, low = (float(function(x + np.float32(s * direction))) for s in (step, -step))
-        expected = np.sum(np.float64(gradient) * direction)
+        expected = float(np.sum(np.float64(gradient) * direction))
         assert (high - low) / (2 * step) == pytest.approx(expected, abs=tolerance * largest)
 
 
@@ -67,7 +67,7 @@ def test_input_gradients_are_slopes_of_the_loss(name):
     gradient = jax.jit(jax.grad(loss, 1))(params, features())
     # Padding has no part in it.
     assert not np.asarray(gradient)[1, 13:].any() and np.abs(gradient).max() > 0
-    assert_slopes(jax.jit(functools.partial(loss, params)), features(), gradient, 0.02, 0.02)
+    assert_slopes(jax.jit(functools.partial(loss, params)), features(), gradient, 0.005, 0.02)
 
 
 def test_both_gradients_at_once_under_transformations():
