@@ -7,13 +7,13 @@ import optax
 import pytest
 
 from experiments.configs import rnnt as rnnt_configuration
-from fedasr.ctc import ctc_loss
 from fedasr.errors import UserError
+from fedasr.kernels.ctc import ctc_loss
+from fedasr.kernels.rnnt import rnnt_loss
 from fedasr.models.conformer import ConformerConfig
 from fedasr.models.recogniser import MODELS, make_recogniser
 from fedasr.models.transducer import Transducer
 from fedasr.models.transformer import TransformerConfig
-from fedasr.rnnt import rnnt_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -5,12 +5,14 @@ is a path through a lattice of frames and label positions: a label moves one pos
 class 0, one frame on, and the blank that leaves the last frame after the last label ends it.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from fedasr.ctc import BLANK, compact
+from fedasr.kernels.ctc import BLANK, compact
 
 _NEVER = -1e30  # a log-probability; unlike -inf it has differences and gradients
 
@@ -70,6 +72,35 @@ def rnnt_loss(
     (alpha, scale), _ = jax.lax.scan(step, start, (jnp.arange(len(blanks)), blanks, labels_on))
     alpha = jnp.sum(jnp.where(position == last_label[:, 0], alpha, 0), axis=1)
     return jnp.where(feasible, -(alpha + scale[:, 0] + ending), 0), feasible
+
+
+def reference(
+    logits: jax.Array, logit_lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array
+) -> jax.Array:
+    """The loss of `rnnt_loss`, [b] in the logits' dtype: the forward variables of equation 16.
+
+    One utterance and one point of the lattice after the other.
+    """
+
+    def one(log_probs: jax.Array, frames: int, labels: jax.Array, count: int) -> jax.Array:
+        alpha: dict[tuple[int, int], jax.Array] = {}
+        for t, u in itertools.product(range(frames), range(count + 1)):
+            ways = []
+            if t:
+                ways.append(alpha[t - 1, u] + log_probs[t - 1, u, BLANK])
+            if u:
+                ways.append(alpha[t, u - 1] + log_probs[t, u - 1, labels[u - 1]])
+            alpha[t, u] = functools.reduce(jnp.logaddexp, ways or [jnp.zeros((), log_probs.dtype)])
+        return -alpha[frames - 1, count] - log_probs[frames - 1, count, BLANK]
+
+    log_probs = jax.nn.log_softmax(logits)
+    sizes = zip(map(int, logit_lengths), map(int, label_lengths), strict=True)
+    return jnp.stack(
+        [
+            one(log_probs[i], frames, labels[i], count) if frames else jnp.zeros((), logits.dtype)
+            for i, (frames, count) in enumerate(sizes)
+        ]
+    )
 
 
 def _diagonals(x: jax.Array) -> jax.Array:

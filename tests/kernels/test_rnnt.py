@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.rnnt import greedy_decode, rnnt_loss
+from fedasr.kernels.rnnt import greedy_decode, rnnt_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

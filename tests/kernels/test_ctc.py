@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.ctc import ctc_loss, greedy_decode, is_feasible
+from fedasr.kernels.ctc import ctc_loss, greedy_decode, is_feasible
 
 B, T, U, V = 3, 9, 5, 6
 

@@ -72,6 +72,41 @@ def ctc_loss(
     return jnp.where(feasible, loss, 0), feasible
 
 
+def reference(
+    logits: jax.Array, logit_lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array
+) -> jax.Array:
+    """The loss of `ctc_loss`, [b] in the logits' dtype: the forward variables of equation 6.
+
+    One utterance and one frame after the other, with the derivative that JAX finds.
+    """
+
+    def one(logits: jax.Array, frames: int, labels: jax.Array, count: int) -> jax.Array:
+        log_probs = jax.nn.log_softmax(logits[:frames])
+        # blank, label, blank, ..., label, blank
+        tokens = jnp.full(2 * count + 1, BLANK).at[1::2].set(labels[:count])
+        emissions = log_probs[:, tokens]
+        jump = (tokens[2:] != BLANK) & (tokens[2:] != tokens[:-2])
+        score = jnp.where(jnp.arange(len(tokens)) < 2, 0.0, _NEVER).astype(logits.dtype)
+        for t in range(frames):
+            if t:
+                one = jnp.pad(score[:-1], (1, 0), constant_values=_NEVER)
+                two = jnp.where(jump, score[:-2], _NEVER)
+                two = jnp.pad(two, (2, 0), constant_values=_NEVER)[: len(tokens)]
+                score = jnp.logaddexp(jnp.logaddexp(score, one), two)
+            score = score + emissions[t]
+        return -jax.nn.logsumexp(score[-2:])
+
+    feasible = is_feasible(labels, label_lengths, logit_lengths)
+    zero = jnp.zeros((), logits.dtype)
+    sizes = zip(map(int, logit_lengths), map(int, label_lengths), feasible, strict=True)
+    return jnp.stack(
+        [
+            one(logits[i], frames, labels[i], count) if fits and frames else zero
+            for i, (frames, count, fits) in enumerate(sizes)
+        ]
+    )
+
+
 def _jumps(labels: jax.Array) -> jax.Array:
     """Where the state before the last may be left out: a label after another that it differs from.
 
