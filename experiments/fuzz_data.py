@@ -121,6 +121,8 @@ def audio_input(rng: random.Random) -> str:
         content, how = changed(good, rng, min(start, len(good) - 1))
     try:
         audio, found_rate, _ = read_audio(content)
+    except UserError:
+        raise
     except ValueError:
         return f"audio refused ({how})"
     slack = 6 * 1152 if kind == "MP3" else 0
@@ -246,6 +248,8 @@ def archive_input(rng: random.Random, folder: Path) -> str:
         number = int(item.id[-1])
         try:
             audio = item.audio()[0]
+        except UserError:
+            raise
         except ValueError:
             refused += 1
             continue
@@ -337,6 +341,8 @@ def layout_input(rng: random.Random, folder: Path) -> str:
         if isinstance(item, Utterance):
             try:
                 item.audio()
+            except UserError:
+                raise
             except (ValueError, RuntimeError, OSError):
                 continue
     return f"{name} read"
