@@ -22,7 +22,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["fedasr", "fedasr.*", "experiments", "experiments.*"]),
+    packages=find_packages(include=["fedasr", "fedasr.*"]),
+    package_data={"fedasr": ["py.typed"]},
+    entry_points={"console_scripts": ["fedasr = fedasr.cli.main:main"]},
     install_requires=[
         "absl-py>=2.1",
         "anyascii>=0.3.2",  # transliterates Latin letters

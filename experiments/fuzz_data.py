@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.data.conversion import Rejected, Utterance
 from fedasr.data.layouts import find_layout
 from fedasr.data.manifest import read_manifest
@@ -391,16 +391,16 @@ def program() -> int:
     if _ONLY.value is not None:
         numbers = range(_ONLY.value, _ONLY.value + 1)
     found = fuzz(numbers, _SEED.value)
-    if cli.JSON.value:
-        cli.show({"inputs": len(numbers), "seed": _SEED.value, **found})
+    if common.JSON.value:
+        common.show({"inputs": len(numbers), "seed": _SEED.value, **found})
     else:
         for outcome, count in found["outcomes"].items():
             print(f"{outcome}: {count}")
         print(f"mishandled: {len(found['mishandled'])} of {len(numbers)}")
         for number, why in list(found["mishandled"].items())[:20]:
             print(f"  --only={number} --seed={_SEED.value}: {' '.join(why.split())[:300]}")
-    return cli.FAILED if found["mishandled"] else 0
+    return common.FAILED if found["mishandled"] else 0
 
 
 if __name__ == "__main__":
-    cli.main(program)
+    common.main(program)

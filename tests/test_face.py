@@ -101,7 +101,7 @@ def test_an_unknown_event_in_a_ledger_is_named():
     entry = ledger.without_privacy("a run", "seed", 1, ledger.Users.of(["anna"]))
     data = ledger.to_data([entry])
     data[0]["event"]["type"] = "DriedFish"
-    with pytest.raises(fa.UserError, match="^the ledger has an event that is not known here"):
+    with pytest.raises(fa.UserError, match=r"^the ledger has an event that is not known"):
         ledger.from_data(data)
     del data[0]["event"]
     with pytest.raises(fa.UserError, match="ledger cannot be read: KeyError"):
