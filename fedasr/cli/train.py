@@ -1,8 +1,7 @@
 """Trains a recogniser by federated learning, privately or not, or centrally.
 
-    fedasr train [--config=NAME|FILE.py] [--workdir=DIR]
-                                [--config.section.field=value ...] [--dry_run] [--json]
-                                [--coordinator=HOST:PORT --processes=N --process=I]
+    fedasr train [--config=NAME|FILE.py] [--workdir=DIR] [--config.section.field=value ...]
+                 [--dry_run] [--json] [--coordinator=HOST:PORT --processes=N --process=I]
 
 With --coordinator the same command runs on several hosts, --process=0 on HOST; the work directory
 and the data must be the same folders everywhere. --coordinator=auto: where JAX knows the cluster.

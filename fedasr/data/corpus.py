@@ -382,7 +382,7 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"{directory} is not a prepared corpus (it has no {METADATA_FILE}): prepare one with "
-            "experiments.prepare_data"
+            "fedasr prepare"
         )
     try:
         metadata = json.loads(path.read_bytes())

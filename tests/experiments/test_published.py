@@ -54,7 +54,7 @@ SIZES = {
 
 def build(table, row):
     """The configuration of a row, as a plain dict."""
-    module = importlib.import_module(table.config.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module(f"fedasr.recipes.{table.config}")
     config = module.get_config(row.arguments) if row.arguments else module.get_config()
     for name, value in row.overrides.items():
         *path, last = name.split(".")
