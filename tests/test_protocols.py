@@ -164,26 +164,21 @@ def test_a_mechanism_asks_a_sampler_for_its_members_alone():
     "options",
     [
         {},
-        {"chunk": 2},
-        {"chunk": 0, "local": fa.LocalBatches(2, epochs=1)},
-        {"micro_batch": 1},
-        {"local": fa.LocalBatches(frames=100, epochs=1)},
-        {"privacy": {"correlation": Sharp()}},
-        {"privacy": {"adaptive": fa.AdaptiveClip(0.5, 0.2, 1.0)}},
-        {"privacy": {"weighting": "bounded"}, "weights": np.full(USERS, 0.5)},
+        {"micro_batch": 1, "local": fa.LocalBatches(frames=100, epochs=1)},
+        {"privacy": {"adaptive": fa.AdaptiveClip(0.5, 0.2, 1.0), "correlation": Sharp()}},
+        {"privacy": {"weighting": "bounded"}, "weights": np.full(USERS, 0.5), "chunk": 2},
         {"buckets": [{"features": 64, "labels": 4}], "resident": True},
     ],
-    ids=str,
+    ids=["dense", "in parts", "adaptive", "weighted", "resident"],
 )
 def test_rounds(options):
     options = dict(options)
     if options.pop("resident", False):
         options["resident"] = fa.make_resident(Recordings(), options["buckets"])
     params = {"w": np.zeros((), np.float32)}
-    first = after(simulation(Coins(USERS, 0.5), **options), params)
-    assert np.isfinite(first["w"]) and first["w"] != 0
-    again = after(simulation(Coins(USERS, 0.5), **options), params)
-    assert first["w"] == again["w"]
+    options |= {"devices": jax.devices()[:1]}
+    found = after(simulation(Coins(USERS, 0.5), **options), params)
+    assert np.isfinite(found["w"]) and found["w"] != 0
 
 
 def test_a_run_draws_by_its_own_seed():
@@ -196,20 +191,18 @@ def test_a_run_draws_by_its_own_seed():
     assert simulation(Coins(USERS, 0.5)).chunk_bytes(params) > 0
 
 
-@pytest.mark.parametrize("method", auditing.METHODS)
-def test_an_audit(method):
+def test_an_audit():
     mechanism = fa.Mechanism(0.5, "uniform", 2.0, Coins(40, 0.5))
-    trials = 12 if method == "many_runs" else 2
-    found = fa.audit_updates(mechanism, 2, 1e-3, method=method, trials=trials)
+    found = fa.audit_updates(mechanism, 2, 1e-3, trials=2)
     assert 0 <= found.epsilon_lower <= found.epsilon_claimed
 
 
 def test_an_audit_of_noise_that_remembers():
     """Every trial is then a run of its own, with draws of its own."""
     mechanism = fa.Mechanism(0.5, "uniform", 2.0, Coins(10, 0.5), correlation=Sharp())
-    present = auditing.toss(3, 10, "one_run", 0)
+    present = auditing.toss(2, 10, "one_run", 0)
     seen = auditing.observe(mechanism, present, 2, seed=0)
-    assert seen.shape == (3, 2, 10) and len(np.unique(seen.round(6))) == seen.size
+    assert seen.shape == (2, 2, 10) and len(np.unique(seen.round(6))) == seen.size
 
 
 def test_central_training_and_evaluation():
