@@ -73,7 +73,7 @@ setup(
             "pytest-xdist>=3.5",
             "PyYAML>=6.0",  # reads the SkyPilot task that the sweep writes
             "ruff>=0.11",
-            "setuptools>=68",
+            "setuptools>=70.1",  # builds wheels by itself
         ],
     },
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("setuptools", minversion="68", reason="building needs setuptools")
+pytest.importorskip("setuptools", minversion="70.1", reason="building needs setuptools")
 
 ROOT = Path(__file__).parents[2]
 TINY = (
