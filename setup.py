@@ -26,7 +26,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["fedasr", "fedasr.*", "experiments", "experiments.*"]),
+    packages=find_packages(include=["fedasr", "fedasr.*"]),
+    package_data={"fedasr": ["py.typed"]},
+    entry_points={"console_scripts": ["fedasr = fedasr.cli.main:main"]},
     install_requires=[
         "absl-py>=2.1",
         "anyascii>=0.3.2",  # transliterates Latin letters
@@ -82,7 +84,7 @@ setup(
             "pytest-xdist>=3.5",
             "PyYAML>=6.0",  # reads the SkyPilot task that the sweep writes
             "ruff>=0.11",
-            "setuptools>=68",
+            "setuptools>=70.1",  # builds wheels by itself
         ],
     },
 )

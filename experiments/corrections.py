@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.errors import UserError
 from fedasr.streams import Stream, make_root, seed_key, sub_seed
 
@@ -607,8 +607,8 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def run() -> None:
     """Runs what the flags ask for."""
-    cli.configure_devices()
-    cli.keep_memory()
+    common.configure_devices()
+    common.keep_memory()
     from fedasr.training.config import resolve
     from fedasr.training.logging import from_json, to_json
 
@@ -616,11 +616,11 @@ def run() -> None:
     systems = _SYSTEMS.value
     if unknown := sorted(set(systems) - set(SYSTEMS)):
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
-    seeds = cli.seeds(_SEEDS.value)
+    seeds = common.seeds(_SEEDS.value)
     if config["chunk"] == "auto":
         raise UserError("chunk must be a number here")
     workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
-    cli.configure_compilation(workdir.parent)
+    common.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -630,12 +630,12 @@ def run() -> None:
     summary = to_json(summarize(results, systems))
     if _PLOT.value:
         draw(summary, Path(_PLOT.value))
-    if cli.JSON.value:
-        cli.show(summary)
+    if common.JSON.value:
+        common.show(summary)
     else:
         print("\n".join(_lines(from_json(summary))))
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config(_DEFAULT)
-    cli.main(run)
+    _CONFIG = common.define_config(_DEFAULT)
+    common.main(run)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.errors import UserError
 from fedasr.fusion import METHODS
 
@@ -392,8 +392,8 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def program() -> None:
     """Runs what the flags ask for."""
-    cli.configure_devices()
-    cli.keep_memory()
+    common.configure_devices()
+    common.keep_memory()
     from fedasr.training.config import resolve
     from fedasr.training.logging import to_json
 
@@ -409,11 +409,11 @@ def program() -> None:
     groups = tuple(config["accents"]["groups"])
     if taken := sorted(set(groups) & {SEED, UNION, AVERAGE, ALL, *METHODS}):
         raise UserError(f"accents.groups: {taken} would be confused with models of that name")
-    seeds = cli.seeds(flags.FLAGS.seeds)
+    seeds = common.seeds(flags.FLAGS.seeds)
     if not flags.FLAGS.privacy:
         raise UserError("--privacy names none")
     workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
-    cli.configure_compilation(workdir.parent)
+    common.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -429,8 +429,8 @@ def program() -> None:
     summary = to_json(summarize(results, bench))
     if flags.FLAGS.plot:
         draw(summary, Path(flags.FLAGS.plot))
-    if cli.JSON.value:
-        cli.show(summary)
+    if common.JSON.value:
+        common.show(summary)
     else:
         print("\n".join(lines(summary)))
 
@@ -447,5 +447,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    _CONFIG = cli.define_config(_DEFAULT)
-    cli.main(program)
+    _CONFIG = common.define_config(_DEFAULT)
+    common.main(program)

@@ -18,16 +18,13 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import cli
 from experiments.benchmarks import plots
+from fedasr.cli import common
 from fedasr.errors import UserError
-
-_DEFAULT = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
 
 class _Stored:
@@ -78,7 +75,7 @@ def measure(simulation: Any, state: Any, rounds: int, repeats: int) -> dict[str,
 
 def run() -> None:
     """Measures and prints."""
-    cli.configure_devices()
+    common.configure_devices()
     import jax
 
     from fedasr.training import loop
@@ -96,7 +93,7 @@ def run() -> None:
     if flags.FLAGS.plot:
         draw(found, flags.FLAGS.plot)
     devices = jax.local_devices()
-    cli.show(found | {"device": f"{len(devices)} x {devices[0].device_kind}"})
+    common.show(found | {"device": f"{len(devices)} x {devices[0].device_kind}"})
 
 
 def draw(found: dict[str, float], path: str) -> None:
@@ -117,5 +114,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    _CONFIG = cli.define_config(_DEFAULT)
-    cli.main(run)
+    _CONFIG = common.define_config("quickstart")
+    common.main(run)

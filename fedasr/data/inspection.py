@@ -285,7 +285,7 @@ def _command(
         flags.append(_FROM_DATA)
     elif texts.writable[own] > plain:
         flags.append("--keep_letters")
-    return shlex.join(["python", "-m", "experiments.prepare_data", *flags])
+    return shlex.join(["fedasr", "prepare", *flags])
 
 
 # --------------------------------------------------------------------------------- verification

@@ -51,7 +51,7 @@ def load_parents(paths: Sequence[str | Path], data: str | Path) -> Parents:
     """Reads trained recognisers.
 
     Args:
-      paths: work directories of `experiments.train`, or checkpoints. data: a prepared corpus.
+      paths: work directories of `fedasr train`, or checkpoints. data: a prepared corpus.
 
     Raises:
       UserError: fewer than two, models that differ in shape or in what they write, or in which
@@ -146,7 +146,7 @@ def save_fused(
     workdir: str | Path,
     searched: Sequence[str],
 ) -> Path:
-    """Writes a merged model as a checkpoint that `experiments.evaluate` and `init_from` read.
+    """Writes a merged model as a checkpoint that `fedasr evaluate` and `init_from` read.
 
     Args:
       parents: for the configuration. params: the model. evaluations: that found it. workdir: new,

@@ -302,7 +302,7 @@ def fields() -> dict[str, Any]:
 
 
 def default_config() -> ConfigDict:
-    """Every field with its default; a file under experiments/configs changes what it must.
+    """Every field with its default; a recipe changes what it must.
 
     See `fields` for what they mean.
     """

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs import mini, published, recipes
 from fedasr.errors import UserError
 from fedasr.privacy import accounting
+from fedasr.recipes import mini, published, shared
 from fedasr.training import loop
 from fedasr.training.logging import to_json
 
@@ -54,7 +54,7 @@ SIZES = {
 
 def build(table, row):
     """The configuration of a row, as a plain dict."""
-    module = importlib.import_module(table.config.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module(f"fedasr.recipes.{table.config}")
     config = module.get_config(row.arguments) if row.arguments else module.get_config()
     for name, value in row.overrides.items():
         *path, last = name.split(".")
@@ -172,7 +172,7 @@ def test_parameters_are_counted_without_allocating_them(model):
     recogniser = loop.build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
-    assert count == recipes.parameter_count(model)
+    assert count == shared.parameter_count(model)
     # "450M" is rounded more coarsely than the others: 36 blocks of width 1024 make 454M.
     assert abs(count / 1e6 - millions) < (5 if model == "wide" else 1)
 
@@ -253,7 +253,7 @@ def test_every_published_row_can_be_tried_dry(monkeypatch):
 )
 def test_mistaken_arguments(arguments, message):
     for name in ("librispeech", "common_voice"):
-        module = importlib.import_module(f"experiments.configs.{name}")
+        module = importlib.import_module(f"fedasr.recipes.{name}")
         with pytest.raises(UserError, match=message):
             module.get_config(arguments)
 

@@ -1,6 +1,6 @@
 """What a table of results is: rows of runs, the grid that each row may choose from, and a plot.
 
-`experiments.sweep` runs tables and collects them; `experiments/configs/` holds their definitions.
+`fedasr sweep` runs tables and collects them; `published` and `mini` beside this hold definitions.
 Nothing here starts a run or reads a run's files: tables are expanded into `Run`s, and `Outcome`s
 are put together into results, verdicts, Markdown, CSV and a picture.
 """
@@ -67,7 +67,7 @@ class Table:
     Attributes:
       name: letters, digits and underscores; names folders and files.
       title: one line for people, with the source of the published figures.
-      config: --config of every run, such as "experiments/configs/mini.py".
+      config: --config of every run, such as "mini".
       rows: in the order of presentation.
       grid: fields and the values that every row (without a grid of its own) chooses from by the
         word error rate of `select` at the first seed; {} for none. The other seeds run with the

@@ -1,4 +1,8 @@
-"""What the command-line programs share: flags, JSON on stdout, errors in one line."""
+"""What the command-line programs share: flags, JSON on stdout, errors in one line.
+
+A program is a module with a docstring, which is its help, and `main()`, which defines the flags:
+not when the module is imported, for other programs have flags of the same names.
+"""
 
 import contextlib
 import ctypes
@@ -15,6 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
+from fedasr import recipes
 from fedasr.errors import UserError
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
@@ -33,10 +38,16 @@ def fail(message: object, status: int = MISTAKE) -> int:
     return status
 
 
-def main(program: Callable[[], int | None]) -> None:
-    """Parses the flags, runs `program` and exits: 0 done, 2 a user's mistake, 1 anything else."""
+def main(program: Callable[[], int | None], module: str = "__main__") -> None:
+    """Parses the flags, runs `program` and exits: 0 done, 2 a user's mistake, 1 anything else.
+
+    Args:
+      program: returns the exit status, or None for 0.
+      module: its name, whose docstring and flags are what --help shows.
+    """
     logging.getLogger("absl").setLevel(logging.WARNING)
     app.define_help_flags()
+    _adopt(module)
     try:
         try:
             rest = flags.FLAGS(sys.argv)
@@ -63,6 +74,14 @@ def main(program: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def _adopt(module: str) -> None:
+    """Help is about a module, as if that were the one that runs."""
+    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
+    for name in (module, __name__):
+        for flag in flags.FLAGS.get_key_flags_for_module(name):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def _flush() -> int:
     """Whether stdout took all: 0, or the exit status if it is full or closed.
 
@@ -78,16 +97,43 @@ def _flush() -> int:
     return status
 
 
+class _ByName(flags.ArgumentParser):
+    """Reads configurations by `recipes.locate`; a mistake in their arguments stays one line."""
+
+    def __init__(self, files: flags.ArgumentParser) -> None:
+        self._files = files
+
+    def parse(self, config: str) -> Any:
+        """The configuration of a name or file; see `flags.ArgumentParser`."""
+        # The parser of files puts a traceback around a ValueError, absl words of its own.
+        try:
+            path = recipes.locate(config)
+        except UserError as error:
+            raise flags.Error(str(error)) from error
+        try:
+            return self._files.parse(path)
+        except UserError as error:
+            raise flags.Error(str(error.__context__)) from error
+
+    def flag_type(self) -> str:
+        """See `flags.ArgumentParser`."""
+        return self._files.flag_type()
+
+
 def define_config(default: str) -> Any:
     """The flag --config, with a flag for each field; exits with 2 where it cannot be read.
 
     Args:
-      default: path of the configuration file.
+      default: name of a recipe, or path of a configuration file.
     """
     try:
         from ml_collections import config_flags
 
-        return config_flags.DEFINE_config_file("config", default, "The configuration file.")
+        said = f"A recipe ({', '.join(recipes.NAMES)}) or a configuration file, with :ARGUMENTS."
+        holder = config_flags.DEFINE_config_file("config", recipes.locate(default), said)
+        flag = flags.FLAGS["config"]
+        flag.parser = _ByName(flag.parser)
+        return holder
     except ImportError:
         sys.exit(fail("ml_collections is missing: pip install fedasr"))
     except (AttributeError, KeyError) as error:
