@@ -28,9 +28,11 @@ def run() -> None:
     cli.configure_devices()
     from fedasr.data.corpus import open_corpus
     from fedasr.data.corpus import read_metadata as read_corpus_metadata
+    from fedasr.training.builders.corpora import fitting_tokenizer
+    from fedasr.training.builders.models import build_recogniser
     from fedasr.training.checkpoint import read_metadata, restore_params
     from fedasr.training.evaluation import Evaluator, evaluation_buckets
-    from fedasr.training.loop import build_recogniser, fitting_tokenizer, local_rows
+    from fedasr.training.rows import local_rows
 
     corpus = open_corpus(_DATA.value, _SPLIT.value)
     metadata = read_metadata(_CHECKPOINT.value)

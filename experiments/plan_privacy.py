@@ -33,7 +33,7 @@ from fedasr.errors import UserError
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.secure_aggregation import SecureAggregation
-from fedasr.privacy.settings import make_correlation, make_sampler
+from fedasr.training.builders.mechanisms import make_correlation, make_sampler
 from fedasr.training.logging import from_json
 
 # Beyond the number of people there are, an answer is none.

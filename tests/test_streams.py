@@ -28,7 +28,7 @@ from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.streams import Stream
-from fedasr.training.loop import run_identity
+from fedasr.training.builders.identities import run_identity
 
 ONE = jax.devices()[:1]
 CORPUS = InMemoryCorpus({f"u{i}": [{"x": np.float32([i])}] * 3 for i in range(8)})

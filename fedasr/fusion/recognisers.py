@@ -19,10 +19,11 @@ from fedasr.errors import UserError
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.privacy import ledger
 from fedasr.text import CharTokenizer
+from fedasr.training.builders.corpora import fitting_tokenizer
+from fedasr.training.builders.models import build_recogniser
 from fedasr.training.checkpoint import Checkpointer, restore_params
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.evaluation import Evaluator, evaluation_buckets
-from fedasr.training.loop import build_recogniser, fitting_tokenizer
 
 PyTree = Any
 _MULTIPLES = {"features": 24, "labels": 4}

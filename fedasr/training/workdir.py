@@ -6,10 +6,11 @@ is known by the hash of its metadata (`data.identity`), the parameters that a ru
 hash of theirs (`start`).
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def local_path(workdir: str | Path) -> Path:
             f"s3fs) and give that folder, or ./{found[1]}: for a folder of this name"
         )
     return Path(workdir)
+
+
+@contextlib.contextmanager
+def disk_errors(workdir: str | Path | None) -> Iterator[None]:
+    """Turns what a disk does not do into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        what = error.strerror or " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the run in --workdir={workdir} cannot go on: {what}{where}: what was saved is "
+            "intact; mend that, and the same command goes on"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,8 @@ from fedasr.data.corpus import open_corpus, read_metadata
 from fedasr.data.prepare import SKIPPED_FILE, describe_unknown, prepare
 from fedasr.errors import UserError
 from fedasr.text import FROM_DATA, alphabet_of, learned_vocabulary, tokenizer_for
-from fedasr.training.loop import _not_covered, fitting_tokenizer
+from fedasr.training.builders.corpora import fitting_tokenizer
+from fedasr.training.describe import not_covered
 
 
 def sound():
@@ -62,9 +63,9 @@ def test_corpora_in_other_alphabets(tmp_path):
     # The report's list of what no epsilon covers has it.
     config = {"local": {"patterns": []}, "data": {"iid": False}, "init_from": ""}
     config["seed_training"] = {"steps": 0}
-    before = _not_covered(config, True)
+    before = not_covered(config, True)
     config["data"]["vocabulary"] = learned
-    assert set(_not_covered(config, True)) - set(before) == {learned}
+    assert set(not_covered(config, True)) - set(before) == {learned}
     # A model for other characters is refused in one line that says what to set.
     model = {"name": "transformer", "options": {"vocab": 30}}
     with pytest.raises(UserError, match=rf"model\.options\.vocab={len(found) + 1}"):

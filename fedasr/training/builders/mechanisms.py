@@ -1,4 +1,4 @@
-"""From the fields of a configuration to the objects that run and account for it."""
+"""Who takes part, and the mechanism: what runs the privacy, and what accounts for it."""
 
 import math
 from collections.abc import Mapping
@@ -142,3 +142,12 @@ def _adaptive(settings: Mapping[str, Any], sampler: Sampler) -> AdaptiveClip | N
         settings["warmup"],
         settings["warmup_rate"],
     )
+
+
+def check_deployments(config: Mapping[str, Any], mechanism: Mechanism) -> None:
+    """Raises UserError for what cannot be claimed, before anything is trained."""
+    if config["privacy"]["enabled"]:
+        rounds, delta = config["rounds"], config["privacy"]["delta"]
+        mechanism.check_delta(rounds, delta)
+        for case in config["privacy"]["deployments"]:
+            mechanism.deployed(*case).check_delta(rounds, delta)
