@@ -133,6 +133,7 @@ def audit_users(
     from fedasr.data.splits import UnionCorpus
     from fedasr.privacy import auditing
     from fedasr.training.builders import corpora, models
+    from fedasr.training.config import Config
 
     if config["algorithm"] != "federated" or config["data"]["iid"]:
         raise UserError("--canaries=users audits federated users: algorithm='federated', not iid")
@@ -140,8 +141,9 @@ def audit_users(
         raise UserError(f"client.optimizer={optimizer!r} moves users without data: choose another")
     if config["augment"]["enabled"] and config["augment"]["start_round"]:
         raise UserError("--canaries=users has SpecAugment from the start: augment.start_round=0")
-    directory = corpora.data_directory(config)
-    data = corpora.Data(directory, config, log)
+    typed = Config.of(config)
+    directory = corpora.data_directory(typed)
+    data = corpora.Data(directory, typed, log)
     if not data.evaluation:
         raise UserError("there is no held-out split: data.eval names those to take canaries from")
     held_out = UnionCorpus([open_corpus(directory, split) for split in data.evaluation])
@@ -149,7 +151,7 @@ def audit_users(
         canaries = 1 if method == "many_runs" else len(held_out.users)
     elif method == "many_runs" and canaries != 1:
         raise UserError("many_runs has one canary in each run: leave out --canary_count")
-    recogniser = models.build_recogniser(config)
+    recogniser = models.build_recogniser(typed)
     evaluate = jax.jit(recogniser.evaluate)
     devices = jax.local_devices()[: config["devices"] or None]
     chosen = make_canaries(held_out, canaries, data.tokenizer.vocab_size, config["seed"])
@@ -199,6 +201,7 @@ def _with_canaries(
     from fedasr.data.corpus import InMemoryCorpus, open_corpus
     from fedasr.data.splits import UnionCorpus
     from fedasr.training.builders import simulations
+    from fedasr.training.config import Config
 
     train = open_corpus(directory, config["data"]["train"])
     members = {
@@ -208,7 +211,7 @@ def _with_canaries(
     everybody = copy.copy(data)
     joined = InMemoryCorpus(members, ragged=tuple(train.lengths(0)))
     everybody.train = UnionCorpus([train, joined])
-    return simulations.make_simulation(config, everybody, recogniser.loss, devices)
+    return simulations.make_simulation(Config.of(config), everybody, recogniser.loss, devices)
 
 
 def _start(config: Mapping[str, Any], recogniser: Any) -> Any:
@@ -403,8 +406,9 @@ def _attack_updates(
 ) -> tuple[Audit, Mechanism]:
     from fedasr.privacy import auditing
     from fedasr.training.builders.mechanisms import make_mechanism, make_sampler
+    from fedasr.training.config import Config
 
-    settings = _with_noise(config, noise)
+    settings = Config.of(_with_noise(config, noise))
     sampler = make_sampler(settings, population)
     count = flags.FLAGS.canary_count if method == flags.FLAGS.method else None
     # The size stands in for the canaries' own, which follows.
@@ -428,9 +432,10 @@ def _dimension(config: Mapping[str, Any], mechanism: Mechanism, method: str) -> 
     """Numbers that a client sends in the audit."""
     from fedasr.privacy import auditing
     from fedasr.training.builders import models
+    from fedasr.training.config import Config
 
     if flags.FLAGS.canaries == "users":
-        return models.sent_parameters(config)
+        return models.sent_parameters(Config.of(config))
     count = flags.FLAGS.canary_count or auditing.default_canaries(mechanism, method)
     return sum(x.size for x in auditing.canary_params(count).values())
 

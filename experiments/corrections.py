@@ -81,6 +81,7 @@ def open_bench(config: Mapping[str, Any]) -> Bench:
     from fedasr.data.synthetic import SyntheticConfig
     from fedasr.training.builders.corpora import fitting_tokenizer
     from fedasr.training.builders.models import build_recogniser
+    from fedasr.training.config import Config
     from fedasr.training.evaluation import Evaluator
 
     fields = {
@@ -91,7 +92,8 @@ def open_bench(config: Mapping[str, Any]) -> Bench:
     metadata = read_metadata(directory)
     corpora = {split: open_corpus(directory, split) for split in ("seed", "train", "dev", "test")}
     (bucket,) = make_buckets(list(corpora.values()), 1, {"features": 24, "labels": 4})
-    tokenizer, recogniser = fitting_tokenizer(config, metadata), build_recogniser(config)
+    typed = Config.of(config)
+    tokenizer, recogniser = fitting_tokenizer(typed, metadata), build_recogniser(typed)
     return Bench(
         config,
         tokenizer,
@@ -309,7 +311,7 @@ def train(
     from fedasr.models.recogniser import ARRAYS
     from fedasr.privacy.mechanism import Mechanism
     from fedasr.training.builders import corpora
-    from fedasr.training.config import fingerprint
+    from fedasr.training.config import Config, fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
     client, server, privacy = config["client"], config["server"], config["privacy"]
@@ -367,7 +369,7 @@ def train(
         seed=seed,
         identity=f"corrections {system} {fingerprint(_settings(config, system))}",
         chunk=config["chunk"],
-        buckets=corpora.client_grid(config),
+        buckets=corpora.client_grid(Config.of(config)),
         keep=ARRAYS,
         weights=weights,
         weigh=weigh,

@@ -33,15 +33,17 @@ def run() -> None:
     from fedasr.training.checkpoint import read_metadata, restore_params
     from fedasr.training.evaluation import Evaluator, evaluation_buckets
     from fedasr.training.rows import local_rows
+    from fedasr.training.workdir import recorded_config
 
     corpus = open_corpus(_DATA.value, _SPLIT.value)
     metadata = read_metadata(_CHECKPOINT.value)
     params = restore_params(_CHECKPOINT.value)
-    recogniser = build_recogniser(metadata["config"])
+    config = recorded_config(metadata["config"])
+    recogniser = build_recogniser(config)
     buckets = evaluation_buckets([corpus])
-    tokenizer = fitting_tokenizer(metadata["config"], read_corpus_metadata(_DATA.value))
+    tokenizer = fitting_tokenizer(config, read_corpus_metadata(_DATA.value))
     layout, rows = local_rows(_CHECKPOINT.value, params, corpus, _DATA.value)
-    if rows is None and metadata["config"].get("local", {}).get("patterns"):
+    if rows is None and config.local.patterns:
         text = "warning: users' own parameters are not beside the checkpoint, or of other data"
         print(text, file=sys.stderr)
     evaluator = Evaluator(recogniser, buckets, _BATCH.value, tokenizer=tokenizer, layout=layout)

@@ -9,11 +9,12 @@ import jax
 
 from fedasr.privacy import accounting, clipping, ledger
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.training.config import Config
 
 
 def describe_privacy(
     mechanism: Mechanism,
-    config: Mapping[str, Any],
+    config: Config,
     rounds: int,
     params: Any,
     entries: Sequence[ledger.Entry] = (),
@@ -29,14 +30,14 @@ def describe_privacy(
       entries: of all runs behind the model, this one's last.
       ledger_known: whether the model that it started from had a ledger.
     """
-    privacy = config["privacy"]
-    if not privacy["enabled"]:
+    privacy = config.privacy
+    if not privacy.enabled:
         return {"enabled": False, "epsilon": None, "extrapolations": []}
-    spent = mechanism.epsilon(rounds, privacy["delta"])
+    spent = mechanism.epsilon(rounds, privacy.delta)
     extrapolations = []
-    for cohort, population in privacy["deployments"]:
+    for cohort, population in privacy.deployments:
         deployed = mechanism.deployed(cohort, population)
-        figure = deployed.epsilon(rounds, privacy["delta"])
+        figure = deployed.epsilon(rounds, privacy.delta)
         extrapolations.append(
             {
                 "cohort": cohort,
@@ -44,7 +45,7 @@ def describe_privacy(
                 "rounds": rounds,
                 **_multipliers(deployed),
                 **_figure(figure),
-                **_shares(deployed, rounds, privacy["delta"]),
+                **_shares(deployed, rounds, privacy.delta),
                 "neighbours": deployed.sampler.neighbours,
             }
         )
@@ -58,10 +59,10 @@ def describe_privacy(
     return {
         "enabled": True,
         "clip_norm": mechanism.clip_norm,
-        "budget": privacy["budget"],
+        "budget": privacy.budget,
         "sigma": mechanism.sigma,
         **_multipliers(mechanism),
-        "delta": privacy["delta"],
+        "delta": privacy.delta,
         "delta_at_tails": mechanism.tail_delta(rounds),
         **_noise(mechanism, params),
         "layer_bounds": bounds,
@@ -70,7 +71,7 @@ def describe_privacy(
         if entries
         else None,
         **_figure(spent),
-        **_shares(mechanism, rounds, privacy["delta"]),
+        **_shares(mechanism, rounds, privacy.delta),
         "neighbours": mechanism.sampler.neighbours,
         "extrapolations": extrapolations,
     }
@@ -128,28 +129,28 @@ def _shares(mechanism: Mechanism, rounds: int, delta: float) -> dict[str, Any]:
     }
 
 
-def not_covered(config: Mapping[str, Any], ledger_known: bool) -> list[str]:
+def not_covered(config: Config, ledger_known: bool) -> list[str]:
     """What the epsilons say nothing about."""
     limits = ["choices made by looking at the metrics of this or other runs"]
-    if config["local"]["patterns"]:
+    if config.local.patterns:
         limits.append(
             "the users' local parameters, which are never sent: the guarantee is about the shared "
             "part of the model alone, and says nothing to who sees a user's own"
         )
-    if vocabulary := config["data"].get("vocabulary"):
+    if vocabulary := config.data.vocabulary:
         limits.append(vocabulary)
-    if config["data"]["iid"]:
+    if config.data.iid:
         limits.append("anybody (data.iid: utterances were dealt out over users that do not exist)")
-    if config["init_from"] and not ledger_known:
+    if config.init_from and not ledger_known:
         limits.append(
-            f"whatever init_from={config['init_from']} was trained on, and its rounds: it has no "
+            f"whatever init_from={config.init_from} was trained on, and its rounds: it has no "
             "ledger, so that no total can be given"
         )
-    elif config["init_from"]:
+    elif config.init_from:
         limits.append(
             "users of the runs behind init_from who are not in this one: 'ledger' has their epsilon"
         )
-    elif config["seed_training"]["steps"]:
+    elif config.seed_training.steps:
         limits.append("the seed's own training data")
     return limits
 

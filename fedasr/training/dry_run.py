@@ -30,6 +30,7 @@ from fedasr.training.builders import (
     whole,
 )
 from fedasr.training.builders.splits import check_splits
+from fedasr.training.config import Config, Data
 from fedasr.training.logging import to_json
 from fedasr.training.workdir import (
     check_same,
@@ -42,7 +43,9 @@ from fedasr.training.workdir import (
 
 
 def dry_run(
-    config: Mapping[str, Any], workdir: str | Path | None = None, extend: int | None = None
+    config: Mapping[str, Any] | Config,
+    workdir: str | Path | None = None,
+    extend: int | None = None,
 ) -> dict[str, Any]:
     """What a run would be: resolves the configuration, trains nothing, makes no data.
 
@@ -62,31 +65,31 @@ def dry_run(
     recogniser = models.build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = models.parameter_count(recogniser)
-    settings = config["data"]
-    if settings["dir"] and settings["population"] and not Path(settings["dir"]).exists():
-        population = settings["population"]
-    elif settings["dir"]:
-        population = _rehearse(config, Path(settings["dir"]))
-        if vocabulary := learned_vocabulary(read_metadata(settings["dir"])):
-            settings["vocabulary"] = vocabulary
+    settings = config.data
+    if settings.dir and settings.population and not Path(settings.dir).exists():
+        population = settings.population
+    elif settings.dir:
+        population = _rehearse(config, Path(settings.dir))
+        if vocabulary := learned_vocabulary(read_metadata(settings.dir)):
+            config = config.with_data(vocabulary=vocabulary)
     else:
         population = _rehearse_synthetic(config)
     summary = {
         "status": "dry_run",
-        "name": config["name"],
-        "algorithm": config["algorithm"],
+        "name": config.name,
+        "algorithm": config.algorithm,
         "parameters": count,
         "population": population,
         "device": devices.device_name(jax.devices()),
-        "config": config,
+        "config": config.tree(),
     }
-    if config["algorithm"] == "federated":
+    if config.algorithm == "federated":
         summary |= _federated(config, shapes, population, workdir)
     return to_json(summary)
 
 
 def _federated(
-    config: Mapping[str, Any], shapes: Any, population: int, workdir: str | Path | None
+    config: Config, shapes: Any, population: int, workdir: str | Path | None
 ) -> dict[str, Any]:
     """What can be known of federated rounds: cost and privacy.
 
@@ -101,19 +104,19 @@ def _federated(
     shared = keep(shapes, models.shared_variables(config))
     layout = models.local_layout(config)
     if layout is not None:
-        mechanism.check_local(config["local"]["prototype"])
+        mechanism.check_local(config.local.prototype)
     described = clients.describe_client(config, shapes, local=layout and layout.local)
     earlier, known = ledgers.runs_before(config, workdir)
-    names, rounds = _user_names(config["data"]), config["rounds"]
+    names, rounds = _user_names(config.data), config.rounds
     users = Users.of(names) if names else UNKNOWN_USERS
-    cases = config["privacy"]["deployments"]
+    cases = config.privacy.deployments
     entries = [
         *earlier,
         ledgers.run_entry("this run", config, mechanism, rounds, users, cases),
     ]
     found = {
         "rounds": rounds,
-        "cohort": config["cohort"] or population,
+        "cohort": config.cohort or population,
         "chunk": devices.known_chunk(config),
         "bytes_per_client": {
             "down": described[-1]["down_bytes"],
@@ -126,7 +129,7 @@ def _federated(
 
 
 def _rehearse_place(
-    config: dict[str, Any], workdir: str | Path | None, extend: int | None
+    config: Config, workdir: str | Path | None, extend: int | None
 ) -> dict[str, Any]:
     """The configuration that would be run in a directory, refused if that is another's."""
     existing = None if workdir is None else read_existing(local_path(workdir))
@@ -135,12 +138,12 @@ def _rehearse_place(
     start = starts.read_start(config, existing, Path(workdir or "?"))
     if existing is None:
         return config
-    ours = {**config, "data": dict(config["data"])}
+    ours = config.tree()
     ours["start"] = tree_hash(start) if start is not None else existing.get("start", "")
     theirs = existing.get("data")
     theirs = theirs if isinstance(theirs, Mapping) else {}
     recorded = {name: theirs.get(name) for name in ("identity", "characters")}
-    if config["data"]["dir"] and (directory := Path(config["data"]["dir"])).exists():
+    if config.data.dir and (directory := Path(config.data.dir)).exists():
         recorded["identity"] = corpora.content_hash(directory)
         recorded["characters"] = tokenizer_for(read_metadata(directory)).characters
     ours["data"] |= recorded
@@ -149,7 +152,7 @@ def _rehearse_place(
     return config
 
 
-def _rehearse(config: Mapping[str, Any], directory: Path) -> int:
+def _rehearse(config: Config, directory: Path) -> int:
     """Makes all that a run on this data would train with, and nothing of it on disk.
 
     Returns:
@@ -158,15 +161,15 @@ def _rehearse(config: Mapping[str, Any], directory: Path) -> int:
     Raises:
       UserError: as the run would.
     """
-    small = {**config, "data": {**config["data"], "resident": False}}  # not the data itself
+    small = config.with_data(resident=False)  # not the data itself
     data = corpora.Data(directory, small, lambda text: None)
     used = devices.run_devices(config)
     pooled.check_central(config, data, used)
-    if config["algorithm"] == "federated":
+    if config.algorithm == "federated":
         with tempfile.TemporaryDirectory() as folder:
             store = None
             if layout := models.local_layout(config):
-                users, prototype = len(data.train.users), config["local"]["prototype"]
+                users, prototype = len(data.train.users), config.local.prototype
                 store = LocalStore(folder, layout, users, prototype)
             chunk = devices.known_chunk(config)
             chunk = 1 if chunk == chunks.AUTO else chunk
@@ -177,17 +180,17 @@ def _rehearse(config: Mapping[str, Any], directory: Path) -> int:
     return len(data.train.users)
 
 
-def _rehearse_synthetic(config: Mapping[str, Any]) -> int:
+def _rehearse_synthetic(config: Config) -> int:
     """Likewise as far as is known of the synthetic corpus before it is made."""
     from fedasr.data import synthetic
 
-    settings = synthetic.SyntheticConfig(task=config["data"]["task"])
+    settings = synthetic.SyntheticConfig(task=config.data.task)
     where = f"the synthetic corpus {settings.task!r}"
     check_splits(config, synthetic.SPLITS, where, lambda text: None)
     corpora.fitting_tokenizer(config, {"options": {"characters": CharTokenizer().characters}})
     corpora.check_features(config, {"options": {}})
-    population = synthetic.expected_users(settings, config["data"]["train"])
-    if config["algorithm"] == "federated":
+    population = synthetic.expected_users(settings, config.data.train)
+    if config.algorithm == "federated":
         mechanisms.check_deployments(
             config,
             mechanisms.make_mechanism(
@@ -197,8 +200,8 @@ def _rehearse_synthetic(config: Mapping[str, Any]) -> int:
     return population
 
 
-def _user_names(settings: Mapping[str, Any]) -> Sequence[str] | None:
+def _user_names(settings: Data) -> Sequence[str] | None:
     """Ids of the training users, if the data is there."""
-    if not settings["dir"] or not Path(settings["dir"]).exists():
+    if not settings.dir or not Path(settings.dir).exists():
         return None
-    return open_corpus(settings["dir"], settings["train"]).users
+    return open_corpus(settings.dir, settings.train).users

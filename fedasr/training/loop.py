@@ -10,6 +10,7 @@ training, `session` and `stages` are a run that goes on, `trainers` the two kind
 """
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedasr.text import learned_vocabulary, tokenizer_for
 from fedasr.training import stages, starts
 from fedasr.training.builders import corpora, models, whole
 from fedasr.training.checkpoint import lock_directory
+from fedasr.training.config import Config
 from fedasr.training.dry_run import dry_run as dry_run
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import say, write_json_atomic
@@ -50,12 +52,12 @@ REPORT_FILE = "report.html"
 
 
 def run(
-    config: Mapping[str, Any], workdir: str | Path, extend: int | None = None
+    config: Mapping[str, Any] | Config, workdir: str | Path, extend: int | None = None
 ) -> dict[str, Any]:
     """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
 
     Args:
-      config: a plain mapping with the fields of `default_config`.
+      config: a plain mapping with the fields of `default_config`, or a `Config`.
       workdir: made if missing.
       extend: rounds to go on to instead of the configuration's, in a directory that holds a run.
 
@@ -69,7 +71,7 @@ def run(
     """
     workdir, config = local_path(workdir), whole.checked(config)
     with disk_errors(workdir), contextlib.ExitStack() as stack:
-        directory = _record_data(config)
+        config, directory = _record_data(config)
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -92,37 +94,37 @@ def run(
         if not hosts.is_leader():
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         session = _begin(config, directory, workdir, logs, stop)
-        session.history = history(before, config["rounds"])
+        session.history = history(before, config.rounds)
         # Before anything is written all have read, and the same.
         hosts.wait_for_all("begun")
         hosts.check_alike("configuration, data or work directory", f"{config} {session.latest}")
         hosts.connect()
         # Not before: a mistake must not claim the directory.
-        if hosts.is_leader() and read_json(workdir / CONFIG_FILE) != config:
-            write_json_atomic(workdir / CONFIG_FILE, config)
+        if hosts.is_leader() and read_json(workdir / CONFIG_FILE) != config.tree():
+            write_json_atomic(workdir / CONFIG_FILE, config.tree())
         summary = stages.run_stages(session, start)
         hosts.wait_for_all("ended")  # who leaves before would end the others
         return summary
 
 
-def _record_data(config: dict[str, Any]) -> Path:
-    """The data's folder, whose content and alphabet the configuration names from now on."""
+def _record_data(config: Config) -> tuple[Config, Path]:
+    """The configuration that names its data's content and alphabet, and the data's folder."""
     if hosts.is_leader():
         corpora.data_directory(config)  # the others find it made
     hosts.wait_for_all("data")
     directory = corpora.data_directory(config)
-    config["data"]["identity"] = corpora.content_hash(directory)
-    # What the model's outputs mean: of the checkpoints, too.
+    identity = corpora.content_hash(directory)
     metadata = read_metadata(directory)
-    config["data"]["characters"] = tokenizer_for(metadata).characters
-    if vocabulary := learned_vocabulary(metadata):
-        config["data"]["vocabulary"] = vocabulary
-    return directory
+    config = config.with_data(
+        identity=identity,
+        # What the model's outputs mean: of the checkpoints, too.
+        characters=tokenizer_for(metadata).characters,
+        vocabulary=learned_vocabulary(metadata) or None,
+    )
+    return config, directory
 
 
-def _claim(
-    config: dict[str, Any], workdir: Path, extend: int | None
-) -> tuple[dict[str, Any], Any, bool]:
+def _claim(config: Config, workdir: Path, extend: int | None) -> tuple[Config, Any, bool]:
     """The configuration with its start, the start's parameters, and whether the run is new.
 
     Raises:
@@ -133,29 +135,28 @@ def _claim(
         config = extended(workdir, existing, config, extend)
     start = starts.read_start(config, existing, workdir)
     named = tree_hash(start) if start is not None else (existing or {}).get("start")
-    config["start"] = named or ""
+    config = dataclasses.replace(config, start=named or "")
     if existing is not None:
         rounds = {} if extend is None else {"rounds": extend}
-        check_same(workdir, {**existing, **rounds}, config)
+        check_same(workdir, {**existing, **rounds}, config.tree())
     return config, start, existing is None
 
 
-def _begin(
-    config: Mapping[str, Any], directory: Path, workdir: Path, logs: Path, stop: StopFlag
-) -> Session:
+def _begin(config: Config, directory: Path, workdir: Path, logs: Path, stop: StopFlag) -> Session:
     parts = make_parts(config, directory, workdir)
     trainer: Trainer
-    if config["algorithm"] == "federated":
+    if config.algorithm == "federated":
         trainer = FederatedTrainer(parts, workdir)
     else:
         trainer = CentralTrainer(parts)
     return Session(parts, trainer, workdir, logs, stop)
 
 
-def _is_done(summary: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+def _is_done(summary: Mapping[str, Any], config: Config) -> bool:
     """Whether a summary is that of the whole of this run."""
     if summary.get("status") != "completed":
         return False
-    if summary.get("configuration", identity(config)) != identity(config):
+    ours = identity(config.tree())
+    if summary.get("configuration", ours) != ours:
         return False
-    return config["algorithm"] == "central" or summary.get("rounds") == config["rounds"]
+    return config.algorithm == "central" or summary.get("rounds") == config.rounds

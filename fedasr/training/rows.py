@@ -16,6 +16,7 @@ from fedasr.federated.local import (
 )
 from fedasr.training.builders import corpora, models
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
+from fedasr.training.workdir import recorded_config
 
 LOCAL_FOLDER = "local"  # of a work directory, the users' local parameters
 
@@ -41,7 +42,7 @@ def local_rows(
     """
     metadata, step = checkpoint_metadata(path), path
     path = Path(path).absolute()
-    config = {"local": {"patterns": []}} | metadata["config"]
+    config = recorded_config(metadata["config"])
     folders = [folder / LOCAL_FOLDER for folder in (path, path.parent, path.parent.parent)]
     folder = next((folder for folder in folders if (folder / SLOTS_FILE).is_file()), None)
     if (
@@ -50,10 +51,10 @@ def local_rows(
         or (layout := models.local_layout(config)) is None
     ):
         return None, None
-    if corpora.content_hash(Path(directory)) != config["data"]["identity"]:
+    if corpora.content_hash(Path(directory)) != config.data.identity:
         return None, None
-    trained = open_corpus(corpora.data_directory(config), config["data"]["train"])
-    prototype = config["local"]["prototype"]
+    trained = open_corpus(corpora.data_directory(config), config.data.train)
+    prototype = config.local.prototype
     store = LocalStore(folder, layout, len(trained.users), prototype, read_only=True)
     store.restore(metadata["units"])
     check_rows(store, step)

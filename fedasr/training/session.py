@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedasr.streams import make_root, public_name
 from fedasr.training import ledgers
 from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader
+from fedasr.training.config import Config
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import RunLogger, say, to_json
@@ -52,7 +53,7 @@ class Parts:
       store: the users' local parameters; None if there are none.
     """
 
-    config: Mapping[str, Any]
+    config: Config
     data: corpora.Data
     recogniser: Recogniser
     devices: Sequence[jax.Device]
@@ -63,10 +64,10 @@ class Parts:
     @property
     def seed_steps(self) -> int:
         """Steps of central training before the main stage."""
-        return self.config["seed_training"]["steps"] if self.data.seed else 0
+        return self.config.seed_training.steps if self.data.seed else 0
 
 
-def make_parts(config: Mapping[str, Any], directory: Path, workdir: Path) -> Parts:
+def make_parts(config: Config, directory: Path, workdir: Path) -> Parts:
     """Makes the objects of a run.
 
     Args:
@@ -85,7 +86,7 @@ def make_parts(config: Mapping[str, Any], directory: Path, workdir: Path) -> Par
     evaluator = evaluators.make_evaluator(config, recogniser, data, own, layout)
     store = None
     if layout is not None:
-        prototype = config["local"]["prototype"]
+        prototype = config.local.prototype
         store = LocalStore(workdir / LOCAL_FOLDER, layout, len(data.train.users), prototype)
     return Parts(config, data, recogniser, used, own, evaluator, store)
 
@@ -124,7 +125,7 @@ class Session:
         checkpoints = workdir / "checkpoints"
         self.checkpointer: Checkpointer | CheckpointReader
         if hosts.is_leader():
-            self.checkpointer = Checkpointer(checkpoints, config["checkpoint"]["keep"])
+            self.checkpointer = Checkpointer(checkpoints, config.checkpoint.keep)
         else:
             self.checkpointer = CheckpointReader(checkpoints)
         self.latest = self.checkpointer.latest_step()
@@ -148,7 +149,7 @@ class Session:
         metadata = {
             "stage": stage,
             "units": units,
-            "config": self.parts.config,
+            "config": self.parts.config.tree(),
             "ledger": {
                 "known": known,
                 "earlier": ledger.to_data(earlier),

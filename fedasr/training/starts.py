@@ -14,30 +14,31 @@ from fedasr.training.checkpoint import (
     restore_params,
 )
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
+from fedasr.training.config import Config
 
 
 def read_start(
-    config: Mapping[str, Any], existing: Mapping[str, Any] | None, workdir: Path
+    config: Config, existing: Mapping[str, Any] | None, workdir: Path
 ) -> dict[str, Any] | None:
     """The parameters that a run starts from; None without init_from, or if it has started.
 
     What a run has started from may be gone once there is a checkpoint, or have been trained on.
     """
-    if not config["init_from"]:
+    if not config.init_from:
         return None
-    same = existing is not None and existing.get("init_from") == config["init_from"]
+    same = existing is not None and existing.get("init_from") == config.init_from
     if same and has_checkpoint(workdir):
         return None
     return _read_start(config)
 
 
-def _read_start(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read_start(config: Config) -> dict[str, Any]:
     """Raises UserError if there is none, or it is of another model or alphabet."""
-    path = config["init_from"]
+    path = config.init_from
     shapes = models.variable_shapes(config)
     start = _loaded(path, shapes)
     theirs = checkpoint_metadata(path).get("config", {}).get("data", {}).get("characters")
-    ours = config["data"].get("characters", theirs)
+    ours = theirs if config.data.characters is None else config.data.characters
     if theirs not in (None, ours):
         raise UserError(f"init_from={path} writes the characters {theirs!r}, the data {ours!r}")
     return start

@@ -7,6 +7,8 @@ hash of theirs (`start`).
 """
 
 import contextlib
+import copy
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,7 +21,7 @@ import numpy as np
 
 from fedasr.errors import UserError
 from fedasr.training.checkpoint import read_metadata, step_folders
-from fedasr.training.config import fingerprint
+from fedasr.training.config import Config, fingerprint
 from fedasr.training.logging import from_json, to_json
 
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
@@ -134,6 +136,28 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 _MISSING = object()
 
 
+def recorded_config(tree: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint carries, by whatever release: what it lacks is filled in.
+
+    Args:
+      tree: `config` of the checkpoint's metadata.
+    """
+    flat, options = flatten(tree), "model.options."
+    lacking = {
+        name: value
+        for name, value in ADDED.items()
+        if name not in flat and name != "start" and not name.startswith(options)
+    }
+    filled = copy.deepcopy(dict(tree))
+    for name, value in lacking.items():
+        *sections, leaf = name.split(".")
+        inner = filled
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
+    return Config.of(filled)
+
+
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that name a configuration wherever its data lies."""
     flat = flatten(to_json(config))
@@ -190,9 +214,7 @@ def check_same(workdir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
         )
 
 
-def extended(
-    workdir: Path, theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], rounds: int
-) -> dict[str, Any]:
+def extended(workdir: Path, theirs: Mapping[str, Any] | None, ours: Config, rounds: int) -> Config:
     """The configuration of a run that goes on to more rounds.
 
     Everything random of a round is a function of the seed and the round's number, so a run that
@@ -212,16 +234,16 @@ def extended(
         raise UserError(f"--extend: --workdir={workdir} holds no run yet: set --config.rounds")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 100_000_000:
         raise UserError(f"--extend={rounds} must be a number of rounds, 1 to 100000000")
-    if ours["algorithm"] != "federated":
+    if ours.algorithm != "federated":
         raise UserError("--extend goes on with federated rounds: central training has none")
-    if ours["privacy"]["enabled"] and ours["privacy"]["noise"] != "independent":
+    if ours.privacy.enabled and ours.privacy.noise != "independent":
         raise UserError(
-            f"--extend: privacy.noise={ours['privacy']['noise']!r} is made for its number of "
+            f"--extend: privacy.noise={ours.privacy.noise!r} is made for its number of "
             "rounds, more are another mechanism: start anew with --config.rounds"
         )
     if rounds < _rounds(theirs):
         raise UserError(f"--extend={rounds}: the run already goes to round {_rounds(theirs)}")
-    return {**ours, "rounds": rounds}
+    return dataclasses.replace(ours, rounds=rounds)
 
 
 def _rounds(config: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from fedasr.errors import UserError
 from fedasr.privacy import accounting
 from fedasr.training import loop
 from fedasr.training.builders import models
+from fedasr.training.config import Config
 from fedasr.training.logging import to_json
 
 ROWS = [(table, row) for table in published.TABLES.values() for row in table.rows + table.starts]
@@ -170,7 +171,7 @@ def test_parameters_are_counted_without_allocating_them(model):
     *_, millions = SIZES[model]
     config = build(published.TABLES["published_sizes"], row := size_row(model))
     assert f"model={model}" in row.arguments
-    recogniser = models.build_recogniser(config)
+    recogniser = models.build_recogniser(Config.of(config))
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     assert count == recipes.parameter_count(model)
@@ -212,7 +213,7 @@ def test_every_published_row_can_be_tried_dry(monkeypatch):
     build_recogniser = models.build_recogniser
 
     def shared(config):
-        key = json.dumps(config["model"], sort_keys=True)
+        key = repr(config.model)
         if key not in models:
             whole = build_recogniser(config)
             shapes = jax.eval_shape(whole.init, jax.random.key(0))
@@ -261,7 +262,7 @@ def test_mistaken_arguments(arguments, message):
 
 def test_mini_noise_has_the_published_ratio_to_the_clip_norm():
     config = mini.get_config()
-    recogniser = models.build_recogniser(to_json(config.to_dict()))
+    recogniser = models.build_recogniser(Config.of(to_json(config.to_dict())))
     count = models.parameter_count(recogniser)
     row = mini.TABLES["mini_privacy"].rows[0]
     ours = row.overrides["privacy.sigma"] * math.sqrt(count)

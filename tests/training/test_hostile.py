@@ -94,7 +94,7 @@ def verdicts(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "run_stages", reach)
     # The synthetic corpus is not made for this; what comes before that is the same.
     monkeypatch.setattr(
-        corpora, "data_directory", lambda config: Path(config["data"]["dir"] or corpus_dir)
+        corpora, "data_directory", lambda config: Path(config.data.dir or corpus_dir)
     )
     runs = 0
 

@@ -17,7 +17,7 @@ from fedasr.federated.simulation import Simulation
 from fedasr.training import loop, rows, stages
 from fedasr.training.builders import identities, models
 from fedasr.training.checkpoint import Checkpointer, lock_directory, restore_params
-from fedasr.training.config import default_config
+from fedasr.training.config import Config, default_config
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import RunLogger, read_metrics, to_json
@@ -409,7 +409,7 @@ def test_all_kinds_of_state_survive_a_stop(configure, no_report, tmp_path, monke
     whole = loop.run(config, tmp_path / "whole")
     privacy = whole["privacy"]
     assert privacy["noise"] == "banded, 2 bands"  # 4 users, 2 a round: turns 2 apart
-    start = models.initial_params(models.build_recogniser(config), config)
+    start = models.initial_params(models.build_recogniser(Config.of(config)), Config.of(config))
     end, trained = restore_params(tmp_path / "whole"), 0
     for (path, before), after in zip(
         jax.tree.leaves_with_path(start), jax.tree.leaves(end), strict=True
@@ -516,7 +516,7 @@ def test_local_parameters_survive_a_crash_and_are_told_apart(configure, tmp_path
         same = (found[0] == np.asarray(layout.extract(params))).all(axis=1)
         assert same.sum() == (4 - users if split != "test" else 1)
         buckets = make_buckets([corpus], 1, {"features": 24, "labels": 4})
-        evaluator = Evaluator(models.build_recogniser(config), buckets, 2, layout=layout)
+        evaluator = Evaluator(models.build_recogniser(Config.of(config)), buckets, 2, layout=layout)
         rates[split] = [evaluator(params, corpus, how)["loss"] for how in (own, None)]
     last = [r for r in read_metrics(tmp_path / "whole") if r.get("round") == 4][-1]
     for split, (own, prototype) in rates.items():

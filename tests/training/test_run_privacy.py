@@ -55,7 +55,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def small_model(monkeypatch):
     def build(config, augmented=True):
-        shift = 1.0 if config["augment"]["enabled"] and augmented else 0.0
+        shift = 1.0 if config.augment.enabled and augmented else 0.0
 
         def loss(params, batch, key):
             seen = jnp.mean(batch["features"]) + shift

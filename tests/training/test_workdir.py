@@ -18,6 +18,7 @@ from fedasr.training import config as config_lib
 from fedasr.training import loop, stages, workdir
 from fedasr.training.builders import corpora
 from fedasr.training.checkpoint import restore_params
+from fedasr.training.config import Config
 from fedasr.training.logging import read_metrics, to_json
 from fedasr.training.totals import Totals
 from fedasr.training.trainers import federated
@@ -280,10 +281,10 @@ def test_a_run_that_is_killed_while_it_is_extended_goes_on(configure, accept, ha
 def test_what_cannot_be_extended_is_refused(configure, tmp_path, changes, words):
     config = configure(changes)
     with pytest.raises(UserError, match=words):
-        workdir.extended(tmp_path, config, config, 10)
+        workdir.extended(tmp_path, config, Config.of(config), 10)
     for rounds in (0, -1, True, 10**12, 3):
         with pytest.raises(UserError, match="--extend="):
-            workdir.extended(tmp_path, configure(), configure(), rounds)
+            workdir.extended(tmp_path, configure(), Config.of(configure()), rounds)
 
 
 def metrics_of(round, clients, invalid, loss=1.0):

@@ -1,7 +1,7 @@
 """What clients do in a round: local training of a subset, from and to compressed variables."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedasr.compression import costs, online
@@ -10,43 +10,43 @@ from fedasr.compression.partial import Subset, partial_training
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Loss
 from fedasr.training.builders import mechanisms
+from fedasr.training.config import Config
 
 
-def make_formats(config: Mapping[str, Any]) -> tuple[FloatFormat | None, FloatFormat | None]:
+def make_formats(config: Config) -> tuple[FloatFormat | None, FloatFormat | None]:
     """Formats of the download and of the upload; None for float32.
 
     Raises:
       UserError: for an unknown format, or a share out of range.
     """
-    settings = config["compression"]
-    online.check_share(settings["share"])
+    settings = config.compression
+    online.check_share(settings.share)
     down, up = (
-        FloatFormat.parse(name) if name else None
-        for name in (settings["download"], settings["upload"])
+        FloatFormat.parse(name) if name else None for name in (settings.download, settings.upload)
     )
     return down, up
 
 
-def make_subset(config: Mapping[str, Any]) -> Subset | None:
+def make_subset(config: Config) -> Subset | None:
     """Which variables clients train; None for all.
 
     Raises:
       UserError: see `Subset`.
     """
-    settings = config["partial"]
-    everything = settings["mode"] == "all"
+    settings = config.partial
+    everything = settings.mode == "all"
     subset = Subset(
-        "user" if everything else settings["mode"],
-        tuple(settings["patterns"]),
-        settings["groups"],
-        settings["share"],
-        config["seed"],
+        "user" if everything else settings.mode,
+        tuple(settings.patterns),
+        settings.groups,
+        settings.share,
+        config.seed,
     )
     return None if everything else subset
 
 
 def make_client_update(
-    config: Mapping[str, Any], make_update: Callable[[Loss], ClientUpdate], loss: Loss
+    config: Config, make_update: Callable[[Loss], ClientUpdate], loss: Loss
 ) -> ClientUpdate:
     """Local training as the configuration wants it: of a subset, from and to compressed variables.
 
@@ -55,28 +55,28 @@ def make_client_update(
       make_update: from a loss to local training.
       loss: see `fedasr.federated.client.Loss`.
     """
-    subset, settings = make_subset(config), config["compression"]
+    subset, settings = make_subset(config), config.compression
     update = partial_training(make_update, loss, subset) if subset else make_update(loss)
     down, up = make_formats(config)
     if down is None and up is None:
         return update
     return online.as_client_update(
-        update, down, settings["share"], _sent_matrices(config), align=settings["align"], upload=up
+        update, down, settings.share, _sent_matrices(config), align=settings.align, upload=up
     )
 
 
-def _sent_matrices(config: Mapping[str, Any]) -> online.Select:
+def _sent_matrices(config: Config) -> online.Select:
     """The weight matrices that are not local: what stays with a client is never rounded."""
 
     def select(path, leaf):
-        local = any(re.search(pattern, path) for pattern in config["local"]["patterns"])
+        local = any(re.search(pattern, path) for pattern in config.local.patterns)
         return online.weight_matrices(path, leaf) and not local
 
     return select
 
 
 def describe_client(
-    config: Mapping[str, Any],
+    config: Config,
     params: Any,
     loss: Loss | None = None,
     batch: Any = None,
@@ -95,25 +95,25 @@ def describe_client(
     return costs.describe_client(
         params,
         make_formats(config),
-        share=config["compression"]["share"],
+        share=config.compression.share,
         subset=subset,
         secure=mechanisms.make_secure(config, costs.sent_size(params, trained, local)),
         local=local,
         loss=loss,
         batch=batch,
-        grad_clip=config["client"]["grad_clip"],
+        grad_clip=config.client.grad_clip,
     )
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Config) -> None:
     """Raises UserError for settings that make no sense."""
     make_formats(config)
     make_subset(config)
-    client = config["client"]
-    fedsgd = client["steps"] == 1 and client["optimizer"] == "sgd"
-    if config["compression"]["measure"] and config["local"]["patterns"]:
+    client = config.client
+    fedsgd = client.steps == 1 and client.optimizer == "sgd"
+    if config.compression.measure and config.local.patterns:
         raise UserError("compression.measure does not know local parameters: unset one of them")
-    if config["compression"]["measure"] and not fedsgd:
+    if config.compression.measure and not fedsgd:
         raise UserError(
             "compression.measure measures FedSGD: it needs client.steps=1, client.optimizer=sgd"
         )

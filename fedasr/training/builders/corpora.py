@@ -27,14 +27,15 @@ from fedasr.models.recogniser import ARRAYS
 from fedasr.models.recurrent import RecurrentConfig
 from fedasr.text import Tokenizer, tokenizer_for
 from fedasr.training.builders.splits import check_splits
+from fedasr.training.config import Config
 from fedasr.training.evaluation import MULTIPLES
 
 
-def data_directory(config: Mapping[str, Any]) -> Path:
+def data_directory(config: Config) -> Path:
     """The prepared corpus of a configuration; makes the synthetic one when first needed."""
-    if config["data"]["dir"]:
-        return Path(config["data"]["dir"])
-    return _synthetic(config["data"]["task"])
+    if config.data.dir:
+        return Path(config.data.dir)
+    return _synthetic(config.data.task)
 
 
 def _synthetic(task: str) -> Path:
@@ -50,7 +51,7 @@ def content_hash(directory: Path) -> str:
     return hashlib.sha256((directory / METADATA_FILE).read_bytes()).hexdigest()[:16]
 
 
-def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Tokenizer:
+def fitting_tokenizer(config: Config, metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of prepared data, if the configured model writes its alphabet.
 
     Args:
@@ -61,13 +62,13 @@ def fitting_tokenizer(config: Mapping[str, Any], metadata: Mapping[str, Any]) ->
       UserError: the model has another number of tokens, or was trained for other characters.
     """
     tokenizer = tokenizer_for(metadata)
-    trained_for = config["data"].get("characters", tokenizer.characters)
+    trained_for = tokenizer.characters if config.data.characters is None else config.data.characters
     if trained_for != tokenizer.characters:
         raise UserError(
             f"the model writes the characters {trained_for!r}, the data {tokenizer.characters!r}"
         )
-    default = RecurrentConfig.vocab if config["model"]["name"] == "recurrent" else None
-    vocab = config["model"]["options"].get("vocab", default or tokenizer.vocab_size)
+    default = RecurrentConfig.vocab if config.model.name == "recurrent" else None
+    vocab = config.model.options.get("vocab", default or tokenizer.vocab_size)
     if vocab != tokenizer.vocab_size:
         raise UserError(
             f"the data's alphabet has {tokenizer.vocab_size} tokens with the blank, the model "
@@ -84,33 +85,33 @@ class Data:
     skipped {reason: count} of the preparation.
     """
 
-    def __init__(self, directory: str | Path, config: Mapping[str, Any], log: Any = print) -> None:
-        settings = config["data"]
+    def __init__(self, directory: str | Path, config: Config, log: Any = print) -> None:
+        settings = config.data
         metadata = read_metadata(directory)
         check_splits(config, metadata["splits"], directory, log)
         self.tokenizer = fitting_tokenizer(config, metadata)
         check_features(config, metadata)
-        self.train = open_corpus(directory, settings["train"])
-        if settings["iid"]:
-            self.train = ReshuffledCorpus(self.train, config["seed"])
-        if (published := settings["population"]) and published != len(self.train.users):
+        self.train = open_corpus(directory, settings.train)
+        if settings.iid:
+            self.train = ReshuffledCorpus(self.train, config.seed)
+        if (published := settings.population) and published != len(self.train.users):
             log(f"{published} training users were expected, there are {len(self.train.users)}")
         self.seed: Corpus | None = None
-        seed_split = config["seed_training"]["split"]
-        if config["seed_training"]["steps"] and not config["init_from"]:
+        seed_split = config.seed_training.split
+        if config.seed_training.steps and not config.init_from:
             if has_split(metadata, seed_split):
                 self.seed = open_corpus(directory, seed_split)
             else:
                 log(f"no split {seed_split!r} in {directory}: training starts from scratch")
         self.evaluation = {
             split: open_corpus(directory, split)
-            for split in settings["eval"]
+            for split in settings.eval
             if has_split(metadata, split)
         }
-        if missing := [split for split in settings["eval"] if not has_split(metadata, split)]:
+        if missing := [split for split in settings.eval if not has_split(metadata, split)]:
             log(f"no split {missing} in {directory}: not evaluated")
-        _check_users(self, config["privacy"]["enabled"], log)
-        options = config["model"]["options"]
+        _check_users(self, config.privacy.enabled, log)
+        options = config.model.options
         stride = options.get("stride", 0) if options.get("objective", "ctc") == "ctc" else 0
         if stride > metadata["options"]["stride"]:
             log(
@@ -120,7 +121,7 @@ class Data:
         self.skipped = dict(metadata["summary"]["skipped"])
         self.grid = client_grid(config)
         self.buckets = make_buckets([self.train], 1, MULTIPLES)
-        self._keep_on_devices = settings["resident"]
+        self._keep_on_devices = settings.resident
         self._resident: tuple[Corpus, Any, Resident] | None = None
 
     def resident(self, sharding: Any) -> Resident | None:
@@ -137,19 +138,19 @@ class Data:
         return self._resident[2]
 
 
-def client_grid(config: Mapping[str, Any]) -> Grid:
+def client_grid(config: Config) -> Grid:
     """The padded lengths of clients' batches, which no data has a say in."""
-    settings = config["data"]
-    room = {"labels": settings["labels_per_frame"]}
-    return Grid(settings["buckets"], MULTIPLES, room)
+    settings = config.data
+    room = {"labels": settings.labels_per_frame}
+    return Grid(settings.buckets, MULTIPLES, room)
 
 
-def check_features(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+def check_features(config: Config, metadata: Mapping[str, Any]) -> None:
     """Raises UserError for a recurrent model of another number of channels than the data has."""
-    if config["model"]["name"] != "recurrent":
+    if config.model.name != "recurrent":
         return
     channels = metadata["options"].get("channels", LogMelConfig().num_mels)
-    if config["model"]["options"].get("features", RecurrentConfig.features) != channels:
+    if config.model.options.get("features", RecurrentConfig.features) != channels:
         raise UserError(f"the data needs model.options.features={channels}")
 
 

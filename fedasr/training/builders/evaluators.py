@@ -1,18 +1,18 @@
 """Evaluation of a run's parameters."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
 from fedasr.federated.local import Layout
 from fedasr.models.recogniser import Recogniser
 from fedasr.training.builders import corpora
+from fedasr.training.config import Config
 from fedasr.training.evaluation import Evaluator, evaluation_buckets
 
 
 def make_evaluator(
-    config: Mapping[str, Any],
+    config: Config,
     recogniser: Recogniser,
     data: corpora.Data,
     devices: Sequence[jax.Device],
@@ -28,9 +28,9 @@ def make_evaluator(
     return Evaluator(
         recogniser,
         evaluation_buckets(list(data.evaluation.values())),
-        config["evaluation"]["batch_size"],
+        config.evaluation.batch_size,
         devices,
         data.tokenizer,
         layout,
-        config["model_devices"],
+        config.model_devices,
     )

@@ -1,8 +1,7 @@
 """Central training: of the seed, and of the baseline that forgets the users."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
@@ -12,11 +11,12 @@ from fedasr.models.recogniser import ARRAYS
 from fedasr.streams import Stream
 from fedasr.training.builders import batches, corpora, models, optimizers
 from fedasr.training.central import CentralTraining
+from fedasr.training.config import Config
 from fedasr.training.evaluation import MULTIPLES
 
 
 def central_training(
-    config: Mapping[str, Any],
+    config: Config,
     section: str,
     corpus: Corpus,
     loss: Loss,
@@ -32,7 +32,7 @@ def central_training(
     Raises:
       UserError: see `CentralTraining`.
     """
-    settings = config[section]
+    settings = getattr(config, section)
     batch = batches.batch_size(settings)
     return CentralTraining(
         corpus,
@@ -40,24 +40,22 @@ def central_training(
         optimizers.central_optimizer(settings),
         batch["batch_size"],
         frames=batch["frames"],
-        seed=config["seed"],
+        seed=config.seed,
         stream=Stream.SEED_TRAINING if section == "seed_training" else Stream.CENTRAL,
         # Those of its own corpus: others' lengths would say how the seed is rounded.
         multiples=MULTIPLES,
-        steps_per_report=math.gcd(10, config["checkpoint"]["seed_every"]),  # saved when reported
+        steps_per_report=math.gcd(10, config.checkpoint.seed_every),  # saved when reported
         devices=devices,
         keep=ARRAYS,
-        model_devices=config["model_devices"],
+        model_devices=config.model_devices,
     )
 
 
-def check_central(
-    config: Mapping[str, Any], data: corpora.Data, devices: Sequence[jax.Device]
-) -> None:
+def check_central(config: Config, data: corpora.Data, devices: Sequence[jax.Device]) -> None:
     """Raises UserError for central training that could not begin, before something else does."""
     loss = models.build_recogniser(config).loss
     stages = {"seed_training": data.seed}
-    if config["algorithm"] == "central":
+    if config.algorithm == "central":
         stages["central"] = data.train
     for section, corpus in stages.items():
         if corpus is not None:

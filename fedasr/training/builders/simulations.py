@@ -1,7 +1,6 @@
 """The federated rounds."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
@@ -21,10 +20,11 @@ from fedasr.training.builders import (
     models,
     optimizers,
 )
+from fedasr.training.config import Config
 
 
 def make_simulation(
-    config: Mapping[str, Any],
+    config: Config,
     data: corpora.Data,
     loss: Loss,
     devices: Sequence[jax.Device],
@@ -42,7 +42,7 @@ def make_simulation(
     Raises:
       UserError: for settings that make no sense together.
     """
-    if config["local"]["patterns"] and store is None:
+    if config.local.patterns and store is None:
         raise UserError("local.patterns: this program keeps no local parameters")
     sampler = mechanisms.make_sampler(config, len(data.train.users))
 
@@ -53,27 +53,27 @@ def make_simulation(
             clients.make_client_update(config, optimizers.local_update(config), loss),
             optimizers.server_optimizer(config),
             batches.local_batches(config),
-            seed=config["seed"],
+            seed=config.seed,
             identity=identities.run_identity(config),
             chunk=chunk,
             buckets=data.grid,
             devices=devices,
-            model_devices=config["model_devices"],
+            model_devices=config.model_devices,
             keep=ARRAYS,
             trained=models.trained_variables(config),
             store=store,
-            micro_batch=config["client"]["micro_batch"],
-            resident=data.resident(replicated(client_mesh(devices, config["model_devices"]))),
+            micro_batch=config.client.micro_batch,
+            resident=data.resident(replicated(client_mesh(devices, config.model_devices))),
         )
 
-    chunk = config["chunk"] if chunk is None else chunk
+    chunk = config.chunk if chunk is None else chunk
     if chunk != chunks.AUTO:
         return build(chunk)
-    budget = None if config["client"]["micro_batch"] else chunks.device_budget(devices)
+    budget = None if config.client.micro_batch else chunks.device_budget(devices)
     if budget is None:
         return build(1)
     shapes = models.variable_shapes(config)
-    most = -(-sampler.slots * config["model_devices"] // len(devices))
+    most = -(-sampler.slots * config.model_devices // len(devices))
 
     def memory(chunk: int) -> int:
         try:

@@ -4,19 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedasr.training.builders import batches, clients, devices, models, optimizers
-from fedasr.training.config import check_fields
+from fedasr.training.config import Config, check_fields
 from fedasr.training.logging import to_json
 
 
-def checked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as JSON holds it, which has no NaN and no infinity: checked before.
+def checked(given: Mapping[str, Any] | Config) -> Config:
+    """The configuration that a run is given, as a tree or typed.
 
     Raises:
       UserError: for mistakes that would otherwise show late, or not at all. What has to fit the
         data is for `corpora` to say.
     """
-    check_fields(config)
-    config = to_json(config)
+    tree = given.tree() if isinstance(given, Config) else given
+    check_fields(tree)
+    config = Config.of(to_json(tree))  # JSON has no NaN and no infinity: checked before
     clients.check(config)
     models.check_local(config)
     optimizers.check(config)

@@ -45,7 +45,7 @@ def _steps(
     if latest is not None:
         state = training.place(session.checkpointer.restore(latest, jax.device_get(state))[0])
     before = 0 if stage == "seed" else session.parts.seed_steps
-    every = session.parts.config["checkpoint"]["seed_every"]
+    every = session.parts.config.checkpoint.seed_every
     session.logger.start(before + total, before + units, "seed")
     for state, done, loss in training.run(state, total - units):
         session.logger.step(before + done, {"loss": loss})
@@ -61,7 +61,7 @@ class CentralTrainer:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._total = parts.config["central"]["steps"]
+        self._total = parts.config.central.steps
         self._users = Users.of(parts.data.train.users)
 
     def _training(self) -> CentralTraining:

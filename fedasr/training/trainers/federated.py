@@ -54,10 +54,10 @@ class FederatedTrainer:
 
     def _make(self, chunk: int | None) -> list[tuple[int, Simulation]]:
         parts, config = self._parts, self._parts.config
-        losses = [(config["rounds"], parts.recogniser.loss)]
-        if config["augment"]["enabled"] and (start := config["augment"]["start_round"]):
+        losses = [(config.rounds, parts.recogniser.loss)]
+        if config.augment.enabled and (start := config.augment.start_round):
             plain = models.build_recogniser(config, augmented=False)
-            losses.insert(0, (min(start, config["rounds"]), plain.loss))
+            losses.insert(0, (min(start, config.rounds), plain.loss))
         made: list[tuple[int, Simulation]] = []
         for until, loss in losses:
             simulation = simulations.make_simulation(
@@ -70,14 +70,14 @@ class FederatedTrainer:
     def _keep_chunk(self, chunk: int | None = None) -> None:
         """The float additions of a resumed run are in the order of the first."""
         chunk = chunk or self.simulations[0][1].chunk
-        if hosts.is_leader() and chunk != self._parts.config["chunk"]:
+        if hosts.is_leader() and chunk != self._parts.config.chunk:
             kept = {"chunk": chunk, "device": device_name(self._parts.devices)}
             write_json_atomic(self._chunk_file, kept | {"check": fingerprint(kept)})
 
     def train(self, session: Session, params: Any, latest: int | None, units: int) -> ServerState:
         """See `Trainer`."""
         config = self._parts.config
-        total, simulation = config["rounds"], self.simulations[0][1]
+        total, simulation = config.rounds, self.simulations[0][1]
         state = self._begin(session, simulation, params, latest)
         names = simulation.layer_names(params)
         session.name = public_name(state.root)
@@ -88,7 +88,7 @@ class FederatedTrainer:
             session.logger.round(
                 metrics.round, _record(metrics, names) | self._rates(session, state, metrics.round)
             )
-            if last or metrics.round % config["checkpoint"]["every"] == 0:
+            if last or metrics.round % config.checkpoint.every == 0:
                 session.save("main", metrics.round, state)
             if not last:
                 session.check_stop("main", metrics.round, state)
@@ -117,7 +117,7 @@ class FederatedTrainer:
 
     def _secret(self) -> np.ndarray | None:
         """A root that nobody can compute, if the configuration wants one."""
-        secret = self._parts.config["privacy"]["noise_seed"] == "secret"
+        secret = self._parts.config.privacy.noise_seed == "secret"
         return hosts.leaders(secret_root()) if secret else None
 
     def _rounds(
@@ -162,11 +162,11 @@ class FederatedTrainer:
     def _rates(self, session: Session, state: ServerState, round: int) -> dict[str, Any]:
         """Error rates and epsilon, of the rounds that have them."""
         config, rates = self._parts.config, None
-        every = config["evaluation"]["every"]
-        if round == config["rounds"]:
+        every = config.evaluation.every
+        if round == config.rounds:
             rates = session.final = session.evaluate(state.params)
         elif every and round % every == 0:
-            rates = session.evaluate(state.params, config["evaluation"]["while_training"])
+            rates = session.evaluate(state.params, config.evaluation.while_training)
         if rates is None:
             return {}
         epsilon = self._epsilon(round)
@@ -174,18 +174,18 @@ class FederatedTrainer:
 
     def _epsilon(self, round: int) -> float | None:
         """As deployed."""
-        privacy = self._parts.config["privacy"]
-        if not privacy["enabled"] or not privacy["deployments"]:
+        privacy = self._parts.config.privacy
+        if not privacy.enabled or not privacy.deployments:
             return None
-        deployed = self.simulations[0][1].mechanism.deployed(*privacy["deployments"][0])
+        deployed = self.simulations[0][1].mechanism.deployed(*privacy.deployments[0])
         # The quicker of the two accountants: a round should not wait seconds for the other.
         relation = deployed.sampler.neighboring_relation
-        return accounting.rdp_epsilon(deployed.event(round), privacy["delta"], relation)
+        return accounting.rdp_epsilon(deployed.event(round), privacy.delta, relation)
 
     def entry(self, run: str, units: int) -> ledger.Entry:
         """See `Trainer`."""
         config, mechanism = self._parts.config, self.simulations[0][1].mechanism
-        cases = config["privacy"]["deployments"]
+        cases = config.privacy.deployments
         return ledgers.run_entry(run, config, mechanism, units, self._users, cases)
 
     def logged(self, units: int, seed_steps: int) -> tuple[int, int]:
@@ -204,7 +204,7 @@ class FederatedTrainer:
         return {
             "rounds": rounds,
             "central_steps": self._parts.seed_steps,
-            "cohort": config["cohort"] or len(self._parts.data.train.users),
+            "cohort": config.cohort or len(self._parts.data.train.users),
             "privacy": describe.describe_privacy(
                 simulation.mechanism,
                 config,
@@ -221,7 +221,7 @@ class FederatedTrainer:
     def _clients(self, params: Any) -> list[dict[str, Any]]:
         """What a client receives, sends and, if asked for, needs in memory."""
         config, parts = self._parts.config, self._parts
-        if not config["compression"]["measure"]:
+        if not config.compression.measure:
             local = parts.store and parts.store.layout.local
             return clients.describe_client(config, params, local=local)
         batch = batches.batch_shapes(config, parts.data.buckets[-1])
