@@ -78,6 +78,7 @@ def describe_privacy(
 
 
 def noise_words(mechanism: Mechanism) -> str:
+    """The kind of noise."""
     if mechanism.secure is not None:
         return f"Skellam in shares, {mechanism.secure.bits} bits"
     return "independent" if mechanism.correlation is None else mechanism.correlation.description
