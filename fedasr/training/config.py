@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from fedasr.fields import (
     declared,
     defaults,
     flag,
-    is_number,
     parse,
     real,
     section,
@@ -34,6 +32,7 @@ from fedasr.fields import (
     unparse,
     whole,
 )
+from fedasr.training import values
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -45,86 +44,6 @@ _MOST_RATE = 1e4  # of learning: two decades more than any optimiser here has be
 # the parameters that it started from.
 RECORDED = {"data": ("identity", "characters"), "": ("start",)}
 _RECORDED = (*RECORDED["data"], "vocabulary")
-
-
-def _optimizers() -> list[str]:
-    from fedasr.federated.server import SERVER_OPTIMIZERS
-
-    return list(SERVER_OPTIMIZERS)
-
-
-def _models() -> list[str]:
-    from fedasr.models.recogniser import model_configs
-
-    return list(model_configs())
-
-
-def _tasks() -> list[str]:
-    from fedasr.data.synthetic import tasks
-
-    return tasks()
-
-
-def _prototypes() -> list[str]:
-    from fedasr.federated.local import PROTOTYPES
-
-    return list(PROTOTYPES)
-
-
-def _chunk(value: Any) -> str | None:
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1_000_000
-    return None if good or value == "auto" else "must be a number from 0, or 'auto'"
-
-
-def _split(value: Any) -> str | None:
-    from fedasr.data.splits import can_open
-
-    if not isinstance(value, str):
-        return "must be the name of a split"
-    try:
-        can_open(value, ())
-    except UserError as error:
-        return f"is no split: {error}"
-    return None
-
-
-def _format(value: Any) -> str | None:
-    from fedasr.compression.formats import FloatFormat
-
-    if not isinstance(value, str):
-        return "must be the name of a float format"
-    try:
-        FloatFormat.parse(value) if value else None
-    except UserError as error:
-        return f"is no float format: {error}"
-    return None
-
-
-def _pattern(value: Any) -> str | None:
-    if not isinstance(value, str) or not value:
-        return "must be a regular expression"
-    try:
-        re.compile(value)
-    except re.error as error:
-        return f"is no regular expression: {error}"
-    return None
-
-
-def _deployment(value: Any) -> str | None:
-    good = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
-    if not good or not 0 < value[0] <= value[1] <= 1e12:
-        return "is not (cohort, population)"
-    return None if value[1] == math.floor(value[1]) else "must have whole users in its population"
-
-
-def _options(value: Any) -> str | None:
-    """Options of an optimiser or model, by name; what they mean is for these to check."""
-    if not isinstance(value, Mapping):
-        return "must be options by name"
-    for name, option in value.items():
-        if not isinstance(option, bool | str) and not is_number(option):
-            return f"has {name}={option!r}, which must be a finite number, a name, True or False"
-    return None
 
 
 def _model_options() -> dict[str, Any]:
@@ -150,9 +69,9 @@ class Data:
     """
 
     dir: str = setting(text(""), 'a prepared corpus; "": the synthetic one, made when first needed')
-    task: str = setting(choice("digits", _tasks), "the synthetic corpus's")
-    train: str = setting(checked("train", _split, "split"))
-    eval: tuple[str, ...] = setting(several(("dev", "test"), _split, what="splits"))
+    task: str = setting(choice("digits", values.tasks), "the synthetic corpus's")
+    train: str = setting(checked("train", values.check_split, "split"))
+    eval: tuple[str, ...] = setting(several(("dev", "test"), values.check_split, what="splits"))
     buckets: int = setting(
         whole(2, 1, 64),
         "padded lengths of clients' batches to each doubling: the same whatever the data is (see "
@@ -181,9 +100,9 @@ class Data:
 class Model:
     """The recogniser."""
 
-    name: str = setting(choice("transformer", _models))
+    name: str = setting(choice("transformer", values.models))
     options: Mapping[str, Any] = setting(
-        checked(_model_options, _options, "options"),
+        checked(_model_options, values.check_options, "options"),
         "fields of the model's configuration class; a file for another model replaces them",
     )
 
@@ -196,7 +115,7 @@ class Augment:
     start_round: int = setting(
         whole(0, unit="rounds"), "federated rounds done before SpecAugment begins"
     )
-    options: Mapping[str, Any] = setting(checked(_augment_options, _options, "options"))
+    options: Mapping[str, Any] = setting(checked(_augment_options, values.check_options, "options"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +128,7 @@ class Central:
         real(0.0, most=1e6, unit="seconds"),
         "audio in a batch; above 0 it replaces batch_size",
     )
-    optimizer: str = setting(choice("adamw", _optimizers))
+    optimizer: str = setting(choice("adamw", values.optimizers))
     learning_rate: float = setting(real(1e-3, most=_MOST_RATE))
     decay_steps: int = setting(
         whole(0, unit="steps"), "every so many times decay_rate; 0: constant"
@@ -223,14 +142,14 @@ class SeedTraining(Central):
     """Central training before the federated rounds, on its own split."""
 
     steps: int = setting(whole(0, most=100_000_000, unit="steps"), "0: none")
-    split: str = setting(checked("seed", _split, "split"))
+    split: str = setting(checked("seed", values.check_split, "split"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Client:
     """What a client does in a round."""
 
-    optimizer: str = setting(choice("sgd", _optimizers))
+    optimizer: str = setting(choice("sgd", values.optimizers))
     learning_rate: float = setting(real(0.3, most=_MOST_RATE))
     decay_start: int = setting(whole(_NEVER, unit="rounds"), "at the constant rate, then")
     decay_rounds: int = setting(whole(500, 1, unit="rounds"), "times decay_rate every so many")
@@ -261,9 +180,9 @@ class Compression:
     """Online model compression: float formats such as "S1E3M7" or "bfloat16"; "": float32."""
 
     download: str = setting(
-        checked("", _format, "float format"), "of what clients receive and keep"
+        checked("", values.check_format, "float format"), "of what clients receive and keep"
     )
-    upload: str = setting(checked("", _format, "float format"), "of their updates")
+    upload: str = setting(checked("", values.check_format, "float format"), "of their updates")
     share: float = setting(
         real(0.9, most=1), "of the weight matrices, drawn by every client and round"
     )
@@ -284,7 +203,7 @@ class Partial:
 
     mode: str = setting(choice("all", ("all", "fixed", "round", "user")))
     patterns: tuple[str, ...] = setting(
-        several((".",), _pattern, 1, "regular expressions"), "searched for in paths"
+        several((".",), values.check_pattern, 1, "regular expressions"), "searched for in paths"
     )
     groups: int = setting(whole(10, 1, 1_000_000))
     share: float = setting(real(0.1, above=0, most=1))
@@ -299,11 +218,11 @@ class Local:
     """
 
     patterns: tuple[str, ...] = setting(
-        several((), _pattern, what="regular expressions"),
+        several((), values.check_pattern, what="regular expressions"),
         'searched for in paths: ("^input_layer/",)',
     )
     prototype: str = setting(
-        choice("init", _prototypes),
+        choice("init", values.prototypes),
         'what a new user starts from: "init", the model\'s; without privacy also the "mean" of '
         "the other users', or that of the \"last\" user before in the corpus's order",
     )
@@ -313,9 +232,9 @@ class Local:
 class Server:
     """What the server does with the mean client update."""
 
-    optimizer: str = setting(choice("lamb", _optimizers))
+    optimizer: str = setting(choice("lamb", values.optimizers))
     options: Mapping[str, Any] = setting(
-        checked(dict, _options, "options"),
+        checked(dict, values.check_options, "options"),
         "optax's own for this optimiser, such as b1; set in a file, there is nothing to override "
         "here",
     )
@@ -392,7 +311,7 @@ class Privacy:
     adaptive: Adaptive = section(Adaptive)
     delta: float = setting(real(1e-9, above=0, below=1))
     deployments: tuple[tuple[float, int], ...] = setting(
-        several(((1024, 1_000_000),), _deployment, what="pairs"),
+        several(((1024, 1_000_000),), values.check_deployment, what="pairs"),
         "deployments that the run stands for: (cohort, population) with the same sigma",
     )
 
@@ -403,7 +322,7 @@ class Evaluation:
 
     every: int = setting(whole(10, unit="rounds"), "0: only before and after")
     batch_size: int = setting(whole(32, 1, 65_536, "utterances"))
-    while_training: tuple[str, ...] = setting(several(("dev",), _split, what="splits"))
+    while_training: tuple[str, ...] = setting(several(("dev",), values.check_split, what="splits"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,7 +358,7 @@ class Config:
     rounds: int = setting(whole(100, most=100_000_000, unit="rounds"), 'unused by "central"')
     cohort: int = setting(whole(8, unit="users"), "expected in a round")
     chunk: int | str = setting(
-        checked("auto", _chunk, "whole number or 'auto'", "users"),
+        checked("auto", values.check_chunk, "whole number or 'auto'", "users"),
         'users vmapped together on a device; 0: the whole cohort; "auto": as many as its memory '
         "holds, but 1 on a CPU, where that is fastest",
     )

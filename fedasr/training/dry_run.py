@@ -38,7 +38,7 @@ from fedasr.training.workdir import (
     extended,
     local_path,
     read_existing,
-    tree_hash,
+    start_hash,
 )
 
 
@@ -139,7 +139,7 @@ def _rehearse_place(
     if existing is None:
         return config
     ours = config.tree()
-    ours["start"] = tree_hash(start) if start is not None else existing.get("start", "")
+    ours["start"] = start_hash(start) if start is not None else existing.get("start", "")
     theirs = existing.get("data")
     theirs = theirs if isinstance(theirs, Mapping) else {}
     recorded = {name: theirs.get(name) for name in ("identity", "characters")}

@@ -45,7 +45,7 @@ from fedasr.training.workdir import (
     local_path,
     read_existing,
     read_json,
-    tree_hash,
+    start_hash,
 )
 
 REPORT_FILE = "report.html"
@@ -134,7 +134,7 @@ def _claim(config: Config, workdir: Path, extend: int | None) -> tuple[Config, A
     if extend is not None:
         config = extended(workdir, existing, config, extend)
     start = starts.read_start(config, existing, workdir)
-    named = tree_hash(start) if start is not None else (existing or {}).get("start")
+    named = start_hash(start) if start is not None else (existing or {}).get("start")
     config = dataclasses.replace(config, start=named or "")
     if existing is not None:
         rounds = {} if extend is None else {"rounds": extend}

@@ -9,16 +9,13 @@ hash of theirs (`start`).
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
+from fedasr.digests import START, params_digest
 from fedasr.errors import UserError
 from fedasr.training.checkpoint import read_metadata, step_folders
 from fedasr.training.config import Config, fingerprint
@@ -164,15 +161,9 @@ def identity(config: Mapping[str, Any]) -> str:
     return fingerprint({name: value for name, value in flat.items() if name not in PLACES})
 
 
-def tree_hash(tree: Any) -> str:
-    """Sixteen hexadecimal digits that name a pytree of arrays: their paths, kinds and values."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        value = np.ascontiguousarray(leaf)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{name} {value.dtype} {np.shape(leaf)} ".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()[:16]
+def start_hash(params: Any) -> str:
+    """Sixteen hexadecimal digits that name the parameters that a run starts from."""
+    return params_digest(params, START)[:16]
 
 
 def read_existing(workdir: Path) -> dict[str, Any] | None:
