@@ -1,100 +1,44 @@
-"""From a configuration's `compression` and `partial` to a client update and its costs."""
+"""What a client receives, sends and holds under compression and partial training."""
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from fedasr.compression import device, online
 from fedasr.compression.formats import FloatFormat
-from fedasr.compression.partial import Subset, partial_training
+from fedasr.compression.partial import Subset
 from fedasr.compression.transport import transport_bytes
-from fedasr.errors import UserError
-from fedasr.federated.client import ClientUpdate, Loss
+from fedasr.federated.client import Loss
 from fedasr.federated.subset import keep
-from fedasr.privacy.settings import make_secure
-
-
-def make_formats(config: Mapping[str, Any]) -> tuple[FloatFormat | None, FloatFormat | None]:
-    """Formats of the download and of the upload; None for float32.
-
-    Raises:
-      UserError: for an unknown format, or a share out of range.
-    """
-    settings = config["compression"]
-    online.check_share(settings["share"])
-    down, up = (
-        FloatFormat.parse(name) if name else None
-        for name in (settings["download"], settings["upload"])
-    )
-    return down, up
-
-
-def make_subset(config: Mapping[str, Any]) -> Subset | None:
-    """Which variables clients train; None for all.
-
-    Raises:
-      UserError: see `Subset`.
-    """
-    settings = config["partial"]
-    everything = settings["mode"] == "all"
-    subset = Subset(
-        "user" if everything else settings["mode"],
-        tuple(settings["patterns"]),
-        settings["groups"],
-        settings["share"],
-        config["seed"],
-    )
-    return None if everything else subset
-
-
-def make_client_update(
-    config: Mapping[str, Any], make_update: Callable[[Loss], ClientUpdate], loss: Loss
-) -> ClientUpdate:
-    """Local training as the configuration wants it: of a subset, from and to compressed variables.
-
-    Args:
-      config: of the run.
-      make_update: from a loss to local training.
-      loss: see `fedasr.federated.client.Loss`.
-    """
-    subset, settings = make_subset(config), config["compression"]
-    update = partial_training(make_update, loss, subset) if subset else make_update(loss)
-    down, up = make_formats(config)
-    if down is None and up is None:
-        return update
-    return online.as_client_update(
-        update, down, settings["share"], _sent_matrices(config), align=settings["align"], upload=up
-    )
-
-
-def _sent_matrices(config: Mapping[str, Any]) -> online.Select:
-    """The weight matrices that are not local: what stays with a client is never rounded."""
-
-    def select(path, leaf):
-        local = any(re.search(pattern, path) for pattern in config["local"]["patterns"])
-        return online.weight_matrices(path, leaf) and not local
-
-    return select
+from fedasr.privacy.secure_aggregation import SecureAggregation
 
 
 def describe_client(
-    config: Mapping[str, Any],
     params: Any,
+    formats: tuple[FloatFormat | None, FloatFormat | None] = (None, None),
+    *,
+    share: float = 0.9,
+    subset: Subset | None = None,
+    secure: SecureAggregation | None = None,
+    local: Sequence[bool] | None = None,
     loss: Loss | None = None,
     batch: Any = None,
-    local: Sequence[bool] | None = None,
+    grad_clip: float | None = None,
 ) -> list[dict[str, Any]]:
-    """What a client of the run receives, sends and holds, beside one without any of it.
+    """What a client of a run receives, sends and holds, beside one without any of it.
 
     Args:
-      config: of the run.
       params: the model's parameters, or their shapes.
+      formats: of the download and of the upload; None for float32.
+      share: of the weight matrices that are compressed.
+      subset: which variables clients train; None for all.
+      secure: how updates are sent under secure aggregation; None without.
+      local: for each variable in order, whether it stays with the client; None for none.
       loss, batch: to measure memory as well, which compiles two programs (FedSGD only): the loss
         and arrays, or shapes, of a client's batch.
-      local: for each variable in order, whether it stays with the client; None for none.
+      grad_clip: see `fedasr.compression.device.fedsgd_program`.
 
     Returns:
       Rows with `method`, `down_bytes` and `up_bytes` per client and round, `parameter_bytes` (as
@@ -103,33 +47,30 @@ def describe_client(
     sent = params if local is None else keep(params, [not own for own in local])
     plain = transport_bytes(sent)
     rows = [("float32, all variables", plain, None, None)]
-    subset, (down, up) = make_subset(config), make_formats(config)
+    down, up = formats
     words = [f"{fmt} {way}" for fmt, way in ((down, "download"), (up, "upload")) if fmt is not None]
     if subset is not None:
         words.append(f"trains by {subset.mode}")
-    trained = None if subset is None else subset.trained(params)
-    secure = make_secure(config, sent_size(params, trained, local))
     if secure is not None:
         words.append(f"{secure.bits} bits a coordinate under secure aggregation")
     if words:
-        share = config["compression"]["share"]
         uploaded = None if subset is None else subset.uploaded(params)
         if uploaded is not None and local is not None:
             uploaded = [p for p, own in zip(uploaded, local, strict=True) if not own]
         cost = transport_bytes(sent, down, up, share, uploaded=uploaded, secure=secure)
         rows.append((", ".join(words), cost, (down, up), subset))
     described = []
-    for method, cost, formats, used in rows:
+    for method, cost, used_formats, used in rows:
         memory = None
         if loss is not None:
             memory = fedsgd_memory(
                 loss,
                 params,
                 batch,
-                *(formats or (None, None)),
-                share=config["compression"]["share"],
+                *(used_formats or (None, None)),
+                share=share,
                 subset=used,
-                grad_clip=config["client"]["grad_clip"],
+                grad_clip=grad_clip,
             )
         described.append(
             {
@@ -194,17 +135,3 @@ def fedsgd_memory(
     program = device.fedsgd_program(loss, trained, upload, grad_clip=grad_clip)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return device.measure(program, stored, jax.eval_shape(lambda x: x, batch), key)
-
-
-def check(config: Mapping[str, Any]) -> None:
-    """Raises UserError for settings that make no sense."""
-    make_formats(config)
-    make_subset(config)
-    client = config["client"]
-    fedsgd = client["steps"] == 1 and client["optimizer"] == "sgd"
-    if config["compression"]["measure"] and config["local"]["patterns"]:
-        raise UserError("compression.measure does not know local parameters: unset one of them")
-    if config["compression"]["measure"] and not fedsgd:
-        raise UserError(
-            "compression.measure measures FedSGD: it needs client.steps=1, client.optimizer=sgd"
-        )
