@@ -32,6 +32,7 @@ WORDS = {
     "augment.options": "SpecAugment's: numbers and widths of masks.",
     "seed_training.split": "Split of the users whose data trains the seed model, without privacy.",
     "steps": "Steps of training.",
+    "seed_training.steps": "Steps of training before the federated rounds; 0: none.",
     "batch_size": "Utterances in a batch.",
     "optimizer": "Its name.",
     "learning_rate": "The optimiser's.",
