@@ -79,7 +79,9 @@ def open_bench(config: Mapping[str, Any]) -> Bench:
     from fedasr.data.corpus import open_corpus, read_metadata
     from fedasr.data.prepare import prepare_synthetic
     from fedasr.data.synthetic import SyntheticConfig
-    from fedasr.training import loop
+    from fedasr.training.builders.corpora import fitting_tokenizer
+    from fedasr.training.builders.models import build_recogniser
+    from fedasr.training.config import Config
     from fedasr.training.evaluation import Evaluator
 
     fields = {
@@ -90,7 +92,8 @@ def open_bench(config: Mapping[str, Any]) -> Bench:
     metadata = read_metadata(directory)
     corpora = {split: open_corpus(directory, split) for split in ("seed", "train", "dev", "test")}
     (bucket,) = make_buckets(list(corpora.values()), 1, {"features": 24, "labels": 4})
-    tokenizer, recogniser = loop.fitting_tokenizer(config, metadata), loop.build_recogniser(config)
+    typed = Config.of(config)
+    tokenizer, recogniser = fitting_tokenizer(typed, metadata), build_recogniser(typed)
     return Bench(
         config,
         tokenizer,
@@ -307,8 +310,8 @@ def train(
     from fedasr.feedback.joint import JointTraining, average_params
     from fedasr.models.recogniser import ARRAYS
     from fedasr.privacy.mechanism import Mechanism
-    from fedasr.training import loop
-    from fedasr.training.config import fingerprint
+    from fedasr.training.builders import corpora
+    from fedasr.training.config import Config, fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
     client, server, privacy = config["client"], config["server"], config["privacy"]
@@ -366,7 +369,7 @@ def train(
         seed=seed,
         identity=f"corrections {system} {fingerprint(_settings(config, system))}",
         chunk=config["chunk"],
-        buckets=loop.client_grid(config),
+        buckets=corpora.client_grid(Config.of(config)),
         keep=ARRAYS,
         weights=weights,
         weigh=weigh,

@@ -177,8 +177,10 @@ def fused_between(
 
     from fedasr.federated.chunks import AUTO
     from fedasr.fusion import groups, recognisers, tasks
-    from fedasr.training import loop
+    from fedasr.training.builders import corpora, models
+    from fedasr.training.builders.simulations import make_simulation
     from fedasr.training.checkpoint import Checkpointer, lock_directory, restore_params
+    from fedasr.training.config import Config
 
     settings, rounds = bench.config["accents"], bench.config["rounds"]
     fuse = groups.average
@@ -192,12 +194,13 @@ def fused_between(
     simulations = []
     for group in bench.groups:
         config = run_config(bench, seed, privacy, f"train_{group}", start, name=method)
-        data = loop.Data(bench.data, config, log)
-        loss = loop.build_recogniser(config).loss
+        typed = Config.of(config)
+        data = corpora.Data(bench.data, typed, log)
+        loss = models.build_recogniser(typed).loss
         # The same whenever the run goes on: "auto" would be measured again.
         chunk = 1 if config["chunk"] == AUTO else config["chunk"]
         devices = jax.local_devices()
-        simulations.append(loop.make_simulation(config, data, loss, devices, chunk=chunk))
+        simulations.append(make_simulation(typed, data, loss, devices, chunk=chunk))
     params = restore_params(start)
     states = [simulation.init(params) for simulation in simulations]
     folder.mkdir(parents=True, exist_ok=True)

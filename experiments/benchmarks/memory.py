@@ -44,9 +44,9 @@ def run() -> None:
     import optax
 
     from fedasr.compression import device
+    from fedasr.compression.costs import fedsgd_memory
     from fedasr.compression.formats import FloatFormat
     from fedasr.compression.partial import Subset
-    from fedasr.compression.settings import fedsgd_memory
     from fedasr.compression.transport import entropy_bytes, transport_bytes
     from fedasr.errors import UserError
     from fedasr.federated.client import local_training

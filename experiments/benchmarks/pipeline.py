@@ -78,16 +78,17 @@ def run() -> None:
     common.configure_devices()
     import jax
 
-    from fedasr.training import loop
-    from fedasr.training.config import resolve
+    from fedasr.training.builders import corpora, models, simulations
+    from fedasr.training.config import Config, resolve
 
     config = resolve(_CONFIG.value.to_dict())
     if config["data"]["resident"]:
         raise UserError("data.resident: there is nothing to wait for")
-    directory = loop.data_directory(config)
-    data = loop.Data(directory, config, lambda line: print(line, file=sys.stderr))
-    recogniser = loop.build_recogniser(config)
-    simulation = loop.make_simulation(config, data, recogniser.loss, jax.devices())
+    typed = Config.of(config)
+    directory = corpora.data_directory(typed)
+    data = corpora.Data(directory, typed, lambda line: print(line, file=sys.stderr))
+    recogniser = models.build_recogniser(typed)
+    simulation = simulations.make_simulation(typed, data, recogniser.loss, jax.devices())
     state = simulation.init(recogniser.init(jax.random.key(config["seed"])))
     found = measure(simulation, state, flags.FLAGS.rounds, flags.FLAGS.repeats)
     if flags.FLAGS.plot:

@@ -131,7 +131,8 @@ def audit_users(
     from fedasr.data.corpus import open_corpus
     from fedasr.data.splits import UnionCorpus
     from fedasr.privacy import auditing
-    from fedasr.training import loop
+    from fedasr.training.builders import corpora, models
+    from fedasr.training.config import Config
 
     if config["algorithm"] != "federated" or config["data"]["iid"]:
         raise UserError("--canaries=users audits federated users: algorithm='federated', not iid")
@@ -139,8 +140,9 @@ def audit_users(
         raise UserError(f"client.optimizer={optimizer!r} moves users without data: choose another")
     if config["augment"]["enabled"] and config["augment"]["start_round"]:
         raise UserError("--canaries=users has SpecAugment from the start: augment.start_round=0")
-    directory = loop.data_directory(config)
-    data = loop.Data(directory, config, log)
+    typed = Config.of(config)
+    directory = corpora.data_directory(typed)
+    data = corpora.Data(directory, typed, log)
     if not data.evaluation:
         raise UserError("there is no held-out split: data.eval names those to take canaries from")
     held_out = UnionCorpus([open_corpus(directory, split) for split in data.evaluation])
@@ -148,7 +150,7 @@ def audit_users(
         canaries = 1 if method == "many_runs" else len(held_out.users)
     elif method == "many_runs" and canaries != 1:
         raise UserError("many_runs has one canary in each run: leave out --canary_count")
-    recogniser = loop.build_recogniser(config)
+    recogniser = models.build_recogniser(typed)
     evaluate = jax.jit(recogniser.evaluate)
     devices = jax.local_devices()[: config["devices"] or None]
     chosen = make_canaries(held_out, canaries, data.tokenizer.vocab_size, config["seed"])
@@ -197,7 +199,8 @@ def _with_canaries(
 
     from fedasr.data.corpus import InMemoryCorpus, open_corpus
     from fedasr.data.splits import UnionCorpus
-    from fedasr.training import loop
+    from fedasr.training.builders import simulations
+    from fedasr.training.config import Config
 
     train = open_corpus(directory, config["data"]["train"])
     members = {
@@ -207,7 +210,7 @@ def _with_canaries(
     everybody = copy.copy(data)
     joined = InMemoryCorpus(members, ragged=tuple(train.lengths(0)))
     everybody.train = UnionCorpus([train, joined])
-    return loop.make_simulation(config, everybody, recogniser.loss, devices)
+    return simulations.make_simulation(Config.of(config), everybody, recogniser.loss, devices)
 
 
 def _start(config: Mapping[str, Any], recogniser: Any) -> Any:
@@ -401,9 +404,10 @@ def _attack_updates(
     trials: int,
 ) -> tuple[Audit, Mechanism]:
     from fedasr.privacy import auditing
-    from fedasr.privacy.settings import make_mechanism, make_sampler
+    from fedasr.training.builders.mechanisms import make_mechanism, make_sampler
+    from fedasr.training.config import Config
 
-    settings = _with_noise(config, noise)
+    settings = Config.of(_with_noise(config, noise))
     sampler = make_sampler(settings, population)
     count = flags.FLAGS.canary_count if method == flags.FLAGS.method else None
     # The size stands in for the canaries' own, which follows.
@@ -426,10 +430,11 @@ def _attack_updates(
 def _dimension(config: Mapping[str, Any], mechanism: Mechanism, method: str) -> int:
     """Numbers that a client sends in the audit."""
     from fedasr.privacy import auditing
-    from fedasr.training import loop
+    from fedasr.training.builders import models
+    from fedasr.training.config import Config
 
     if flags.FLAGS.canaries == "users":
-        return loop.sent_parameters(config)
+        return models.sent_parameters(Config.of(config))
     count = flags.FLAGS.canary_count or auditing.default_canaries(mechanism, method)
     return sum(x.size for x in auditing.canary_params(count).values())
 

@@ -22,18 +22,22 @@ def run() -> None:
     common.configure_devices()
     from fedasr.data.corpus import open_corpus
     from fedasr.data.corpus import read_metadata as read_corpus_metadata
+    from fedasr.training.builders.corpora import fitting_tokenizer
+    from fedasr.training.builders.models import build_recogniser
     from fedasr.training.checkpoint import read_metadata, restore_params
     from fedasr.training.evaluation import Evaluator, evaluation_buckets
-    from fedasr.training.loop import build_recogniser, fitting_tokenizer, local_rows
+    from fedasr.training.rows import local_rows
+    from fedasr.training.workdir import recorded_config
 
     corpus = open_corpus(flags.FLAGS.data, flags.FLAGS.split)
     metadata = read_metadata(flags.FLAGS.checkpoint)
     params = restore_params(flags.FLAGS.checkpoint)
-    recogniser = build_recogniser(metadata["config"])
+    config = recorded_config(metadata["config"])
+    recogniser = build_recogniser(config)
     buckets = evaluation_buckets([corpus])
-    tokenizer = fitting_tokenizer(metadata["config"], read_corpus_metadata(flags.FLAGS.data))
+    tokenizer = fitting_tokenizer(config, read_corpus_metadata(flags.FLAGS.data))
     layout, rows = local_rows(flags.FLAGS.checkpoint, params, corpus, flags.FLAGS.data)
-    if rows is None and metadata["config"].get("local", {}).get("patterns"):
+    if rows is None and config.local.patterns:
         text = "warning: users' own parameters are not beside the checkpoint, or of other data"
         print(text, file=sys.stderr)
     evaluator = Evaluator(

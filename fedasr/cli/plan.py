@@ -33,7 +33,8 @@ from fedasr.errors import UserError
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.secure_aggregation import SecureAggregation
-from fedasr.privacy.settings import make_correlation, make_sampler
+from fedasr.training.builders.mechanisms import make_correlation, make_sampler
+from fedasr.training.config import Config, Privacy
 from fedasr.training.logging import from_json
 
 # Beyond the number of people there are, an answer is none.
@@ -60,19 +61,10 @@ def make_mechanism(
     Raises:
       UserError: for numbers out of range, or sampling and noise that no accountant knows together.
     """
-    settings = {
-        "seed": 0,
-        "cohort": cohort,
-        "rounds": rounds,
-        "privacy": {
-            "sampler": sampling,
-            "slots": slots,
-            "cycle": cycle,
-            "noise": noise,
-            "bands": bands,
-            "buffers": buffers,
-        },
-    }
+    privacy = Privacy(
+        sampler=sampling, slots=slots, cycle=cycle, noise=noise, bands=bands, buffers=buffers
+    )
+    settings = Config(cohort=cohort, rounds=rounds, privacy=privacy)
     if sampling != "poisson":
         if cohort != int(cohort):
             raise UserError(f"--cohort={cohort} must be whole with --sampling={sampling}")

@@ -20,7 +20,8 @@ import optax
 from fedasr.compression.formats import FloatFormat, decode, pack, unpack
 from fedasr.compression.online import Select, compress_variable, flags, weight_matrices
 from fedasr.federated.client import Loss
-from fedasr.models.layers import LazyParameter, after, is_lazy, realise_outside_blocks
+from fedasr.kernels.checkpoint import after
+from fedasr.models.layers import LazyParameter, is_lazy, realise_outside_blocks
 
 
 @jax.tree_util.register_dataclass
@@ -79,12 +80,11 @@ def pack_params(
     leaves, treedef = jax.tree.flatten(params)
     selected = flags(params, weight_matrices)
     rest = iter(chosen if chosen is not None else [True] * sum(selected))
-    return treedef.unflatten(
-        [
-            pack_variable(leaf, fmt, align=align) if select and next(rest) else leaf
-            for leaf, select in zip(leaves, selected, strict=True)
-        ]
-    )
+    packed = [
+        pack_variable(leaf, fmt, align=align) if select and next(rest) else leaf
+        for leaf, select in zip(leaves, selected, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, packed)
 
 
 def fedsgd_program(
@@ -161,17 +161,19 @@ class Memory(NamedTuple):
 
 
 def measure(program: Callable[..., Any], params: Any, *rest: Any) -> Memory:
-    """Compiles program(params, *rest) for a single device and reads its memory from XLA.
+    """Compiles program(params, *rest) for the first local device and reads its memory from XLA.
 
     Args:
       program: to be jitted; nothing is run.
       params, rest: arrays or `jax.ShapeDtypeStruct`.
     """
-    lowered = jax.jit(program).lower(params, *rest)
+    device = jax.local_devices()[0]
+    with jax.default_device(device):
+        lowered = jax.jit(program).lower(params, *rest)
     # The buffers are the same without the optimisations that come after them.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    cpu = jax.default_backend() == "cpu"
-    analysis = lowered.compile(compiler_options=quick if cpu else None).memory_analysis()
+    options = quick if device.platform == "cpu" else None
+    analysis: Any = lowered.compile(compiler_options=options).memory_analysis()
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     parameters = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
     total = arguments + outputs + analysis.temp_size_in_bytes - analysis.alias_size_in_bytes

@@ -191,7 +191,7 @@ def _no_layout(path: Path) -> str:
     kinds = ", ".join(layout.title for layout in layouts.LAYOUTS)
     return (
         f"{path} is none of the layouts that are known ({kinds}): list your recordings in a "
-        "manifest, see README.md"
+        "manifest, see docs/guides/own_speech.md"
     )
 
 

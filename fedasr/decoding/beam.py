@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedasr.ctc import BLANK
 from fedasr.decoding.ngram import END, NGram
 from fedasr.errors import UserError
+from fedasr.kernels.ctc import BLANK
 
 _NEVER = -math.inf
 

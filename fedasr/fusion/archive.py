@@ -86,6 +86,6 @@ def best(archive: Archive) -> jax.Array:
     return jnp.argmax(jnp.where(archive.filled, archive.scores.mean(1), -1.0)).astype(jnp.int32)
 
 
-def take(archive: Archive, slot: jax.Array) -> PyTree:
+def take(archive: Archive, slot: jax.Array | int) -> PyTree:
     """The model in a slot."""
     return jax.tree.map(lambda x: x[slot], archive.params)

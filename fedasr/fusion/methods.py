@@ -6,6 +6,7 @@ All that a method knows of the task is `score(params) -> float32 [points]`, at l
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -319,7 +320,8 @@ def fraction(index: jax.Array) -> jax.Array:
       index: int32, from 0 (0, 1/2, 1/4, 3/4, 1/8 ...).
     """
     bits = index.astype(jnp.uint32)
-    reverse = sum(((bits >> i) & 1) << (23 - i) for i in range(24))
+    digits = [((bits >> i) & 1) << (23 - i) for i in range(24)]
+    reverse = functools.reduce(operator.or_, digits)
     return reverse.astype(jnp.float32) / 2**24
 
 
@@ -464,7 +466,9 @@ def score_all(score: Score, models: PyTree) -> jax.Array:
       score: see the module.
     """
     # Vmapped matrix products of a CPU are slower than one after the other.
-    return jax.lax.map(score, models) if jax.default_backend() == "cpu" else jax.vmap(score)(models)
+    return jax.lax.platform_dependent(
+        models, cpu=functools.partial(jax.lax.map, score), default=jax.vmap(score)
+    )
 
 
 # ---------------------------------------------------------------------------------------- names

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.kernels.depthwise import depthwise_convolution
 from fedasr.models import layers
 from fedasr.models.transducer import ObjectiveConfig
 
@@ -35,8 +36,8 @@ class ConformerConfig(ObjectiveConfig):
     draw per block and batch, without rescaling. input_layer: whether an affine layer, at first the
     identity, follows the features' norm: see `layers.InputLayer`. dtype: of the compute; parameters
     are float32.
-    remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
-    "none" to keep everything. attention: "plain", or "fused" for `layers.fused_attention`. The
+    remat: "block" to keep only the blocks' inputs for the backward pass, see `kernels.checkpoint`;
+    "none" to keep everything. attention: "plain", or "fused" for `kernels.attention`. The
     objective's fields: see `ObjectiveConfig`.
 
     Raises:
@@ -77,20 +78,20 @@ class Convolution(nn.Module):
     """Gated dense layer, depthwise convolution over time, layer norm, swish, dense layer."""
 
     kernel: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """x: [b, t, d]; mask: bool [b, t], True for true frames -> [b, t, d]."""
         d = x.shape[-1]
-        init = layers.uniform_fan_in()
-        options = {"use_bias": False, "kernel_init": init, "dtype": self.dtype}
-        x = jax.nn.glu(layers.Dense(2 * d, name="up", **options)(x))
+        x = jax.nn.glu(layers.bias_free(2 * d, self.dtype, "up")(x))
         # The one place beside attention where frames meet: padding must be silent.
         x = jnp.where(mask[..., None], x, jnp.zeros_like(x))
-        x = layers.depthwise_convolution(x, self.param("depthwise", init, (self.kernel, d)))
+        x = depthwise_convolution(
+            x, self.param("depthwise", layers.uniform_fan_in(), (self.kernel, d))
+        )
         x = nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(x)
-        return layers.Dense(d, name="down", **options)(jax.nn.swish(x))
+        return layers.bias_free(d, self.dtype, "down")(jax.nn.swish(x))
 
 
 class Block(nn.Module):
@@ -152,10 +153,9 @@ class Conformer(nn.Module):
         if c.input_layer:
             x = layers.InputLayer(name="input_layer")(x, lengths)
         x = x.astype(dtype)
-        options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
         for i in range(c.stride.bit_length() - 1):
-            x = layers.patches(x, c.kernel, 2)
-            x = jax.nn.glu(layers.Dense(2 * c.dim, name=f"front_end_{i}", **options)(x))
+            dense = layers.WindowedDense(2 * c.dim, c.kernel, 2, dtype, name=f"front_end_{i}")
+            x = jax.nn.glu(dense(x))
             lengths = -(-lengths // 2)
             mask = jnp.arange(x.shape[1]) < lengths[:, None]
             # A bias has given padding a sound, which the next layer's windows would hear.
@@ -164,5 +164,6 @@ class Conformer(nn.Module):
         for i, k in enumerate(k_blocks):
             y = layers.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k)
             x = layers.drop_block(y, x, c.layer_drop, k, _STREAMS)
-        out = layers.Dense(c.outputs(c.vocab), name="output", **options)(x)
+        init = layers.uniform_fan_in()
+        out = layers.Dense(c.outputs(c.vocab), kernel_init=init, dtype=dtype, name="output")(x)
         return out.astype(jnp.float32), lengths

@@ -1,11 +1,10 @@
-"""Building blocks whose result never depends on padding.
+"""Building blocks whose result never depends on padding, on `fedasr.kernels`.
 
 Activations are [batch, time, features]. Randomness comes as one key per utterance and is drawn with
 time as the leading axis: JAX's counter-based generator then gives an utterance the same numbers
 however far it is padded.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,10 @@ import jax.numpy as jnp
 
 from fedasr.errors import UserError
 from fedasr.fields import check_dataclass
+from fedasr.kernels import attention as attentions
+from fedasr.kernels.checkpoint import checkpoint
+from fedasr.kernels.dense import product
+from fedasr.kernels.frontend import Affine, affine_product, patches
 
 # Of whatever is a size: more is a slip, and would not end in an error but in no memory.
 _SIZES = ("vocab", "features", "dim", "mlp", "units", "joint_dim", "prediction_dim", "heads")
@@ -61,51 +64,6 @@ def check_sizes(config: Any, sizes: Sequence[str]) -> None:
     """Raises UserError if a field of `config` named by `sizes` is below 1."""
     if small := [name for name in sizes if getattr(config, name) < 1]:
         raise UserError(f"the model's {', '.join(small)} must be at least 1")
-
-
-def checkpoint(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Gradient checkpointing: the backward pass computes `function` again (arXiv 1604.06174).
-
-    Only the arguments are kept, at the price of a second forward pass. That is what
-    `jax.checkpoint` does, too, but XLA drops its barriers on CPUs, merges both passes and saves
-    nothing. Here what is computed again depends on the incoming gradient, so that no compiler can
-    do it earlier, or only once.
-
-    Args:
-      function: (params, x, *rest) -> array. Gradients flow to the floats of `params`, any pytree,
-        and to `x`, not to the rest.
-
-    Returns:
-      The same function, with equal gradients up to the order of float operations.
-    """
-
-    @jax.custom_vjp
-    def wrapped(params, x, *rest):
-        return function(params, x, *rest)
-
-    def forward(params, x, *rest):
-        # Else what parameters alone decide, such as their conversion to another dtype, may be
-        # computed for all blocks beforehand.
-        return function(after(x, params), x, *rest), (params, x, *rest)
-
-    def backward(args, gradient):
-        params, x, *rest = after(gradient, args)
-        _, pull = jax.vjp(lambda p, x: function(p, x, *rest), params, x)
-        return *pull(gradient), *[None] * len(rest)
-
-    wrapped.defvjp(forward, backward)
-    return wrapped
-
-
-def after(known: jax.Array, tree: Any) -> Any:
-    """The tree as it is, but so that nothing can be computed from it before `known` is there.
-
-    Where the first element of `known` is not finite it is all zeros: for use where what is not
-    finite comes out as not finite in any case.
-    """
-    first = known.ravel()[0]
-    usual = first <= jnp.finfo(first.dtype).max
-    return jax.tree.map(lambda a: jnp.where(usual, a, jnp.zeros_like(a)), tree)
 
 
 class LazyParameter:
@@ -201,27 +159,6 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def patches(x: jax.Array, width: int, stride: int) -> jax.Array:
-    """Windows of frames, so that a dense layer acts as a strided 1-D convolution.
-
-    A convolution with per-client kernels would lower to a slow grouped convolution under vmap.
-
-    Args:
-      x: [b, t, f], zero beyond each utterance's length.
-
-    Returns:
-      [b, ceil(t / stride), width * f]; window i is centred on frame i * stride ("same" padding).
-    """
-    b, t, f = x.shape
-    out, left = -(-t // stride), (width - 1) // 2
-    rows = out + -(-width // stride) - 1  # of `stride` frames side by side
-    right = rows * stride - left - t
-    padded = jnp.pad(x[:, : t + min(right, 0)], ((0, 0), (left, max(right, 0)), (0, 0)))
-    blocks = padded.reshape(b, rows, stride * f)
-    views = [blocks[:, i : i + out, : (width - i * stride) * f] for i in range(-(-width // stride))]
-    return jnp.concatenate(views, axis=-1)
-
-
 def sinusoidal_positions(positions: jax.Array, features: int) -> jax.Array:
     """Sines and cosines of real-valued positions [b, t] -> float32 [b, t, features].
 
@@ -253,150 +190,15 @@ def rotary(x: jax.Array) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-@jax.custom_vjp
-def depthwise_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution over time, each feature with its own filter ("same" padding by zeros).
-
-    out[:, i] = sum_j x[:, i + j - (width - 1) // 2] * kernel[j], as a sum over shifted inputs.
-    Under a vmap over clients `lax.conv` becomes a grouped convolution with clients x features
-    groups, which took 70 times as long on a CPU (width 32, forward and backward). The derivatives
-    are written out for the same reason: automatic ones pad and add an array for every tap (4 to 7
-    times as long, 13 times the memory).
-
-    Args:
-      x: [b, t, d], zero beyond each utterance's length.
-      kernel: [width, d].
-
-    Returns:
-      [b, t, d] in x's dtype; sums are float32.
-    """
-    left = (kernel.shape[0] - 1) // 2
-    return _shifted_sum(x, kernel, left)
-
-
-def _shifted_sum(x: jax.Array, kernel: jax.Array, left: int) -> jax.Array:
-    width, frames = kernel.shape[0], x.shape[1]
-    padded = _padded(x, left, width)
-    taps = [padded[:, j : j + frames] * kernel[j].astype(jnp.float32) for j in range(width)]
-    return sum(taps).astype(x.dtype)
-
-
-def _padded(x: jax.Array, left: int, width: int) -> jax.Array:
-    """x as float32 with `left` zero frames before it and width - 1 in all."""
-    return jnp.pad(x.astype(jnp.float32), ((0, 0), (left, width - 1 - left), (0, 0)))
-
-
-def _depthwise_forward(x, kernel):
-    return depthwise_convolution(x, kernel), (x, kernel)
-
-
-def _depthwise_backward(saved, gradient):
-    x, kernel = saved
-    width, frames = kernel.shape[0], x.shape[1]
-    left = (width - 1) // 2
-    padded, float_gradient = _padded(x, left, width), gradient.astype(jnp.float32)
-
-    def tap(j):
-        return jnp.sum(
-            jax.lax.dynamic_slice_in_dim(padded, j, frames, 1) * float_gradient, axis=(0, 1)
-        )
-
-    # One tap after the other: side by side they would each hold a copy of the input.
-    kernel_gradient = jax.lax.map(tap, jnp.arange(width)).astype(kernel.dtype)
-    return _shifted_sum(gradient, kernel[::-1], width - 1 - left), kernel_gradient
-
-
-depthwise_convolution.defvjp(_depthwise_forward, _depthwise_backward)
-
-
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel for a matrix that all of x shares: [..., f] and [f, g] -> [..., g].
-
-    The derivative by the kernel is written as a product over rows. JAX's own is the transpose of a
-    product, for which XLA copies an operand on CPUs: it took 1.9 times as long, a whole training
-    step 8% longer.
-    """
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _product_forward(x, kernel):
-    return product(x, kernel), (x, kernel)
-
-
-def _product_backward(saved, gradient):
-    x, kernel = saved
-    by_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    rows = [a.reshape(-1, a.shape[-1]) for a in (x, gradient)]
-    by_kernel = jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
-    return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def affine_product(
-    windows: jax.Array,
-    kernel: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    normed: jax.Array,
-    mask: jax.Array,
-    stride: int,
-) -> jax.Array:
-    """windows @ kernel of patches of normed * scale + bias: [b, o, w f] -> [b, o, g].
-
-    No gradient goes to the windows: those of the two scalars follow from the product's, since both
-    move all windows alike. That saves a product and the patches' transpose, a sixth of a step of a
-    small model; not where clients are vmapped, each with a scale of its own: both ways are then
-    computed. Where the scale is near zero the windows say too little of what was scaled, and the
-    scalars' gradients are computed from `normed`.
-
-    Args:
-      windows: `patches` of the following, [b, o, w f]. kernel: [w f, g].
-      scale, bias: scalars.
-      normed: [b, t, f], zero at padding frames, from which `patches(normed * scale + bias * mask)`
-        are the windows.
-      mask: [b, o, w], 1 where a window's frame is a true one, 0 where it is padding.
-      stride: of the patches.
-    """
-    return product(windows, kernel)
-
-
-_NEAR_ZERO = 0.1  # of a scale, to divide by
-
-
-def _affine_product_forward(windows, kernel, scale, bias, normed, mask, stride):
-    out = product(windows, kernel)
-    return out, (windows, kernel, scale, bias, normed, mask, out)
-
-
-def _affine_product_backward(stride, saved, gradient):
-    windows, kernel, scale, bias, normed, mask, out = saved
-    _, by_kernel = _product_backward((windows, kernel), gradient)
-    width, features = mask.shape[-1], normed.shape[-1]
-    sums = kernel.reshape(width, features, -1).sum(axis=1)
-    by_bias = jnp.sum(jnp.einsum("bow,bog->wg", mask, gradient) * sums)
-
-    def from_out():  # <out, gradient> = scale * by_scale + bias * by_bias
-        return (jnp.sum(out * gradient) - bias * by_bias) / scale
-
-    def from_normed():
-        by_window = jax.lax.dot_general(gradient, kernel, (((2,), (1,)), ((), ())))
-        return jnp.sum(by_window * patches(normed, width, stride))
-
-    by_scale = jax.lax.cond(jnp.abs(scale) > _NEAR_ZERO, from_out, from_normed)
-    return None, by_kernel, by_scale, by_bias, None, None
-
-
-affine_product.defvjp(_affine_product_forward, _affine_product_backward)
-
-
 class Dense(nn.Dense):
     """flax's dense layer on `product`."""
 
     dot_general: Callable[..., jax.Array] = lambda x, kernel, *_, **__: product(x, kernel)
+
+
+def bias_free(features: int, dtype: jnp.dtype, name: str) -> Dense:
+    """A dense layer of a block: without biases, computed in `dtype`."""
+    return Dense(features, use_bias=False, kernel_init=uniform_fan_in(), dtype=dtype, name=name)
 
 
 class MaskedNorm(nn.Module):
@@ -404,18 +206,13 @@ class MaskedNorm(nn.Module):
 
     epsilon: float = 1e-5
 
+    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        """x: float32 [b, t, f]; lengths: int32 [b] -> float32 [b, t, f], zeros at padding."""
+        return self.affine(x, lengths).array()
+
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array, parts: bool = False) -> Any:
-        """Normalises.
-
-        Args:
-          x: float32 [b, t, f]. lengths: int32 [b].
-          parts: whether what `affine_product` needs is wanted, too.
-
-        Returns:
-          float32 [b, t, f], zeros at padding frames; with `parts` (that, the same before scale and
-          bias, bool [b, t, 1] of true frames, scale, bias).
-        """
+    def affine(self, x: jax.Array, lengths: jax.Array) -> Affine:
+        """The same before scale and bias, for `WindowedDense.of_normed`."""
         scale = self.param("scale", nn.initializers.ones, ())
         bias = self.param("bias", nn.initializers.zeros, ())
         mask = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
@@ -423,33 +220,38 @@ class MaskedNorm(nn.Module):
         mean = jnp.sum(jnp.where(mask, x, 0.0), axis=(1, 2), keepdims=True) / count
         centred = jnp.where(mask, x - mean, 0.0)
         variance = jnp.sum(centred**2, axis=(1, 2), keepdims=True) / count
-        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        out = jnp.where(mask, normed * scale + bias, 0.0)
-        return (out, normed, mask, scale, bias) if parts else out
+        return Affine(centred * jax.lax.rsqrt(variance + self.epsilon), mask, scale, bias)
 
 
-def front_end_product(
-    out: jax.Array,
-    normed: jax.Array,
-    mask: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    width: int,
-    stride: int,
-) -> tuple[jax.Array, Callable[..., jax.Array]]:
-    """Patches of a `MaskedNorm`'s output, and the product for a `Dense` on them.
+class WindowedDense(nn.Module):
+    """A dense layer on windows of frames: a strided 1-D convolution.
 
-    Args:
-      out, normed, mask, scale, bias: of `MaskedNorm(...)(x, lengths, parts=True)`, of features that
-        need no gradient. width, stride: of the patches.
+    features: its units. width, stride: of the windows, in frames (see `patches`). dtype: of the
+    compute.
     """
-    windows = jax.lax.stop_gradient(patches(out, width, stride))
-    inside = patches(mask.astype(jnp.float32), width, stride)
 
-    def windows_product(x, kernel, *_, **__):
-        return affine_product(x, kernel, scale, bias, normed, inside, stride)
+    features: int
+    width: int
+    stride: int
+    dtype: jnp.dtype = jnp.dtype("float32")
 
-    return windows, windows_product
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [b, t, f], zeros at padding -> [b, ceil(t / stride), features]."""
+        kernel, bias = self.parameters(x.shape[2])
+        windows = patches(x, self.width, self.stride).astype(self.dtype)
+        return product(windows, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+    def of_normed(self, x: Affine) -> jax.Array:
+        """The same of `MaskedNorm.affine`, in float32: cheaper where only parameters learn."""
+        kernel, bias = self.parameters(x.normed.shape[2])
+        return affine_product(x, kernel, self.stride) + bias
+
+    @nn.compact
+    def parameters(self, inputs: int) -> tuple[jax.Array, jax.Array]:
+        """Kernel [width * inputs, features] and bias [features]."""
+        shape = (self.width * inputs, self.features)
+        kernel = self.param("kernel", uniform_fan_in(), shape, jnp.float32)
+        return kernel, self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
 
 
 class InputLayer(nn.Module):
@@ -470,110 +272,18 @@ class InputLayer(nn.Module):
         return jnp.where(mask, product(x, kernel) + bias, 0.0)
 
 
-def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """JAX's own attention, without dropout of weights.
-
-    On a GPU in half precision it is cuDNN's flash attention, which never has all scores [b, heads,
-    t, t] in memory; elsewhere XLA's, which has.
-
-    Args:
-      q, k, v: [b, t, heads, e]. mask: bool [b, t], True for each utterance's true frames, which
-        come first.
-
-    Returns:
-      [b, t, heads, e].
-    """
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    lengths = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.int32), 1)  # never nothing to attend to
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn" if half and jax.default_backend() == "gpu" else "xla",
-    )
-
-
-@jax.custom_vjp
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, kept: jax.Array | None
-) -> jax.Array:
-    """Attention with dropout of weights, by way of all scores.
-
-    The derivative by the scores needs, for every query, the mean of the weights' derivatives: as
-    the product of the output and its derivative it is a sum over features, not over all frames
-    (FlashAttention, arXiv 2205.14135), which saves 4% of a step of a small model. In half precision
-    and on accelerators, which round float32 products, it is taken over frames.
-
-    Args:
-      q, k, v: [b, t, heads, e]. mask: bool [b, t], True for true frames.
-      kept: float32 [b, heads, t, t], factors of the weights, see `dropout`; None for 1.
-
-    Returns:
-      [b, t, heads, e] in v's dtype; the weights are computed in float32.
-    """
-    return _attention_forward(q, k, v, mask, kept)[0]
-
-
-def _attention_forward(q, k, v, mask, kept):
-    scores = jnp.einsum("bqhe,bkhe->bhqk", q, k) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None, None, :], scores.astype(jnp.float32), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1)
-    used = (weights if kept is None else weights * kept).astype(v.dtype)
-    out = jnp.einsum("bhqk,bkhe->bqhe", used, v)
-    return out, (q, k, v, mask, weights, kept, out)
-
-
-def _attention_backward(saved, gradient):
-    q, k, v, mask, weights, kept, out = saved
-    used = (weights if kept is None else weights * kept).astype(v.dtype)
-    by_v = jnp.einsum("bhqk,bqhe->bkhe", used, gradient)
-    by_used = jnp.einsum("bqhe,bkhe->bhqk", gradient, v).astype(jnp.float32)
-    by_weights = by_used if kept is None else by_used * kept
-    if v.dtype == jnp.float32 and jax.default_backend() == "cpu":
-        mean = jnp.moveaxis(jnp.sum(out * gradient, axis=-1), 1, 2)[..., None]
-    else:  # products are rounded, the output unlike the weights' derivatives, which must cancel
-        mean = jnp.sum(weights * by_weights, axis=-1, keepdims=True)
-    by_scores = weights * (by_weights - mean)
-    by_scores = jnp.where(mask[:, None, None, :], by_scores, 0.0).astype(q.dtype)
-    by_scores = by_scores * q.shape[-1] ** -0.5
-    by_q = jnp.einsum("bhqk,bkhe->bqhe", by_scores, k)
-    by_k = jnp.einsum("bhqk,bqhe->bkhe", by_scores, q)
-    return by_q, by_k, by_v, None, None
-
-
-attention.defvjp(_attention_forward, _attention_backward)
-
-
-LONG = 1024  # frames; beyond, evaluation has not all scores [t, t] in memory at once
-_QUERIES = 256  # at a time, there
-
-
-def long_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attention` of some queries after others: memory grows with t, not with its square.
-
-    Args and returns: as `attention`, without dropout.
-    """
-    b, t, heads, e = q.shape
-    blocks = -(-t // _QUERIES)
-    padded = jnp.pad(q, ((0, 0), (0, blocks * _QUERIES - t), (0, 0), (0, 0)))
-    parts = jnp.moveaxis(padded.reshape(b, blocks, _QUERIES, heads, e), 1, 0)
-    out = jax.lax.map(lambda part: attention(part, k, v, mask, None), parts)
-    return jnp.moveaxis(out, 0, 1).reshape(b, -1, heads, e)[:, :t]
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention without biases; padding frames are never attended to.
 
-    Without keys, sequences beyond `LONG` frames are computed by `long_attention`.
+    Without keys, sequences beyond `attention.LONG` frames are computed by `long_attention`.
 
     rotary_positions: whether scores depend on the distance between frames (see `rotary`).
-    fused: see `fused_attention`; no attention weight is then dropped.
+    fused: see `attention.fused_attention`; no attention weight is then dropped.
     """
 
     heads: int
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
     rotary_positions: bool = False
     fused: bool = False
 
@@ -581,18 +291,16 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
         """x: [b, t, d]; mask: bool [b, t], True for true frames; keys: [b] or None."""
         b, t, d = x.shape
-        qkv = Dense(
-            3 * d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="qkv"
-        )(x)
+        qkv = bias_free(3 * d, self.dtype, "qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
         if self.rotary_positions:
             q, k = rotary(q), rotary(k)
-        last = Dense(d, use_bias=False, kernel_init=uniform_fan_in(), dtype=self.dtype, name="out")
-        flash = self.fused and jax.default_backend() == "gpu"
-        if keys is None and t > LONG and not flash:
-            return last(long_attention(q, k, v, mask).reshape(b, t, d))
+        last = bias_free(d, self.dtype, "out")
+        long = keys is None and t > attentions.LONG
         if self.fused:
-            return last(fused_attention(q, k, v, mask).reshape(b, t, d))
+            return last(attentions.fused_attention(q, k, v, mask, long).reshape(b, t, d))
+        if long:
+            return last(attentions.long_attention(q, k, v, mask).reshape(b, t, d))
         factors = None
         if self.dropout and keys is not None:
             # One key per (utterance, query frame), so that neither time axis's padding matters.
@@ -601,7 +309,7 @@ class SelfAttention(nn.Module):
             draw = jax.vmap(lambda k: dropout(jnp.ones((1, t, self.heads)), self.dropout, k[None]))
             kept = jax.vmap(draw)(keys)[:, :, 0]
             factors = jnp.transpose(kept, (0, 3, 1, 2))
-        return last(attention(q, k, v, mask, factors).reshape(b, t, d))
+        return last(attentions.attention(q, k, v, mask, factors).reshape(b, t, d))
 
 
 class FeedForward(nn.Module):
@@ -609,12 +317,12 @@ class FeedForward(nn.Module):
 
     hidden: int
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """x: [b, t, d] -> [b, t, d]; keys: [b] or None."""
-        options = {"use_bias": False, "kernel_init": uniform_fan_in(), "dtype": self.dtype}
-        hidden = self.activation(Dense(self.hidden, name="up", **options)(x))
-        return Dense(x.shape[-1], name="down", **options)(dropout(hidden, self.dropout, keys))
+        hidden = self.activation(bias_free(self.hidden, self.dtype, "up")(x))
+        down = bias_free(x.shape[-1], self.dtype, "down")
+        return down(dropout(hidden, self.dropout, keys))

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.audio.augment import SpecAugmentConfig, spec_augment
-from fedasr.ctc import ctc_loss, greedy_decode
 from fedasr.errors import UserError
+from fedasr.kernels.ctc import ctc_loss, greedy_decode
+from fedasr.kernels.rnnt import greedy_decode as rnnt_greedy_decode
+from fedasr.kernels.rnnt import rnnt_loss
 from fedasr.models import recurrent
 from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.layers import split_keys
 from fedasr.models.transducer import Transducer
 from fedasr.models.transformer import Transformer, TransformerConfig
-from fedasr.rnnt import greedy_decode as rnnt_greedy_decode
-from fedasr.rnnt import rnnt_loss
 
 ARRAYS = ("features", "labels")  # what a speech example must hold
 _TRANSDUCER = "transducer"  # its parameters, beside an encoder's

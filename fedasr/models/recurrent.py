@@ -8,7 +8,9 @@ lies under "day" can stay with the client. Smoothing is part of the model becaus
 training must come before it.
 """
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.kernels.dense import product
+from fedasr.kernels.frontend import patches
+from fedasr.kernels.gru import gru
 from fedasr.models import layers
 
 DAY, SHARED = "day", "shared"
@@ -98,8 +103,8 @@ def init(key: jax.Array, config: RecurrentConfig) -> dict[str, Any]:
     uniform; biases and the initial states, which are trained, are zero.
 
     Returns:
-      {"day": {"kernel" [c, c], "bias" [c]}, "shared": {"gru_0", ..., "head"}}; see `gru` for a
-      layer, whose name ends in "_back" where it runs backwards.
+      {"day": {"kernel" [c, c], "bias" [c]}, "shared": {"gru_0", ..., "head"}}; see
+      `kernels.gru.gru` for a layer, whose name ends in "_back" where it runs backwards.
     """
     dense = jax.nn.initializers.glorot_uniform()
     orthogonal = jax.nn.initializers.orthogonal()
@@ -124,105 +129,6 @@ def init(key: jax.Array, config: RecurrentConfig) -> dict[str, Any]:
     head = dense(jax.random.fold_in(key, 2 * config.layers), (width, config.vocab))
     shared["head"] = {"kernel": head, "bias": jnp.zeros(config.vocab)}
     return {DAY: {"kernel": jnp.eye(n), "bias": jnp.zeros(n)}, SHARED: shared}
-
-
-def gru(
-    params: dict[str, jax.Array], x: jax.Array, lengths: jax.Array, backwards: bool = False
-) -> jax.Array:
-    """A gated recurrent unit (Cho et al., 2014) with the reset gate after the product.
-
-        z, r = sigmoid(x W_zr + b_zr + h U_zr);  n = tanh(x W_n + b_n + r (h U_n + c))
-        h <- z h + (1 - z) n
-
-    The inputs' products are one product for all frames, before the loop.
-
-    Args:
-      params: "input" W [f, 3u] (z, r, n), "bias" b [3u], "recurrent" U [u, 3u], "recurrent_bias" c
-        [u], "initial" h [u].
-      x: float32 [b, t, f]. lengths: int32 [b]; the state rests at frames beyond.
-      backwards: from each utterance's last frame to its first.
-
-    Returns:
-      h after each frame, float32 [b, t, u].
-    """
-    projected = jnp.moveaxis(layers.product(x, params["input"]) + params["bias"], 1, 0)
-    inside = (jnp.arange(x.shape[1]) < lengths[:, None]).T[..., None]
-    if backwards:  # frames beyond the end come first, and pass
-        projected, inside = projected[::-1], inside[::-1]
-    start = jnp.broadcast_to(params["initial"], (x.shape[0], params["initial"].shape[0]))
-    states = _recurrence(projected, params["recurrent"], params["recurrent_bias"], start, inside)
-    return jnp.moveaxis(states[::-1] if backwards else states, 0, 1)
-
-
-@jax.custom_vjp
-def _recurrence(
-    projected: jax.Array,
-    recurrent: jax.Array,
-    bias: jax.Array,
-    start: jax.Array,
-    inside: jax.Array,
-) -> jax.Array:
-    """The loop of `gru`: states after each frame, float32 [t, b, u].
-
-    The backward pass computes gates and products for all frames at once and leaves to its loop what
-    must be in order: one product a frame. Automatically the recurrent matrix's gradient would be
-    added up frame by frame, too.
-
-    Args:
-      projected: [t, b, 3u]. recurrent: [u, 3u]. bias: [u]. start: [b, u]. inside: bool [t, b, 1].
-    """
-
-    def step(h, frame):
-        given, real = frame
-        z, _, new = _gates(given, h @ recurrent, bias)
-        h = jnp.where(real, z * h + (1 - z) * new, h)
-        return h, h
-
-    return jax.lax.scan(step, start, (projected, inside))[1]
-
-
-def _gates(given, old, bias):
-    """z, r and the new content, from the products of the input and of the state [..., 3u]."""
-    units = bias.shape[0]
-    gates = jax.nn.sigmoid(given[..., : 2 * units] + old[..., : 2 * units])
-    z, r = gates[..., :units], gates[..., units:]
-    return z, r, jnp.tanh(given[..., 2 * units :] + r * (old[..., 2 * units :] + bias))
-
-
-def _recurrence_forward(projected, recurrent, bias, start, inside):
-    states = _recurrence(projected, recurrent, bias, start, inside)
-    return states, (projected, recurrent, bias, start, inside, states)
-
-
-def _recurrence_backward(saved, gradient):
-    projected, recurrent, bias, start, inside, states = saved
-    before = jnp.concatenate([start[None], states])[:-1]
-    old = layers.product(before, recurrent)
-    z, r, new = _gates(projected, old, bias)
-    # What the gradient of a state is multiplied by on its way to each gate's argument.
-    to_new = jnp.where(inside, (1 - z) * (1 - new**2), 0)
-    to_z = jnp.where(inside, (before - new) * z * (1 - z), 0)
-    to_r = to_new * (old[..., 2 * bias.shape[0] :] + bias) * r * (1 - r)
-    factors = jnp.stack([to_z, to_r, to_new * r], axis=2)  # [t, b, 3, u]
-    kept = jnp.where(inside, z, 1)
-
-    def step(after, frame):
-        arriving, kept, factors = frame
-        now = after + arriving
-        back = (now[:, None] * factors).reshape(now.shape[0], -1)
-        return now * kept + back @ recurrent.T, now
-
-    last = jnp.zeros_like(start)
-    by_start, by_state = jax.lax.scan(step, last, (gradient, kept, factors), reverse=True)
-    by_old = (by_state[:, :, None] * factors).reshape(old.shape)
-    rows = [a.reshape(-1, a.shape[-1]) for a in (before, by_old)]
-    by_recurrent = jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
-    by_new = by_state * to_new
-    by_projected = jnp.concatenate([by_old[..., : 2 * bias.shape[0]], by_new], axis=-1)
-    return by_projected, by_recurrent, jnp.sum(by_new * r, axis=(0, 1)), by_start, None
-
-
-_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def noisy(x: jax.Array, keys: jax.Array, config: RecurrentConfig) -> jax.Array:
@@ -269,11 +175,12 @@ def smooth(x: jax.Array, sd: float, every: int = 1) -> jax.Array:
     out = -(-x.shape[1] // every)
     radius = math.ceil(3 * sd)
     weights = [math.exp(-0.5 * (i / sd) ** 2) if i else 1.0 for i in range(-radius, radius + 1)]
-    # Shifted sums, not a convolution: see `layers.depthwise_convolution`.
+    # Shifted sums, not a convolution: see `kernels.depthwise`.
     right = max(0, (out - 1) * every + radius + 1 - x.shape[1])
     padded = jnp.pad(x, ((0, 0), (radius, right), (0, 0)))
     views = [padded[:, i : i + (out - 1) * every + 1 : every] for i in range(2 * radius + 1)]
-    return sum(w / sum(weights) * view for w, view in zip(weights, views, strict=True))
+    parts = [w / sum(weights) * view for w, view in zip(weights, views, strict=True)]
+    return functools.reduce(operator.add, parts)
 
 
 def forward(
@@ -304,12 +211,10 @@ def forward(
         x = noisy(x, noise, config)
     x = smooth(masked(x), config.smoothing, config.subsample)
     lengths = -(-lengths // config.subsample)
-    x = layers.product(x, params[DAY]["kernel"]) + params[DAY]["bias"]
+    x = product(x, params[DAY]["kernel"]) + params[DAY]["bias"]
     if config.day_layer == "softsign":
         x = jax.nn.soft_sign(x)
-    x = layers.patches(
-        masked(layers.dropout(x, config.day_dropout, of_day)), config.window, config.stride
-    )
+    x = patches(masked(layers.dropout(x, config.day_dropout, of_day)), config.window, config.stride)
     lengths = -(-lengths // config.stride)
     shared = params[SHARED]
     for i, key in enumerate(of_layers):
@@ -319,10 +224,10 @@ def forward(
             back = gru(shared[f"gru_{i}_back"], x, lengths, backwards=True)
             states = jnp.concatenate([states, back], axis=-1)
         x = states
-    return layers.product(x, shared["head"]["kernel"]) + shared["head"]["bias"], lengths
+    return product(x, shared["head"]["kernel"]) + shared["head"]["bias"], lengths
 
 
 def penalty(params: Any, config: RecurrentConfig) -> jax.Array:
     """`l2` times the sum of the squares of all matrices, a scalar."""
     matrices = [a for a in jax.tree.leaves(params) if a.ndim == 2]
-    return config.l2 * sum(jnp.sum(a**2) for a in matrices)
+    return config.l2 * functools.reduce(operator.add, [jnp.sum(a**2) for a in matrices])

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedasr.ctc import BLANK
 from fedasr.errors import UserError
+from fedasr.kernels.ctc import BLANK
 from fedasr.models import layers
 
 
@@ -129,7 +129,7 @@ class Transducer(nn.Module):
           [b, t, u + 1, vocab] in the compute's dtype.
         """
         context, positions = self.config.context, labels.shape[1] + 1
-        check_joint(*encoded.shape[:2], positions, self.config.vocab)
+        check_joint(encoded.shape[0], encoded.shape[1], positions, self.config.vocab)
         before = jnp.pad(labels, ((0, 0), (context, 0)), constant_values=BLANK)
         last = jnp.stack([before[:, i : i + positions] for i in range(context)], axis=-1)
         if self.is_initializing() and self.config.ctc_weight:

@@ -24,8 +24,8 @@ class TransformerConfig(ObjectiveConfig):
     after each residual sum.
     input_layer: whether an affine layer, at first the identity, follows the features' norm: see
     `layers.InputLayer`. dtype: of the compute; parameters are float32.
-    remat: "block" to keep only the blocks' inputs for the backward pass, see `layers.checkpoint`;
-    "none" to keep everything. attention: "plain", or "fused" for `layers.fused_attention`.
+    remat: "block" to keep only the blocks' inputs for the backward pass, see `kernels.checkpoint`;
+    "none" to keep everything. attention: "plain", or "fused" for `kernels.attention`.
     The objective's fields: see `ObjectiveConfig`.
 
     Raises:
@@ -100,8 +100,7 @@ class Transformer(nn.Module):
         """Encodes utterances.
 
         Args:
-          features: float [b, frames, features], zero beyond `lengths`. Data: on a CPU no gradient
-            goes to them (see `layers.affine_product`).
+          features: float [b, frames, features]; what lies beyond `lengths` does not matter.
           lengths: int32 [b], true frames.
           keys: PRNG keys [b], one per utterance, for dropout, layer drop and position shifts;
             None for evaluation.
@@ -114,17 +113,16 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(c.dtype)
         k_input, k_shift, *k_blocks = layers.split_keys(keys, 2 + c.blocks)
         norm = layers.MaskedNorm(name="input_norm")
-        x, *parts = norm(features.astype(jnp.float32), lengths, parts=True)
-        options = {"kernel_init": layers.uniform_fan_in(), "dtype": dtype}
-        # Half precision is rounded after the norm; accelerators vmap clients, who gain nothing.
-        if c.input_layer or dtype != jnp.float32 or jax.default_backend() != "cpu":
-            if c.input_layer:
-                x = layers.InputLayer(name="input_layer")(x, lengths)
-            x, product = layers.patches(x, c.kernel, c.stride).astype(dtype), {}
-        else:
-            x, dot = layers.front_end_product(x, *parts, c.kernel, c.stride)
-            product = {"dot_general": dot}
-        x = jax.nn.glu(layers.Dense(2 * c.dim, name="front_end", **options, **product)(x))
+        front_end = layers.WindowedDense(2 * c.dim, c.kernel, c.stride, dtype, name="front_end")
+        features = features.astype(jnp.float32)
+        if c.input_layer:
+            x = layers.InputLayer(name="input_layer")(norm(features, lengths), lengths)
+            x = front_end(x)
+        elif dtype == jnp.float32:
+            x = front_end.of_normed(norm.affine(features, lengths))
+        else:  # rounded after the norm
+            x = front_end(norm(features, lengths))
+        x = jax.nn.glu(x)
         out_lengths = -(-lengths // c.stride)
         frames = jnp.arange(x.shape[1])
         positions = (frames - (out_lengths[:, None] - 1) / 2) * c.frame_seconds
@@ -141,5 +139,6 @@ class Transformer(nn.Module):
             x = layers.drop_block(y, x, c.layer_drop, k, 4)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
-        out = layers.Dense(c.outputs(c.vocab), name="output", **options)(x)
+        init = layers.uniform_fan_in()
+        out = layers.Dense(c.outputs(c.vocab), kernel_init=init, dtype=dtype, name="output")(x)
         return out.astype(jnp.float32), out_lengths

@@ -12,7 +12,7 @@ import pytest
 from fedasr.data.prepare import Utterance, prepare
 from fedasr.errors import UserError
 from fedasr.text import CharTokenizer
-from fedasr.training import loop
+from fedasr.training import loop, stages
 from fedasr.training.logging import to_json
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -44,7 +44,7 @@ def corpus(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "write_report", lambda workdir: None)
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
     module = importlib.import_module(f"fedasr.recipes.{name}")
     config = module.get_config(ARGUMENTS[name]) if ARGUMENTS[name] else module.get_config()
     options = config.model.options

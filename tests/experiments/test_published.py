@@ -15,6 +15,8 @@ from fedasr.errors import UserError
 from fedasr.privacy import accounting
 from fedasr.recipes import mini, published, shared
 from fedasr.training import loop
+from fedasr.training.builders import models
+from fedasr.training.config import Config
 from fedasr.training.logging import to_json
 
 ROWS = [(table, row) for table in published.TABLES.values() for row in table.rows + table.starts]
@@ -169,7 +171,7 @@ def test_parameters_are_counted_without_allocating_them(model):
     *_, millions = SIZES[model]
     config = build(published.TABLES["published_sizes"], row := size_row(model))
     assert f"model={model}" in row.arguments
-    recogniser = loop.build_recogniser(config)
+    recogniser = models.build_recogniser(Config.of(config))
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     assert count == shared.parameter_count(model)
@@ -208,17 +210,17 @@ def test_every_published_row_can_be_tried_dry(monkeypatch):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     models = {}
-    build_recogniser = loop.build_recogniser
+    build_recogniser = models.build_recogniser
 
     def shared(config):
-        key = json.dumps(config["model"], sort_keys=True)
+        key = repr(config.model)
         if key not in models:
             whole = build_recogniser(config)
             shapes = jax.eval_shape(whole.init, jax.random.key(0))
             models[key] = whole._replace(init=functools.partial(empty, shapes))
         return models[key]
 
-    monkeypatch.setattr(loop, "build_recogniser", shared)
+    monkeypatch.setattr(models, "build_recogniser", shared)
     monkeypatch.setattr(accounting, "pld_epsilon", lambda *_: None)
     monkeypatch.setattr(accounting, "_POISSON_ORDERS", np.array([1.5, 4.0, 16.0]))
     infinite = 0
@@ -260,8 +262,8 @@ def test_mistaken_arguments(arguments, message):
 
 def test_mini_noise_has_the_published_ratio_to_the_clip_norm():
     config = mini.get_config()
-    recogniser = loop.build_recogniser(to_json(config.to_dict()))
-    count = loop.parameter_count(recogniser)
+    recogniser = models.build_recogniser(Config.of(to_json(config.to_dict())))
+    count = models.parameter_count(recogniser)
     row = mini.TABLES["mini_privacy"].rows[0]
     ours = row.overrides["privacy.sigma"] * math.sqrt(count)
     assert ours == pytest.approx(row.x * math.sqrt(255_800_864), rel=1e-2)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.ctc import is_feasible
 from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.errors import UserError
 from fedasr.feedback import corrections as lib
 from fedasr.feedback.histograms import client_histogram
+from fedasr.kernels.ctc import is_feasible
 from fedasr.models.recogniser import Recogniser
 from fedasr.text import CharTokenizer
 from fedasr.training.evaluation import Evaluator

@@ -12,31 +12,6 @@ def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
-@pytest.mark.parametrize(
-    ("frames", "width", "stride"), [(12, 7, 3), (13, 7, 3), (14, 4, 2), (5, 1, 2), (2, 7, 3)]
-)
-def test_patches_and_a_dense_layer_are_a_strided_convolution(frames, width, stride):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, frames, 3))
-    kernel = rng.normal(size=(width, 3, 4))
-    out = np.asarray(layers.patches(jnp.asarray(x, jnp.float32), width, stride))
-    assert out.shape == (2, -(-frames // stride), width * 3)
-    expected = np.zeros((2, out.shape[1], 4))
-    for i in range(out.shape[1]):
-        for w in range(width):
-            at = i * stride + w - (width - 1) // 2
-            if 0 <= at < frames:
-                expected[:, i] += x[:, at] @ kernel[w]
-    np.testing.assert_allclose(out @ kernel.reshape(-1, 4), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_patches_of_longer_padding_begin_alike():
-    x = np.random.default_rng(0).normal(size=(1, 8, 2)).astype(np.float32)
-    short = layers.patches(jnp.asarray(x), 7, 3)
-    long = layers.patches(jnp.pad(x, ((0, 0), (0, 9), (0, 0))), 7, 3)
-    np.testing.assert_array_equal(short, long[:, : short.shape[1]])
-
-
 def test_dropout_keeps_the_mean_and_drops_at_its_rate():
     rate = 0.3
     x = jnp.ones((3, 200, 100))
@@ -147,58 +122,6 @@ def test_fused_attention_equals_plain_attention(attention, rotary):
     assert np.isfinite(fused).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("dropped", [False, True])
-def test_attention_has_the_derivatives_of_its_definition(dropped, dtype):
-    """With padding, and with an utterance that is nothing else."""
-    rng = np.random.default_rng(0)
-    q, k, v, outer = jnp.asarray(rng.standard_normal((4, 3, 5, 2, 4)), dtype)
-    mask = np.arange(5) < np.array([[5], [3], [0]])
-    kept = jnp.asarray(rng.choice([0.0, 1.6], (3, 2, 5, 5)), jnp.float32) if dropped else None
-
-    def definition(q, k, v):
-        scores = jnp.einsum("bqhe,bkhe->bhqk", q, k).astype(jnp.float32) / 2
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, -1e30), axis=-1)
-        weights = weights if kept is None else weights * kept
-        return jnp.einsum("bhqk,bkhe->bqhe", weights.astype(v.dtype), v)
-
-    def gradients(function):
-        def total(*args):
-            return jnp.sum(function(*args) * outer, dtype=jnp.float32)
-
-        return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
-
-    found = gradients(lambda q, k, v: layers.attention(q, k, v, mask, kept))
-    atol = 1e-5 if dtype == jnp.float32 else 0.05
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(definition)), strict=True):
-        assert a.dtype == b.dtype
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5 if dtype == jnp.float32 else 0.02)
-    for by in found[1][:2]:
-        assert not np.asarray(by[2], np.float32).any()
-
-
-def test_the_derivative_of_attention_in_half_precision_where_keys_are_alike():
-    """The derivatives by a query's scores cancel: what is left of them multiplies the mean key."""
-    rng = np.random.default_rng(0)
-    q, k, v, outer = (rng.standard_normal((4, 1, 100, 1, 8))).astype(np.float32)
-    k, v = k + 2, 0.3 * v + 2
-    mask = np.ones((1, 100), bool)
-
-    def by_query(dtype):
-        values = [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q, k, v, outer)]
-
-        def total(q):
-            out = layers.attention(q, *values[1:3], mask, None)
-            return jnp.sum(out * values[3], dtype=jnp.float32)
-
-        return np.asarray(jax.grad(total)(values[0]), np.float32)
-
-    exact = by_query(jnp.float32)
-    error = np.linalg.norm(by_query(jnp.bfloat16) - exact) / np.linalg.norm(exact)
-    assert error < 0.1
-
-
 def test_attention_equals_a_plain_loop_over_heads(attention):
     apply, params, x, mask = attention
     out = np.asarray(apply(params, x, mask, None))
@@ -231,61 +154,3 @@ def test_uniform_fan_in():
     values = np.asarray(layers.uniform_fan_in()(jax.random.key(0), (50, 400)))
     assert 0.97 * 50**-0.5 < np.abs(values).max() <= 50**-0.5
     assert values.std() == pytest.approx((3 * 50) ** -0.5, rel=0.03)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("clients", [0, 3])
-def test_product_has_the_derivatives_of_a_product(dtype, clients):
-    rng = np.random.default_rng(0)
-    lead = (clients,) if clients else ()
-    x = jnp.asarray(rng.standard_normal((*lead, 2, 5, 7)), dtype)
-    kernel = jnp.asarray(rng.standard_normal((*lead, 7, 4)), dtype)
-    weights = jnp.asarray(rng.standard_normal((*lead, 2, 5, 4)), dtype)
-
-    def gradients(product):
-        one = jax.grad(lambda x, k, w: jnp.sum(product(x, k) * w, dtype=jnp.float32), (0, 1))
-        return (jax.vmap(one) if clients else one)(x, kernel, weights)
-
-    # A bfloat16 sum of ten products of unit size.
-    atol = 1e-5 if dtype == jnp.float32 else 0.1
-    found, expected = gradients(layers.product), gradients(lambda x, k: x @ k)
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=atol)
-
-
-@pytest.mark.parametrize("scale", [1.0, -0.7, 0.11, 0.05, 0.0])
-@pytest.mark.parametrize(("frames", "width", "stride"), [(13, 7, 3), (4, 3, 3), (6, 4, 2)])
-def test_affine_product_has_the_derivatives_of_patches(scale, frames, width, stride):
-    """Of scale and bias, too, also near a scale of zero, under a vmap and with padding."""
-    rng = np.random.default_rng(0)
-    kernel = rng.normal(size=(width * 5, 4)).astype(np.float32)
-    weights = rng.normal(size=(2, -(-frames // stride), 4)).astype(np.float32)
-    x = rng.normal(size=(2, frames, 5)).astype(np.float32)
-    lengths = np.int32([frames, frames - 2])
-    module = layers.MaskedNorm()
-
-    def loss(params, own):
-        norm, kernel = params
-        out, *parts = module.apply({"params": norm}, x, lengths, parts=True)
-        if own:
-            windows, dot = layers.front_end_product(out, *parts, width, stride)
-            y = dot(windows, kernel)
-        else:
-            y = layers.patches(out, width, stride) @ kernel
-        return jnp.sum(jnp.tanh(y) * weights)
-
-    norms = {"scale": jnp.float32([scale, 0.6]), "bias": jnp.float32([0.3, -0.2])}
-    kernels = jnp.stack([kernel, kernel[::-1]])
-    for i in (0, 1):
-        one = (jax.tree.map(lambda a, i=i: a[i], norms), kernels[i])
-        found, expected = (jax.value_and_grad(loss)(one, own) for own in (True, False))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
-        )
-    found, expected = (
-        jax.vmap(jax.grad(loss), (0, None))((norms, kernels), own) for own in (True, False)
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
-    )

@@ -217,31 +217,3 @@ def test_mistakes():
         RecurrentConfig(units=0)
     with pytest.raises(UserError, match="white_noise"):
         RecurrentConfig(white_noise=-1.0)
-
-
-@pytest.mark.parametrize("backwards", [False, True])
-def test_gradients_of_a_gru_are_those_of_a_plain_loop(backwards):
-    rng = np.random.default_rng(0)
-    config = dataclasses.replace(TINY, window=1)
-    params = random_params(config)["shared"]["gru_0"]
-    lengths = np.int32([4, 6, 0])
-    x = rng.normal(size=(3, 6, 5)).astype(np.float32)
-    weights = rng.normal(size=(3, 6, 4)).astype(np.float32)
-
-    def plain(p, x):
-        h, out = jnp.broadcast_to(p["initial"], (3, 4)), [None] * 6
-        for t in reversed(range(6)) if backwards else range(6):
-            w, r = x[:, t] @ p["input"] + p["bias"], h @ p["recurrent"]
-            update, reset = (jax.nn.sigmoid(w[:, i : i + 4] + r[:, i : i + 4]) for i in (0, 4))
-            new = jnp.tanh(w[:, 8:] + reset * (r[:, 8:] + p["recurrent_bias"]))
-            moved = update * h + (1 - update) * new
-            h = out[t] = jnp.where((t < lengths)[:, None], moved, h)
-        return jnp.stack(out, axis=1)
-
-    def gradients(gru):
-        return jax.jit(jax.grad(lambda p, x: jnp.sum(gru(p, x) * weights), (0, 1)))(params, x)
-
-    found = gradients(lambda p, x: recurrent.gru(p, x, lengths, backwards))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(plain)), strict=True):
-        assert np.abs(b).max() > 0.01
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -6,14 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.ctc import ctc_loss
 from fedasr.errors import UserError
+from fedasr.kernels.ctc import ctc_loss
+from fedasr.kernels.rnnt import rnnt_loss
 from fedasr.models.conformer import ConformerConfig
 from fedasr.models.recogniser import MODELS, make_recogniser
 from fedasr.models.transducer import Transducer
 from fedasr.models.transformer import TransformerConfig
 from fedasr.recipes import rnnt as rnnt_configuration
-from fedasr.rnnt import rnnt_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

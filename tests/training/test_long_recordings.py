@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr import ctc
 from fedasr.data.batching import PooledBatcher, bucket_padding, fewest_buckets, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.errors import UserError
-from fedasr.models import layers, transducer
+from fedasr.kernels import attention, ctc
+from fedasr.models import transducer
 from fedasr.models.recogniser import Recogniser, make_recogniser
 from fedasr.text import CharTokenizer
 from fedasr.training import central, evaluation
@@ -44,16 +44,6 @@ def test_ten_minutes_are_evaluated_in_little_memory(name, options):
     assert analysis.temp_size_in_bytes + analysis.argument_size_in_bytes < 1 << 30
 
 
-def test_long_attention_is_attention(monkeypatch):
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (2, 70, 2, 4)) for key in keys)
-    mask = jnp.arange(70) < jnp.array([[70], [33]])
-    monkeypatch.setattr(layers, "_QUERIES", 16)
-    np.testing.assert_allclose(
-        layers.long_attention(q, k, v, mask), layers.attention(q, k, v, mask, None), atol=1e-6
-    )
-
-
 def test_a_streamed_loss_is_the_loss():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(5, 40, 6)) * 3, jnp.float32)
@@ -79,8 +69,8 @@ def test_detours_change_no_transcript(monkeypatch):
         "mask": np.ones(2, bool),
     }
     plain = jax.device_get(jax.jit(recogniser.evaluate)(params, batch))
-    monkeypatch.setattr(layers, "LONG", 8)
-    monkeypatch.setattr(layers, "_QUERIES", 8)
+    monkeypatch.setattr(attention, "LONG", 8)
+    monkeypatch.setattr(attention, "_QUERIES", 8)
     monkeypatch.setattr("fedasr.models.recogniser._STREAMED", 1)
     detour = jax.device_get(jax.jit(lambda *args: recogniser.evaluate(*args))(params, batch))
     for one, other in zip(plain, detour, strict=True):
