@@ -13,6 +13,10 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
 }
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
+DOCS = [
+    "mkdocs>=1.6,<2",  # the site of docs/
+    "mkdocstrings[python]>=1.0",  # its reference of the API, from the source's docstrings
+]
 
 setup(
     name="fedasr",
@@ -22,7 +26,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["fedasr", "fedasr.*", "experiments", "experiments.*"]),
+    packages=find_packages(include=["fedasr", "fedasr.*"]),
+    package_data={"fedasr": ["py.typed"]},
+    entry_points={"console_scripts": ["fedasr = fedasr.cli.main:main"]},
     install_requires=[
         "absl-py>=2.1",
         "anyascii>=0.3.2",  # transliterates Latin letters
@@ -51,7 +57,13 @@ setup(
         "fusion": FUSION,
         "neural": NEURAL,
         "huggingface": HUGGINGFACE,
+        "docs": DOCS,
         **SUBWORDS,
+        "dev": [  # what .pre-commit-config.yaml runs, beside ruff
+            "import-linter>=2.1",  # contracts of which package may import which
+            "mypy>=1.15",
+            "pre-commit>=4.0",
+        ],
         "cuda": ["jax[cuda12]>=0.8"],
         "tpu": ["jax[tpu]>=0.8"],
         "test": [
@@ -59,6 +71,7 @@ setup(
             *FUSION,
             *NEURAL,
             *HUGGINGFACE,
+            *DOCS,
             *SUBWORDS["sentencepiece"],
             *SUBWORDS["tokenizers"],
             "hypothesis>=6.100",
@@ -71,7 +84,7 @@ setup(
             "pytest-xdist>=3.5",
             "PyYAML>=6.0",  # reads the SkyPilot task that the sweep writes
             "ruff>=0.11",
-            "setuptools>=68",
+            "setuptools>=70.1",  # builds wheels by itself
         ],
     },
 )

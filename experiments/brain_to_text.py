@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.errors import UserError
 from fedasr.streams import Stream, seed_key
 
@@ -676,15 +676,15 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def run() -> None:
     """Runs what the flags ask for."""
-    cli.configure_devices()
-    cli.keep_memory()
+    common.configure_devices()
+    common.keep_memory()
     from fedasr.training.config import resolve
     from fedasr.training.logging import to_json
 
     config = resolve(_CONFIG.value.to_dict(), None)
-    seeds = cli.seeds(flags.FLAGS.seeds)
+    seeds = common.seeds(flags.FLAGS.seeds)
     workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
-    cli.configure_compilation(workdir.parent)
+    common.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -694,8 +694,8 @@ def run() -> None:
     )
     if flags.FLAGS.plot:
         draw(summary, Path(flags.FLAGS.plot))
-    if cli.JSON.value:
-        cli.show(summary)
+    if common.JSON.value:
+        common.show(summary)
     else:
         print("\n".join(_lines(summary)))
 
@@ -709,5 +709,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    _CONFIG = cli.define_config(_DEFAULT)
-    cli.main(run)
+    _CONFIG = common.define_config(_DEFAULT)
+    common.main(run)

@@ -38,7 +38,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.errors import UserError
 
 KINDS = ("kill", "stop", "full", "read_only", "clock", "garble", "cut", "lose")
@@ -92,16 +92,16 @@ def _child(config: Mapping[str, Any], workdir: str, log: str, shift: float) -> N
 
     try:
         summary = loop.run(config, workdir)
-        status = 0 if summary["status"] == "completed" else cli.FAILED
+        status = 0 if summary["status"] == "completed" else common.FAILED
     except UserError as error:
-        status = cli.fail(error)
+        status = common.fail(error)
     except loop.Interrupted as error:
-        status = cli.fail(error, cli.STOPPED)
+        status = common.fail(error, common.STOPPED)
     except KeyboardInterrupt:
-        status = cli.fail("interrupted", cli.STOPPED)
+        status = common.fail("interrupted", common.STOPPED)
     except BaseException:
         traceback.print_exc()
-        status = cli.FAILED
+        status = common.FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -224,7 +224,7 @@ class Chaos:
         elif status == 0:
             self._compare(workdir, where)
             return "identical"
-        elif status == cli.MISTAKE:
+        elif status == common.MISTAKE:
             lines = [line for line in errors.splitlines() if line.startswith("error: ")]
             if len(lines) != 1:
                 self._fail(f"{where}: {len(lines)} lines of errors: {errors[-500:]}")
@@ -235,7 +235,7 @@ class Chaos:
                 self._obey(workdir, where, lines[0])
                 self._finish(workdir, where)
             return "refused"
-        elif status not in (cli.STOPPED, -signal.SIGKILL, -signal.SIGTERM):
+        elif status not in (common.STOPPED, -signal.SIGKILL, -signal.SIGTERM):
             self._fail(f"{where}: status {status}: {errors[-500:]}")
         return "resumed"
 
@@ -366,16 +366,16 @@ def program() -> int | None:
             Chaos(Path(folder), values.seed, say=lambda text: print(text, file=sys.stderr))
         )
         chaos.run(values.faults)
-        if cli.JSON.value:
+        if common.JSON.value:
             results = {f"{kind} {end}": count for (kind, end), count in chaos.results.items()}
-            cli.show({"results": results, "failures": chaos.failures})
+            common.show({"results": results, "failures": chaos.failures})
         else:
             print("\n".join(table(chaos.results)))
-        return cli.FAILED if chaos.failures else None
+        return common.FAILED if chaos.failures else None
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("faults", 100, "How many are to happen.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of the faults.")
     flags.DEFINE_string("workdir", "", "Where all of it happens; default: a temporary folder.")
-    cli.main(program)
+    common.main(program)

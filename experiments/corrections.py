@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.errors import UserError
 from fedasr.streams import Stream, make_root, seed_key, sub_seed
 
@@ -79,7 +79,9 @@ def open_bench(config: Mapping[str, Any]) -> Bench:
     from fedasr.data.corpus import open_corpus, read_metadata
     from fedasr.data.prepare import prepare_synthetic
     from fedasr.data.synthetic import SyntheticConfig
-    from fedasr.training import loop
+    from fedasr.training.builders.corpora import fitting_tokenizer
+    from fedasr.training.builders.models import build_recogniser
+    from fedasr.training.config import Config
     from fedasr.training.evaluation import Evaluator
 
     fields = {
@@ -90,7 +92,8 @@ def open_bench(config: Mapping[str, Any]) -> Bench:
     metadata = read_metadata(directory)
     corpora = {split: open_corpus(directory, split) for split in ("seed", "train", "dev", "test")}
     (bucket,) = make_buckets(list(corpora.values()), 1, {"features": 24, "labels": 4})
-    tokenizer, recogniser = loop.fitting_tokenizer(config, metadata), loop.build_recogniser(config)
+    typed = Config.of(config)
+    tokenizer, recogniser = fitting_tokenizer(typed, metadata), build_recogniser(typed)
     return Bench(
         config,
         tokenizer,
@@ -307,8 +310,8 @@ def train(
     from fedasr.feedback.joint import JointTraining, average_params
     from fedasr.models.recogniser import ARRAYS
     from fedasr.privacy.mechanism import Mechanism
-    from fedasr.training import loop
-    from fedasr.training.config import fingerprint
+    from fedasr.training.builders import corpora
+    from fedasr.training.config import Config, fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
     client, server, privacy = config["client"], config["server"], config["privacy"]
@@ -366,7 +369,7 @@ def train(
         seed=seed,
         identity=f"corrections {system} {fingerprint(_settings(config, system))}",
         chunk=config["chunk"],
-        buckets=loop.client_grid(config),
+        buckets=corpora.client_grid(Config.of(config)),
         keep=ARRAYS,
         weights=weights,
         weigh=weigh,
@@ -607,8 +610,8 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def run() -> None:
     """Runs what the flags ask for."""
-    cli.configure_devices()
-    cli.keep_memory()
+    common.configure_devices()
+    common.keep_memory()
     from fedasr.training.config import resolve
     from fedasr.training.logging import from_json, to_json
 
@@ -616,11 +619,11 @@ def run() -> None:
     systems = _SYSTEMS.value
     if unknown := sorted(set(systems) - set(SYSTEMS)):
         raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
-    seeds = cli.seeds(_SEEDS.value)
+    seeds = common.seeds(_SEEDS.value)
     if config["chunk"] == "auto":
         raise UserError("chunk must be a number here")
     workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
-    cli.configure_compilation(workdir.parent)
+    common.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -630,12 +633,12 @@ def run() -> None:
     summary = to_json(summarize(results, systems))
     if _PLOT.value:
         draw(summary, Path(_PLOT.value))
-    if cli.JSON.value:
-        cli.show(summary)
+    if common.JSON.value:
+        common.show(summary)
     else:
         print("\n".join(_lines(from_json(summary))))
 
 
 if __name__ == "__main__":
-    _CONFIG = cli.define_config(_DEFAULT)
-    cli.main(run)
+    _CONFIG = common.define_config(_DEFAULT)
+    common.main(run)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.errors import UserError
 from fedasr.fusion import METHODS
 
@@ -177,8 +177,10 @@ def fused_between(
 
     from fedasr.federated.chunks import AUTO
     from fedasr.fusion import groups, recognisers, tasks
-    from fedasr.training import loop
+    from fedasr.training.builders import corpora, models
+    from fedasr.training.builders.simulations import make_simulation
     from fedasr.training.checkpoint import Checkpointer, lock_directory, restore_params
+    from fedasr.training.config import Config
 
     settings, rounds = bench.config["accents"], bench.config["rounds"]
     fuse = groups.average
@@ -192,12 +194,13 @@ def fused_between(
     simulations = []
     for group in bench.groups:
         config = run_config(bench, seed, privacy, f"train_{group}", start, name=method)
-        data = loop.Data(bench.data, config, log)
-        loss = loop.build_recogniser(config).loss
+        typed = Config.of(config)
+        data = corpora.Data(bench.data, typed, log)
+        loss = models.build_recogniser(typed).loss
         # The same whenever the run goes on: "auto" would be measured again.
         chunk = 1 if config["chunk"] == AUTO else config["chunk"]
         devices = jax.local_devices()
-        simulations.append(loop.make_simulation(config, data, loss, devices, chunk=chunk))
+        simulations.append(make_simulation(typed, data, loss, devices, chunk=chunk))
     params = restore_params(start)
     states = [simulation.init(params) for simulation in simulations]
     folder.mkdir(parents=True, exist_ok=True)
@@ -392,8 +395,8 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def program() -> None:
     """Runs what the flags ask for."""
-    cli.configure_devices()
-    cli.keep_memory()
+    common.configure_devices()
+    common.keep_memory()
     from fedasr.training.config import resolve
     from fedasr.training.logging import to_json
 
@@ -409,11 +412,11 @@ def program() -> None:
     groups = tuple(config["accents"]["groups"])
     if taken := sorted(set(groups) & {SEED, UNION, AVERAGE, ALL, *METHODS}):
         raise UserError(f"accents.groups: {taken} would be confused with models of that name")
-    seeds = cli.seeds(flags.FLAGS.seeds)
+    seeds = common.seeds(flags.FLAGS.seeds)
     if not flags.FLAGS.privacy:
         raise UserError("--privacy names none")
     workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
-    cli.configure_compilation(workdir.parent)
+    common.configure_compilation(workdir.parent)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -429,8 +432,8 @@ def program() -> None:
     summary = to_json(summarize(results, bench))
     if flags.FLAGS.plot:
         draw(summary, Path(flags.FLAGS.plot))
-    if cli.JSON.value:
-        cli.show(summary)
+    if common.JSON.value:
+        common.show(summary)
     else:
         print("\n".join(lines(summary)))
 
@@ -447,5 +450,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    _CONFIG = cli.define_config(_DEFAULT)
-    cli.main(program)
+    _CONFIG = common.define_config(_DEFAULT)
+    common.main(program)

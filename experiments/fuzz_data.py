@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.data.conversion import Rejected, Utterance
 from fedasr.data.layouts import find_layout
 from fedasr.data.manifest import read_manifest
@@ -121,6 +121,8 @@ def audio_input(rng: random.Random) -> str:
         content, how = changed(good, rng, min(start, len(good) - 1))
     try:
         audio, found_rate, _ = read_audio(content)
+    except UserError:
+        raise
     except ValueError:
         return f"audio refused ({how})"
     slack = 6 * 1152 if kind == "MP3" else 0
@@ -246,6 +248,8 @@ def archive_input(rng: random.Random, folder: Path) -> str:
         number = int(item.id[-1])
         try:
             audio = item.audio()[0]
+        except UserError:
+            raise
         except ValueError:
             refused += 1
             continue
@@ -337,6 +341,8 @@ def layout_input(rng: random.Random, folder: Path) -> str:
         if isinstance(item, Utterance):
             try:
                 item.audio()
+            except UserError:
+                raise
             except (ValueError, RuntimeError, OSError):
                 continue
     return f"{name} read"
@@ -385,16 +391,16 @@ def program() -> int:
     if _ONLY.value is not None:
         numbers = range(_ONLY.value, _ONLY.value + 1)
     found = fuzz(numbers, _SEED.value)
-    if cli.JSON.value:
-        cli.show({"inputs": len(numbers), "seed": _SEED.value, **found})
+    if common.JSON.value:
+        common.show({"inputs": len(numbers), "seed": _SEED.value, **found})
     else:
         for outcome, count in found["outcomes"].items():
             print(f"{outcome}: {count}")
         print(f"mishandled: {len(found['mishandled'])} of {len(numbers)}")
         for number, why in list(found["mishandled"].items())[:20]:
             print(f"  --only={number} --seed={_SEED.value}: {' '.join(why.split())[:300]}")
-    return cli.FAILED if found["mishandled"] else 0
+    return common.FAILED if found["mishandled"] else 0
 
 
 if __name__ == "__main__":
-    cli.main(program)
+    common.main(program)

@@ -1,16 +1,17 @@
 """Fields of a configuration: what each may hold, checked where it is declared.
 
 A configuration is a tree whose leaves are declared by a `Field` each: default, kind, range or
-choices, unit. `check` walks a configuration against such a declaration before anything else looks
-at it. That comes first because what follows is lossy: JSON has no NaN, a comparison with NaN is
-false, `None` stands for "not given".
+choices, unit, meaning. Frozen dataclasses hold it: `setting` declares a leaf of one, `section` a
+branch, and `declared` gives the tree of declarations. `check` walks a configuration against such a
+tree before anything else looks at it. That comes first because what follows is lossy: JSON has no
+NaN, a comparison with NaN is false, `None` stands for "not given".
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fedasr.errors import UserError
 
@@ -29,12 +30,16 @@ class Field:
       check: from a value to what is wrong with it ("must be ..."), or None; of a value of any kind.
       unit: what is counted or measured; "" for what has no unit.
       kind: the type in a few words, for people.
+      span: the range, likewise: "1 to 10"; "" where there is none.
+      doc: what it means; "" where the name says it.
     """
 
     default: Any
     check: Callable[[Any], str | None]
     unit: str = ""
     kind: str = ""
+    span: str = ""
+    doc: str = ""
 
 
 Spec = Mapping[str, "Field | Spec"]
@@ -42,7 +47,8 @@ Spec = Mapping[str, "Field | Spec"]
 
 def whole(default: int, least: int = 0, most: int = INT32, unit: str = "") -> Field:
     """A whole number within [least, most]."""
-    return Field(default, lambda value: _whole(value, least, most), unit, "whole number")
+    span = f"{least} to {most}" if most < INT32 else f"at least {least}"
+    return Field(default, lambda value: _whole(value, least, most), unit, "whole number", span)
 
 
 def real(
@@ -61,7 +67,9 @@ def real(
     def check(value: Any) -> str | None:
         return _real(value, least, most, above, below)
 
-    return Field(default, check, unit, "number")
+    low = f"above {above:g}" if above is not None else f"at least {least:g}"
+    high = f"below {below:g}" if below is not None else f"at most {most:g}"
+    return Field(default, check, unit, "number", f"{low}, {high}")
 
 
 def flag(default: bool) -> Field:
@@ -114,6 +122,79 @@ def several(
 def checked(default: Any, check: Callable[[Any], str | None], kind: str, unit: str = "") -> Field:
     """Whatever `check` has nothing against."""
     return Field(default, check, unit, kind)
+
+
+def setting(field: Field, doc: str = "") -> Any:
+    """Declares a leaf of a frozen dataclass; a callable default is asked when one is made.
+
+    Args:
+      field: its default and what it may hold.
+      doc: what it means.
+    """
+    field = dataclasses.replace(field, doc=doc)
+    if callable(field.default):
+        return dataclasses.field(default_factory=field.default, metadata={"field": field})
+    return dataclasses.field(default=field.default, metadata={"field": field})
+
+
+def section(kind: type) -> Any:
+    """Declares a branch of a frozen dataclass: another one."""
+    return dataclasses.field(default_factory=kind, metadata={"section": kind})
+
+
+def declared(kind: type) -> Spec:
+    """The tree of declarations of a dataclass; fields that are no settings are not in it."""
+    tree: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if "section" in field.metadata:
+            tree[field.name] = declared(field.metadata["section"])
+        elif "field" in field.metadata:
+            leaf = field.metadata["field"]
+            default = leaf.default() if callable(leaf.default) else leaf.default
+            tree[field.name] = dataclasses.replace(leaf, default=default)
+    return tree
+
+
+Kind = TypeVar("Kind")
+
+
+def parse(kind: type[Kind], tree: Mapping[str, Any]) -> Kind:
+    """A dataclass of settings from a tree that `check` has passed; sequences become tuples.
+
+    Args:
+      kind: of `setting`s and `section`s.
+      tree: by name; what is not declared is left out, what is missing has its default.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in tree or not field.metadata:
+            continue
+        value, inner = tree[field.name], field.metadata.get("section")
+        found[field.name] = _frozen(value) if inner is None else parse(inner, value)
+    return kind(**found)
+
+
+def unparse(value: Any) -> dict[str, Any]:
+    """The tree of a dataclass of settings, as JSON holds it: what `parse` reads."""
+    return {
+        field.name: unparse(getattr(value, field.name))
+        if "section" in field.metadata
+        else _thawed(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if field.metadata
+    }
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _frozen(item) for name, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _thawed(item) for name, item in value.items()}
+    return [_thawed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def is_number(value: Any) -> bool:

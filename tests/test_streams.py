@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 
 import jax
 import jax.extend.random
@@ -28,7 +27,8 @@ from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.streams import Stream
-from fedasr.training.loop import run_identity
+from fedasr.training.builders.identities import run_identity
+from fedasr.training.config import Config
 
 ONE = jax.devices()[:1]
 CORPUS = InMemoryCorpus({f"u{i}": [{"x": np.float32([i])}] * 3 for i in range(8)})
@@ -308,9 +308,9 @@ def test_the_identity_of_a_configuration():
         for path, value in more.items():
             *parents, last = path.split("__")
             functools.reduce(dict.__getitem__, parents, other)[last] = value
-        return run_identity(other)
+        return run_identity(Config.of(other))
 
-    same = run_identity(json.loads(json.dumps(config)))
+    same = run_identity(Config.of(config))
     assert changed() == same
     # Where things lie, and how long it goes on, do not matter...
     assert changed(data__dir="b") == changed(init_from="c") == changed(rounds=9) == same

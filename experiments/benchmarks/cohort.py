@@ -19,9 +19,9 @@ import time
 
 from absl import flags
 
-from experiments import cli
 from experiments.benchmarks import plots
 from experiments.benchmarks.workload import RandomSpeech, peak_rss_mb, plain_training
+from fedasr.cli import common
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds timed for each figure.")
 _CLIENTS = flags.DEFINE_integer("clients", 32, "Clients in a round.")
@@ -35,7 +35,7 @@ STEPS, BATCH, RAGGED = 4, 2, 16
 
 def run() -> None:
     """Measures and prints."""
-    cli.configure_devices()
+    common.configure_devices()
     import jax
     import optax
 
@@ -116,7 +116,7 @@ def run() -> None:
     if flags.FLAGS.plot:
         draw(median, memory, flags.FLAGS.plot)
     devices = jax.local_devices()
-    cli.show(
+    common.show(
         {
             "bound": median["bound"],
             "python_loop": median["python_loop"],
@@ -143,4 +143,4 @@ def draw(speeds: dict[str, float], memory: dict[str, float], path: str) -> None:
 
 if __name__ == "__main__":
     plots.define_flag()
-    cli.main(run)
+    common.main(run)

@@ -21,7 +21,7 @@ import time
 
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions of each figure.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 200, "Evaluations of a repetition.", lower_bound=1)
@@ -31,7 +31,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds side by side.", lower_bound=1)
 
 def run() -> None:
     """Measures and prints."""
-    cli.configure_devices()
+    common.configure_devices()
     import dataclasses
 
     import jax
@@ -113,7 +113,7 @@ def run() -> None:
     many = run_seeds(whole, digits.scratch_parents, range(_SEEDS.value), steps, every=steps)
 
     devices = jax.local_devices()
-    cli.show(
+    common.show(
         {
             **speed,
             "share_of_bound": speed["step"] / speed["bound"],
@@ -129,4 +129,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    common.main(run)

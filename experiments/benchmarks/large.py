@@ -18,10 +18,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
 from experiments.benchmarks.workload import RandomSpeech, peak_rss_mb
+from fedasr.cli import common
 
-_MODEL = flags.DEFINE_string("model", "base", "A published size; see experiments.configs.recipes.")
+_MODEL = flags.DEFINE_string("model", "base", "A published size; see fedasr.recipes.shared.")
 _COHORT = flags.DEFINE_integer("cohort", 16, "Users in a round.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 10, "Local steps.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 15.0, "Of audio in an utterance.")
@@ -68,11 +68,10 @@ def peak_flops(kind: str) -> float | None:
 
 def run() -> None:
     """Measures and prints."""
-    cli.configure_devices()
+    common.configure_devices()
     import jax
     import optax
 
-    from experiments.configs.recipes import MODELS
     from fedasr.data.batching import LocalBatches, make_buckets
     from fedasr.data.sampling import FixedSizeSampler
     from fedasr.errors import UserError
@@ -80,6 +79,7 @@ def run() -> None:
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.recipes.shared import MODELS
 
     if _MODEL.value not in MODELS:
         raise UserError(f"--model={_MODEL.value!r}: choose one of {', '.join(MODELS)}")
@@ -124,7 +124,7 @@ def run() -> None:
     per_round = statistics.median(seconds[1:])
     flops = step_flops(options, frames, batch)
     rate, limit = cohort * steps / per_round, peak_flops(device.device_kind)
-    cli.show(
+    common.show(
         {
             "device": f"{devices} x {device.device_kind}",
             "shrunken": shrunken,
@@ -145,4 +145,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    common.main(run)

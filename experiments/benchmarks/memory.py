@@ -23,8 +23,8 @@ import time
 
 from absl import flags
 
-from experiments import cli
 from experiments.benchmarks import plots
+from fedasr.cli import common
 
 _SIZE = flags.DEFINE_enum("size", "large", ["large", "small"], "Of the Conformer.")
 _SECONDS = flags.DEFINE_float("seconds", 15.0, "Of audio in an utterance.")
@@ -38,21 +38,21 @@ _CHARACTERS_PER_SECOND = 14  # of read English
 
 def run() -> None:
     """Compiles, reads and prints."""
-    cli.configure_devices()
+    common.configure_devices()
     import jax
     import jax.numpy as jnp
     import optax
 
-    from experiments.configs.large_asr import SIZES
     from fedasr.compression import device
+    from fedasr.compression.costs import fedsgd_memory
     from fedasr.compression.formats import FloatFormat
     from fedasr.compression.partial import Subset
-    from fedasr.compression.settings import fedsgd_memory
     from fedasr.compression.transport import entropy_bytes, transport_bytes
     from fedasr.errors import UserError
     from fedasr.federated.client import local_training
     from fedasr.models.conformer import ConformerConfig
     from fedasr.models.recogniser import make_recogniser
+    from fedasr.recipes.large_asr import SIZES
 
     frames = round(100 * _SECONDS.value)
     batch_shapes = {
@@ -153,7 +153,7 @@ def run() -> None:
                 "compile_seconds": time.perf_counter() - began,
             }
         )
-        print(_line(rows[-1]), file=sys.stderr if cli.JSON.value else sys.stdout, flush=True)
+        print(_line(rows[-1]), file=sys.stderr if common.JSON.value else sys.stdout, flush=True)
     if flags.FLAGS.plot:
         draw(rows, flags.FLAGS.plot)
     start = init(jax.random.key(0))
@@ -175,7 +175,7 @@ def run() -> None:
             "peak_ratio": first["peak_mb"] / together["peak_mb"],
             "upload_ratio": first["up_mb"] / together["up_mb"],
         }
-    cli.show(result if cli.JSON.value else {k: v for k, v in result.items() if k != "rows"})
+    common.show(result if common.JSON.value else {k: v for k, v in result.items() if k != "rows"})
 
 
 def draw(rows: list[dict], path: str) -> None:
@@ -203,4 +203,4 @@ def _line(row: dict) -> str:
 
 if __name__ == "__main__":
     plots.define_flag()
-    cli.main(run)
+    common.main(run)

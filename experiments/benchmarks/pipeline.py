@@ -18,16 +18,13 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import cli
 from experiments.benchmarks import plots
+from fedasr.cli import common
 from fedasr.errors import UserError
-
-_DEFAULT = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
 
 class _Stored:
@@ -78,25 +75,26 @@ def measure(simulation: Any, state: Any, rounds: int, repeats: int) -> dict[str,
 
 def run() -> None:
     """Measures and prints."""
-    cli.configure_devices()
+    common.configure_devices()
     import jax
 
-    from fedasr.training import loop
-    from fedasr.training.config import resolve
+    from fedasr.training.builders import corpora, models, simulations
+    from fedasr.training.config import Config, resolve
 
     config = resolve(_CONFIG.value.to_dict())
     if config["data"]["resident"]:
         raise UserError("data.resident: there is nothing to wait for")
-    directory = loop.data_directory(config)
-    data = loop.Data(directory, config, lambda line: print(line, file=sys.stderr))
-    recogniser = loop.build_recogniser(config)
-    simulation = loop.make_simulation(config, data, recogniser.loss, jax.devices())
+    typed = Config.of(config)
+    directory = corpora.data_directory(typed)
+    data = corpora.Data(directory, typed, lambda line: print(line, file=sys.stderr))
+    recogniser = models.build_recogniser(typed)
+    simulation = simulations.make_simulation(typed, data, recogniser.loss, jax.devices())
     state = simulation.init(recogniser.init(jax.random.key(config["seed"])))
     found = measure(simulation, state, flags.FLAGS.rounds, flags.FLAGS.repeats)
     if flags.FLAGS.plot:
         draw(found, flags.FLAGS.plot)
     devices = jax.local_devices()
-    cli.show(found | {"device": f"{len(devices)} x {devices[0].device_kind}"})
+    common.show(found | {"device": f"{len(devices)} x {devices[0].device_kind}"})
 
 
 def draw(found: dict[str, float], path: str) -> None:
@@ -117,5 +115,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    _CONFIG = cli.define_config(_DEFAULT)
-    cli.main(run)
+    _CONFIG = common.define_config("quickstart")
+    common.main(run)

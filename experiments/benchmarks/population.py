@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from fedasr.cli import common
 from fedasr.data import corpus as corpus_lib
 from fedasr.errors import UserError
 
@@ -122,7 +122,6 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     """The figures of sampling, batching and whole rounds."""
     import jax
 
-    from experiments.configs import quickstart
     from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
     from fedasr.data.sampling import FixedSizeSampler
     from fedasr.federated.client import local_training
@@ -130,6 +129,7 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.recipes import quickstart
 
     config = quickstart.get_config()
     config.model.options.input_layer = flags.FLAGS.local
@@ -224,12 +224,12 @@ def filled_store(folder: Path, params: Any, users: int) -> Any:
 
 def run() -> None:
     """Measures and prints."""
-    cli.configure_devices()
+    common.configure_devices()
     with tempfile.TemporaryDirectory(prefix="fedasr-population-") as temporary:
         folder = Path(flags.FLAGS.dir or temporary)
         written = write(folder, flags.FLAGS.users)
         opening, rss = measure_opening(folder)
-        cli.show(
+        common.show(
             {
                 "users": flags.FLAGS.users,
                 "write_seconds": written,
@@ -252,4 +252,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    cli.main(run)
+    common.main(run)

@@ -24,8 +24,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
 from experiments.benchmarks import plots, population
+from fedasr.cli import common
 from fedasr.data import corpus as corpus_lib
 from fedasr.errors import UserError
 
@@ -83,8 +83,8 @@ def measure(folder: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]
 
 _MEASURE = """
 import json, sys
-from experiments import cli
-cli.configure_devices()
+from fedasr.cli import common
+common.configure_devices()
 from experiments.benchmarks.scaling import measure
 print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
 """
@@ -138,9 +138,9 @@ def run() -> None:
             growth[str(users)] = max(peaks) / peaks[0]
     if options.plot:
         draw(rows, options.plot)
-    cli.show({"rows": rows, "growth": growth})
+    common.show({"rows": rows, "growth": growth})
 
 
 if __name__ == "__main__":
     _define_flags()
-    cli.main(run)
+    common.main(run)

@@ -19,7 +19,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -65,6 +65,7 @@ _SHARD_BYTES = 64 << 20  # tfds holds one shard in memory while it writes it
 _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """Examples grouped by user; all examples have arrays of the same names, dtypes and ranks.
 
@@ -76,8 +77,11 @@ class Corpus(Protocol):
       sizes: int64 [num_users], examples per user, each at least 1.
     """
 
-    users: Sequence[str]
-    sizes: np.ndarray
+    @property
+    def users(self) -> Sequence[str]: ...
+
+    @property
+    def sizes(self) -> np.ndarray: ...
 
     def lengths(self, user: int) -> Mapping[str, np.ndarray]:
         """Length of axis 0 of each ragged array: int32 [sizes[user]] by key. Reads no example."""
@@ -378,7 +382,7 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"{directory} is not a prepared corpus (it has no {METADATA_FILE}): prepare one with "
-            "experiments.prepare_data"
+            "fedasr prepare"
         )
     try:
         metadata = json.loads(path.read_bytes())

@@ -191,7 +191,7 @@ def _no_layout(path: Path) -> str:
     kinds = ", ".join(layout.title for layout in layouts.LAYOUTS)
     return (
         f"{path} is none of the layouts that are known ({kinds}): list your recordings in a "
-        "manifest, see README.md"
+        "manifest, see docs/guides/own_speech.md"
     )
 
 
@@ -285,7 +285,7 @@ def _command(
         flags.append(_FROM_DATA)
     elif texts.writable[own] > plain:
         flags.append("--keep_letters")
-    return shlex.join(["python", "-m", "experiments.prepare_data", *flags])
+    return shlex.join(["fedasr", "prepare", *flags])
 
 
 # --------------------------------------------------------------------------------- verification

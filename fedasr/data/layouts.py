@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedasr.data import identity
 from fedasr.data.conversion import Rejected, Utterance
@@ -42,6 +42,7 @@ class SourceOptions:
     pipes: bool = False
 
 
+@runtime_checkable
 class Source(Protocol):
     """Utterances in the same order every time, and what is known of them all.
 
@@ -50,11 +51,20 @@ class Source(Protocol):
       counts for the summary. language: of the transcripts, or None where nothing says it.
     """
 
-    name: str
-    fingerprint: str
-    total: int
-    notes: Mapping[str, int]
-    language: str | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def notes(self) -> Mapping[str, int]: ...
+
+    @property
+    def language(self) -> str | None: ...
 
     def __iter__(self) -> Iterator[Utterance | Rejected]: ...
 

@@ -7,7 +7,7 @@ epsilon cannot be claimed for another one.
 
 import dataclasses
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -39,9 +39,14 @@ class Sampler(Protocol):
       neighboring_relation: the `dp_accounting.NeighboringRelation` that `event` is given with.
     """
 
-    population: int
-    expected_cohort: float
-    slots: int
+    @property
+    def population(self) -> int: ...
+
+    @property
+    def expected_cohort(self) -> float: ...
+
+    @property
+    def slots(self) -> int: ...
 
     @property
     def separation(self) -> int: ...
@@ -168,7 +173,7 @@ class PoissonSampler:
     population: int
     expected_cohort: float
     seed: int
-    slots: int | None = None
+    slots: int = cast(int, None)  # a number as soon as it is made
     cycle: int = 1
 
     def __post_init__(self):

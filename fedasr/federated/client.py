@@ -10,7 +10,7 @@ local algorithm.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class ClientMetrics(NamedTuple):
     aux: Mapping[str, jax.Array]
 
 
+@runtime_checkable
 class ClientUpdate(Protocol):
     """Signature of a client's local training."""
 

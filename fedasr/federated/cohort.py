@@ -6,7 +6,7 @@ user) alone and empty slots add exact zeros.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class CohortSum(NamedTuple):
     aux: Any
 
 
+@runtime_checkable
 class Weigh(Protocol):
     """How much one client's update counts, decided on the device after clipping."""
 
@@ -70,6 +71,7 @@ class Weigh(Protocol):
         """
 
 
+@runtime_checkable
 class Encode(Protocol):
     """From a client's clipped and weighted update to what it sends, noise included."""
 

@@ -28,6 +28,7 @@ from fedasr.data.batching import (
     Resident,
 )
 from fedasr.data.corpus import Corpus
+from fedasr.digests import params_digest
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.federated.client import ClientUpdate, Params
@@ -455,17 +456,6 @@ def corpus_digest(corpus: Corpus) -> str:
     """Names a corpus by its users and their numbers of examples, in order."""
     sizes = ",".join(str(int(size)) for size in corpus.sizes)
     return hashlib.sha256(repr([list(map(str, corpus.users)), sizes]).encode()).hexdigest()
-
-
-def params_digest(params: Params) -> str:
-    """Names parameters by their paths, shapes, dtypes and bits."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        array = np.asarray(leaf)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _numbers(mechanism: Mechanism) -> str:

@@ -85,7 +85,7 @@ class Feedback(NamedTuple):
 def transcribe(
     evaluator: Evaluator, params: Params, corpus: Corpus
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """References and hypotheses of a corpus: [user][utterance], in the corpus's order.
+    """References and hypotheses of a corpus: `[user][utterance]`, in the corpus's order.
 
     Args:
       evaluator: of the stale recogniser, with a single bucket: several would change the order.
@@ -113,7 +113,7 @@ def simulate_edits(
     the texts of all (which rewrites and wrong words are taken from).
 
     Args:
-      references: what was said, [user][utterance].
+      references: what was said, `[user][utterance]`.
       hypotheses: what the recogniser heard, the same way.
       config: how users edit.
       seed: 0 or more.

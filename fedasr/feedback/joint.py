@@ -119,7 +119,7 @@ def average_checkpoints(workdir: str | Path, last: int) -> Params:
     """The mean of the parameters of a run's last checkpoints (see `checkpoint.keep`).
 
     Args:
-      workdir: a work directory of `experiments.train`, or its checkpoints folder.
+      workdir: a work directory of `fedasr train`, or its checkpoints folder.
       last: how many.
 
     Returns:

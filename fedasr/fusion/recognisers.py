@@ -19,10 +19,12 @@ from fedasr.errors import UserError
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.privacy import ledger
 from fedasr.text import CharTokenizer
+from fedasr.training.builders.corpora import fitting_tokenizer
+from fedasr.training.builders.models import build_recogniser
 from fedasr.training.checkpoint import Checkpointer, restore_params
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.evaluation import Evaluator, evaluation_buckets
-from fedasr.training.loop import build_recogniser, fitting_tokenizer
+from fedasr.training.workdir import recorded_config
 
 PyTree = Any
 _MULTIPLES = {"features": 24, "labels": 4}
@@ -51,7 +53,7 @@ def load_parents(paths: Sequence[str | Path], data: str | Path) -> Parents:
     """Reads trained recognisers.
 
     Args:
-      paths: work directories of `experiments.train`, or checkpoints. data: a prepared corpus.
+      paths: work directories of `fedasr train`, or checkpoints. data: a prepared corpus.
 
     Raises:
       UserError: fewer than two, models that differ in shape or in what they write, or in which
@@ -60,17 +62,18 @@ def load_parents(paths: Sequence[str | Path], data: str | Path) -> Parents:
     if len(paths) < 2:
         raise UserError("merging needs two models or more")
     metadata = [checkpoint_metadata(path) for path in paths]
-    for path, one in zip(paths, metadata, strict=True):
-        if one["config"].get("local", {}).get("patterns"):
+    configs = [recorded_config(one["config"]) for one in metadata]
+    for path, config in zip(paths, configs, strict=True):
+        if config.local.patterns:
             raise UserError(f"{path}: users have variables of their own, no model is everybody's")
     corpus = read_metadata(data)
-    tokenizers = [fitting_tokenizer(m["config"], corpus) for m in metadata]
-    for path, other in zip(paths[1:], metadata[1:], strict=True):
-        if other["config"]["model"] != metadata[0]["config"]["model"]:
+    tokenizers = [fitting_tokenizer(config, corpus) for config in configs]
+    for path, other in zip(paths[1:], configs[1:], strict=True):
+        if other.model != configs[0].model:
             raise UserError(f"{path} is another model than {paths[0]}: they cannot be merged")
     models = [restore_params(path) for path in paths]
     params = jax.tree.map(lambda *x: np.stack(x), *models)
-    recogniser = build_recogniser(metadata[0]["config"], augmented=False)
+    recogniser = build_recogniser(configs[0], augmented=False)
     ledgers = [one.get("ledger") for one in metadata]
     return Parents(params, recogniser, metadata[0], tokenizers[0], ledgers)
 
@@ -146,7 +149,7 @@ def save_fused(
     workdir: str | Path,
     searched: Sequence[str],
 ) -> Path:
-    """Writes a merged model as a checkpoint that `experiments.evaluate` and `init_from` read.
+    """Writes a merged model as a checkpoint that `fedasr evaluate` and `init_from` read.
 
     Args:
       parents: for the configuration. params: the model. evaluations: that found it. workdir: new,

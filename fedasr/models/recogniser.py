@@ -190,6 +190,20 @@ def model_configs() -> dict[str, type]:
     return {name: pair[0] for name, pair in MODELS.items()} | _RECURRENT
 
 
+def recogniser(
+    name: str, *, augment: SpecAugmentConfig | None = None, **options: Any
+) -> Recogniser:
+    """A recogniser by name, such as `recogniser("transformer", dim=128, blocks=4)`.
+
+    Args:
+      name, options, augment: see `make_recogniser`.
+
+    Raises:
+      UserError: see `make_recogniser`.
+    """
+    return make_recogniser(name, options, augment)
+
+
 def make_recogniser(
     name: str, options: Mapping[str, Any], augment: SpecAugmentConfig | None = None
 ) -> Recogniser:

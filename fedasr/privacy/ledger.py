@@ -151,7 +151,7 @@ def event_from_data(data: Mapping[str, Any]) -> Any:
     name = str(data.get("type"))
     kind = getattr(dp_event, name, getattr(events, name, None))
     if not (isinstance(kind, type) and issubclass(kind, dp_event.DpEvent)):
-        raise UserError(f"the ledger has an event that is not known here: {data.get('event')!r}")
+        raise UserError(f"the ledger has an event that is not known here: {name!r}")
     try:
         return kind(**{name: value(x) for name, x in data.items() if name != "type"})
     except TypeError as error:
@@ -220,6 +220,8 @@ def from_data(data: Sequence[Mapping[str, Any]]) -> list[Entry]:
             )
             for entry in data
         ]
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint's ledger cannot be read: {error!r}") from error
 

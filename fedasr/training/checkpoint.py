@@ -9,37 +9,45 @@ is not taken for granted: each is read back and compared, and only then older on
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 import sys
-import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedasr.errors import UserError
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
+from fedasr.training.stored import (
+    CHECKSUMS,
+    METADATA,
+    STATE,
+    by_path,
+    digests,
+    fit,
+    is_step,
+    plain_path,
+    read_json,
+    reason_of,
+    saved_steps,
+    verify,
+)
+from fedasr.training.stored import has_checkpoint as has_checkpoint
+from fedasr.training.stored import read_metadata as read_metadata
+from fedasr.training.stored import restore_params as restore_params
+from fedasr.training.stored import step_folders as step_folders
 
 PyTree = Any
 
-_STATE, _METADATA, _CHECKSUMS = "state", "metadata", "checksums"
-# Written by orbax inside every complete step folder.
-_STEP_MARKER = "_CHECKPOINT_METADATA"
 # Part of the name of a folder that orbax has not finished.
 _TEMPORARY_MARK = ".orbax-checkpoint-tmp"
 # What a checkpoint that cannot be read is renamed to, before its number.
 DAMAGED = "damaged-"
-# Paths that mean themselves to every library: others may be taken for patterns or escapes.
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.+=,-]*")
 
 
 class Checkpointer:
@@ -99,9 +107,9 @@ class Checkpointer:
                 ),
             ),
             item_handlers={
-                _STATE: ocp.PyTreeCheckpointHandler(),
-                _METADATA: ocp.JsonCheckpointHandler(),
-                _CHECKSUMS: ocp.JsonCheckpointHandler(),
+                STATE: ocp.PyTreeCheckpointHandler(),
+                METADATA: ocp.JsonCheckpointHandler(),
+                CHECKSUMS: ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -138,9 +146,9 @@ class Checkpointer:
                 int(step),
                 args=ocp.args.Composite(
                     **{
-                        _STATE: ocp.args.PyTreeSave(host_state),
-                        _METADATA: ocp.args.JsonSave(metadata),
-                        _CHECKSUMS: ocp.args.JsonSave(_checksums(host_state, metadata)),
+                        STATE: ocp.args.PyTreeSave(host_state),
+                        METADATA: ocp.args.JsonSave(metadata),
+                        CHECKSUMS: ocp.args.JsonSave(_checksums(host_state, metadata)),
                     }
                 ),
             )
@@ -154,10 +162,10 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
             folder = self.directory / str(step)
-            if not _is_step(folder):
+            if not is_step(folder):
                 raise OSError("it is not there")
             verify(folder)
-            oldest = sorted(_steps(self.directory))[-self._keep :][0]
+            oldest = sorted(saved_steps(self.directory))[-self._keep :][0]
             for other in self.directory.iterdir():  # half-deleted ones are no steps any more
                 if other.name.isdecimal() and int(other.name) < oldest:
                     shutil.rmtree(other)
@@ -167,10 +175,10 @@ class Checkpointer:
     def _unwritten(self, step: int, error: Exception) -> UserError:
         for folder in self.directory.glob(f"{step}{_TEMPORARY_MARK}*"):
             shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
-        older = max((x for x in _steps(self.directory) if x != step), default=None)
+        older = max((x for x in saved_steps(self.directory) if x != step), default=None)
         return UserError(
-            f"the checkpoint {step} cannot be written to {self.directory} ({_reason(error)}): make "
-            "room there; the same command goes on "
+            f"the checkpoint {step} cannot be written to {self.directory} ({reason_of(error)}): "
+            "make room there; the same command goes on "
             + ("from the beginning" if older is None else f"from checkpoint {older}")
         )
 
@@ -190,11 +198,11 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The latest complete checkpoint, or None; waits for a save in flight."""
         self.wait()
-        return max(_steps(self.directory), default=None)
+        return max(saved_steps(self.directory), default=None)
 
     def oldest_step(self) -> int | None:
         """The oldest complete checkpoint that is still there, or None."""
-        return min(_steps(self.directory), default=None)
+        return min(saved_steps(self.directory), default=None)
 
     def restore(
         self, step: int, like: PyTree, added: Collection[str] = ()
@@ -251,20 +259,20 @@ class CheckpointReader:
 
     def latest_step(self) -> int | None:
         """The latest complete checkpoint, or None."""
-        return max(_steps(self.directory), default=None)
+        return max(saved_steps(self.directory), default=None)
 
     def oldest_step(self) -> int | None:
         """The oldest complete checkpoint, or None."""
-        return min(_steps(self.directory), default=None)
+        return min(saved_steps(self.directory), default=None)
 
     def restore(
         self, step: int, like: PyTree, added: Collection[str] = ()
     ) -> tuple[PyTree, dict[str, Any]]:
         """See `Checkpointer.restore`."""
         folder = self.directory / str(step)
-        if not _is_step(folder):
+        if not is_step(folder):
             raise UserError(f"there is no checkpoint {step} in {self.directory}")
-        return _fit(folder, like, added), _read_json(folder)
+        return fit(folder, like, added), read_json(folder)
 
     def close(self) -> None:
         """Does nothing."""
@@ -274,34 +282,6 @@ class CheckpointReader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def restore_params(path: str | Path) -> PyTree:
-    """The model parameters of a checkpoint, without knowing the model.
-
-    Args:
-        path: a work directory, its `checkpoints/` folder (both stand for the latest checkpoint in
-            them) or the folder of one checkpoint.
-
-    Returns:
-        The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.
-
-    Raises:
-        UserError: if there is no complete checkpoint at `path`, or none with parameters.
-    """
-    folder = _find_step(path)
-    tree = _read_shapes(folder)
-    if not isinstance(tree, Mapping) or not jax.tree.leaves(tree.get("params")):
-        raise UserError(
-            f"the checkpoint {folder} holds no model parameters: give the work directory of a "
-            "training run"
-        )
-    return _read_arrays(folder, {"params": tree["params"]})["params"]
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata saved with a checkpoint; `path` and errors as in `restore_params`."""
-    return _read_json(_find_step(path))
 
 
 @functools.cache
@@ -322,35 +302,8 @@ def _quieten() -> None:
     sys.unraisablehook = hook
 
 
-def verify(folder: Path) -> None:
-    """Reads one checkpoint and compares it with its checksums, if it has any.
-
-    Raises:
-        UserError: it cannot be read, or holds something else than was saved.
-    """
-    metadata = _read_json(folder)
-    arrays = _by_path(_read_arrays(folder, _read_shapes(folder)))
-    if (expected := _read_checksums(folder)) is None:
-        return
-    found = _digests(arrays, metadata)
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise _unreadable(folder, OSError(f"{name} is not what was saved"))
-
-
 def _checksums(state: PyTree, metadata: Mapping[str, Any]) -> dict[str, str]:
-    return _digests(_by_path(state), metadata)
-
-
-def _digests(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 by path of kind, shape and bytes, and of the metadata as "metadata"."""
-    digests = {"metadata": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())}
-    for path, leaf in arrays.items():
-        value = np.ascontiguousarray(leaf)
-        head = f"{value.dtype} {np.shape(leaf)} ".encode()
-        digests[f"state/{path}"] = digest = hashlib.sha256(head)
-        digest.update(value.view(np.uint8) if value.size and value.ndim else value.tobytes())
-    return {name: digest.hexdigest() for name, digest in digests.items()}
+    return digests(by_path(state), metadata)
 
 
 def _set_aside(directory: Path) -> dict[Path, str]:
@@ -359,7 +312,7 @@ def _set_aside(directory: Path) -> dict[Path, str]:
     Training is deterministic: from an older one it comes to the same.
     """
     damaged: dict[Path, str] = {}
-    for step in sorted(_steps(directory), reverse=True):
+    for step in sorted(saved_steps(directory), reverse=True):
         folder = directory / str(step)
         try:
             verify(folder)
@@ -374,10 +327,12 @@ def _set_aside(directory: Path) -> dict[Path, str]:
                 f"none of the {len(damaged)} checkpoints in {directory} can be read: put them back "
                 f"from a copy, or remove that folder to start afresh ({folder.name}: {error[:200]})"
             )
-    whole = max((x for x in _steps(directory) if directory / str(x) not in damaged), default=-1)
+    whole = max(
+        (x for x in saved_steps(directory) if directory / str(x) not in damaged), default=-1
+    )
     for folder in directory.iterdir():
         # Half of a folder that is older is on its way out; one that is newer has lost something.
-        if folder.name.isdecimal() and not _is_step(folder) and int(folder.name) > whole:
+        if folder.name.isdecimal() and not is_step(folder) and int(folder.name) > whole:
             damaged[folder] = f"the checkpoint {folder} lacks a part"
     renamed = {}
     for folder, why in damaged.items():
@@ -385,205 +340,3 @@ def _set_aside(directory: Path) -> dict[Path, str]:
         shutil.rmtree(place, ignore_errors=True)
         renamed[folder.rename(place)] = why
     return renamed
-
-
-@contextlib.contextmanager
-def plain_path(path: str | Path) -> Iterator[Path]:
-    """The same folder by a path that no library takes for a pattern.
-
-    Orbax looks for files by patterns made of its folder's path, so that brackets in it hide what it
-    has written. Where a path is not plain, a symbolic link in a temporary folder leads there.
-
-    Args:
-        path: of a folder that exists.
-
-    Raises:
-        UserError: no folder for temporary files has a plain path.
-    """
-    path = Path(path).absolute()
-    if _PLAIN_PATH.fullmatch(str(path)):
-        yield path
-        return
-    places = [p for p in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")]
-    for place in filter(_PLAIN_PATH.fullmatch, places):
-        try:
-            folder = tempfile.TemporaryDirectory(prefix="fedasr-", dir=place)
-        except OSError:
-            continue
-        with folder as name:
-            link = Path(name) / "link"
-            link.symlink_to(path, target_is_directory=True)
-            yield link
-        return
-    raise UserError(
-        f"{path} has characters that a library takes for a pattern, and no folder for temporary "
-        "files can hold a link to it: set TMPDIR to one with a plain path"
-    )
-
-
-def _is_step(folder: Path) -> bool:
-    return (folder / _STEP_MARKER).is_file() and (folder / _STATE).is_dir()
-
-
-def _steps(directory: Path) -> list[int]:
-    """Numbers of the complete checkpoints in a folder, which may be missing."""
-    folders = directory.iterdir() if directory.is_dir() else ()
-    return [int(f.name) for f in folders if f.name.isdecimal() and _is_step(f)]
-
-
-def step_folders(directory: str | Path) -> list[Path]:
-    """The complete checkpoints in a folder, which may be missing, the oldest first."""
-    return [Path(directory) / str(step) for step in sorted(_steps(Path(directory)))]
-
-
-def has_checkpoint(path: str | Path) -> bool:
-    """Whether there is a complete checkpoint at a path as `restore_params` takes it."""
-    path = Path(path).absolute()
-    return _is_step(path) or any(map(_steps, (path / "checkpoints", path)))
-
-
-def _find_step(path: str | Path) -> Path:
-    path = Path(path).absolute()
-    if _is_step(path):
-        return path
-    for parent in (path / "checkpoints", path):
-        if steps := _steps(parent):
-            return parent / str(max(steps))
-    raise UserError(
-        f"no checkpoint in {path}: give a work directory, its checkpoints folder or the folder of "
-        "one checkpoint"
-    )
-
-
-def _reason(error: Exception) -> str:
-    reason = str(error)
-    if "o space left" in reason:
-        return os.strerror(28)
-    reason = " ".join(reason.split())
-    return f"{type(error).__name__}: {reason}"[:200]
-
-
-def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(
-        f"the checkpoint {folder} cannot be read ({_reason(error)}): remove that "
-        "folder to use an earlier checkpoint"
-    )
-
-
-def _read_checksums(folder: Path) -> dict[str, str] | None:
-    """None of a checkpoint that was saved without."""
-    import orbax.checkpoint as ocp
-
-    if not (folder / _CHECKSUMS).exists():
-        return None
-    try:
-        with plain_path(folder) as plain:
-            return ocp.JsonCheckpointHandler().restore(plain / _CHECKSUMS)
-    except Exception as error:
-        raise _unreadable(folder, error) from error
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
-    try:
-        with plain_path(folder) as plain:
-            metadata = ocp.JsonCheckpointHandler().restore(plain / _METADATA)
-        if not isinstance(metadata, dict):
-            raise ValueError("its metadata is no object")
-        return metadata
-    except Exception as error:
-        raise _unreadable(folder, error) from error
-
-
-def _read_shapes(folder: Path) -> PyTree:
-    """Nested dicts and lists of objects with `shape` and `dtype`; no array is read."""
-    import orbax.checkpoint as ocp
-
-    try:
-        with plain_path(folder) as plain:
-            return ocp.PyTreeCheckpointHandler().metadata(plain / _STATE).tree
-    except Exception as error:
-        raise _unreadable(folder, error) from error
-
-
-def _read_arrays(folder: Path, tree: PyTree) -> PyTree:
-    """The numpy arrays of `tree`, which is `_read_shapes` of the folder or a part of it."""
-    import orbax.checkpoint as ocp
-
-    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-    try:
-        with plain_path(folder) as plain:
-            return ocp.PyTreeCheckpointHandler().restore(
-                plain / _STATE,
-                args=ocp.args.PyTreeRestore(
-                    item=tree,
-                    restore_args=jax.tree.map(lambda _: as_numpy, tree),
-                    partial_restore=True,
-                ),
-            )
-    except Exception as error:
-        raise _unreadable(folder, error) from error
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path; the same for a NamedTuple or tuple as for the dict or list orbax reads."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
-    if not hasattr(leaf, "dtype"):
-        leaf = np.asarray(leaf)
-    return tuple(leaf.shape), np.dtype(leaf.dtype)
-
-
-def _fit(folder: Path, like: PyTree, added: Collection[str] = ()) -> PyTree:
-    tree = _read_shapes(folder)
-    saved, wanted = _by_path(tree), _by_path(like)
-    filled = {
-        name
-        for name in wanted.keys() - saved.keys()
-        if any(name == path or name.startswith(f"{path}/") for path in added)
-    }
-
-    def misfit(difference: str) -> UserError:
-        return UserError(
-            f"the checkpoint {folder} does not fit this model: {difference}; use the configuration "
-            "it was saved with or another work directory"
-        )
-
-    for name, leaf in wanted.items():
-        if name in filled:
-            continue
-        if name not in saved:
-            raise misfit(f"it has no {name}")
-        for what, here, there in zip(
-            ("shape", "dtype"), _shape_dtype(leaf), _shape_dtype(saved[name]), strict=True
-        ):
-            if here != there:
-                raise misfit(f"the {what} of {name} is {there} in it, {here} in the model")
-    for name in saved:
-        if name not in wanted:
-            raise misfit(f"the model has no {name}")
-
-    arrays = _by_path(_read_arrays(folder, tree))
-    leaves = [
-        leaf if name in filled else _as_kind(arrays[name], leaf) for name, leaf in wanted.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _as_kind(value: np.ndarray, like: Any) -> Any:
-    if isinstance(like, bool | int | float):
-        return type(like)(value)
-    if isinstance(like, np.ndarray | np.generic):
-        return value if isinstance(like, np.ndarray) else value[()]
-    # 64-bit values do not fit a jax array unless x64 is enabled.
-    if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
-        return value
-    sharding = like.sharding if getattr(like, "committed", True) else None
-    # A copy: on a CPU jax may otherwise share, and then donate, memory that numpy owns.
-    return jnp.array(value) if sharding is None else jax.device_put(value.copy(), sharding)

@@ -1,7 +1,9 @@
-"""The configuration of a run: one tree of fields, each of which a flag can override.
+"""The configuration of a run: frozen dataclasses, one a section, each field of which is a flag.
 
-`fields` declares them, each with its default, its range or choices and its unit; what a run may be
-given is checked against that (`check_fields`) before anything else looks at it.
+Fields are declared with their default, range or choices, unit and meaning; what a run may be given
+is checked against that (`check_fields`) before anything else looks at it. Outside, in flags, files
+and `config.json`, a configuration is a tree of plain values; `Config.of` and `Config.tree` turn one
+into the other.
 """
 
 from __future__ import annotations
@@ -10,301 +12,414 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedasr.errors import UserError
 from fedasr.fields import (
-    Spec,
     check,
     checked,
     choice,
+    declared,
     defaults,
     flag,
-    is_number,
+    parse,
     real,
+    section,
+    setting,
     several,
     text,
+    unparse,
     whole,
 )
+from fedasr.training import values
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _NEVER = 1_000_000_000  # a round that no run gets to
+_BITS = 6, 20  # as `fedasr.privacy.secure_aggregation` has them, which takes JAX to import
 _MOST_RATE = 1e4  # of learning: two decades more than any optimiser here has been of use at
 # What a run adds to its configuration: the data's content hash and its alphabet, and the hash of
 # the parameters that it started from.
 RECORDED = {"data": ("identity", "characters"), "": ("start",)}
+_RECORDED = (*RECORDED["data"], "vocabulary")
 
 
-def _optimizers() -> list[str]:
-    from fedasr.federated.server import SERVER_OPTIMIZERS
+def _model_options() -> dict[str, Any]:
+    from fedasr.models.transformer import TransformerConfig
 
-    return list(SERVER_OPTIMIZERS)
-
-
-def _models() -> list[str]:
-    from fedasr.models.recogniser import model_configs
-
-    return list(model_configs())
+    return dataclasses.asdict(TransformerConfig())
 
 
-def _tasks() -> list[str]:
-    from fedasr.data.synthetic import tasks
+def _augment_options() -> dict[str, Any]:
+    from fedasr.audio.augment import SpecAugmentConfig
 
-    return tasks()
-
-
-def _prototypes() -> list[str]:
-    from fedasr.federated.local import PROTOTYPES
-
-    return list(PROTOTYPES)
+    return dataclasses.asdict(SpecAugmentConfig())
 
 
-def _chunk(value: Any) -> str | None:
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1_000_000
-    return None if good or value == "auto" else "must be a number from 0, or 'auto'"
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is trained and evaluated on.
+
+    Attributes:
+      identity, characters, vocabulary: no settings, but what a run records of its data: the hash of
+        its content, its alphabet, and what the privacy says nothing of where that was learned; None
+        for what is not known.
+    """
+
+    dir: str = setting(text(""), 'a prepared corpus; "": the synthetic one, made when first needed')
+    task: str = setting(choice("digits", values.tasks), "the synthetic corpus's")
+    train: str = setting(checked("train", values.check_split, "split"))
+    eval: tuple[str, ...] = setting(several(("dev", "test"), values.check_split, what="splits"))
+    buckets: int = setting(
+        whole(2, 1, 64),
+        "padded lengths of clients' batches to each doubling: the same whatever the data is (see "
+        "`fedasr.data.batching.Grid`); those that occur are compiled",
+    )
+    labels_per_frame: float = setting(
+        real(0.2, above=0, most=10), "room in padded batches; who needs more is padded as longer"
+    )
+    resident: bool = setting(
+        flag(False),
+        "clients' examples are read once and kept on every device: for corpora that fit there",
+    )
+    iid: bool = setting(
+        flag(False),
+        "IID control: utterances dealt out afresh over the users, whose numbers are kept",
+    )
+    population: int = setting(
+        whole(0, unit="users"), "training users, for --dry_run before the data is there"
+    )
+    identity: str | None = None
+    characters: str | None = None
+    vocabulary: str | None = None
 
 
-def _split(value: Any) -> str | None:
-    from fedasr.data.splits import can_open
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The recogniser."""
 
-    if not isinstance(value, str):
-        return "must be the name of a split"
-    try:
-        can_open(value, ())
-    except UserError as error:
-        return f"is no split: {error}"
-    return None
-
-
-def _format(value: Any) -> str | None:
-    from fedasr.compression.formats import FloatFormat
-
-    if not isinstance(value, str):
-        return "must be the name of a float format"
-    try:
-        FloatFormat.parse(value) if value else None
-    except UserError as error:
-        return f"is no float format: {error}"
-    return None
+    name: str = setting(choice("transformer", values.models))
+    options: Mapping[str, Any] = setting(
+        checked(_model_options, values.check_options, "options"),
+        "fields of the model's configuration class; a file for another model replaces them",
+    )
 
 
-def _pattern(value: Any) -> str | None:
-    if not isinstance(value, str) or not value:
-        return "must be a regular expression"
-    try:
-        re.compile(value)
-    except re.error as error:
-        return f"is no regular expression: {error}"
-    return None
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """SpecAugment of training features."""
+
+    enabled: bool = setting(flag(False))
+    start_round: int = setting(
+        whole(0, unit="rounds"), "federated rounds done before SpecAugment begins"
+    )
+    options: Mapping[str, Any] = setting(checked(_augment_options, values.check_options, "options"))
 
 
-def _deployment(value: Any) -> str | None:
-    good = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
-    if not good or not 0 < value[0] <= value[1] <= 1e12:
-        return "is not (cohort, population)"
-    return None if value[1] == math.floor(value[1]) else "must have whole users in its population"
+@dataclasses.dataclass(frozen=True)
+class Central:
+    """The central baseline, when algorithm is "central"."""
+
+    steps: int = setting(whole(500, most=100_000_000, unit="steps"))
+    batch_size: int = setting(whole(16, 1, 65_536, "utterances"))
+    batch_seconds: float = setting(
+        real(0.0, most=1e6, unit="seconds"),
+        "audio in a batch; above 0 it replaces batch_size",
+    )
+    optimizer: str = setting(choice("adamw", values.optimizers))
+    learning_rate: float = setting(real(1e-3, most=_MOST_RATE))
+    decay_steps: int = setting(
+        whole(0, unit="steps"), "every so many times decay_rate; 0: constant"
+    )
+    decay_rate: float = setting(real(0.5, above=0, most=1))
+    grad_clip: float = setting(real(1.0, above=0, most=1e12))
 
 
-def _options(value: Any) -> str | None:
-    """Options of an optimiser or model, by name; what they mean is for these to check."""
-    if not isinstance(value, Mapping):
-        return "must be options by name"
-    for name, option in value.items():
-        if not isinstance(option, bool | str) and not is_number(option):
-            return f"has {name}={option!r}, which must be a finite number, a name, True or False"
-    return None
+@dataclasses.dataclass(frozen=True)
+class SeedTraining(Central):
+    """Central training before the federated rounds, on its own split."""
+
+    steps: int = setting(whole(0, most=100_000_000, unit="steps"), "0: none")
+    split: str = setting(checked("seed", values.check_split, "split"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """What a client does in a round."""
+
+    optimizer: str = setting(choice("sgd", values.optimizers))
+    learning_rate: float = setting(real(0.3, most=_MOST_RATE))
+    decay_start: int = setting(whole(_NEVER, unit="rounds"), "at the constant rate, then")
+    decay_rounds: int = setting(whole(500, 1, unit="rounds"), "times decay_rate every so many")
+    decay_rate: float = setting(real(0.6, above=0, most=1))
+    batch_size: int = setting(whole(4, 1, 65_536, "utterances"))
+    batch_seconds: float = setting(
+        real(0.0, most=1e6, unit="seconds"),
+        "audio in a batch; above 0 it replaces batch_size",
+    )
+    steps: int = setting(whole(4, most=1_000_000, unit="steps"), "0: use epochs")
+    epochs: int = setting(whole(0, most=1_000_000, unit="passes"), "0: use steps")
+    max_steps: int = setting(whole(0, unit="steps"), "with epochs, at most so many; 0: no limit")
+    micro_batch: int = setting(
+        whole(0, most=65_536, unit="utterances"),
+        "utterances computed together; above 0 a batch's gradient is summed over parts of at most "
+        "so many utterances of like length. Their shapes are compiled into one program for each "
+        "doubling of the users' longest utterances; with data.buckets=4 they are 15",
+    )
+    grad_clip: float = setting(real(1.0, above=0, most=1e12))
+    proximal: float = setting(real(0.0), "FedProx's mu")
+    weighting: str = setting(
+        choice("uniform", ("uniform", "examples")), 'or "examples", without privacy only'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """Online model compression: float formats such as "S1E3M7" or "bfloat16"; "": float32."""
+
+    download: str = setting(
+        checked("", values.check_format, "float format"), "of what clients receive and keep"
+    )
+    upload: str = setting(checked("", values.check_format, "float format"), "of their updates")
+    share: float = setting(
+        real(0.9, most=1), "of the weight matrices, drawn by every client and round"
+    )
+    align: bool = setting(flag(True), "scale variables to the format's range; False: the paper's")
+    measure: bool = setting(
+        flag(False),
+        "measure a client's peak memory on its compiled program (for FedSGD; takes a while)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """Partial model training.
+
+    Of "all" variables, or a subset that is "fixed" by patterns, or drawn for every "round" (one of
+    so many groups) or for every "user" (a share).
+    """
+
+    mode: str = setting(choice("all", ("all", "fixed", "round", "user")))
+    patterns: tuple[str, ...] = setting(
+        several((".",), values.check_pattern, 1, "regular expressions"), "searched for in paths"
+    )
+    groups: int = setting(whole(10, 1, 1_000_000))
+    share: float = setting(real(0.1, above=0, most=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Local parameters (federated only).
+
+    Variables that belong to each user, are trained with the rest, and are never sent, summed or
+    covered by the privacy.
+    """
+
+    patterns: tuple[str, ...] = setting(
+        several((), values.check_pattern, what="regular expressions"),
+        'searched for in paths: ("^input_layer/",)',
+    )
+    prototype: str = setting(
+        choice("init", values.prototypes),
+        'what a new user starts from: "init", the model\'s; without privacy also the "mean" of '
+        "the other users', or that of the \"last\" user before in the corpus's order",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """What the server does with the mean client update."""
+
+    optimizer: str = setting(choice("lamb", values.optimizers))
+    options: Mapping[str, Any] = setting(
+        checked(dict, values.check_options, "options"),
+        "optax's own for this optimiser, such as b1; set in a file, there is nothing to override "
+        "here",
+    )
+    learning_rate: float = setting(real(0.01, most=_MOST_RATE))
+    decay_start: int = setting(whole(_NEVER, unit="rounds"), "at the constant rate, then")
+    decay_rounds: int = setting(whole(500, 1, unit="rounds"), "times decay_rate every so many")
+    decay_rate: float = setting(real(0.6, above=0, most=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+    """Bounds that follow a quantile of the update norms."""
+
+    enabled: bool = setting(flag(False))
+    quantile: float = setting(real(0.5, above=0, below=1))
+    rate: float = setting(real(0.2, above=0, most=10))
+    warmup: int = setting(
+        whole(0, unit="rounds"), "rounds at first that move the bounds alone, and fast"
+    )
+    warmup_rate: float = setting(real(4.0, above=0, most=10))
+    sigma: float = setting(
+        real(0.1),
+        "noise on the mean of the users' votes over what one user changes in their sum",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Privacy:
+    """The mechanism, and what is claimed of it.
+
+    `sigma` and `clip_norm` are as in arXiv 2310.00098: noise of std clip_norm * sigma on the mean
+    client update.
+    """
+
+    enabled: bool = setting(flag(True), "False: no clipping of client updates, no noise")
+    clip_norm: float = setting(real(0.01, above=0, most=1e9))
+    budget: str = setting(
+        choice("uniform", ("uniform", "dim", "global")),
+        'per layer: "uniform" or "dim"; or one "global" clip',
+    )
+    normalise: bool = setting(
+        flag(False), "False: clip; True: rescale every layer as the paper's public code does"
+    )
+    sigma: float = setting(real(1e-5))
+    sampler: str = setting(
+        choice("poisson", ("poisson", "fixed", "shuffled", "everyone")),
+        '"fixed": so many without replacement; "shuffled": in turn; "everyone": cohort=0',
+    )
+    slots: int = setting(
+        whole(0, unit="users"),
+        "largest Poisson cohort; 0: so many that a round is hardly ever full",
+    )
+    cycle: int = setting(whole(1, 1), "groups of users that Poisson sampling takes in turn")
+    noise: str = setting(
+        choice("independent", ("independent", "banded", "buffered", "skellam")),
+        '"independent" from round to round, or correlated: "banded" or "buffered" (linear '
+        'Toeplitz); or "skellam": integers, in shares that clients add themselves, for secure '
+        "aggregation",
+    )
+    bits: int = setting(
+        whole(16, *_BITS, "bits"), 'of a coordinate that a client sends, with "skellam"'
+    )
+    noise_seed: str = setting(
+        choice("run", ("run", "secret")),
+        '"run": all that is random follows from the run, and whoever has its configuration, data '
+        'and start can compute the noise; "secret": from the operating system, kept in '
+        "checkpoints alone",
+    )
+    bands: int = setting(
+        whole(0, most=10_000, unit="rounds"),
+        "0: as many as rounds lie between a user's turns, at most 32",
+    )
+    buffers: int = setting(whole(2, 1, 10))
+    adaptive: Adaptive = section(Adaptive)
+    delta: float = setting(real(1e-9, above=0, below=1))
+    deployments: tuple[tuple[float, int], ...] = setting(
+        several(((1024, 1_000_000),), values.check_deployment, what="pairs"),
+        "deployments that the run stands for: (cohort, population) with the same sigma",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """When and on what error rates are measured."""
+
+    every: int = setting(whole(10, unit="rounds"), "0: only before and after")
+    batch_size: int = setting(whole(32, 1, 65_536, "utterances"))
+    while_training: tuple[str, ...] = setting(several(("dev",), values.check_split, what="splits"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """How often a run is saved."""
+
+    every: int = setting(whole(10, 1, unit="rounds"))
+    seed_every: int = setting(whole(100, unit="steps"), "of central training")
+    keep: int = setting(whole(2, 1, 100_000))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All of a run.
+
+    Rounds, steps and users are counts, learning rates belong to optax optimisers named in
+    `fedasr.federated.server.SERVER_OPTIMIZERS`.
+
+    Attributes:
+      start: no setting, but what a run records: the hash of the parameters that it started from, ""
+        for its own; None if that is not known.
+    """
+
+    name: str = setting(
+        text("default", r"(?!\.+$)[^\x00-\x1f/\\]{1,100}", "a name, without slashes")
+    )
+    # Random keys hold 32 bits of it: beyond, two seeds would be the same.
+    seed: int = setting(whole(0, most=2**32 - 1))
+    algorithm: str = setting(
+        choice("federated", ("federated", "central")),
+        'or "central": the same data with the users forgotten',
+    )
+    rounds: int = setting(whole(100, most=100_000_000, unit="rounds"), 'unused by "central"')
+    cohort: int = setting(whole(8, unit="users"), "expected in a round")
+    chunk: int | str = setting(
+        checked("auto", values.check_chunk, "whole number or 'auto'", "users"),
+        'users vmapped together on a device; 0: the whole cohort; "auto": as many as its memory '
+        "holds, but 1 on a CPU, where that is fastest",
+    )
+    devices: int = setting(whole(0, unit="devices"), "0: all; on a CPU, one for each core")
+    model_devices: int = setting(
+        whole(1, 1, unit="devices"),
+        "so many train a client together, for models too large for one",
+    )
+    init_from: str = setting(
+        text(""), "work directory or checkpoint to start from; it replaces the seed"
+    )
+    data: Data = section(Data)
+    model: Model = section(Model)
+    augment: Augment = section(Augment)
+    seed_training: SeedTraining = section(SeedTraining)
+    central: Central = section(Central)
+    client: Client = section(Client)
+    compression: Compression = section(Compression)
+    partial: Partial = section(Partial)
+    local: Local = section(Local)
+    server: Server = section(Server)
+    privacy: Privacy = section(Privacy)
+    evaluation: Evaluation = section(Evaluation)
+    checkpoint: Checkpoint = section(Checkpoint)
+    start: str | None = None
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> Config:
+        """The configuration that a tree of JSON values holds.
+
+        Args:
+          tree: that `check_fields` has passed, or one of an earlier release: what it lacks has its
+            default. Sections of a program's own are left out.
+        """
+        found = parse(cls, tree)
+        recorded = {name: tree.get("data", {}).get(name) for name in _RECORDED}
+        data = dataclasses.replace(found.data, **recorded)
+        return dataclasses.replace(found, data=data, start=tree.get("start"))
+
+    def tree(self) -> dict[str, Any]:
+        """All of it as JSON holds it, with what was recorded: what `of` reads."""
+        tree = unparse(self)
+        for name in _RECORDED:
+            if (value := getattr(self.data, name)) is not None:
+                tree["data"][name] = value
+        return tree if self.start is None else tree | {"start": self.start}
+
+    def with_data(self, **changes: Any) -> Config:
+        """The same with other fields of `data`."""
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, **changes))
 
 
 def fields() -> dict[str, Any]:
-    """The declaration: a `Field` for each leaf of the configuration.
-
-    Rounds, steps and users are counts, `sigma` and `clip_norm` are as in arXiv 2310.00098
-    (noise of std clip_norm * sigma on the mean client update), learning rates belong to optax
-    optimisers named in `fedasr.federated.server.SERVER_OPTIMIZERS`.
-    """
-    from fedasr.audio.augment import SpecAugmentConfig
-    from fedasr.models.transformer import TransformerConfig
-    from fedasr.privacy.secure_aggregation import MAX_BITS, MIN_BITS
-
-    central: Spec = {
-        "steps": whole(0, most=100_000_000, unit="steps"),
-        "batch_size": whole(16, 1, 65_536, "utterances"),
-        # Audio in a batch; above 0 it replaces batch_size.
-        "batch_seconds": real(0.0, most=1e6, unit="seconds"),
-        "optimizer": choice("adamw", _optimizers),
-        "learning_rate": real(1e-3, most=_MOST_RATE),
-        "decay_steps": whole(0, unit="steps"),  # every so many times decay_rate; 0: constant
-        "decay_rate": real(0.5, above=0, most=1),
-        "grad_clip": real(1.0, above=0, most=1e12),
-    }
-    return {
-        "name": text("default", r"(?!\.+$)[^\x00-\x1f/\\]{1,100}", "a name, without slashes"),
-        # Random keys hold 32 bits of it: beyond, two seeds would be the same.
-        "seed": whole(0, most=2**32 - 1),
-        # Or "central": the same data with the users forgotten.
-        "algorithm": choice("federated", ("federated", "central")),
-        "rounds": whole(100, most=100_000_000, unit="rounds"),  # unused by "central"
-        "cohort": whole(8, unit="users"),  # expected in a round
-        # Users vmapped together on a device; 0: the whole cohort; "auto": as many as its memory
-        # holds, but 1 on a CPU, where that is fastest.
-        "chunk": checked("auto", _chunk, "whole number or 'auto'", "users"),
-        "devices": whole(0, unit="devices"),  # 0: all; on a CPU, one for each core
-        # So many train a client together, for models too large for one.
-        "model_devices": whole(1, 1, unit="devices"),
-        # Work directory or checkpoint to start from; it replaces the seed.
-        "init_from": text(""),
-        "data": {
-            "dir": text(""),  # a prepared corpus; "": the synthetic one, made when first needed
-            "task": choice("digits", _tasks),  # the synthetic corpus's
-            "train": checked("train", _split, "split"),
-            "eval": several(("dev", "test"), _split, what="splits"),
-            # Padded lengths of clients' batches to each doubling: the same whatever the data is
-            # (see `fedasr.data.batching.Grid`). Those that occur are compiled.
-            "buckets": whole(2, 1, 64),
-            # Room in padded batches; who needs more is padded as longer.
-            "labels_per_frame": real(0.2, above=0, most=10),
-            # Clients' examples are read once and kept on every device: for corpora that fit there.
-            "resident": flag(False),
-            # IID control: utterances dealt out afresh over the users, whose numbers are kept.
-            "iid": flag(False),
-            # Training users, for --dry_run before the data is there.
-            "population": whole(0, unit="users"),
-        },
-        "model": {
-            "name": choice("transformer", _models),
-            # Fields of the model's configuration class; a file for another model replaces them.
-            "options": checked(dataclasses.asdict(TransformerConfig()), _options, "options"),
-        },
-        "augment": {
-            "enabled": flag(False),
-            # Federated rounds done before SpecAugment begins.
-            "start_round": whole(0, unit="rounds"),
-            "options": checked(dataclasses.asdict(SpecAugmentConfig()), _options, "options"),
-        },
-        # Central training before the federated rounds, on its own split; steps 0: none.
-        "seed_training": {"split": checked("seed", _split, "split"), **central},
-        # The central baseline, when algorithm is "central".
-        "central": central | {"steps": whole(500, most=100_000_000, unit="steps")},
-        "client": {
-            "optimizer": choice("sgd", _optimizers),
-            "learning_rate": real(0.3, most=_MOST_RATE),
-            "decay_start": whole(_NEVER, unit="rounds"),  # at the constant rate, then
-            "decay_rounds": whole(500, 1, unit="rounds"),  # times decay_rate every so many
-            "decay_rate": real(0.6, above=0, most=1),
-            "batch_size": whole(4, 1, 65_536, "utterances"),
-            # Audio in a batch; above 0 it replaces batch_size.
-            "batch_seconds": real(0.0, most=1e6, unit="seconds"),
-            "steps": whole(4, most=1_000_000, unit="steps"),  # 0: use epochs
-            "epochs": whole(0, most=1_000_000, unit="passes"),  # 0: use steps
-            "max_steps": whole(0, unit="steps"),  # with epochs, at most so many; 0: no limit
-            # Utterances computed together; above 0 a batch's gradient is summed over parts of at
-            # most so many utterances of like length. Their shapes are compiled into one program for
-            # each doubling of the users' longest utterances; with data.buckets=4 they are 15.
-            "micro_batch": whole(0, most=65_536, unit="utterances"),
-            "grad_clip": real(1.0, above=0, most=1e12),
-            "proximal": real(0.0),  # FedProx's mu
-            # Or "examples", without privacy only.
-            "weighting": choice("uniform", ("uniform", "examples")),
-        },
-        # Online model compression: float formats such as "S1E3M7" or "bfloat16"; "": float32.
-        "compression": {
-            "download": checked("", _format, "float format"),  # of what clients receive and keep
-            "upload": checked("", _format, "float format"),  # of their updates
-            "share": real(0.9, most=1),  # of the weight matrices, drawn by every client and round
-            # Scale variables to the format's range; False: the paper's.
-            "align": flag(True),
-            # Measure a client's peak memory on its compiled program (for FedSGD; takes a while).
-            "measure": flag(False),
-        },
-        # Partial model training: "all" variables, or a subset that is "fixed" by patterns, or drawn
-        # for every "round" (one of so many groups) or for every "user" (a share).
-        "partial": {
-            "mode": choice("all", ("all", "fixed", "round", "user")),
-            # Regular expressions, searched for in paths.
-            "patterns": several((".",), _pattern, 1, "regular expressions"),
-            "groups": whole(10, 1, 1_000_000),
-            "share": real(0.1, above=0, most=1),
-        },
-        # Local parameters (federated only): variables that belong to each user, are trained with
-        # the rest, and are never sent, summed or covered by the privacy.
-        "local": {
-            # Regular expressions, searched for in paths: ("^input_layer/",).
-            "patterns": several((), _pattern, what="regular expressions"),
-            # What a new user starts from: "init", the model's; without privacy also the "mean" of
-            # the other users', or that of the "last" user before in the corpus's order.
-            "prototype": choice("init", _prototypes),
-        },
-        "server": {
-            "optimizer": choice("lamb", _optimizers),
-            # Optax's own for this optimiser, such as b1; set in a file, there is nothing to
-            # override here.
-            "options": checked({}, _options, "options"),
-            "learning_rate": real(0.01, most=_MOST_RATE),
-            "decay_start": whole(_NEVER, unit="rounds"),  # at the constant rate, then
-            "decay_rounds": whole(500, 1, unit="rounds"),  # times decay_rate every so many
-            "decay_rate": real(0.6, above=0, most=1),
-        },
-        "privacy": {
-            "enabled": flag(True),  # False: no clipping of client updates, no noise
-            "clip_norm": real(0.01, above=0, most=1e9),
-            # Per layer: "uniform" or "dim"; or one "global" clip.
-            "budget": choice("uniform", ("uniform", "dim", "global")),
-            # False: clip; True: rescale every layer as the paper's public code does.
-            "normalise": flag(False),
-            "sigma": real(1e-5),
-            # "fixed": so many without replacement; "shuffled": in turn; "everyone": cohort=0.
-            "sampler": choice("poisson", ("poisson", "fixed", "shuffled", "everyone")),
-            # Largest Poisson cohort; 0: so many that a round is hardly ever full.
-            "slots": whole(0, unit="users"),
-            "cycle": whole(1, 1),  # groups of users that Poisson sampling takes in turn
-            # "independent" from round to round, or correlated: "banded" or "buffered" (linear
-            # Toeplitz); or "skellam": integers, in shares that clients add themselves, for secure
-            # aggregation.
-            "noise": choice("independent", ("independent", "banded", "buffered", "skellam")),
-            # Of a coordinate that a client sends, with "skellam".
-            "bits": whole(16, MIN_BITS, MAX_BITS, "bits"),
-            # "run": all that is random follows from the run, and whoever has its configuration,
-            # data and start can compute the noise; "secret": from the operating system, kept in
-            # checkpoints alone.
-            "noise_seed": choice("run", ("run", "secret")),
-            # 0: as many as rounds lie between a user's turns, at most 32.
-            "bands": whole(0, most=10_000, unit="rounds"),
-            "buffers": whole(2, 1, 10),
-            "adaptive": {  # bounds that follow a quantile of the update norms
-                "enabled": flag(False),
-                "quantile": real(0.5, above=0, below=1),
-                "rate": real(0.2, above=0, most=10),
-                # Rounds at first that move the bounds alone, and fast.
-                "warmup": whole(0, unit="rounds"),
-                "warmup_rate": real(4.0, above=0, most=10),
-                # Noise on the mean of the users' votes over what one user changes in their sum.
-                "sigma": real(0.1),
-            },
-            "delta": real(1e-9, above=0, below=1),
-            # Deployments that the run stands for: (cohort, population) with the same sigma.
-            "deployments": several(((1024, 1_000_000),), _deployment, what="pairs"),
-        },
-        "evaluation": {
-            "every": whole(10, unit="rounds"),  # 0: only before and after
-            "batch_size": whole(32, 1, 65_536, "utterances"),
-            "while_training": several(("dev",), _split, what="splits"),
-        },
-        "checkpoint": {
-            "every": whole(10, 1, unit="rounds"),
-            "seed_every": whole(100, unit="steps"),  # of central training
-            "keep": whole(2, 1, 100_000),
-        },
-    }
+    """The declarations: a `Field` for each leaf of the configuration."""
+    return dict(declared(Config))
 
 
 def default_config() -> ConfigDict:
-    """Every field with its default; a file under experiments/configs changes what it must.
+    """Every field with its default; a recipe changes what it must.
 
-    See `fields` for what they mean.
+    See `Config` for what they mean.
     """
     from ml_collections import ConfigDict, FieldReference
 

@@ -11,7 +11,7 @@ from fedasr.data.corpus import Corpus
 from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
 from fedasr.federated.local import Layout
 from fedasr.models.recogniser import ARRAYS, Recogniser
-from fedasr.text import CharTokenizer, Tokenizer
+from fedasr.text import CharTokenizer, Tokenizer, tokenizer_for
 from fedasr.training.metrics import ErrorRate, char_errors, word_errors
 
 MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
@@ -124,3 +124,32 @@ class Evaluator:
             char_errors(references, hypotheses),
         )
         return {"wer": rates[0].percent, "cer": rates[1].percent, "loss": loss}
+
+
+def evaluate(
+    recogniser: Recogniser,
+    params: Any,
+    corpus: Corpus,
+    *,
+    tokenizer: Tokenizer | None = None,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Error rates of a recogniser on a corpus, by greedy decoding.
+
+    Compiles anew in every call: to evaluate again and again keep an `Evaluator`.
+
+    Args:
+      recogniser: the model.
+      params: its parameters.
+      corpus: of speech, with "features" and "labels".
+      tokenizer: that wrote the labels. None for the one that the corpus names in its `metadata`
+        or, where it has none, that of the 29 characters.
+      batch_size: see `Evaluator`.
+
+    Returns:
+      {"wer": percent, "cer": percent, "loss": nats per utterance}; see `Evaluator`.
+    """
+    if tokenizer is None and hasattr(corpus, "metadata"):
+        tokenizer = tokenizer_for(corpus.metadata)
+    evaluator = Evaluator(recogniser, evaluation_buckets([corpus]), batch_size, tokenizer=tokenizer)
+    return evaluator(params, corpus)

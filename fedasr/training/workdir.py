@@ -6,19 +6,19 @@ is known by the hash of its metadata (`data.identity`), the parameters that a ru
 hash of theirs (`start`).
 """
 
-import hashlib
+import contextlib
+import copy
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
+from fedasr.digests import START, params_digest
 from fedasr.errors import UserError
 from fedasr.training.checkpoint import read_metadata, step_folders
-from fedasr.training.config import fingerprint
+from fedasr.training.config import Config, fingerprint
 from fedasr.training.logging import from_json, to_json
 
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
@@ -72,6 +72,20 @@ def local_path(workdir: str | Path) -> Path:
     return Path(workdir)
 
 
+@contextlib.contextmanager
+def disk_errors(workdir: str | Path | None) -> Iterator[None]:
+    """Turns what a disk does not do into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        what = error.strerror or " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the run in --workdir={workdir} cannot go on: {what}{where}: what was saved is "
+            "intact; mend that, and the same command goes on"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no file, or none that holds an object."""
     try:
@@ -119,21 +133,37 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 _MISSING = object()
 
 
+def recorded_config(tree: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint carries, by whatever release: what it lacks is filled in.
+
+    Args:
+      tree: `config` of the checkpoint's metadata.
+    """
+    flat, options = flatten(tree), "model.options."
+    lacking = {
+        name: value
+        for name, value in ADDED.items()
+        if name not in flat and name != "start" and not name.startswith(options)
+    }
+    filled = copy.deepcopy(dict(tree))
+    for name, value in lacking.items():
+        *sections, leaf = name.split(".")
+        inner = filled
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
+    return Config.of(filled)
+
+
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that name a configuration wherever its data lies."""
     flat = flatten(to_json(config))
     return fingerprint({name: value for name, value in flat.items() if name not in PLACES})
 
 
-def tree_hash(tree: Any) -> str:
-    """Sixteen hexadecimal digits that name a pytree of arrays: their paths, kinds and values."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        value = np.ascontiguousarray(leaf)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{name} {value.dtype} {np.shape(leaf)} ".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()[:16]
+def start_hash(params: Any) -> str:
+    """Sixteen hexadecimal digits that name the parameters that a run starts from."""
+    return params_digest(params, START)[:16]
 
 
 def read_existing(workdir: Path) -> dict[str, Any] | None:
@@ -175,9 +205,7 @@ def check_same(workdir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
         )
 
 
-def extended(
-    workdir: Path, theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], rounds: int
-) -> dict[str, Any]:
+def extended(workdir: Path, theirs: Mapping[str, Any] | None, ours: Config, rounds: int) -> Config:
     """The configuration of a run that goes on to more rounds.
 
     Everything random of a round is a function of the seed and the round's number, so a run that
@@ -197,16 +225,16 @@ def extended(
         raise UserError(f"--extend: --workdir={workdir} holds no run yet: set --config.rounds")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 100_000_000:
         raise UserError(f"--extend={rounds} must be a number of rounds, 1 to 100000000")
-    if ours["algorithm"] != "federated":
+    if ours.algorithm != "federated":
         raise UserError("--extend goes on with federated rounds: central training has none")
-    if ours["privacy"]["enabled"] and ours["privacy"]["noise"] != "independent":
+    if ours.privacy.enabled and ours.privacy.noise != "independent":
         raise UserError(
-            f"--extend: privacy.noise={ours['privacy']['noise']!r} is made for its number of "
+            f"--extend: privacy.noise={ours.privacy.noise!r} is made for its number of "
             "rounds, more are another mechanism: start anew with --config.rounds"
         )
     if rounds < _rounds(theirs):
         raise UserError(f"--extend={rounds}: the run already goes to round {_rounds(theirs)}")
-    return {**ours, "rounds": rounds}
+    return dataclasses.replace(ours, rounds=rounds)
 
 
 def _rounds(config: Mapping[str, Any]) -> int:

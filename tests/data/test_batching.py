@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.data import batching
 from fedasr.data.batching import (
     ClientBatcher,
     LocalBatches,
     Padding,
     PooledBatcher,
     Prefetcher,
+    Store,
+    arrays,
     best_boundaries,
     eval_batches,
     fitting_bucket,
@@ -24,6 +25,7 @@ from fedasr.data.batching import (
     round_up,
     rounded_slots,
 )
+from fedasr.data.batching import clients as chunking
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.errors import UserError
 
@@ -213,7 +215,7 @@ def test_chunks_hold_exactly_the_plan(dense, sizes, chunk_size, count, batch, ep
     met, work = [], []
     for chunk, padding in batcher.chunks(users, round):
         batches, num_steps = dense(chunk.batches), chunk.num_steps
-        assert isinstance(chunk.batches, batching.Store) == epochs
+        assert isinstance(chunk.batches, Store) == epochs
         real = 0
         shape = batches["mask"].shape
         assert shape[0] == chunk_size == len(num_steps) == len(chunk.user) == len(chunk.weight)
@@ -360,7 +362,7 @@ def test_what_memory_held_before_is_nowhere(options, rows, monkeypatch):
     """Chunks are the same whatever fills the arrays that they are written into."""
     corpus = speech_corpus([1, 5, 2, 3, 4])
     buckets = make_buckets([corpus], 2, MULTIPLES)
-    room = batching._room
+    room = arrays.unfilled
 
     def chunks(filling):
         def filled(*args):
@@ -368,7 +370,7 @@ def test_what_memory_held_before_is_nowhere(options, rows, monkeypatch):
             array.view(np.uint8).fill(filling)
             return array
 
-        monkeypatch.setattr(batching, "_room", filled)
+        monkeypatch.setattr(arrays, "unfilled", filled)
         batcher = ClientBatcher(
             corpus, LocalBatches(2, **options), buckets, 2, 0, devices=2, rows=rows, turns=2
         )
@@ -406,11 +408,11 @@ def test_turns_are_few_where_clients_have_much_data(options, monkeypatch):
 
     assert rows() == [4]
     ((chunk, _),) = ClientBatcher(corpus, local, buckets, 1, 0, turns=4).chunks(range(4), 0)
-    data = chunk.batches.arrays if isinstance(chunk.batches, batching.Store) else chunk.batches
+    data = chunk.batches.arrays if isinstance(chunk.batches, Store) else chunk.batches
     each = sum(data[name].nbytes for name in ("features", "labels", "id")) // 4
-    monkeypatch.setattr(batching, "TURN_BYTES", 2 * each)
+    monkeypatch.setattr(chunking, "TURN_BYTES", 2 * each)
     assert rows() == [2, 2]
-    monkeypatch.setattr(batching, "TURN_BYTES", 1)
+    monkeypatch.setattr(chunking, "TURN_BYTES", 1)
     assert rows() == [1, 1, 1, 1]
     with pytest.raises(UserError, match="turns"):
         ClientBatcher(corpus, local, buckets, 4, 0, turns=2)
@@ -653,7 +655,7 @@ def test_a_batch_has_one_kind_of_size():
 
 
 def test_a_chunk_beyond_any_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(batching, "MAX_ARRAY_BYTES", 1000)
+    monkeypatch.setattr(arrays, "MAX_ARRAY_BYTES", 1000)
     corpus = speech_corpus([6])
     buckets = make_buckets([corpus], 1, MULTIPLES)
     few = ClientBatcher(corpus, LocalBatches(1, steps=1), buckets, 1, seed=0)

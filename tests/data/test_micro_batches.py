@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.data import batching
 from fedasr.data.batching import (
     ClientBatcher,
     Grid,
@@ -22,6 +21,7 @@ from fedasr.data.batching import (
     make_buckets,
     part_shapes,
 )
+from fedasr.data.batching.parts import cheapest
 from fedasr.data.corpus import InMemoryCorpus, all_lengths
 from fedasr.data.sampling import ShuffledSampler
 from fedasr.errors import UserError
@@ -71,7 +71,7 @@ def test_no_division_into_parts_costs_less(needs, shapes, data):
         st.lists(st.integers(1, 50), min_size=len(shapes), max_size=len(shapes)), label="costs"
     )
     needs = np.sort(np.array(needs))
-    least, kinds = batching._cheapest(needs[None], shapes, costs)
+    least, kinds = cheapest(needs[None], shapes, costs)
 
     def brute(count):
         if count <= 0:

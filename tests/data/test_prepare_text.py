@@ -10,7 +10,9 @@ from fedasr.data.corpus import open_corpus, read_metadata
 from fedasr.data.prepare import SKIPPED_FILE, describe_unknown, prepare
 from fedasr.errors import UserError
 from fedasr.text import FROM_DATA, alphabet_of, learned_vocabulary, tokenizer_for
-from fedasr.training.loop import _not_covered, fitting_tokenizer
+from fedasr.training.builders.corpora import fitting_tokenizer
+from fedasr.training.config import Config, Model
+from fedasr.training.describe import not_covered
 
 
 def sound():
@@ -60,15 +62,13 @@ def test_corpora_in_other_alphabets(tmp_path):
     learned = learned_vocabulary(read_metadata(tmp_path / "data"))
     assert learned and not learned_vocabulary(read_metadata(tmp_path / "script"))
     # The report's list of what no epsilon covers has it.
-    config = {"local": {"patterns": []}, "data": {"iid": False}, "init_from": ""}
-    config["seed_training"] = {"steps": 0}
-    before = _not_covered(config, True)
-    config["data"]["vocabulary"] = learned
-    assert set(_not_covered(config, True)) - set(before) == {learned}
+    config = Config()
+    before = not_covered(config, True)
+    assert set(not_covered(config.with_data(vocabulary=learned), True)) - set(before) == {learned}
     # A model for other characters is refused in one line that says what to set.
-    model = {"name": "transformer", "options": {"vocab": 30}}
+    model = Model("transformer", {"vocab": 30})
     with pytest.raises(UserError, match=rf"model\.options\.vocab={len(found) + 1}"):
-        fitting_tokenizer({"data": {}, "model": model}, read_metadata(tmp_path / "data"))
+        fitting_tokenizer(Config(model=model), read_metadata(tmp_path / "data"))
     with pytest.raises(UserError, match="alphabet_of"):
         prepare(utterances(texts), tmp_path / "x", name="x", alphabet=FROM_DATA)
     with pytest.raises(UserError, match="cyrilic"):
@@ -89,7 +89,7 @@ def test_a_corpus_in_subwords(tmp_path):
     assert stored(tmp_path / "out") == ["turn on the light", "turn off the light", "stop"]
     metadata = read_metadata(tmp_path / "out")
     vocab = tokenizer_for(metadata).vocab_size
-    config = {"data": {}, "model": {"name": "transformer", "options": {"vocab": vocab}}}
+    config = Config(model=Model("transformer", {"vocab": vocab}))
     assert fitting_tokenizer(config, metadata).decode([0]) == ""
     assert "subword" in learned_vocabulary(metadata)
     with pytest.raises(UserError, match="leave the alphabet"):

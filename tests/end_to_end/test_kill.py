@@ -13,7 +13,9 @@ import pytest
 from fedasr.data.corpus import open_corpus
 from fedasr.federated.local import LocalStore
 from fedasr.training import loop
+from fedasr.training.builders import models
 from fedasr.training.checkpoint import restore_params
+from fedasr.training.config import Config
 from fedasr.training.logging import read_metrics
 
 KILLS = 10
@@ -139,7 +141,7 @@ def test_killed_runs_lose_no_local_parameters(finished, start, tmp_path):
 
 def rows(config, workdir):
     """The users' local parameters at the end of a run."""
-    layout = loop.local_layout(config)
+    layout = models.local_layout(Config.of(config))
     users = len(open_corpus(config["data"]["dir"], config["data"]["train"]).users)
     with LocalStore(workdir / "local", layout, users, read_only=True) as store:
         store.restore(config["rounds"])

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TABLES = """
-from experiments.tables import Row, Table
+from fedasr.recipes.tables import Row, Table
 
 TABLES = {
     "tiny": Table(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import jax
 
-from experiments import cli
+from fedasr.cli import common
 
-cli.LARGE_PROGRAM = cli.LONG_COMPILATION = 0.0
-cli.configure_compilation(Path(sys.argv[1]))
+common.LARGE_PROGRAM = common.LONG_COMPILATION = 0.0
+common.configure_compilation(Path(sys.argv[1]))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
@@ -45,9 +45,9 @@ def test_compiled_programs_are_kept_and_named(tmp_path):
 FAULTS = """
 import resource, sys
 import numpy as np
-from experiments import cli
+from fedasr.cli import common
 if sys.argv[1] == "keep":
-    cli.keep_memory()
+    common.keep_memory()
 for step in range(6):
     if step == 2:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -12,7 +12,7 @@ import pytest
 from fedasr.data.prepare import Utterance, prepare
 from fedasr.errors import UserError
 from fedasr.text import CharTokenizer
-from fedasr.training import loop
+from fedasr.training import loop, stages
 from fedasr.training.logging import to_json
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -44,8 +44,8 @@ def corpus(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "write_report", lambda workdir: None)
-    module = importlib.import_module(f"experiments.configs.{name}")
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
+    module = importlib.import_module(f"fedasr.recipes.{name}")
     config = module.get_config(ARGUMENTS[name]) if ARGUMENTS[name] else module.get_config()
     options = config.model.options
     options.update({key: value for key, value in SMALL.items() if key in options})
@@ -68,8 +68,8 @@ def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
 def test_neural_recordings(tmp_path):
     """From MATLAB files to a run in which each day has kept a layer of its own."""
     pytest.importorskip("scipy", reason="scipy is not installed")
-    from experiments.configs import neural as config_file
     from fedasr.data import neural, neural_synthetic
+    from fedasr.recipes import neural as config_file
 
     recordings = neural_synthetic.NeuralConfig(
         days=2, train_sentences=3, test_sentences=1, words=(3, 3), electrodes=4, informative=4

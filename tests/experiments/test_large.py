@@ -1,14 +1,14 @@
 import pytest
 
 from experiments.benchmarks import large
-from experiments.configs import recipes
+from fedasr.recipes import shared
 
 
 def test_flops_are_six_for_each_parameter_and_frame_plus_attention():
-    options = recipes.MODELS["base"]
+    options = shared.MODELS["base"]
     # Biases, norms and the front end's overlap aside, a dense layer costs 6 FLOPs a weight.
     short = large.step_flops(options, frames=3, utterances=1)
-    assert short == pytest.approx(6 * recipes.parameter_count("base"), rel=1e-3)
+    assert short == pytest.approx(6 * shared.parameter_count("base"), rel=1e-3)
     frames, out = 1500, 500
     attention = 36 * 2 * out * 768 * 6 * out
     assert large.step_flops(options, frames, 8) == pytest.approx(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import gammaln, logsumexp
 
-from experiments import plan_privacy
+from fedasr.cli import plan
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting
@@ -71,7 +71,7 @@ def test_every_row_of_the_privacy_table(sigma, cohort, population, rounds, print
 
 def test_the_misprint():
     """One row prints 1.3 where ten times that is meant: 13, as here, for sigma 100e-6."""
-    row = plan_privacy.plan(10_240, 347_530, 2006, 1e-9, sigma=100e-6)
+    row = plan.plan(10_240, 347_530, 2006, 1e-9, sigma=100e-6)
     assert row["epsilon_rdp"] == pytest.approx(13, rel=0.05)
     assert row["epsilon"] == row["epsilon_pld"] < row["epsilon_rdp"]
     assert row["accountant"] == "PLD" and row["pld_interval"] > 0 and row["rdp_order"] > 1
@@ -82,44 +82,42 @@ def test_the_misprint():
 def test_fixed_size_counts_noise_by_its_own_sensitivity():
     """The often quoted 15.5 (a user replaced moves the sum by 2C), and the noise it needs."""
     setting = (1024, 34_753, 2000, 1e-9)
-    row = plan_privacy.plan(*setting, noise_multiplier=2.86, sampling="fixed")
+    row = plan.plan(*setting, noise_multiplier=2.86, sampling="fixed")
     assert row["epsilon"] == pytest.approx(15.5, abs=0.05)
     assert row["neighbours"] == "replace one user by any other"
     assert row["sigma"] == pytest.approx(2 * 1.43 / 1024)
     assert row["noise_multiplier"] == pytest.approx(2.86)  # on the sum, in clip norms
     assert row["noise_over_sensitivity"] == pytest.approx(1.43)
-    same_noise = plan_privacy.plan(*setting, sigma=1.43 / 1024, sampling="fixed")
+    same_noise = plan.plan(*setting, sigma=1.43 / 1024, sampling="fixed")
     assert same_noise["epsilon"] == pytest.approx(43.7, abs=0.1)
     assert same_noise["noise_multiplier"] == pytest.approx(1.43)
     assert same_noise["noise_over_sensitivity"] == pytest.approx(1.43 / 2)
-    poisson = plan_privacy.plan(*setting, noise_multiplier=1.43)
+    poisson = plan.plan(*setting, noise_multiplier=1.43)
     assert poisson["epsilon_rdp"] == pytest.approx(7.2, abs=0.05)
     assert poisson["epsilon"] == poisson["epsilon_pld"] == pytest.approx(6.8, abs=0.05)
-    cramped = plan_privacy.plan(*setting, noise_multiplier=1.43, slots=1050)
+    cramped = plan.plan(*setting, noise_multiplier=1.43, slots=1050)
     assert cramped["epsilon"] > 2 * poisson["epsilon"]
 
 
 def test_noise_for_a_target_gives_the_target():
-    row = plan_privacy.plan(1024, 1_000_000, 500, 1e-8, target_epsilon=4.0)
+    row = plan.plan(1024, 1_000_000, 500, 1e-8, target_epsilon=4.0)
     assert row["accountant"] == "PLD" and row["epsilon_rdp"] > row["epsilon"]
     assert 3.98 < row["epsilon"] <= 4.0 and row["noise_over_sensitivity"] == row["noise_multiplier"]
-    less = plan_privacy.plan(
-        1024, 1_000_000, 500, 1e-8, noise_multiplier=row["noise_multiplier"] / 1.001
-    )
+    less = plan.plan(1024, 1_000_000, 500, 1e-8, noise_multiplier=row["noise_multiplier"] / 1.001)
     assert less["epsilon"] > 4.0
-    again = plan_privacy.plan(1024, 1_000_000, 500, 1e-8, noise_multiplier=row["noise_multiplier"])
+    again = plan.plan(1024, 1_000_000, 500, 1e-8, noise_multiplier=row["noise_multiplier"])
     assert again == row
 
 
 def test_the_smallest_population_is_enough_and_less_is_not():
-    found = plan_privacy.smallest_population(1024, 200, 1e-6, 1e-3, 2.0)
+    found = plan.smallest_population(1024, 200, 1e-6, 1e-3, 2.0)
     smaller = int(found / 1.011)
     for population, enough in ((found, True), (smaller, False)):
         sampler = PoissonSampler(population, 1024, seed=0)
         event = accounting.compose(sampler.event(1.024), 200)
         epsilon = accounting.epsilon(event, 1e-6, sampler.neighboring_relation).epsilon
         assert (epsilon <= 2.0) == enough
-    assert plan_privacy.smallest_population(1024, 2000, 1e-9, 1e-7, 1.0) is None
+    assert plan.smallest_population(1024, 2000, 1e-9, 1e-7, 1.0) is None
 
 
 @pytest.mark.parametrize(
@@ -133,18 +131,18 @@ def test_the_smallest_population_is_enough_and_less_is_not():
 )
 def test_mistakes(how, message):
     with pytest.raises(UserError, match=message):
-        plan_privacy.plan(100, 1000, 10, 1e-6, **how)
+        plan.plan(100, 1000, 10, 1e-6, **how)
     with pytest.raises(UserError, match="cohort=100 is more than the 50 users"):
-        plan_privacy.plan(100, 50, 10, 1e-6, sigma=1e-3)
+        plan.plan(100, 50, 10, 1e-6, sigma=1e-3)
 
 
 def test_noise_in_shares():
     """As the run's own, for so many parameters; needed bits are asked for before anything runs."""
     kind = {"noise_multiplier": 1.43, "noise": "skellam"}
-    row = plan_privacy.plan(1024, 34_753, 2000, 1e-9, parameters=10_000_000, bits=20, **kind)
-    central = plan_privacy.plan(1024, 34_753, 2000, 1e-9, noise_multiplier=1.43)
+    row = plan.plan(1024, 34_753, 2000, 1e-9, parameters=10_000_000, bits=20, **kind)
+    central = plan.plan(1024, 34_753, 2000, 1e-9, noise_multiplier=1.43)
     assert (row["accountant"], row["epsilon_pld"]) == ("RDP", None)
     assert central["epsilon_rdp"] < row["epsilon"] < 1.003 * central["epsilon_rdp"]
     assert "20 bits" in row["sampling"]
     with pytest.raises(UserError, match="--parameters"):
-        plan_privacy.plan(1024, 34_753, 2000, 1e-9, **kind)
+        plan.plan(1024, 34_753, 2000, 1e-9, **kind)

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs import mini, published, recipes
 from fedasr.errors import UserError
 from fedasr.privacy import accounting
+from fedasr.recipes import mini, published, shared
 from fedasr.training import loop
+from fedasr.training.builders import models
+from fedasr.training.config import Config
 from fedasr.training.logging import to_json
 
 ROWS = [(table, row) for table in published.TABLES.values() for row in table.rows + table.starts]
@@ -54,7 +56,7 @@ SIZES = {
 
 def build(table, row):
     """The configuration of a row, as a plain dict."""
-    module = importlib.import_module(table.config.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module(f"fedasr.recipes.{table.config}")
     config = module.get_config(row.arguments) if row.arguments else module.get_config()
     for name, value in row.overrides.items():
         *path, last = name.split(".")
@@ -169,10 +171,10 @@ def test_parameters_are_counted_without_allocating_them(model):
     *_, millions = SIZES[model]
     config = build(published.TABLES["published_sizes"], row := size_row(model))
     assert f"model={model}" in row.arguments
-    recogniser = loop.build_recogniser(config)
+    recogniser = models.build_recogniser(Config.of(config))
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
-    assert count == recipes.parameter_count(model)
+    assert count == shared.parameter_count(model)
     # "450M" is rounded more coarsely than the others: 36 blocks of width 1024 make 454M.
     assert abs(count / 1e6 - millions) < (5 if model == "wide" else 1)
 
@@ -208,17 +210,17 @@ def test_every_published_row_can_be_tried_dry(monkeypatch):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     models = {}
-    build_recogniser = loop.build_recogniser
+    build_recogniser = models.build_recogniser
 
     def shared(config):
-        key = json.dumps(config["model"], sort_keys=True)
+        key = repr(config.model)
         if key not in models:
             whole = build_recogniser(config)
             shapes = jax.eval_shape(whole.init, jax.random.key(0))
             models[key] = whole._replace(init=functools.partial(empty, shapes))
         return models[key]
 
-    monkeypatch.setattr(loop, "build_recogniser", shared)
+    monkeypatch.setattr(models, "build_recogniser", shared)
     monkeypatch.setattr(accounting, "pld_epsilon", lambda *_: None)
     monkeypatch.setattr(accounting, "_POISSON_ORDERS", np.array([1.5, 4.0, 16.0]))
     infinite = 0
@@ -253,15 +255,15 @@ def test_every_published_row_can_be_tried_dry(monkeypatch):
 )
 def test_mistaken_arguments(arguments, message):
     for name in ("librispeech", "common_voice"):
-        module = importlib.import_module(f"experiments.configs.{name}")
+        module = importlib.import_module(f"fedasr.recipes.{name}")
         with pytest.raises(UserError, match=message):
             module.get_config(arguments)
 
 
 def test_mini_noise_has_the_published_ratio_to_the_clip_norm():
     config = mini.get_config()
-    recogniser = loop.build_recogniser(to_json(config.to_dict()))
-    count = loop.parameter_count(recogniser)
+    recogniser = models.build_recogniser(Config.of(to_json(config.to_dict())))
+    count = models.parameter_count(recogniser)
     row = mini.TABLES["mini_privacy"].rows[0]
     ours = row.overrides["privacy.sigma"] * math.sqrt(count)
     assert ours == pytest.approx(row.x * math.sqrt(255_800_864), rel=1e-2)

@@ -11,11 +11,12 @@ import sys
 
 import pytest
 
-from experiments import sweep, tables
-from experiments.tables import Outcome, Row, Table
+from fedasr.cli import sweep
 from fedasr.errors import UserError
+from fedasr.recipes import tables
+from fedasr.recipes.tables import Outcome, Row, Table
 
-# Understands the flags of experiments.train, trains nothing. The fields "do" and "base" say what
+# Understands the flags of `fedasr train`, trains nothing. The fields "do" and "base" say what
 # it does and what comes out.
 FAKE = """
 import json, math, os, pathlib, sys

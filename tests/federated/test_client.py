@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.data import batching
-from fedasr.data.batching import ClientBatcher, LocalBatches
+from fedasr.data.batching import ClientBatcher, LocalBatches, arrays
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.federated.client import local_training, take_batch, view_of_client
 
@@ -187,14 +186,14 @@ def test_the_schedule_scales_the_learning_rate_by_round():
 
 def test_a_batch_from_a_store_is_the_dense_batch(dense, monkeypatch):
     """Also of the view of one client, whatever is left in memory that holds no example."""
-    room = batching._room
+    room = arrays.unfilled
 
     def filled(*args):
         array = room(*args)
         array.view(np.uint8).fill(0xFF)  # NaN in floats
         return array
 
-    monkeypatch.setattr(batching, "_room", filled)
+    monkeypatch.setattr(arrays, "unfilled", filled)
     rng = np.random.default_rng(0)
     users = {
         f"u{i}": [

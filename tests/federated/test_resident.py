@@ -6,8 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data import batching
-from fedasr.data.batching import ClientBatcher, Grid, LocalBatches, make_buckets, make_resident
+from fedasr.data.batching import (
+    ClientBatcher,
+    Grid,
+    LocalBatches,
+    arrays,
+    make_buckets,
+    make_resident,
+)
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
@@ -192,7 +198,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
             resident=found,
             weigh=lambda params, delta, batches, key: jnp.float32(1),
         )
-    monkeypatch.setattr(batching, "MAX_ARRAY_BYTES", 100)
+    monkeypatch.setattr(arrays, "MAX_ARRAY_BYTES", 100)
     with pytest.raises(UserError, match="'x' of all users"):
         make_resident(CORPUS, buckets, KEEP)
 

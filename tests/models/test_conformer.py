@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs import large_asr
 from fedasr.errors import UserError
 from fedasr.models import layers
 from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.recogniser import make_recogniser
+from fedasr.recipes import large_asr
 
 TINY = ConformerConfig(vocab=6, features=8, dim=16, blocks=1, heads=2, mlp=16, conv_kernel=4)
 RANDOM = dataclasses.replace(TINY, dropout=0.3, layer_drop=0.2)

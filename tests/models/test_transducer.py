@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.configs import rnnt as rnnt_configuration
 from fedasr.errors import UserError
 from fedasr.kernels.ctc import ctc_loss
 from fedasr.kernels.rnnt import rnnt_loss
@@ -14,6 +13,7 @@ from fedasr.models.conformer import ConformerConfig
 from fedasr.models.recogniser import MODELS, make_recogniser
 from fedasr.models.transducer import Transducer
 from fedasr.models.transformer import TransformerConfig
+from fedasr.recipes import rnnt as rnnt_configuration
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

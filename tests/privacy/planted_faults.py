@@ -47,7 +47,9 @@ NOISE = "fedasr.privacy.noise"
 SIMULATION = "fedasr.federated.simulation"
 COHORT = "fedasr.federated.cohort:make_cohort"
 SAMPLING = "fedasr.data.sampling"
-LOOP = "fedasr.training.loop"
+BUILDERS = "fedasr.training.builders"
+FEDERATED = "fedasr.training.trainers.federated"
+LEDGERS = "fedasr.training.ledgers"
 LEDGER = "fedasr.privacy.ledger"
 STREAMS = "fedasr.streams"
 
@@ -272,10 +274,10 @@ FAULTS = (
          "fedasr.privacy.accounting:compose", "SelfComposedDpEvent(event, int(rounds))",
          "SelfComposedDpEvent(event, max(1, int(rounds) - 1))", TURNS),
     edit("accounting", "a run's epsilon is that of a round less", "the last round is free",
-         f"{LOOP}:describe_privacy", 'mechanism.epsilon(rounds, privacy["delta"])',
-         'mechanism.epsilon(max(rounds - 1, 0), privacy["delta"])', ALONE),
+         "fedasr.training.describe:describe_privacy", 'mechanism.epsilon(rounds, privacy.delta)',
+         'mechanism.epsilon(max(rounds - 1, 0), privacy.delta)', ALONE),
     edit("accounting", "a run's epsilon is at another delta", "it is said of the one asked for",
-         f"{LOOP}:describe_privacy", 'mechanism.epsilon(rounds, privacy["delta"])',
+         "fedasr.training.describe:describe_privacy", 'mechanism.epsilon(rounds, privacy.delta)',
          "mechanism.epsilon(rounds, 1e-4)", ALONE),
     edit("accounting", "the noise is taken to be larger than it is", "epsilon is too small",
          f"{MECHANISM}:_joint", "return least / math.sqrt", "return 1.01 * least / math.sqrt",
@@ -322,10 +324,11 @@ FAULTS = (
     edit("identity and streams", "a run ignores what it starts from", "chained runs share draws",
          f"{SIMULATION}:Simulation.root_of", ", params_digest(params)", "", PARENT),
     edit("identity and streams", "a run ignores its data", "runs on other users share draws",
-         f"{LOOP}:run_identity", 'config["data"].pop("dir")', 'config.pop("data")',
+         f"{BUILDERS}.identities:run_identity", 'del tree["data"]["dir"]', 'del tree["data"]',
          f"{OF_STREAMS}::test_the_identity_of_a_configuration"),
     edit("identity and streams", "a run ignores its configuration", "rows of a sweep share draws",
-         f"{LOOP}:make_simulation", "identity=run_identity(config)", 'identity=""',
+         f"{BUILDERS}.simulations:make_simulation",
+         "identity=identities.run_identity(config)", 'identity=""',
          f"{OF_RUNS}::test_runs_that_differ_in_one_setting_share_no_noise"),
     edit("identity and streams", "streams are one", "initialisation, noise and sampling meet",
          f"{STREAMS}:key", "return jax.random.fold_in(found, np.uint32(stream))", "return found",
@@ -343,41 +346,41 @@ FAULTS = (
          'words.astype("<u4").tobytes().hex()',
          OS_ROOT),
     edit("identity and streams", "secret noise is not asked for", "it follows from the seed",
-         f"{LOOP}:_Run._secret", '== "secret"', '== "never"', SECRET),
+         f"{FEDERATED}:FederatedTrainer._secret", '== "secret"', '== "never"', SECRET),
     edit("identity and streams", "the summary names the root itself", "the noise can be taken off",
-         f"{LOOP}:_Run._rounds", "public_name(state.root)",
+         f"{FEDERATED}:FederatedTrainer.train", "public_name(state.root)",
          'np.asarray(state.root).astype("<u4").tobytes().hex()', SECRET),
     # ----------------------------------------------------------------- resume, stages, memory
     edit("resume, stages, memory", "a resumed run has another root", "it is not the same run",
-         f"{LOOP}:_Run._rounds", "simulation.place(restored)",
+         f"{FEDERATED}:FederatedTrainer._begin", "simulation.place(restored)",
          "simulation.place(restored._replace(root=state.root))", SECRET),
     edit("resume, stages, memory", "the noise begins anew on resume", "rounds share noise",
-         f"{LOOP}:_Run._rounds", "simulation.place(restored)",
+         f"{FEDERATED}:FederatedTrainer._begin", "simulation.place(restored)",
          "simulation.place(restored._replace(opt_state=state.opt_state))", STAGES),
     edit("resume, stages, memory", "buffers are empty after a resume", "noise is lost",
-         f"{LOOP}:_Run._rounds", "simulation.place(restored)",
+         f"{FEDERATED}:FederatedTrainer._begin", "simulation.place(restored)",
          "simulation.place(restored._replace(opt_state=jax.tree.map("
          "lambda a, b: b if a.ndim else a, restored.opt_state, state.opt_state)))", STAGES),
     edit("resume, stages, memory", "the noise begins anew with a smaller chunk",
-         "rounds share noise", f"{LOOP}:_Run._train",
+         "rounds share noise", f"{FEDERATED}:FederatedTrainer._rounds",
          "state = self.simulations[number][1].place(state)",
          "new = self.simulations[number][1]; "
          "state = new.init(state.params, state.root)._replace(round=state.round)", STAGES),
     edit("resume, stages, memory", "the noise begins anew with augmentation",
-         "rounds share noise", f"{LOOP}:_Run._train",
+         "rounds share noise", f"{FEDERATED}:FederatedTrainer._rounds",
          "until, simulation = self.simulations[number]",
          "until, simulation = self.simulations[number]; state = state if number == 0 else "
          "simulation.init(state.params, state.root)._replace(round=state.round)", STAGES),
     # -------------------------------------------------------------------------------------- ledger
     edit("ledger", "what came before the last run is forgotten", "the total is too small",
-         f"{LOOP}:earlier_runs", '[*data["earlier"], *data["own"]]', 'data["own"]', CHAIN),
+         f"{LEDGERS}:earlier_runs", '[*data["earlier"], *data["own"]]', 'data["own"]', CHAIN),
     edit("ledger", "a resumed run forgets what came before it", "the total is too small",
-         f"{LOOP}:_runs_before", 'ledger.from_data(kept["earlier"])', "[]", CHAIN),
+         f"{LEDGERS}:runs_before", 'ledger.from_data(kept["earlier"])', "[]", CHAIN),
     edit("ledger", "a model without a ledger has cost nothing", "a total is claimed",
-         f"{LOOP}:earlier_runs", "return [], False", "return [], True", ALONE),
+         f"{LEDGERS}:earlier_runs", "return [], False", "return [], True", ALONE),
     edit("ledger", "a checkpoint's entry is of a round less", "the last round is free",
-         f"{LOOP}:_Run._own_entries", "self.config, mechanism, units,",
-         "self.config, mechanism, max(units - 1, 0),", CHAIN),
+         f"{FEDERATED}:FederatedTrainer.entry", "config, mechanism, units,",
+         "config, mechanism, max(units - 1, 0),", CHAIN),
     edit("ledger", "users who are not known are not shared", "the best case, not the worst",
          f"{LEDGER}:_charged_together", "np.ones(latest.users.count, bool)",
          "np.zeros(latest.users.count, bool)",

@@ -26,8 +26,9 @@ from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.events import SkellamDpEvent
 from fedasr.privacy.mechanism import Mechanism
-from fedasr.training import loop, report
+from fedasr.training import loop
 from fedasr.training.config import default_config
+from fedasr.training.report import sections
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -706,7 +707,7 @@ def test_a_configuration():
         assert shares["central"]["epsilon"] <= row["epsilon"]
         assert shares["coordinates"] == sa.padded(count) and 1 < shares["sensitivity"] < 1.5
         assert 0 < shares["wrapped"][0] < shares["wrapped"][1] < 1e-8
-    text = report._privacy([], summary)
+    text = sections.privacy_section([], summary)
     assert "shares that clients add" in text and "18 bits" in text
     part = dry({"partial.mode": "fixed", "partial.patterns": ("bias",)})
     small = part["clients"][-1]["up_bytes"]

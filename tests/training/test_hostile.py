@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from fedasr.data.prepare import Utterance, prepare
 from fedasr.errors import UserError
 from fedasr.models.recogniser import model_configs
 from fedasr.training import config as config_lib
-from fedasr.training import loop
+from fedasr.training import loop, stages
+from fedasr.training.builders import corpora
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
@@ -86,13 +88,13 @@ def corpus_dir(tmp_path_factory):
 def verdicts(corpus_dir, tmp_path, monkeypatch):
     """verdicts(changes): what dry run and run say of a configuration: None, or the refusal."""
 
-    def reach(self):
+    def reach(*args):
         raise Reached
 
-    monkeypatch.setattr(loop._Run, "run", reach)
+    monkeypatch.setattr(stages, "run_stages", reach)
     # The synthetic corpus is not made for this; what comes before that is the same.
     monkeypatch.setattr(
-        loop, "data_directory", lambda config: loop.Path(config["data"]["dir"] or corpus_dir)
+        corpora, "data_directory", lambda config: Path(config.data.dir or corpus_dir)
     )
     runs = 0
 

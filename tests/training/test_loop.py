@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 from dp_accounting import pld
 
+from fedasr.data.batching import make_buckets
+from fedasr.data.corpus import open_corpus
 from fedasr.data.prepare import Utterance, prepare
 from fedasr.errors import UserError
-from fedasr.training import loop
+from fedasr.federated.simulation import Simulation
+from fedasr.training import loop, rows, stages
+from fedasr.training.builders import identities, models
 from fedasr.training.checkpoint import Checkpointer, lock_directory, restore_params
-from fedasr.training.config import default_config
+from fedasr.training.config import Config, default_config
+from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag
-from fedasr.training.logging import read_metrics, to_json
+from fedasr.training.logging import RunLogger, read_metrics, to_json
+from fedasr.training.session import Interrupted
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
@@ -56,13 +62,13 @@ def make_config(corpus_dir, changes):
 @pytest.fixture
 def no_report(monkeypatch):
     """Plots take seconds; these tests do not look at them."""
-    monkeypatch.setattr(loop, "write_report", lambda workdir: None)
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
 
 
 @pytest.fixture
 def one_identity(monkeypatch):
     """Runs of different configurations draw alike: for those that should train alike."""
-    monkeypatch.setattr(loop, "run_identity", lambda config: "one run")
+    monkeypatch.setattr(identities, "run_identity", lambda config: "one run")
 
 
 @pytest.fixture
@@ -267,7 +273,7 @@ def test_central_training_from_another_run_stopped_and_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "graceful_stop", stop_at_once)
-        with pytest.raises(loop.Interrupted, match="main at 2"):
+        with pytest.raises(Interrupted, match="main at 2"):
             loop.run(config, tmp_path / "stopped")
     partial = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert partial["status"] == "interrupted"
@@ -303,7 +309,7 @@ def test_augmentation_begins_at_its_round_whether_or_not_resumed(
     config = configure(changes | runs["half"])
     with monkeypatch.context() as patch:
         patch.setattr(loop, "graceful_stop", stop_at_once)
-        with pytest.raises(loop.Interrupted, match="main at 1"):
+        with pytest.raises(Interrupted, match="main at 1"):
             loop.run(config, tmp_path / "stopped")
     loop.run(config, tmp_path / "stopped")
     jax.tree.map(
@@ -403,7 +409,7 @@ def test_all_kinds_of_state_survive_a_stop(configure, no_report, tmp_path, monke
     whole = loop.run(config, tmp_path / "whole")
     privacy = whole["privacy"]
     assert privacy["noise"] == "banded, 2 bands"  # 4 users, 2 a round: turns 2 apart
-    start = loop.initial_params(loop.build_recogniser(config), config)
+    start = models.initial_params(models.build_recogniser(Config.of(config)), Config.of(config))
     end, trained = restore_params(tmp_path / "whole"), 0
     for (path, before), after in zip(
         jax.tree.leaves_with_path(start), jax.tree.leaves(end), strict=True
@@ -426,7 +432,7 @@ def test_all_kinds_of_state_survive_a_stop(configure, no_report, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "graceful_stop", stop_at_once)
-        with pytest.raises(loop.Interrupted, match="main at 1"):
+        with pytest.raises(Interrupted, match="main at 1"):
             loop.run(config, tmp_path / "stopped")
     loop.run(config, tmp_path / "stopped")
     pairs = (restore_params(tmp_path / "stopped"), restore_params(tmp_path / "whole"))
@@ -480,9 +486,9 @@ def test_local_parameters_survive_a_crash_and_are_told_apart(configure, tmp_path
             raise RuntimeError("killed")
         return logged(self, round, record)
 
-    logged = loop.RunLogger.round
+    logged = RunLogger.round
     with monkeypatch.context() as patch:
-        patch.setattr(loop.RunLogger, "round", die)
+        patch.setattr(RunLogger, "round", die)
         with pytest.raises(RuntimeError, match="killed"):
             loop.run(config, tmp_path / "died")
     # Without its rows it does not go on as if there had been none.
@@ -500,17 +506,18 @@ def test_local_parameters_survive_a_crash_and_are_told_apart(configure, tmp_path
     # The rows are what evaluation used, of users who train; others have the model's.
     rates = {}
     for split in LOCAL["data.eval"]:
-        corpus = loop.open_corpus(config["data"]["dir"], split)
+        corpus = open_corpus(config["data"]["dir"], split)
         found = []
         for folder in ("whole", "died/checkpoints/4"):
-            layout, rows = loop.local_rows(tmp_path / folder, params, corpus, config["data"]["dir"])
-            found.append(rows(np.arange(len(corpus.users))))
+            where = tmp_path / folder
+            layout, own = rows.local_rows(where, params, corpus, config["data"]["dir"])
+            found.append(own(np.arange(len(corpus.users))))
         np.testing.assert_array_equal(*found)
         same = (found[0] == np.asarray(layout.extract(params))).all(axis=1)
         assert same.sum() == (4 - users if split != "test" else 1)
-        buckets = loop.make_buckets([corpus], 1, {"features": 24, "labels": 4})
-        evaluator = loop.Evaluator(loop.build_recogniser(config), buckets, 2, layout=layout)
-        rates[split] = [evaluator(params, corpus, how)["loss"] for how in (rows, None)]
+        buckets = make_buckets([corpus], 1, {"features": 24, "labels": 4})
+        evaluator = Evaluator(models.build_recogniser(Config.of(config)), buckets, 2, layout=layout)
+        rates[split] = [evaluator(params, corpus, how)["loss"] for how in (own, None)]
     last = [r for r in read_metrics(tmp_path / "whole") if r.get("round") == 4][-1]
     for split, (own, prototype) in rates.items():
         assert own == pytest.approx(last["eval"][split]["loss"], rel=1e-4)
@@ -541,9 +548,9 @@ def test_out_of_memory_halves_the_chunk_once(configure, tmp_path, monkeypatch, c
 
         return run
 
-    trained = loop.Simulation.run
+    trained = Simulation.run
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Simulation, "run", limited(1))
+        patch.setattr(Simulation, "run", limited(1))
         summary = loop.run(config, tmp_path / "2")
     assert "out of memory on" in capsys.readouterr().err
     assert seen == [(2, 1), (2, 2), (1, 2), (1, 3)]
@@ -553,7 +560,7 @@ def test_out_of_memory_halves_the_chunk_once(configure, tmp_path, monkeypatch, c
     # Not even one client: a clear error, and a resumed run does not try the larger chunk again.
     seen.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Simulation, "run", limited(0))
+        patch.setattr(Simulation, "run", limited(0))
         with pytest.raises(UserError, match=r"out of memory on .* with chunk=1"):
             loop.run(config, tmp_path / "3")
         assert seen == [(2, 1), (2, 2), (1, 2)]

@@ -11,10 +11,10 @@ from dp_accounting import pld
 from fedasr.data.prepare import Utterance, prepare
 from fedasr.errors import UserError
 from fedasr.privacy import ledger
-from fedasr.training import loop
+from fedasr.training import loop, stages
 from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
 from fedasr.training.config import default_config
-from fedasr.training.logging import to_json
+from fedasr.training.logging import RunLogger, to_json
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
@@ -44,7 +44,7 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr(loop, "write_report", lambda workdir: None)
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
 
 
 def configure(data, **changes):
@@ -102,9 +102,9 @@ def test_a_chain_of_runs_is_independent_and_charged_in_full(corpora, tmp_path, m
             raise RuntimeError("killed")
         return logged(self, round, record)
 
-    logged = loop.RunLogger.round
+    logged = RunLogger.round
     with monkeypatch.context() as patch:
-        patch.setattr(loop.RunLogger, "round", die)
+        patch.setattr(RunLogger, "round", die)
         with pytest.raises(RuntimeError, match="killed"):
             loop.run(config, tmp_path / "b")
     kept = read_metadata(tmp_path / "b")["ledger"]

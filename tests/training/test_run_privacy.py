@@ -16,13 +16,17 @@ from dp_accounting import pld
 
 from fedasr import streams
 from fedasr.data.prepare import Utterance, prepare
+from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import accounting, ledger, noise
-from fedasr.training import loop
+from fedasr.training import loop, stages
+from fedasr.training.builders import models
 from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import default_config
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import read_metrics, to_json
+from fedasr.training.session import Interrupted
+from fedasr.training.trainers import federated
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
@@ -51,7 +55,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def small_model(monkeypatch):
     def build(config, augmented=True):
-        shift = 1.0 if config["augment"]["enabled"] and augmented else 0.0
+        shift = 1.0 if config.augment.enabled and augmented else 0.0
 
         def loss(params, batch, key):
             seen = jnp.mean(batch["features"]) + shift
@@ -62,8 +66,8 @@ def small_model(monkeypatch):
 
         return Recogniser(init, loss, lambda params, batch: ())  # never asked
 
-    monkeypatch.setattr(loop, "build_recogniser", build)
-    monkeypatch.setattr(loop, "write_report", lambda workdir: None)
+    monkeypatch.setattr(models, "build_recogniser", build)
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
 
 
 @pytest.fixture
@@ -107,7 +111,7 @@ def run_with_stops(config, workdir, monkeypatch, stops):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "graceful_stop", stop_at_once)
         for _ in range(stops):
-            with pytest.raises(loop.Interrupted):
+            with pytest.raises(Interrupted):
                 loop.run(config, workdir)
     return loop.run(config, workdir)
 
@@ -146,7 +150,7 @@ def test_stages_halvings_and_stops_go_on_with_the_noise(data, drawn, tmp_path, m
 
     # Out of memory when the second stage begins: the third round is done again, with its noise.
     drawn.clear()
-    trained, failed = loop.Simulation.run, []
+    trained, failed = Simulation.run, []
 
     def run(self, state, rounds):
         for item in trained(self, state, rounds):
@@ -155,7 +159,7 @@ def test_stages_halvings_and_stops_go_on_with_the_noise(data, drawn, tmp_path, m
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GiB")
             yield item
 
-    monkeypatch.setattr(loop.Simulation, "run", run)
+    monkeypatch.setattr(Simulation, "run", run)
     summary = loop.run(config, tmp_path / "halved")
     jax.effects_barrier()
     assert failed == [2] and summary["chunk"] == 1
@@ -250,7 +254,7 @@ def test_a_secret_root_is_kept_on_resume_and_written_nowhere_else(
 ):
     config = configuration(data[0], rounds=3, **{"privacy.noise_seed": "secret"})
     roots, real = [], streams.secret_root
-    monkeypatch.setattr(loop, "secret_root", lambda: roots.append(real()) or roots[-1])
+    monkeypatch.setattr(federated, "secret_root", lambda: roots.append(real()) or roots[-1])
     run_with_stops(config, tmp_path / "first", monkeypatch, 1)
     assert len(roots) == 1  # resumed, it is that of the checkpoint
     loop.run(config, tmp_path / "second")
@@ -267,7 +271,7 @@ def test_a_secret_root_is_kept_on_resume_and_written_nowhere_else(
                 assert root.astype("<u4").tobytes() not in text
                 assert not any(form.encode() in text for form in forms if len(form) > 5), file
     # Not a function of the seed, and the same again for the same root.
-    monkeypatch.setattr(loop, "secret_root", lambda: roots[0])
+    monkeypatch.setattr(federated, "secret_root", lambda: roots[0])
     loop.run(config, tmp_path / "again")
     pairs = (restore_params(tmp_path / "again"), restore_params(tmp_path / "first"))
     jax.tree.map(np.testing.assert_array_equal, *pairs)

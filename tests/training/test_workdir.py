@@ -10,13 +10,18 @@ import jax
 import numpy as np
 import pytest
 
+from fedasr.data.batching import Padding
 from fedasr.data.prepare import Utterance, prepare
 from fedasr.errors import UserError
 from fedasr.federated.simulation import RoundMetrics
 from fedasr.training import config as config_lib
-from fedasr.training import loop, workdir
+from fedasr.training import loop, stages, workdir
+from fedasr.training.builders import corpora
 from fedasr.training.checkpoint import restore_params
+from fedasr.training.config import Config
 from fedasr.training.logging import read_metrics, to_json
+from fedasr.training.totals import Totals
+from fedasr.training.trainers import federated
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -61,7 +66,7 @@ def configure(corpus_dir):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Plots take seconds; these tests do not look at them."""
-    monkeypatch.setattr(loop, "write_report", lambda workdir: None)
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def whole(corpus_dir, tmp_path_factory, quick_compilation):
     """(work directory, summary) of four rounds, with checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "write_report", lambda workdir: None)
+        patch.setattr(stages, "write_report", lambda workdir: None)
         return folder, loop.run(configure.__wrapped__(corpus_dir)(), folder)
 
 
@@ -90,7 +95,7 @@ def accept(monkeypatch):
     def both(config, folder, extend=None):
         found = []
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Run, "run", lambda self: {"status": "reached"})
+            patch.setattr(stages, "run_stages", lambda *args: {"status": "reached"})
             for go in (loop.dry_run, loop.run):
                 try:
                     found.append(go(config, folder, extend)["status"])
@@ -207,13 +212,13 @@ def test_a_damaged_chunk_file_is_named(halfway, configure):
     for text in ("{", "[]", "{}", json.dumps(whole | {"chunk": 2}), '{"chunk": 2}'):
         path.write_text(text)
         if text == "{}":  # as good as none
-            assert loop._read_chunk(path) == {}
+            assert federated.read_chunk(path) == {}
             continue
         with pytest.raises(UserError, match=r"chunk.json is damaged: remove it"):
             loop.run(configure(), halfway)
     del whole["check"]  # of an older release
     path.write_text(json.dumps(whole))
-    assert loop._read_chunk(path) == whole
+    assert federated.read_chunk(path) == whole
 
 
 def test_an_extended_run_is_one_that_was_made_so(whole, configure, accept, tmp_path):
@@ -276,17 +281,17 @@ def test_a_run_that_is_killed_while_it_is_extended_goes_on(configure, accept, ha
 def test_what_cannot_be_extended_is_refused(configure, tmp_path, changes, words):
     config = configure(changes)
     with pytest.raises(UserError, match=words):
-        workdir.extended(tmp_path, config, config, 10)
+        workdir.extended(tmp_path, config, Config.of(config), 10)
     for rounds in (0, -1, True, 10**12, 3):
         with pytest.raises(UserError, match="--extend="):
-            workdir.extended(tmp_path, configure(), configure(), rounds)
+            workdir.extended(tmp_path, configure(), Config.of(configure()), rounds)
 
 
 def metrics_of(round, clients, invalid, loss=1.0):
     return RoundMetrics(round, loss, clients, 1, invalid, *3 * [np.zeros(0)], {}, NOTHING, 1.0, 0.0)
 
 
-NOTHING = loop.Padding(0, 0)
+NOTHING = Padding(0, 0)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +309,7 @@ NOTHING = loop.Padding(0, 0)
     ],
 )
 def test_when_a_result_is_worth_nothing(rounds, words):
-    totals = loop.Totals()
+    totals = Totals()
     for number, of in enumerate(rounds, 1):
         totals.add(metrics_of(number, *of), compiled=False)
     assert words in totals.problem() and bool(words) == bool(totals.problem())
@@ -324,7 +329,7 @@ def test_a_report_that_fails_does_not_take_the_run_with_it(halfway, configure, m
     def fail(workdir):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop, "write_report", fail)
+    monkeypatch.setattr(stages, "write_report", fail)
     summary = loop.run(configure(), halfway)
     assert summary["status"] == "completed"
     assert "No space left" in summary["side_channel_failures"]["report"]
@@ -361,7 +366,7 @@ def test_directories_of_older_releases_go_on(configure, accept, corpus_dir, tmp_
     stored = json.loads((folder / "config.json").read_text())
     assert "start" not in stored and ("model_devices" in stored) == (release == "2026-11-29")
     # Its corpus was made in another place by another release: the same samples, another hash.
-    stored["data"]["identity"] = loop._identity(corpus_dir)
+    stored["data"]["identity"] = corpora.content_hash(corpus_dir)
     (folder / "config.json").write_text(json.dumps(stored))
     carried = json.loads(metadata.read_text())
     metadata.write_text(json.dumps(carried | {"config": stored}))

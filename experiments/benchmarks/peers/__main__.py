@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli
 from experiments.benchmarks import plots
 from experiments.benchmarks.peers.work import KINDS, Work
+from fedasr.cli import common
 from fedasr.errors import UserError
 
 _HERE = Path(__file__).parent
@@ -229,7 +229,7 @@ def run() -> None:
             }
     if options.plot:
         draw(results, options.plot)
-    cli.show({"client_steps_per_second": results, "ratio": ratios, "cores": os.cpu_count()})
+    common.show({"client_steps_per_second": results, "ratio": ratios, "cores": os.cpu_count()})
 
 
 def _define_flags() -> None:
@@ -247,4 +247,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    cli.main(run)
+    common.main(run)

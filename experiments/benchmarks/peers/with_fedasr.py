@@ -8,8 +8,8 @@ import jax
 import optax
 from work import KINDS, parse, serve
 
-from experiments import cli
 from experiments.benchmarks.workload import plain_training
+from fedasr.cli import common
 from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets, make_resident
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
@@ -21,7 +21,7 @@ from fedasr.privacy.mechanism import Mechanism
 work = parse(sys.argv[1])
 federated = work.mode.startswith("rounds")
 if federated:  # as the programs that train do
-    cli.keep_memory()
+    common.keep_memory()
 sizes = {"dim": work.dim, "mlp": work.mlp, "blocks": work.blocks, "heads": work.heads}
 recogniser = make_recogniser("transformer", sizes)
 params = recogniser.init(jax.random.key(0))

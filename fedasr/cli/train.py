@@ -1,0 +1,150 @@
+"""Trains a recogniser by federated learning, privately or not, or centrally.
+
+    fedasr train [--config=NAME|FILE.py] [--workdir=DIR] [--config.section.field=value ...]
+                 [--dry_run] [--json] [--coordinator=HOST:PORT --processes=N --process=I]
+
+With --coordinator the same command runs on several hosts, --process=0 on HOST; the work directory
+and the data must be the same folders everywhere. --coordinator=auto: where JAX knows the cluster.
+
+Without --config it is the quickstart. Running the same command again resumes; with --extend=ROUNDS
+a run that is there, finished or not, goes on to more rounds. Exit status: 0 when
+the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+
+from fedasr.cli import common
+from fedasr.errors import UserError
+
+
+def run() -> int | None:
+    """Runs what the flags ask for; returns the exit status if not 0."""
+    common.configure_devices()
+    common.keep_memory()
+    if flags.FLAGS.coordinator:
+        return common.in_step(
+            flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process, train
+        )
+    if flags.FLAGS.processes is not None or flags.FLAGS.process is not None:
+        raise UserError("--processes and --process need --coordinator")
+    return train()
+
+
+def train() -> int | None:
+    """The run, in this process."""
+    from fedasr.federated import hosts
+    from fedasr.training import config as config_lib
+    from fedasr.training import loop
+    from fedasr.training.logging import say
+    from fedasr.training.workdir import local_path
+
+    config = config_lib.resolve(flags.FLAGS.config.to_dict())
+    if flags.FLAGS.dry_run:
+        summary = loop.dry_run(config, flags.FLAGS.workdir, flags.FLAGS.extend)
+        if hosts.is_leader():
+            common.show(summary)
+        return None
+    name = f"{config['name']}-{config_lib.fingerprint(config)}"
+    workdir = local_path(flags.FLAGS.workdir or Path("runs") / name)
+    if hosts.is_leader():
+        say(f"work directory: {workdir}")
+    common.configure_compilation(workdir.parent)
+    try:
+        summary = loop.run(config, workdir, flags.FLAGS.extend)
+    except loop.Interrupted as stopped:
+        return common.fail(stopped, common.STOPPED)
+    if hosts.is_leader():
+        if common.JSON.value:
+            common.show(summary)
+        else:
+            print("\n".join(_describe(summary)))
+        say(f"report: {workdir / 'report.html'}")
+    return None if summary["status"] == "completed" else common.FAILED
+
+
+def _describe(summary: dict) -> Iterator[str]:
+    """The summary for people."""
+    from fedasr.privacy import ledger
+    from fedasr.privacy.accounting import epsilon_in_words
+    from fedasr.training.logging import from_json
+
+    summary = from_json(summary)
+    yield f"{summary['name']}: {summary['status']}, {summary['parameters']:,} parameters"
+    for split, wer in summary["wer"].items():
+        yield f"{split} word error rate: {summary['initial_wer'][split]:.1f}% -> {wer:.1f}%"
+    privacy = summary["privacy"]
+    if not privacy["enabled"]:
+        yield "privacy: none (no clipping of client updates, no noise)"
+    else:
+        yield (
+            f"privacy as simulated: epsilon {epsilon_in_words(privacy['epsilon'])} at delta "
+            f"{privacy['delta']:g} ({privacy['accountant']}), {summary['cohort']} of "
+            f"{summary['population']} users expected in each of {summary['rounds']} rounds"
+        )
+        for case in privacy["extrapolations"]:
+            yield (
+                f"privacy as deployed with the same noise on the mean: epsilon "
+                f"{epsilon_in_words(case['epsilon'])} ({case['accountant']}), "
+                f"{case['cohort']:,} of {case['population']:,} users in each of {case['rounds']} "
+                f"rounds{_otherwise(case['neighbours'], privacy['neighbours'])}"
+            )
+        yield f"epsilon compares: {privacy['neighbours']}"
+        yield (
+            f"noise: {privacy['noise']}, {privacy['noise_multiplier']:.4g} times the clip norm on "
+            f"the sum of updates, {privacy['noise_over_sensitivity']:.4g} times what one user can "
+            "change in it"
+        )
+        if adaptive := privacy.get("adaptive"):
+            yield (
+                f"clip bounds were adaptive (quantile {adaptive['quantile']:g} of the users' "
+                f"norms); noise on the votes {adaptive['noise_multiplier']:.4g}, within epsilon"
+            )
+        yield (
+            "the noise's tails end: what lies beyond them adds at most "
+            f"{privacy['delta_at_tails']:.1g} to delta"
+        )
+        yield from ledger.in_words(privacy["ledger"] or {})
+        yield f"not covered by these figures: {'; '.join(privacy['not_covered'])}"
+    if skipped := summary["skipped_utterances"]:
+        yield f"utterances skipped: {skipped}"
+    if invalid := summary["invalid_client_updates"]:
+        yield f"client updates that were not finite, counted as zero: {invalid}"
+    yield f"{summary['wall_seconds']:.0f} s on {summary['device']}"
+
+
+def _otherwise(theirs: str, ours: str) -> str:
+    return "" if theirs == ours else f"; there it compares: {theirs}"
+
+
+def program() -> int | None:
+    """Turns what ml_collections raises for a mistaken --config into one line."""
+    try:
+        flags.FLAGS.config.to_dict()
+    except OSError as error:
+        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+    return run()
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string(
+        "workdir", None, "Where the run lives; default runs/NAME-FINGERPRINT of the configuration."
+    )
+    flags.DEFINE_integer("extend", None, "Rounds that the run in --workdir goes on to.")
+    flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or 'auto'.")
+    flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)
+    flags.DEFINE_integer("process", None, "Which this is, from 0.", lower_bound=0)
+
+
+def main() -> None:
+    """The command `fedasr train`: parses the flags, runs and exits."""
+    _define_flags()
+    common.define_config("quickstart")
+    common.main(program, __name__)
+
+
+if __name__ == "__main__":
+    main()

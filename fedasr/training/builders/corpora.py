@@ -1,0 +1,166 @@
+"""The corpora of a run, their shapes and their alphabet."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedasr.audio.features import LogMelConfig
+from fedasr.data.batching import (
+    Grid,
+    Resident,
+    make_buckets,
+    make_resident,
+)
+from fedasr.data.corpus import (
+    METADATA_FILE,
+    Corpus,
+    ReshuffledCorpus,
+    has_split,
+    open_corpus,
+    read_metadata,
+    shared_users,
+)
+from fedasr.errors import UserError
+from fedasr.federated import hosts
+from fedasr.models.recogniser import ARRAYS
+from fedasr.models.recurrent import RecurrentConfig
+from fedasr.text import Tokenizer, tokenizer_for
+from fedasr.training.builders.splits import check_splits
+from fedasr.training.config import Config
+from fedasr.training.evaluation import MULTIPLES
+
+
+def data_directory(config: Config) -> Path:
+    """The prepared corpus of a configuration; makes the synthetic one when first needed."""
+    if config.data.dir:
+        return Path(config.data.dir)
+    return _synthetic(config.data.task)
+
+
+def _synthetic(task: str) -> Path:
+    from fedasr.data.prepare import prepare_synthetic
+    from fedasr.data.synthetic import SyntheticConfig
+
+    return prepare_synthetic(SyntheticConfig(task=task))
+
+
+def content_hash(directory: Path) -> str:
+    """Names the prepared data: a run must not go on, or be taken for done, with other data."""
+    read_metadata(directory)  # a clear error if it is no corpus
+    return hashlib.sha256((directory / METADATA_FILE).read_bytes()).hexdigest()[:16]
+
+
+def fitting_tokenizer(config: Config, metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of prepared data, if the configured model writes its alphabet.
+
+    Args:
+      config: of the run.
+      metadata: of the corpus, from `fedasr.data.corpus.read_metadata`.
+
+    Raises:
+      UserError: the model has another number of tokens, or was trained for other characters.
+    """
+    tokenizer = tokenizer_for(metadata)
+    trained_for = tokenizer.characters if config.data.characters is None else config.data.characters
+    if trained_for != tokenizer.characters:
+        raise UserError(
+            f"the model writes the characters {trained_for!r}, the data {tokenizer.characters!r}"
+        )
+    default = RecurrentConfig.vocab if config.model.name == "recurrent" else None
+    vocab = config.model.options.get("vocab", default or tokenizer.vocab_size)
+    if vocab != tokenizer.vocab_size:
+        raise UserError(
+            f"the data's alphabet has {tokenizer.vocab_size} tokens with the blank, the model "
+            f"{vocab}: set model.options.vocab={tokenizer.vocab_size} for it"
+        )
+    return tokenizer
+
+
+class Data:
+    """The corpora of a run and the shapes that hold them.
+
+    Attributes: train; seed (None if there is none); evaluation {split: corpus}; grid of clients'
+    padded lengths; buckets, which hold all of `train`; tokenizer;
+    skipped {reason: count} of the preparation.
+    """
+
+    def __init__(self, directory: str | Path, config: Config, log: Any = print) -> None:
+        settings = config.data
+        metadata = read_metadata(directory)
+        check_splits(config, metadata["splits"], directory, log)
+        self.tokenizer = fitting_tokenizer(config, metadata)
+        check_features(config, metadata)
+        self.train = open_corpus(directory, settings.train)
+        if settings.iid:
+            self.train = ReshuffledCorpus(self.train, config.seed)
+        if (published := settings.population) and published != len(self.train.users):
+            log(f"{published} training users were expected, there are {len(self.train.users)}")
+        self.seed: Corpus | None = None
+        seed_split = config.seed_training.split
+        if config.seed_training.steps and not config.init_from:
+            if has_split(metadata, seed_split):
+                self.seed = open_corpus(directory, seed_split)
+            else:
+                log(f"no split {seed_split!r} in {directory}: training starts from scratch")
+        self.evaluation = {
+            split: open_corpus(directory, split)
+            for split in settings.eval
+            if has_split(metadata, split)
+        }
+        if missing := [split for split in settings.eval if not has_split(metadata, split)]:
+            log(f"no split {missing} in {directory}: not evaluated")
+        _check_users(self, config.privacy.enabled, log)
+        options = config.model.options
+        stride = options.get("stride", 0) if options.get("objective", "ctc") == "ctc" else 0
+        if stride > metadata["options"]["stride"]:
+            log(
+                f"the model's stride is {stride}, the data was prepared for "
+                f"{metadata['options']['stride']}: transcripts too long for it are left out"
+            )
+        self.skipped = dict(metadata["summary"]["skipped"])
+        self.grid = client_grid(config)
+        self.buckets = make_buckets([self.train], 1, MULTIPLES)
+        self._keep_on_devices = settings.resident
+        self._resident: tuple[Corpus, Any, Resident] | None = None
+
+    def resident(self, sharding: Any) -> Resident | None:
+        """All examples of `train` on the devices, if the configuration wants that.
+
+        Read and placed once: what is placed already is not copied for another simulation.
+        """
+        if not self._keep_on_devices:
+            return None
+        if self._resident is None or self._resident[:2] != (self.train, sharding):
+            self._resident = None  # not two at once
+            found = make_resident(self.train, self.buckets, ARRAYS)
+            self._resident = (self.train, sharding, hosts.place(found, sharding))
+        return self._resident[2]
+
+
+def client_grid(config: Config) -> Grid:
+    """The padded lengths of clients' batches, which no data has a say in."""
+    settings = config.data
+    room = {"labels": settings.labels_per_frame}
+    return Grid(settings.buckets, MULTIPLES, room)
+
+
+def check_features(config: Config, metadata: Mapping[str, Any]) -> None:
+    """Raises UserError for a recurrent model of another number of channels than the data has."""
+    if config.model.name != "recurrent":
+        return
+    channels = metadata["options"].get("channels", LogMelConfig().num_mels)
+    if config.model.options.get("features", RecurrentConfig.features) != channels:
+        raise UserError(f"the data needs model.options.features={channels}")
+
+
+def _check_users(data: Data, private: bool, log: Any) -> None:
+    """No epsilon for users whom the seed has seen without noise; no "unseen voices" that train."""
+    if data.seed is not None and private and (shared := shared_users(data.train, data.seed)):
+        raise UserError(
+            f"{len(shared)} users ({shared[0]}...) are in the seed's split and in the training "
+            "split: the seed is trained without noise, so they would have no privacy"
+        )
+    for split, corpus in data.evaluation.items():
+        if shared := shared_users(data.train, corpus):
+            log(f"{len(shared)} users of the split {split!r} are training users too")

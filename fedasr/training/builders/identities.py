@@ -1,0 +1,20 @@
+"""What tells a run from all others."""
+
+import json
+
+from fedasr.training.config import Config
+
+
+def run_identity(config: Config) -> str:
+    """What tells a run from all others, beside the parameters that it starts from.
+
+    All of the configuration, with what names its data: where things lie is left out, and so is the
+    number of rounds where a longer run goes through the same rounds as a shorter one. Under
+    correlated noise it does not: the noise is made for so many rounds.
+    """
+    tree = config.tree()
+    del tree["data"]["dir"], tree["init_from"]
+    tree.pop("start", None)  # the root has the parameters themselves
+    if config.privacy.noise not in ("banded", "buffered"):
+        del tree["rounds"]
+    return json.dumps(tree, sort_keys=True)

@@ -1,0 +1,113 @@
+"""The recogniser, and which of its variables are trained, shared or local to the users."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from fedasr.audio.augment import SpecAugmentConfig
+from fedasr.audio.features import LogMelConfig
+from fedasr.compression import costs
+from fedasr.errors import UserError
+from fedasr.federated.local import (
+    Layout,
+    check_prototype,
+    make_layout,
+)
+from fedasr.models.recogniser import Recogniser, make_recogniser
+from fedasr.streams import Stream, seed_key
+from fedasr.training.builders import clients
+from fedasr.training.config import Config
+
+
+def build_recogniser(config: Config, augmented: bool = True) -> Recogniser:
+    """The recogniser of a configuration.
+
+    Args:
+      config: of the run.
+      augmented: whether its loss augments, if the configuration says so at all.
+
+    Raises:
+      UserError: for an unknown model or option.
+    """
+    augment = _augment(config) if config.augment.enabled and augmented else None
+    return make_recogniser(config.model.name, config.model.options, augment)
+
+
+def initial_params(recogniser: Recogniser, config: Config) -> Any:
+    """The untrained model of a configuration: the same for all runs of one seed."""
+    return recogniser.init(seed_key(config.seed, Stream.INIT))
+
+
+def variable_shapes(config: Config) -> Any:
+    """Shapes of a configuration's parameters, without allocating them."""
+    return jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+
+
+def parameter_count(recogniser: Recogniser) -> int:
+    """Number of parameters, without allocating them."""
+    shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
+def local_layout(config: Config) -> Layout | None:
+    """Which variables are local to the users; None if none are.
+
+    Raises:
+      UserError: see `fedasr.federated.local.make_layout`.
+    """
+    if config.algorithm != "federated" or not (patterns := config.local.patterns):
+        return None
+    shapes = variable_shapes(config)
+    return make_layout(shapes, patterns, trained_variables(config))
+
+
+def shared_variables(config: Config) -> list[bool] | None:
+    """For each of the model's variables, whether users send updates of it; None if of all."""
+    layout = local_layout(config)
+    return trained_variables(config) if layout is None else layout.shared
+
+
+def sent_parameters(config: Config) -> int:
+    """Number of parameters that users send updates of."""
+    shapes = variable_shapes(config)
+    layout = local_layout(config)
+    return costs.sent_size(shapes, trained_variables(config), layout and layout.local)
+
+
+def trained_variables(config: Config) -> list[bool] | None:
+    """For each of the model's variables, whether it is ever trained; None if all are.
+
+    Raises:
+      UserError: for a pattern of `partial.patterns` that matches no variable.
+    """
+    subset = clients.make_subset(config)
+    if subset is None:
+        return None
+    return subset.trained(variable_shapes(config))
+
+
+def _augment(config: Config) -> SpecAugmentConfig:
+    """Raises UserError for an option that there is not."""
+    options = config.augment.options
+    names = [field.name for field in dataclasses.fields(SpecAugmentConfig)]
+    if unknown := sorted(options.keys() - set(names)):
+        raise UserError(f"augment.options has no {unknown[0]}: it has {', '.join(names)}")
+    return SpecAugmentConfig(**options)
+
+
+def check_local(config: Config) -> None:
+    """Raises UserError for local parameters that the model does not have."""
+    check_prototype(config.local.prototype)
+    local_layout(config)
+
+
+def check(config: Config) -> None:
+    """Raises UserError for a model that does not take the features, and for unknown options."""
+    # The channels of neural recordings are known with the data (`corpora.Data`).
+    mels = LogMelConfig().num_mels
+    if config.model.name != "recurrent":
+        if config.model.options.get("features", mels) != mels:
+            raise UserError(f"the data needs model.options.features={mels}")
+    _augment(config)

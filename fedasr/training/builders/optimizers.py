@@ -1,0 +1,95 @@
+"""Optimisers of clients, server and central training, and their learning rates."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from fedasr.errors import UserError
+from fedasr.federated.client import ClientUpdate, Loss, local_training
+from fedasr.federated.server import constant_then_exponential, make_optimizer
+from fedasr.training.config import Central, Config
+
+# (least, most) of what optax's optimisers take; what is not here has to be 0 or more.
+_OPTION_RANGES = {"eta": (0, 1e3), "trust_coefficient": (0, 1e3), "eps": (0, 1.0)}
+_BELOW_ONE = ("b1", "b2", "momentum", "decay", "nu")
+
+
+def check(config: Config) -> None:
+    """Raises UserError for an optimiser that is unknown or does not take its options' values."""
+    for section in ("seed_training", "central", "client", "server"):
+        settings = getattr(config, section)
+        options = getattr(settings, "options", {})
+        _check_optimizer(settings.optimizer, options, f"{section}.options")
+
+
+def _check_optimizer(name: str, options: Mapping[str, Any], where: str) -> None:
+    for option, value in options.items():
+        least, most = _OPTION_RANGES.get(option, (0, 1e6))
+        if isinstance(value, bool | str):
+            continue
+        if not least <= value <= most or (option in _BELOW_ONE and value >= 1):
+            most_text = "below 1" if option in _BELOW_ONE else f"at most {most:g}"
+            raise UserError(f"{where}.{option}={value} must be at least {least} and {most_text}")
+    # Some options show what they are good for only when the optimiser is used.
+    try:
+        optimizer = make_optimizer(name, 0.1, **options)
+
+        def once(x):
+            return optimizer.update(x, optimizer.init(x), x)
+
+        jax.eval_shape(once, {"x": jax.ShapeDtypeStruct((2, 2), "float32")})
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: {name!r} does not take {dict(options)}: {reason}") from error
+
+
+def server_optimizer(config: Config) -> optax.GradientTransformation:
+    """The server's, whose learning rate follows the rounds."""
+    server = config.server
+    schedule = constant_then_exponential(
+        server.learning_rate,
+        server.decay_start,
+        server.decay_rounds,
+        server.decay_rate,
+    )
+    return make_optimizer(server.optimizer, schedule, **server.options)
+
+
+def local_update(config: Config) -> Callable[[Loss], ClientUpdate]:
+    """From a loss to a client's local training."""
+    client = config.client
+    decays = client.decay_start < config.rounds
+    factor = constant_then_exponential(
+        1.0, client.decay_start, client.decay_rounds, client.decay_rate
+    )
+
+    def make_update(loss: Loss) -> ClientUpdate:
+        return local_training(
+            loss,
+            make_optimizer(client.optimizer, client.learning_rate),
+            grad_clip=client.grad_clip,
+            proximal=client.proximal,
+            schedule=factor if decays else None,
+        )
+
+    return make_update
+
+
+def central_optimizer(settings: Central) -> optax.GradientTransformation:
+    """Of the seed's section of a configuration, or the central baseline's."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.grad_clip),
+        make_optimizer(settings.optimizer, _central_schedule(settings)),
+    )
+
+
+def _central_schedule(settings: Central) -> float | optax.Schedule:
+    if not settings.decay_steps:
+        return settings.learning_rate
+    return optax.exponential_decay(
+        settings.learning_rate, settings.decay_steps, settings.decay_rate, staircase=True
+    )

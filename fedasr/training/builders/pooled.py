@@ -1,0 +1,62 @@
+"""Central training: of the seed, and of the baseline that forgets the users."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from fedasr.data.corpus import Corpus
+from fedasr.federated.client import Loss
+from fedasr.models.recogniser import ARRAYS
+from fedasr.streams import Stream
+from fedasr.training.builders import batches, corpora, models, optimizers
+from fedasr.training.central import CentralTraining
+from fedasr.training.config import Config
+from fedasr.training.evaluation import MULTIPLES
+
+
+def central_training(
+    config: Config,
+    section: str,
+    corpus: Corpus,
+    loss: Loss,
+    devices: Sequence[jax.Device],
+) -> CentralTraining:
+    """Training on pooled data, as a section of the configuration says.
+
+    Args:
+      config: of the run.
+      section: "seed_training" or "central".
+      corpus, loss, devices: of the run.
+
+    Raises:
+      UserError: see `CentralTraining`.
+    """
+    settings = getattr(config, section)
+    batch = batches.batch_size(settings)
+    return CentralTraining(
+        corpus,
+        loss,
+        optimizers.central_optimizer(settings),
+        batch["batch_size"],
+        frames=batch["frames"],
+        seed=config.seed,
+        stream=Stream.SEED_TRAINING if section == "seed_training" else Stream.CENTRAL,
+        # Those of its own corpus: others' lengths would say how the seed is rounded.
+        multiples=MULTIPLES,
+        steps_per_report=math.gcd(10, config.checkpoint.seed_every),  # saved when reported
+        devices=devices,
+        keep=ARRAYS,
+        model_devices=config.model_devices,
+    )
+
+
+def check_central(config: Config, data: corpora.Data, devices: Sequence[jax.Device]) -> None:
+    """Raises UserError for central training that could not begin, before something else does."""
+    loss = models.build_recogniser(config).loss
+    stages = {"seed_training": data.seed}
+    if config.algorithm == "central":
+        stages["central"] = data.train
+    for section, corpus in stages.items():
+        if corpus is not None:
+            central_training(config, section, corpus, loss, devices)

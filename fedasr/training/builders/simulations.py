@@ -1,0 +1,86 @@
+"""The federated rounds."""
+
+from collections.abc import Sequence
+
+import jax
+
+from fedasr.errors import UserError
+from fedasr.federated import chunks
+from fedasr.federated.client import Loss
+from fedasr.federated.cohort import client_mesh, replicated
+from fedasr.federated.local import LocalStore
+from fedasr.federated.simulation import Simulation
+from fedasr.models.recogniser import ARRAYS
+from fedasr.training.builders import (
+    batches,
+    clients,
+    corpora,
+    identities,
+    mechanisms,
+    models,
+    optimizers,
+)
+from fedasr.training.config import Config
+
+
+def make_simulation(
+    config: Config,
+    data: corpora.Data,
+    loss: Loss,
+    devices: Sequence[jax.Device],
+    store: LocalStore | None = None,
+    chunk: int | None = None,
+) -> Simulation:
+    """The federated rounds of a configuration.
+
+    Args:
+      config, data, loss, devices: of the run.
+      store: the users' local parameters, if the configuration has any.
+      chunk: in place of the configuration's. That may be "auto": 1 on a CPU, where it is fastest,
+        otherwise as many clients as the devices' memory holds.
+
+    Raises:
+      UserError: for settings that make no sense together.
+    """
+    if config.local.patterns and store is None:
+        raise UserError("local.patterns: this program keeps no local parameters")
+    sampler = mechanisms.make_sampler(config, len(data.train.users))
+
+    def build(chunk: int) -> Simulation:
+        return Simulation(
+            data.train,
+            mechanisms.make_mechanism(config, sampler, models.sent_parameters(config)),
+            clients.make_client_update(config, optimizers.local_update(config), loss),
+            optimizers.server_optimizer(config),
+            batches.local_batches(config),
+            seed=config.seed,
+            identity=identities.run_identity(config),
+            chunk=chunk,
+            buckets=data.grid,
+            devices=devices,
+            model_devices=config.model_devices,
+            keep=ARRAYS,
+            trained=models.trained_variables(config),
+            store=store,
+            micro_batch=config.client.micro_batch,
+            resident=data.resident(replicated(client_mesh(devices, config.model_devices))),
+        )
+
+    chunk = config.chunk if chunk is None else chunk
+    if chunk != chunks.AUTO:
+        return build(chunk)
+    budget = None if config.client.micro_batch else chunks.device_budget(devices)
+    if budget is None:
+        return build(1)
+    shapes = models.variable_shapes(config)
+    most = -(-sampler.slots * config.model_devices // len(devices))
+
+    def memory(chunk: int) -> int:
+        try:
+            return build(chunk).chunk_bytes(shapes)
+        except jax.errors.JaxRuntimeError as error:
+            if not chunks.is_out_of_memory(error):
+                raise
+            return 2 * budget  # some compilers refuse what does not fit
+
+    return build(chunks.fit_chunk(memory, most, budget))

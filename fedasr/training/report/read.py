@@ -1,0 +1,127 @@
+"""What a report needs of a run's files, whatever is missing in them."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedasr.errors import UserError
+from fedasr.training.logging import from_json
+
+Record = Mapping[str, Any]
+_MAX_COLUMNS = 240
+
+
+def existing_folder(workdir: str | Path) -> Path:
+    """The work directory; raises UserError if there is none."""
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f"there is no work directory {workdir}")
+    return workdir
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in `path`; empty if it is missing or no JSON object."""
+    try:
+        value = from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def mapping_at(record: Any, key: str) -> Mapping[str, Any]:
+    """The mapping at a key; empty if there is none."""
+    value = record.get(key) if isinstance(record, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def number_at(record: Any, *keys: str) -> float | None:
+    """The finite number at a path of keys, or None."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, Mapping) else None
+    if isinstance(record, bool) or not isinstance(record, int | float):
+        return None
+    return float(record) if math.isfinite(record) else None
+
+
+def is_seed(record: Record) -> bool:
+    """Whether it is of the seed's training."""
+    return record.get("phase") == "seed"
+
+
+def series_of(records: Iterable[Record], x: str, *keys: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two float64 arrays: `x` and the values at `keys` of the records that hold both."""
+    pairs = [(number_at(r, x), number_at(r, *keys)) for r in records]
+    kept = np.array([p for p in pairs if None not in p], np.float64).reshape(-1, 2)
+    return kept[:, 0], kept[:, 1]
+
+
+def evaluation_curves(records: Sequence[Record], metric: str) -> dict[str, tuple]:
+    """`(rounds, values)` of a metric by split, `test` first."""
+    records = [r for r in records if not is_seed(r)]
+    splits = sorted(
+        {s for r in records for s in mapping_at(r, "eval")}, key=lambda s: (s != "test", s)
+    )
+    curves = {s: series_of(records, "round", "eval", s, metric) for s in splits}
+    return {s: curve for s, curve in curves.items() if curve[0].size}
+
+
+def is_private(summary: Record) -> bool | None:
+    """Whether noise was added; None if the summary does not say, as that of a stopped run."""
+    privacy = mapping_at(summary, "privacy")
+    if privacy.get("enabled") is False:
+        return False
+    noise = [number_at(privacy, key) for key in ("noise_multiplier", "sigma")]
+    known = [value for value in noise if value is not None]
+    return any(value > 0 for value in known) if known else None
+
+
+def final_wer(summary: Record) -> tuple[str, float] | None:
+    """The split that counts most and its final word error rate."""
+    for split in ("test", "dev", *mapping_at(summary, "wer")):
+        value = number_at(summary, "wer", split)
+        if value is not None:
+            return split, value
+    return None
+
+
+def initial_wer(summary: Record, split: str | None) -> float | None:
+    """Word error rate before federated training: one number, or one for each split."""
+    value = number_at(summary, "initial_wer")
+    return value if value is not None else number_at(summary, "initial_wer", str(split))
+
+
+def main_deployment(summary: Record) -> Record:
+    """The extrapolation that the run stands for: the first with an epsilon, maybe infinite."""
+    found = mapping_at(summary, "privacy").get("extrapolations")
+    found = found if isinstance(found, list) else []
+    return next((e for e in found if epsilon_of(e) is not None), {})
+
+
+def epsilon_of(record: Any) -> float | None:
+    """Its epsilon, which may be infinite, or None."""
+    value = record.get("epsilon") if isinstance(record, Mapping) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and not math.isnan(value) else None
+
+
+def layer_matrix(
+    records: Sequence[Record], key: str
+) -> tuple[list[str], np.ndarray, np.ndarray] | None:
+    """`(layers, rounds [r], values [layers, r])`; neighbouring rounds are averaged to fit."""
+    records = [r for r in records if mapping_at(r, key)]
+    if not records:
+        return None
+    names = list(dict.fromkeys(name for r in records for name in r[key]))
+    values = np.array([[number_at(r, key, n) for n in names] for r in records], np.float64).T
+    rounds = np.array([number_at(r, "round") for r in records], np.float64)
+    size = -(-len(rounds) // _MAX_COLUMNS)
+    groups = [slice(i, i + size) for i in range(0, len(rounds), size)]
+    known = np.isfinite(values)
+    sums = np.stack([np.where(known, values, 0.0)[:, g].sum(1) for g in groups], 1)
+    counts = np.stack([known[:, g].sum(1) for g in groups], 1)
+    means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    return names, np.array([rounds[g].mean() for g in groups]), means

@@ -1,0 +1,197 @@
+"""Sections of the report that have plots."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fedasr.training.report.plots import (
+    COLORS,
+    colors_from,
+    draw_layers,
+    draw_legend,
+    draw_line,
+    draw_noisy,
+    draw_wer,
+    html_image,
+    new_figure,
+)
+from fedasr.training.report.read import (
+    Record,
+    evaluation_curves,
+    is_private,
+    layer_matrix,
+    mapping_at,
+    number_at,
+    series_of,
+)
+from fedasr.training.report.tables import html_table, privacy_tables
+from fedasr.training.report.words import as_text, escaped, missing_text, note_text
+
+
+def learning_section(federated: Sequence[Record], seed: Sequence[Record], summary: Record) -> str:
+    """Loss and word error rate by round."""
+    loss = series_of(federated, "round", "loss")
+    eval_loss = evaluation_curves(federated, "loss")
+    curves = evaluation_curves(federated, "wer")
+    seed_loss = series_of(seed, "step", "loss")
+    panels = []
+    if seed_loss[0].size:
+        panels.append(("seed", seed_loss))
+    if loss[0].size or eval_loss:
+        panels.append(("loss", loss))
+    if curves:
+        panels.append(("wer", curves))
+    parts = [] if loss[0].size or eval_loss else [missing_text("No federated round is logged yet.")]
+    if not curves:
+        parts.append(missing_text("No evaluation is logged yet, so there is no word error rate."))
+
+    def draw() -> Any:
+        figure, all_axes = new_figure(len(panels))
+        for axes, (kind, data) in zip(all_axes, panels, strict=True):
+            if kind == "wer":
+                draw_wer(axes, data, summary)
+                continue
+            draw_noisy(axes, *data, label="training" if kind == "loss" else None)
+            if kind == "loss":
+                for color, (split, curve) in zip(colors_from(1), eval_loss.items(), strict=False):
+                    draw_line(axes, *curve, color=color, label=split, marker="o")
+                draw_legend(axes)
+            axes.set_xlabel("round" if kind == "loss" else "step")
+            axes.set_title("Federated loss" if kind == "loss" else "Seed: central training loss")
+        return figure
+
+    if panels:
+        parts.append(html_image(draw, "loss and word error rate by round"))
+        parts.append(
+            note_text(
+                "Training loss is the mean over the clients of a round: pale for each round, bold "
+                "for its running mean. It wanders because each round draws other users. The word "
+                "error rate is measured on users and sentences that never train; it may pass 100%."
+            )
+        )
+    return "".join(parts)
+
+
+def privacy_section(federated: Sequence[Record], summary: Record) -> str:
+    """The guarantee, and epsilon by round."""
+    privacy = mapping_at(summary, "privacy")
+    parts = []
+    private = is_private(summary)
+    if private:
+        parts.append(privacy_tables(summary, privacy))
+    elif private is None:
+        parts.append(missing_text("The privacy spent is known when the run has ended."))
+    else:
+        parts.append(
+            missing_text(
+                "Differential privacy was off: no noise was added, so there is no epsilon."
+            )
+        )
+    rounds, epsilons = series_of(federated, "round", "epsilon")
+    if rounds.size:
+
+        def draw() -> Any:
+            figure, (axes,) = new_figure(1, height=3.0)
+            draw_line(axes, rounds, epsilons, color=COLORS[0])
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("round")
+            axes.set_title("ε spent in the deployment that the run stands for")
+            return figure
+
+        parts.append(html_image(draw, "epsilon by round"))
+        parts.append(
+            note_text(
+                "ε bounds how much the presence of one user can change what the training "
+                "reveals: likelihood ratios are at most e^ε, up to δ. Smaller is more "
+                "private. It grows with every round, and stopping earlier spends less. This curve "
+                "is by Rényi DP, which is quick; the figures above may be tighter."
+            )
+        )
+    elif private:
+        parts.append(missing_text("Epsilon by round is not logged in this run."))
+    return "".join(parts)
+
+
+def clipping_section(federated: Sequence[Record], bounds: Record) -> str:
+    """Update norms and shares clipped, by layer and round."""
+    norms = layer_matrix(federated, "update_norm")
+    shares = layer_matrix(federated, "clipped_share")
+    if norms is None and shares is None:
+        return missing_text("Update norms by layer are not logged in this run.")
+    panels, parts = [], []
+    if norms is not None:
+        names, rounds, values = norms
+        limits = np.array([number_at(bounds, name) or np.nan for name in names])
+        if np.isfinite(limits).any():
+            values, title = values / limits[:, None], "Norm before clipping / bound"
+        else:
+            title = "Norm before clipping"
+        panels.append((names, rounds, values, title, np.isfinite(limits).any()))
+    if shares is not None:
+        panels.append((*shares, "Share of clients clipped", None))
+    parts.append(html_image(lambda: draw_layers(panels), "update norms and share clipped by layer"))
+    parts.append(
+        note_text(
+            "One row a layer, one column a round (or the mean of a few). Left: the mean norm of "
+            "the clients' updates before clipping; where the bounds are known it is divided by "
+            "them, so red is above the bound and blue below. Right: the share of clients that were "
+            "clipped in that layer. All ones is normal under strong privacy; all zeros means that "
+            "a smaller clip norm would add less noise at no cost."
+        )
+    )
+    latest = next((r for r in reversed(federated) if mapping_at(r, "update_norm")), {})
+    rows = [
+        (
+            layer,
+            number_at(latest, "update_norm", layer),
+            number_at(bounds, layer),
+            number_at(latest, "clipped_share", layer),
+        )
+        for layer in mapping_at(latest, "update_norm")
+    ]
+    if rows:
+        table = html_table(rows, ("layer", "norm", "bound", "share clipped"))
+        title = f"All {len(rows)} layers at round {as_text(latest.get('round'))}"
+        parts.append(f"<details><summary>{escaped(title)}</summary>{table}</details>")
+    return "".join(parts)
+
+
+def cost_section(federated: Sequence[Record]) -> str:
+    """Time, padding and cohort by round."""
+    panels = []
+    seconds = {
+        name: series_of(federated, "round", "seconds", key)
+        for key, name in (("round", "whole round"), ("data", "waiting for data"))
+    }
+    if any(curve[0].size for curve in seconds.values()):
+        panels.append(("Seconds a round", seconds, 1.0))
+    padding = series_of(federated, "round", "padding_fraction")
+    if padding[0].size:
+        panels.append(("Padding, % of the frames computed", {"": padding}, 100.0))
+    cohort = series_of(federated, "round", "cohort")
+    if cohort[0].size:
+        panels.append(("Users in the round", {"": cohort}, 1.0))
+    if not panels:
+        return missing_text("Time and padding are not logged in this run.")
+
+    def draw() -> Any:
+        figure, all_axes = new_figure(len(panels), height=3.0)
+        for axes, (title, curves, scale) in zip(all_axes, panels, strict=True):
+            for color, (label, (x, y)) in zip(colors_from(0), curves.items(), strict=False):
+                draw_line(axes, x, y * scale, color=color, label=label or None)
+            top = max((y * scale).max() for _, y in curves.values() if y.size)
+            # The first rounds compile: they would flatten the rest.
+            usual = max(np.quantile(y * scale, 0.98) for _, y in curves.values() if y.size)
+            axes.set_ylim(0, 1.15 * (usual if top > 3 * usual > 0 else top) or 1.0)
+            axes.set_title(title)
+            axes.set_xlabel("round")
+            draw_legend(axes)
+        return figure
+
+    return html_image(draw, "time, padding and cohort by round") + note_text(
+        "Waiting for data should be a small part of a round. Padding is work spent on empty frames "
+        "and empty places in a chunk. Under Poisson sampling the number of users varies from round "
+        "to round; the mean is still taken over the expected number. Rounds that compile may "
+        "exceed the frame."
+    )

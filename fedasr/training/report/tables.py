@@ -1,0 +1,217 @@
+"""The report's tables, as HTML."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedasr.privacy import ledger
+from fedasr.training.logging import from_json
+from fedasr.training.report.read import Record, mapping_at, number_at
+from fedasr.training.report.words import (
+    as_text,
+    delta_text,
+    duration_text,
+    epsilon_cell,
+    escaped,
+    missing_text,
+    note_text,
+    percent_text,
+)
+
+
+def html_table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
+    """Rows of a name and values; numbers align to the right."""
+    head = "<tr>" + "".join(f"<th>{escaped(h)}</th>" for h in header) + "</tr>" if header else ""
+    body = []
+    for name, *values in rows:
+        cells = "".join(
+            f'<td class="number">{escaped(as_text(v))}</td>'
+            if isinstance(v, int | float)
+            else f"<td>{escaped(as_text(v))}</td>"
+            for v in values
+        )
+        body.append(f"<tr><th>{escaped(name)}</th>{cells}</tr>")
+    return f"<table>{head}{''.join(body)}</table>"
+
+
+def summary_table(summary: Record) -> str:
+    """The summary's results."""
+    if not summary:
+        return missing_text("No summary.json.")
+    rows = []
+    for key, name in (
+        ("rounds", "Rounds"),
+        ("cohort", "Users a round (expected cohort)"),
+        ("population", "Users that train (population)"),
+        ("parameters", "Model parameters"),
+    ):
+        if summary.get(key) is not None:
+            rows.append((name, summary[key]))
+    if local := mapping_at(summary, "local"):
+        rows.append(
+            (
+                "Of these local to every user (never sent, summed or covered by epsilon)",
+                local.get("parameters"),
+            )
+        )
+        rows.append(("Users with local parameters of their own", local.get("users")))
+    for key, name in (("wer", "Word error rate"), ("cer", "Character error rate")):
+        for split in mapping_at(summary, key):
+            rows.append((f"{name}, {split}", percent_text(number_at(summary, key, split))))
+    initial = summary.get("initial_wer")
+    initial = initial if isinstance(initial, Mapping) else {"": initial}
+    for split, value in initial.items():
+        if value is not None:
+            name = "Word error rate before federated training" + (f", {split}" if split else "")
+            rows.append((name, percent_text(number_at({"": value}, ""))))
+    seconds = number_at(summary, "wall_seconds")
+    for name, value in (
+        ("Wall time", None if seconds is None else duration_text(seconds)),
+        ("Client steps per second", number_at(summary, "client_steps_per_second")),
+        ("Device", summary.get("device")),
+    ):
+        if value is not None:
+            rows.append((name, value))
+    return html_table(rows)
+
+
+def clients_table(summary: Record) -> str:
+    """Bytes of a client, by method."""
+    rows = summary.get("clients") if isinstance(summary, Mapping) else None
+    if not rows:
+        return missing_text("The summary does not say.")
+    names = {
+        "down_bytes": "received (MB)",
+        "up_bytes": "sent (MB)",
+        "parameter_bytes": "parameters held (MB)",
+        "peak_bytes": "peak memory (MB)",
+    }
+    shown = [key for key in names if any(row.get(key) is not None for row in rows)]
+    table = html_table(
+        ((row["method"], *(f"{row[key] / 1e6:,.2f}" for key in shown)) for row in rows),
+        ("per client and round", *(names[key] for key in shown)),
+    )
+    return table + note_text(
+        "Bytes are expected values over random subsets. Memory is the compiler's figure for the "
+        "program of one client and one gradient."
+    )
+
+
+def privacy_tables(summary: Record, privacy: Record) -> str:
+    """The guarantee as simulated and as deployed, and what it rests on."""
+    delta = delta_text(privacy)
+    sampling, accountant = privacy.get("sampling"), privacy.get("accountant")
+    rows = [
+        (
+            "as simulated",
+            summary.get("cohort"),
+            summary.get("population"),
+            summary.get("rounds"),
+            epsilon_cell(privacy),
+        )
+    ]
+    extrapolations = privacy.get("extrapolations")
+    for item in extrapolations if isinstance(extrapolations, list) else []:
+        if isinstance(item, Mapping):
+            keys = ("cohort", "population", "rounds")
+            rows.append(("extrapolated", *(item.get(key) for key in keys), epsilon_cell(item)))
+    settings = [
+        (name, privacy[key])
+        for key, name in (
+            ("clip_norm", "Clip norm C of a user's update"),
+            ("budget", "Clipping budget across layers"),
+            ("sigma", "Noise on the mean, in units of C (sigma)"),
+            ("noise_multiplier", "Noise multiplier (noise on the sum, in units of C)"),
+            (
+                "noise_over_sensitivity",
+                "Noise on the sum, in units of what one user can change in it",
+            ),
+        )
+        if privacy.get(key) is not None
+    ]
+    adaptive = mapping_at(privacy, "adaptive")
+    if adaptive:
+        bounds = (
+            f"adaptive: they follow the {as_text(adaptive.get('quantile'))} quantile of the users' "
+            "norms, from C on; noise on the votes, in units of what one user can change: "
+            f"{as_text(adaptive.get('noise_multiplier'))}, part of ε"
+        )
+        settings.append(("Clipping bounds", bounds))
+    header = ("", "users a round", "population", "rounds", f"ε at δ = {delta}")
+    explanation = (
+        "As simulated: the guarantee to the users whose speech really trained this model. With few "
+        "users a round, noise that lets a model learn gives a weak one. Extrapolated: what the "
+        "same clipping and the same noise on the mean (sigma) would guarantee in a deployment with "
+        "the cohort, population and rounds in that line. It assumes that users are sampled at "
+        "random in that proportion and that the model learns there as it did here."
+    )
+    if isinstance(privacy.get("not_covered"), list):
+        explanation += " Not covered: " + as_text("; ".join(map(str, privacy["not_covered"]))) + "."
+    compared = as_text(privacy.get("neighbours"))
+    for item in extrapolations if isinstance(extrapolations, list) else []:
+        theirs = as_text(item.get("neighbours")) if isinstance(item, Mapping) else compared
+        if theirs not in compared:
+            compared += f"; extrapolated: {theirs}"
+    how = (
+        f"ε compares: {compared}. "
+        f"Sampling: {as_text(sampling)}. Accountant: {as_text(accountant)}. δ = {delta}."
+    )
+    if (tails := number_at(privacy, "delta_at_tails")) is not None:
+        how += f" What lies beyond the end of the noise's tails adds at most {tails:.1g} to δ."
+    if shares := mapping_at(privacy, "secure_aggregation"):
+        central = number_at(mapping_at(shares, "central"), "epsilon")
+        how += (
+            f" The noise is Skellam, in shares that clients add before they send "
+            f"{as_text(shares.get('bits'))} bits a coordinate; with Gaussian noise of the same "
+            f"variance, added by a trusted server, ε would be {as_text(central)}."
+        )
+    described = from_json(dict(mapping_at(privacy, "ledger")))
+    return (
+        html_table(rows, header)
+        + f'<p class="note">{escaped(explanation)}</p><p>{escaped(how)}</p>'
+        + "".join(f"<p>{escaped(line)}</p>" for line in ledger.in_words(described))
+        + _ledger_table(described)
+        + html_table(settings)
+    )
+
+
+def _ledger_table(described: Record) -> str:
+    """The runs behind the model that the run started from."""
+    earlier = described.get("earlier") or []
+    keys = ("run", "stage", "rounds", "users", "epsilon")
+    rows = [[epsilon_cell(e) if key == "epsilon" else e.get(key) for key in keys] for e in earlier]
+    header = ("earlier run", "stage", "rounds or steps", "users", "ε of its own")
+    return html_table(rows, header) if rows else ""
+
+
+def left_out_table(federated: Sequence[Record], summary: Record) -> str:
+    """Utterances and updates that do not count."""
+    parts = []
+    skipped = mapping_at(summary, "skipped_utterances")
+    if skipped and any(skipped.values()):
+        parts.append(html_table(skipped.items(), ("utterances skipped because", "number")))
+    elif "skipped_utterances" in summary:
+        parts.append("<p>No utterance was skipped.</p>")
+    else:
+        parts.append(missing_text("Skipped utterances are not known yet."))
+    invalid = number_at(summary, "invalid_client_updates")
+    if invalid is None:
+        counts = [number_at(r, "invalid_client_updates") for r in federated]
+        counts = [c for c in counts if c is not None]
+        invalid = sum(counts) if counts else None
+    if invalid is None:
+        parts.append(missing_text("Invalid client updates are not known yet."))
+    else:
+        parts.append(
+            "<p>Client updates that were not finite and so counted as zero: "
+            f"<b>{int(invalid):,}</b>.</p>"
+        )
+    return "".join(parts)
+
+
+def configuration_text(config: Record) -> str:
+    """All fields, folded."""
+    if not config:
+        return missing_text("No config.json.")
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    return f"<details><summary>All fields</summary><pre>{escaped(text)}</pre></details>"

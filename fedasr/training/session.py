@@ -1,0 +1,206 @@
+"""What the stages of a run share: its parts, log, checkpoints, evaluation, totals and ledger."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedasr.data.corpus import find_users
+from fedasr.federated import hosts
+from fedasr.federated.local import LocalStore
+from fedasr.federated.server import ServerState
+from fedasr.models.recogniser import Recogniser
+from fedasr.privacy import ledger
+from fedasr.privacy.ledger import Users
+from fedasr.streams import make_root, public_name
+from fedasr.training import ledgers
+from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
+from fedasr.training.checkpoint import Checkpointer, CheckpointReader
+from fedasr.training.config import Config
+from fedasr.training.evaluation import Evaluator
+from fedasr.training.interrupts import StopFlag
+from fedasr.training.logging import RunLogger, say, to_json
+from fedasr.training.rows import LOCAL_FOLDER
+from fedasr.training.totals import Totals
+from fedasr.training.trainers import Trainer
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its directory can be resumed."""
+
+
+def message(text: str, logger: RunLogger | None = None) -> None:
+    """Says it once, whatever the number of processes; to the log as soon as there is one."""
+    if hosts.is_leader():
+        logger.message(text) if logger else say(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The objects of a run, made from its configuration.
+
+    Attributes:
+      config: of the run.
+      data: its corpora.
+      recogniser: its model.
+      devices: of all processes; own_devices: of this one. What is not spread over processes is done
+        by each, and alike.
+      evaluator: of its parameters.
+      store: the users' local parameters; None if there are none.
+    """
+
+    config: Config
+    data: corpora.Data
+    recogniser: Recogniser
+    devices: Sequence[jax.Device]
+    own_devices: Sequence[jax.Device]
+    evaluator: Evaluator
+    store: LocalStore | None
+
+    @property
+    def seed_steps(self) -> int:
+        """Steps of central training before the main stage."""
+        return self.config.seed_training.steps if self.data.seed else 0
+
+
+def make_parts(config: Config, directory: Path, workdir: Path) -> Parts:
+    """Makes the objects of a run.
+
+    Args:
+      config: of the run.
+      directory: of the prepared data.
+      workdir: where local parameters lie.
+
+    Raises:
+      UserError: for data that does not fit the configuration, or settings that make no sense.
+    """
+    recogniser, used = models.build_recogniser(config), devices.run_devices(config)
+    own = [device for device in used if device.process_index == jax.process_index()]
+    data = corpora.Data(directory, config, message)
+    pooled.check_central(config, data, own)
+    layout = models.local_layout(config)
+    evaluator = evaluators.make_evaluator(config, recogniser, data, own, layout)
+    store = None
+    if layout is not None:
+        prototype = config.local.prototype
+        store = LocalStore(workdir / LOCAL_FOLDER, layout, len(data.train.users), prototype)
+    return Parts(config, data, recogniser, used, own, evaluator, store)
+
+
+class Session:
+    """The state of one process's part of a run.
+
+    Checkpoints are numbered by the steps of the seed plus the units (rounds, or steps of the
+    central baseline) of the main stage; `stage` tells which state they hold.
+
+    Attributes:
+      parts: see there. trainer: of the main stage.
+      logs: where this process writes: the work directory in the leader; what others write is for
+        nobody.
+      checkpointer: writes them in the leader, reads them in others.
+      latest: number of the newest checkpoint at the start; None if there was none.
+      past: (entries, whether known) of the ledger that the run started with.
+      totals: what it adds up. initial, final: error rates by split, as soon as they are known.
+      name: of the run, which its root makes. history: of earlier ends.
+    """
+
+    logger: RunLogger
+
+    def __init__(
+        self, parts: Parts, trainer: Trainer, workdir: Path, logs: Path, stop: StopFlag
+    ) -> None:
+        self.parts, self.trainer, self.logs = parts, trainer, logs
+        self._stop, self._began = stop, time.monotonic()
+        self._known: dict[str, np.ndarray] = {}
+        self.totals = Totals()
+        self.initial: dict[str, Any] = {}
+        self.final: dict[str, Any] | None = None
+        self.history: list[dict[str, Any]] = []
+        config = parts.config
+        self.name = public_name(make_root(identities.run_identity(config)))
+        checkpoints = workdir / "checkpoints"
+        self.checkpointer: Checkpointer | CheckpointReader
+        if hosts.is_leader():
+            self.checkpointer = Checkpointer(checkpoints, config.checkpoint.keep)
+        else:
+            self.checkpointer = CheckpointReader(checkpoints)
+        self.latest = self.checkpointer.latest_step()
+        for folder, why in getattr(self.checkpointer, "damaged", {}).items():
+            self.message(f"warning: {why}; it was set aside as {folder.name}")
+        newest = None if self.latest is None else checkpoints / str(self.latest)
+        self.past = ledgers.runs_before(config, newest)
+
+    def message(self, text: str) -> None:
+        """One line for people."""
+        message(text, getattr(self, "logger", None))
+
+    def wall_seconds(self) -> float:
+        """Of the whole run, whatever stopped it in between."""
+        return self.totals.wall_seconds + time.monotonic() - self._began
+
+    def save(self, stage: str, units: int, state: ServerState) -> None:
+        """Writes a checkpoint."""
+        seed_steps, store = self.parts.seed_steps, self.parts.store
+        earlier, known = self.past
+        metadata = {
+            "stage": stage,
+            "units": units,
+            "config": self.parts.config.tree(),
+            "ledger": {
+                "known": known,
+                "earlier": ledger.to_data(earlier),
+                "own": ledger.to_data(self.own_entries(stage, units)),
+            },
+            "totals": dataclasses.asdict(self.totals) | {"wall_seconds": self.wall_seconds()},
+            "initial": to_json(self.initial),
+        }
+        if store is not None:
+            metadata["local_users"] = int(store.known.sum())
+            store.flush()
+        number = units if stage == "seed" else seed_steps + units
+        self.checkpointer.save(number, state, metadata)
+        if store is not None and (oldest := self.checkpointer.oldest_step()) is not None:
+            store.release(oldest - seed_steps)
+
+    def own_entries(self, stage: str, units: int) -> list[ledger.Entry]:
+        """What this run's users have been charged for, by stage."""
+        entries, seed_steps, corpus = [], self.parts.seed_steps, self.parts.data.seed
+        if corpus is not None and seed_steps:
+            steps = units if stage == "seed" else seed_steps
+            seed = Users.of(corpus.users)
+            entries.append(ledger.without_privacy(self.name, "seed", steps, seed))
+        return entries if stage == "seed" else [*entries, self.trainer.entry(self.name, units)]
+
+    def check_stop(self, stage: str, units: int, state: ServerState) -> None:
+        """Raises Interrupted, after a checkpoint, if the run was asked to stop."""
+        if hosts.any_process(self._stop.requested):
+            self.save(stage, units, state)
+            self.checkpointer.wait()
+            hosts.wait_for_all("stopped")
+            raise Interrupted(f"stopped in {stage} at {units}: run the same command to go on")
+
+    def evaluate(
+        self, params: Any, splits: Sequence[str] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Error rates by split, of those that there are; None for all."""
+        corpora = self.parts.data.evaluation
+        if jax.process_count() > 1:
+            params = hosts.on_host(params)
+        return {
+            split: self.parts.evaluator(params, corpora[split], self._rows(params, split))
+            for split in (corpora if splits is None else splits)
+            if split in corpora
+        }
+
+    def _rows(self, params: Any, split: str) -> Any:
+        """From a split's users to their local parameters; None if there are none."""
+        data, store = self.parts.data, self.parts.store
+        if store is None:
+            return None
+        if split not in self._known:
+            self._known[split] = find_users(data.train, data.evaluation[split])
+        return store.rows_of(self._known[split], params)

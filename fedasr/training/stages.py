@@ -1,0 +1,98 @@
+"""The stages of a run, from wherever its last checkpoint is: seed, main stage, summary, report."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from fedasr.federated import hosts
+from fedasr.training import rows, summaries
+from fedasr.training.builders import models
+from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
+from fedasr.training.logging import RunLogger, say, write_json_atomic
+from fedasr.training.report import write_report
+from fedasr.training.session import Interrupted, Session
+from fedasr.training.sinks import Sink
+from fedasr.training.totals import Totals
+from fedasr.training.trainers.central import train_seed
+from fedasr.training.workdir import SUMMARY_FILE
+
+_REPORT_SECONDS = 300.0  # that the run waits for its plots
+
+
+def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
+    """All that is left to do of a run.
+
+    Args:
+      session: of the run.
+      start: parameters in place of the seed's; None if there are none, or the run has begun.
+
+    Returns:
+      The summary, also in the session's folder.
+
+    Raises:
+      Interrupted: the run was asked to stop; a checkpoint has all of it.
+    """
+    latest = session.latest
+    stage, units = "seed", 0
+    if latest is not None:
+        metadata = checkpoint_metadata(session.checkpointer.directory / str(latest))
+        stage, units = metadata["stage"], metadata["units"]
+        session.totals = Totals(**metadata["totals"])
+        session.initial = metadata["initial"]
+    stream = None if hosts.is_leader() else io.StringIO()
+    session.logger = RunLogger(session.logs, *_logged(session, stage, units), stream=stream)
+    try:
+        with session.logger, session.checkpointer:
+            if latest is not None:
+                session.message(f"resuming in stage {stage!r} at {units}")
+            params = None
+            if stage == "seed":
+                params = train_seed(session, latest, units) if start is None else start
+                latest, units = None, 0
+            summary = _main(session, params, latest, units, start)
+    except Interrupted:
+        write_json_atomic(session.logs / SUMMARY_FILE, summaries.of_interrupted(session))
+        raise
+    write_json_atomic(session.logs / SUMMARY_FILE, summary)
+    if hosts.is_leader() and (problem := make_report(session.logs)):
+        summary["side_channel_failures"]["report"] = problem
+        write_json_atomic(session.logs / SUMMARY_FILE, summary)
+    return summary
+
+
+def _logged(session: Session, stage: str, units: int) -> tuple[int | None, int | None]:
+    """(rounds, steps) that the log has seen; None for a start."""
+    if session.latest is None:
+        return None, None
+    if stage == "seed":
+        return -1, units  # not even round 0 (the evaluation before the first round) is done
+    return session.trainer.logged(units, session.parts.seed_steps)
+
+
+def _main(
+    session: Session, params: Any, latest: int | None, units: int, start: Any
+) -> dict[str, Any]:
+    """The main stage; then the summary."""
+    parts = session.parts
+    if parts.store is not None:
+        parts.store.restore(units)
+        if latest is not None:
+            rows.check_rows(parts.store, session.checkpointer.directory / str(latest))
+    if params is None:
+        params = models.initial_params(parts.recogniser, parts.config)
+    if latest is None:
+        session.initial = session.evaluate(params)
+        session.message("before: " + summaries.wer_line(session.initial))
+    state = session.trainer.train(session, params, latest, units)
+    session.checkpointer.wait()
+    return summaries.of_run(session, state, seeded=parts.seed_steps > 0 and start is None)
+
+
+def make_report(workdir: Path) -> str:
+    """Writes the report; returns what is wrong if it cannot be written, or takes too long."""
+    problems: dict[str, str] = {}
+    sink = Sink("report", problems.__setitem__, _REPORT_SECONDS)
+    sink(write_report, workdir)
+    if problems:
+        say(f"warning: no report: {problems['report']}")
+    return problems.get("report", "")

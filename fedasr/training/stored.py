@@ -1,0 +1,292 @@
+"""Reading what checkpoints hold: parameters, metadata, and whether all is as it was saved.
+
+See `fedasr.training.checkpoint` for what a checkpoint is.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedasr.errors import UserError
+from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
+
+PyTree = Any
+
+STATE, METADATA, CHECKSUMS = "state", "metadata", "checksums"
+# Written by orbax inside every complete step folder.
+_STEP_MARKER = "_CHECKPOINT_METADATA"
+# Paths that mean themselves to every library: others may be taken for patterns or escapes.
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.+=,-]*")
+
+
+def restore_params(path: str | Path) -> PyTree:
+    """The model parameters of a checkpoint, without knowing the model.
+
+    Args:
+        path: a work directory, its `checkpoints/` folder (both stand for the latest checkpoint in
+            them) or the folder of one checkpoint.
+
+    Returns:
+        The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.
+
+    Raises:
+        UserError: if there is no complete checkpoint at `path`, or none with parameters.
+    """
+    folder = find_step(path)
+    tree = read_shapes(folder)
+    if not isinstance(tree, Mapping) or not jax.tree.leaves(tree.get("params")):
+        raise UserError(
+            f"the checkpoint {folder} holds no model parameters: give the work directory of a "
+            "training run"
+        )
+    return read_arrays(folder, {"params": tree["params"]})["params"]
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata saved with a checkpoint; `path` and errors as in `restore_params`."""
+    return read_json(find_step(path))
+
+
+def verify(folder: Path) -> None:
+    """Reads one checkpoint and compares it with its checksums, if it has any.
+
+    Raises:
+        UserError: it cannot be read, or holds something else than was saved.
+    """
+    metadata = read_json(folder)
+    arrays = by_path(read_arrays(folder, read_shapes(folder)))
+    if (expected := read_checksums(folder)) is None:
+        return
+    found = digests(arrays, metadata)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise unreadable(folder, OSError(f"{name} is not what was saved"))
+
+
+def digests(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 by path of kind, shape and bytes, and of the metadata as "metadata"."""
+    digests = {"metadata": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())}
+    for path, leaf in arrays.items():
+        value = np.ascontiguousarray(leaf)
+        head = f"{value.dtype} {np.shape(leaf)} ".encode()
+        digests[f"state/{path}"] = digest = hashlib.sha256(head)
+        digest.update(value.view(np.uint8) if value.size and value.ndim else value.tobytes())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+@contextlib.contextmanager
+def plain_path(path: str | Path) -> Iterator[Path]:
+    """The same folder by a path that no library takes for a pattern.
+
+    Orbax looks for files by patterns made of its folder's path, so that brackets in it hide what it
+    has written. Where a path is not plain, a symbolic link in a temporary folder leads there.
+
+    Args:
+        path: of a folder that exists.
+
+    Raises:
+        UserError: no folder for temporary files has a plain path.
+    """
+    path = Path(path).absolute()
+    if _PLAIN_PATH.fullmatch(str(path)):
+        yield path
+        return
+    places = [p for p in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")]
+    for place in filter(_PLAIN_PATH.fullmatch, places):
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="fedasr-", dir=place)
+        except OSError:
+            continue
+        with folder as name:
+            link = Path(name) / "link"
+            link.symlink_to(path, target_is_directory=True)
+            yield link
+        return
+    raise UserError(
+        f"{path} has characters that a library takes for a pattern, and no folder for temporary "
+        "files can hold a link to it: set TMPDIR to one with a plain path"
+    )
+
+
+def is_step(folder: Path) -> bool:
+    """Whether it is a complete checkpoint."""
+    return (folder / _STEP_MARKER).is_file() and (folder / STATE).is_dir()
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Numbers of the complete checkpoints in a folder, which may be missing."""
+    folders = directory.iterdir() if directory.is_dir() else ()
+    return [int(f.name) for f in folders if f.name.isdecimal() and is_step(f)]
+
+
+def step_folders(directory: str | Path) -> list[Path]:
+    """The complete checkpoints in a folder, which may be missing, the oldest first."""
+    return [Path(directory) / str(step) for step in sorted(saved_steps(Path(directory)))]
+
+
+def has_checkpoint(path: str | Path) -> bool:
+    """Whether there is a complete checkpoint at a path as `restore_params` takes it."""
+    path = Path(path).absolute()
+    return is_step(path) or any(map(saved_steps, (path / "checkpoints", path)))
+
+
+def find_step(path: str | Path) -> Path:
+    """The folder of a checkpoint, by a path as `restore_params` takes it."""
+    path = Path(path).absolute()
+    if is_step(path):
+        return path
+    for parent in (path / "checkpoints", path):
+        if found := saved_steps(parent):
+            return parent / str(max(found))
+    raise UserError(
+        f"no checkpoint in {path}: give a work directory, its checkpoints folder or the folder of "
+        "one checkpoint"
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, short and on one line."""
+    reason = str(error)
+    if "o space left" in reason:
+        return os.strerror(28)
+    reason = " ".join(reason.split())
+    return f"{type(error).__name__}: {reason}"[:200]
+
+
+def unreadable(folder: Path, error: Exception) -> UserError:
+    """Says so, and how to go on."""
+    return UserError(
+        f"the checkpoint {folder} cannot be read ({reason_of(error)}): remove that "
+        "folder to use an earlier checkpoint"
+    )
+
+
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """None of a checkpoint that was saved without."""
+    import orbax.checkpoint as ocp
+
+    if not (folder / CHECKSUMS).exists():
+        return None
+    try:
+        with plain_path(folder) as plain:
+            return ocp.JsonCheckpointHandler().restore(plain / CHECKSUMS)
+    except Exception as error:
+        raise unreadable(folder, error) from error
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """The metadata in a checkpoint's folder."""
+    import orbax.checkpoint as ocp
+
+    try:
+        with plain_path(folder) as plain:
+            metadata = ocp.JsonCheckpointHandler().restore(plain / METADATA)
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no object")
+        return metadata
+    except Exception as error:
+        raise unreadable(folder, error) from error
+
+
+def read_shapes(folder: Path) -> PyTree:
+    """Nested dicts and lists of objects with `shape` and `dtype`; no array is read."""
+    import orbax.checkpoint as ocp
+
+    try:
+        with plain_path(folder) as plain:
+            return ocp.PyTreeCheckpointHandler().metadata(plain / STATE).tree
+    except Exception as error:
+        raise unreadable(folder, error) from error
+
+
+def read_arrays(folder: Path, tree: PyTree) -> PyTree:
+    """The numpy arrays of `tree`, which is `read_shapes` of the folder or a part of it."""
+    import orbax.checkpoint as ocp
+
+    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    try:
+        with plain_path(folder) as plain:
+            return ocp.PyTreeCheckpointHandler().restore(
+                plain / STATE,
+                args=ocp.args.PyTreeRestore(
+                    item=tree,
+                    restore_args=jax.tree.map(lambda _: as_numpy, tree),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:
+        raise unreadable(folder, error) from error
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path; the same for a NamedTuple or tuple as for the dict or list orbax reads."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
+    if not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    return tuple(leaf.shape), np.dtype(leaf.dtype)
+
+
+def fit(folder: Path, like: PyTree, added: Collection[str] = ()) -> PyTree:
+    """The state in a checkpoint's folder, see `fedasr.training.checkpoint.Checkpointer.restore`."""
+    tree = read_shapes(folder)
+    saved, wanted = by_path(tree), by_path(like)
+    filled = {
+        name
+        for name in wanted.keys() - saved.keys()
+        if any(name == path or name.startswith(f"{path}/") for path in added)
+    }
+
+    def misfit(difference: str) -> UserError:
+        return UserError(
+            f"the checkpoint {folder} does not fit this model: {difference}; use the configuration "
+            "it was saved with or another work directory"
+        )
+
+    for name, leaf in wanted.items():
+        if name in filled:
+            continue
+        if name not in saved:
+            raise misfit(f"it has no {name}")
+        for what, here, there in zip(
+            ("shape", "dtype"), _shape_dtype(leaf), _shape_dtype(saved[name]), strict=True
+        ):
+            if here != there:
+                raise misfit(f"the {what} of {name} is {there} in it, {here} in the model")
+    for name in saved:
+        if name not in wanted:
+            raise misfit(f"the model has no {name}")
+
+    arrays = by_path(read_arrays(folder, tree))
+    leaves = [
+        leaf if name in filled else _as_kind(arrays[name], leaf) for name, leaf in wanted.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _as_kind(value: np.ndarray, like: Any) -> Any:
+    if isinstance(like, bool | int | float):
+        return type(like)(value)
+    if isinstance(like, np.ndarray | np.generic):
+        return value if isinstance(like, np.ndarray) else value[()]
+    # 64-bit values do not fit a jax array unless x64 is enabled.
+    if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        return value
+    sharding = like.sharding if getattr(like, "committed", True) else None
+    # A copy: on a CPU jax may otherwise share, and then donate, memory that numpy owns.
+    return jnp.array(value) if sharding is None else jax.device_put(value.copy(), sharding)

@@ -1,0 +1,102 @@
+"""What fields of a configuration may hold, where a range or a list of names does not say it.
+
+Each `check_...` takes a value of any kind and returns what is wrong with it ("must be ..."), or
+None. What takes JAX to import is imported when it is asked for.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fedasr.errors import UserError
+from fedasr.fields import is_number
+
+
+def optimizers() -> list[str]:
+    """Names of optimisers."""
+    from fedasr.federated.server import SERVER_OPTIMIZERS
+
+    return list(SERVER_OPTIMIZERS)
+
+
+def models() -> list[str]:
+    """Names of recognisers."""
+    from fedasr.models.recogniser import model_configs
+
+    return list(model_configs())
+
+
+def tasks() -> list[str]:
+    """Names of synthetic corpora."""
+    from fedasr.data import synthetic
+
+    return synthetic.tasks()
+
+
+def prototypes() -> list[str]:
+    """What a new user's local parameters may start from."""
+    from fedasr.federated.local import PROTOTYPES
+
+    return list(PROTOTYPES)
+
+
+def check_chunk(value: Any) -> str | None:
+    """Of a number of clients that are computed together."""
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1_000_000
+    return None if good or value == "auto" else "must be a number from 0, or 'auto'"
+
+
+def check_split(value: Any) -> str | None:
+    """Of the name of a split."""
+    from fedasr.data.splits import can_open
+
+    if not isinstance(value, str):
+        return "must be the name of a split"
+    try:
+        can_open(value, ())
+    except UserError as error:
+        return f"is no split: {error}"
+    return None
+
+
+def check_format(value: Any) -> str | None:
+    """Of the name of a float format."""
+    from fedasr.compression.formats import FloatFormat
+
+    if not isinstance(value, str):
+        return "must be the name of a float format"
+    try:
+        FloatFormat.parse(value) if value else None
+    except UserError as error:
+        return f"is no float format: {error}"
+    return None
+
+
+def check_pattern(value: Any) -> str | None:
+    """Of a regular expression."""
+    if not isinstance(value, str) or not value:
+        return "must be a regular expression"
+    try:
+        re.compile(value)
+    except re.error as error:
+        return f"is no regular expression: {error}"
+    return None
+
+
+def check_deployment(value: Any) -> str | None:
+    """Of a cohort and a population."""
+    good = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
+    if not good or not 0 < value[0] <= value[1] <= 1e12:
+        return "is not (cohort, population)"
+    return None if value[1] == math.floor(value[1]) else "must have whole users in its population"
+
+
+def check_options(value: Any) -> str | None:
+    """Options of an optimiser or model, by name; what they mean is for these to check."""
+    if not isinstance(value, Mapping):
+        return "must be options by name"
+    for name, option in value.items():
+        if not isinstance(option, bool | str) and not is_number(option):
+            return f"has {name}={option!r}, which must be a finite number, a name, True or False"
+    return None
