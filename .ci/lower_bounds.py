@@ -1,4 +1,4 @@
-"""Prints setup.py's lower bounds as pins, for a smoke test with the oldest versions that it takes."""
+"""Prints setup.py's lower bounds as pins, for a test with the oldest versions it takes."""
 
 import re
 import sys
