@@ -12,6 +12,7 @@ with noise, and is clipped as ever: whatever it remembers, the sum without it di
 A prototype made of other clients' rows would be such another path; see `LocalStore`.
 """
 
+import collections
 import dataclasses
 import math
 import os
@@ -30,6 +31,7 @@ from fedasr.federated.subset import keep, matches, merge
 PROTOTYPES = ("init", "mean", "last")
 ROWS_FILE, SLOTS_FILE = "rows.f32", "slots.i64"
 _PAIR = 16  # bytes of a record of the slots' file
+_AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
 _BLOCK = 4096  # rows read at a time for a mean
 
 # (params, row, ...) -> (delta of the shared variables, metrics, new row); else as `ClientUpdate`.
@@ -342,6 +344,51 @@ class LocalStore:
             if not (got := self._rows.readinto(view[done:])):
                 raise UserError(f"{self.folder / ROWS_FILE} is shorter than {SLOTS_FILE} says")
             done += got
+
+
+class CohortRows:
+    """The cohort's local parameters on their way from the store to the devices and back.
+
+    Args:
+      store: with the rows of `round`.
+      round, params: of the server's state.
+
+    Raises:
+      UserError: the store's rows are those of another round.
+    """
+
+    def __init__(self, store: LocalStore, round: int, params: Params) -> None:
+        if store.round != round:
+            raise UserError(
+                f"the local parameters are those after round {store.round}, the model is that "
+                f"after round {round}: restore them to it"
+            )
+        store.discard()  # of a round that was begun and not ended
+        self._store = store
+        self._init = np.asarray(store.layout.extract(params))  # the server leaves it alone
+        self._pending: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
+
+    def gather(self, users: np.ndarray) -> np.ndarray:
+        """float32 [clients, n]; zeros for empty slots (user -1)."""
+        rows = np.zeros((len(users), len(self._init)), np.float32)
+        rows[users >= 0] = self._store.gather(users[users >= 0], self._init)
+        return rows
+
+    def take_back(self, users: np.ndarray, rows: jax.Array) -> None:
+        """Writes a chunk's new rows, when the devices have the next chunks in hand."""
+        self._pending.append((users, rows))
+        if len(self._pending) > _AHEAD:
+            self._write_next()
+
+    def commit(self) -> None:
+        """Ends the round."""
+        while self._pending:
+            self._write_next()
+        self._store.commit()
+
+    def _write_next(self) -> None:
+        users, rows = self._pending.popleft()
+        self._store.write(users[users >= 0], np.asarray(rows)[users >= 0])
 
 
 def remove_rows(folder: str | Path) -> None:

@@ -6,11 +6,12 @@ import jax
 
 from fedasr.errors import UserError
 from fedasr.federated import chunks
+from fedasr.federated.algorithms import algorithm_by_name
 from fedasr.federated.client import Loss
-from fedasr.federated.cohort import client_mesh, replicated
+from fedasr.federated.cohort import replicated
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import LocalStore
 from fedasr.federated.simulation import Simulation
-from fedasr.models.recogniser import ARRAYS
 from fedasr.training.builders import (
     batches,
     clients,
@@ -30,6 +31,7 @@ def make_simulation(
     devices: Sequence[jax.Device],
     store: LocalStore | None = None,
     chunk: int | None = None,
+    algorithm: str = "fedavg",
 ) -> Simulation:
     """The federated rounds of a configuration.
 
@@ -38,6 +40,7 @@ def make_simulation(
       store: the users' local parameters, if the configuration has any.
       chunk: in place of the configuration's. That may be "auto": 1 on a CPU, where it is fastest,
         otherwise as many clients as the devices' memory holds.
+      algorithm: of `fedasr.federated.algorithms.ALGORITHMS`.
 
     Raises:
       UserError: for settings that make no sense together.
@@ -47,23 +50,20 @@ def make_simulation(
     sampler = mechanisms.make_sampler(config, len(data.train.users))
 
     def build(chunk: int) -> Simulation:
+        hardware = Hardware(devices, config.model_devices, chunk)
         return Simulation(
             data.train,
             mechanisms.make_mechanism(config, sampler, models.sent_parameters(config)),
-            clients.make_client_update(config, optimizers.local_update(config), loss),
-            optimizers.server_optimizer(config),
-            batches.local_batches(config),
+            algorithm_by_name(algorithm)(
+                clients.make_client_update(config, optimizers.local_update(config), loss),
+                optimizers.server_optimizer(config),
+                trained=models.trained_variables(config),
+                store=store,
+            ),
+            batches.make_batching(config, data.grid, data.resident(replicated(hardware.mesh()))),
+            hardware=hardware,
             seed=config.seed,
             identity=identities.run_identity(config),
-            chunk=chunk,
-            buckets=data.grid,
-            devices=devices,
-            model_devices=config.model_devices,
-            keep=ARRAYS,
-            trained=models.trained_variables(config),
-            store=store,
-            micro_batch=config.client.micro_batch,
-            resident=data.resident(replicated(client_mesh(devices, config.model_devices))),
         )
 
     chunk = config.chunk if chunk is None else chunk
