@@ -16,9 +16,10 @@ from fedasr.federated.cohort import Weigh
 from fedasr.federated.local import LocalStore
 
 # name: "module:function or class", called as
-# make(client_update, server_optimizer, *, trained=None, store=None), see `Algorithm`.
+# make(client_update, server_optimizer, *, trained=None, store=None), see `Algorithm`. These names
+# are what the setting `algorithm` may be, beside "central".
 ALGORITHMS = {
-    "fedavg": "fedasr.federated.algorithms.fedavg:FedAvg",
+    "federated": "fedasr.federated.algorithms.fedavg:FedAvg",
 }
 
 

@@ -57,7 +57,7 @@ def local_layout(config: Config) -> Layout | None:
     Raises:
       UserError: see `fedasr.federated.local.make_layout`.
     """
-    if config.algorithm != "federated" or not (patterns := config.local.patterns):
+    if not config.has_rounds or not (patterns := config.local.patterns):
         return None
     shapes = variable_shapes(config)
     return make_layout(shapes, patterns, trained_variables(config))

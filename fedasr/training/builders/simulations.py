@@ -31,7 +31,6 @@ def make_simulation(
     devices: Sequence[jax.Device],
     store: LocalStore | None = None,
     chunk: int | None = None,
-    algorithm: str = "fedavg",
 ) -> Simulation:
     """The federated rounds of a configuration.
 
@@ -40,7 +39,6 @@ def make_simulation(
       store: the users' local parameters, if the configuration has any.
       chunk: in place of the configuration's. That may be "auto": 1 on a CPU, where it is fastest,
         otherwise as many clients as the devices' memory holds.
-      algorithm: of `fedasr.federated.algorithms.ALGORITHMS`.
 
     Raises:
       UserError: for settings that make no sense together.
@@ -54,7 +52,7 @@ def make_simulation(
         return Simulation(
             data.train,
             mechanisms.make_mechanism(config, sampler, models.sent_parameters(config)),
-            algorithm_by_name(algorithm)(
+            algorithm_by_name(config.algorithm)(
                 clients.make_client_update(config, optimizers.local_update(config), loss),
                 optimizers.server_optimizer(config),
                 trained=models.trained_variables(config),
