@@ -319,6 +319,19 @@ def make_cohort(
         axis_names={AXIS},
     )
 
+    return _jitted(one_client, sharded, mesh, local)
+
+
+def _jitted(
+    one_client: Callable[..., Any], sharded: Callable[..., Any], mesh: Mesh, local: bool
+) -> Cohort:
+    """The parts of a cohort's sum, compiled for where their arrays lie.
+
+    Args:
+      one_client: of which a client's sums are the shapes. sharded: adds a chunk's sums.
+      mesh, local: see `make_cohort`.
+    """
+
     def zeros(params, chunk):
         alone = chunk._replace(resident=None)
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), alone)
