@@ -1,7 +1,7 @@
 """A client as the cohort's sum maps it: an algorithm's, with local rows, scales and subsets."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +61,7 @@ def _for_all(weigh: Weigh | None, trained: Sequence[bool] | None) -> Weigh | Non
     return weigh_all
 
 
-def _without_scales(client_update: ClientUpdate) -> ClientUpdate:
+def _without_scales(client_update: Callable[..., Any]) -> Callable[..., Any]:
     """The same client update for a `ClientView`: local training knows nothing of bounds."""
 
     def update(view, *args, **kwargs):

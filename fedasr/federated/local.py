@@ -14,6 +14,7 @@ A prototype made of other clients' rows would be such another path; see `LocalSt
 
 import collections
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -169,7 +170,7 @@ class LocalStore:
                     (folder / name).touch()
             mode = "rb" if read_only else "r+b"
             self._rows, self._slots = (
-                (folder / name).open(mode, buffering=0) for name in (ROWS_FILE, SLOTS_FILE)
+                io.FileIO(folder / name, mode) for name in (ROWS_FILE, SLOTS_FILE)
             )
         except OSError as error:
             raise UserError(f"cannot open the local parameters in {folder}: {error}") from error
@@ -200,7 +201,7 @@ class LocalStore:
         written, user = self._records()[1:].T
         if not self._read_only:
             for slot in np.flatnonzero(written > round):
-                self._record(slot, 0, 0)
+                self._record(int(slot), 0, 0)
         used = np.flatnonzero((written > 0) & (written <= round))
         used = used[np.lexsort((written[used], user[used]))]
         last = np.diff(user[used], append=-1) != 0  # the last of each user's versions
@@ -264,7 +265,7 @@ class LocalStore:
             else:
                 slot, self._count = self._count, self._count + 1
             _write(self._rows, slot * row.nbytes, row)
-            self._record(slot, self.round + 1, int(user))
+            self._record(slot, self._next_round(), int(user))
             self._written.append((int(user), slot))
 
     def discard(self) -> None:
@@ -276,7 +277,7 @@ class LocalStore:
 
     def commit(self) -> None:
         """Ends the round: what was written is what `gather` reads."""
-        self.round += 1
+        self.round = self._next_round()
         for user, slot in self._written:
             if (old := int(self._slot[user])) >= 0:
                 self._old.append((self.round, old))
@@ -314,6 +315,11 @@ class LocalStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _next_round(self) -> int:
+        if self.round is None:
+            raise UserError("the local parameters are of no round yet: restore them to one")
+        return self.round + 1
+
     def _prototype(self, user: int, init: np.ndarray) -> np.ndarray:
         if self.prototype == "init" or not self.known.any():
             return init
@@ -338,7 +344,7 @@ class LocalStore:
 
     def _read(self, slot: int, row: np.ndarray) -> None:
         self._rows.seek(slot * row.nbytes)
-        view = memoryview(row).cast("B")
+        view = row.data.cast("B")
         done = 0
         while done < len(view):
             if not (got := self._rows.readinto(view[done:])):
@@ -405,7 +411,7 @@ def check_prototype(prototype: str) -> None:
 
 def _write(file: Any, offset: int, values: np.ndarray) -> None:
     file.seek(offset)
-    view = memoryview(values).cast("B")
+    view = values.data.cast("B")
     done = 0
     while done < len(view):
         done += file.write(view[done:])

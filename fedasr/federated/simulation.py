@@ -364,7 +364,7 @@ def _by_weight(mechanism: Mechanism) -> Callable[[CohortSum], Params]:
 
 def _numbers(mechanism: Mechanism) -> str:
     """The mechanism's numbers, alike in every process (functions have addresses)."""
-    said = [mechanism.clip_norm, mechanism.noise_multiplier, mechanism.normalise]
+    said: list[Any] = [mechanism.clip_norm, mechanism.noise_multiplier, mechanism.normalise]
     said += [mechanism.weighting, mechanism.description, mechanism.released]
     said += [mechanism.sampler.population, mechanism.sampler.expected_cohort]
     said += [getattr(mechanism.sampler, "seed", 0), mechanism.adaptive]

@@ -148,12 +148,12 @@ class CanaryCorpus:
         del user
         return {}
 
-    def get(self, user: int, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    def get(self, user: int, indices: Sequence[int]) -> list[Mapping[str, np.ndarray]]:
         """See `fedasr.data.corpus.Corpus`."""
         trials, canaries = self._presence.shape
         here = user < canaries
         presence = self._presence[:, user] if here else np.zeros(trials, np.float32)
-        canary = np.int32(user if here else 0)
+        canary = np.asarray(user if here else 0, np.int32)
         return [{"canary": canary, "presence": presence} for _ in indices]
 
 

@@ -64,9 +64,9 @@ def make_simulation(
             identity=identities.run_identity(config),
         )
 
-    chunk = config.chunk if chunk is None else chunk
-    if chunk != chunks.AUTO:
-        return build(chunk)
+    wanted = config.chunk if chunk is None else chunk
+    if isinstance(wanted, int):
+        return build(wanted)
     budget = None if config.client.micro_batch else chunks.device_budget(devices)
     if budget is None:
         return build(1)
