@@ -1,6 +1,7 @@
 """Who takes part, and the mechanism: what runs the privacy, and what accounts for it."""
 
 import math
+from typing import cast
 
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 from fedasr.errors import UserError
