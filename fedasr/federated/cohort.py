@@ -181,16 +181,6 @@ def _sums_over_devices(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     return sums
 
 
-class Compiled(Protocol):
-    """What `jax.jit` returns."""
-
-    def __call__(self, *args: Any) -> Any: ...
-
-    def lower(self, *args: Any) -> jax.stages.Lowered: ...
-
-    def _cache_size(self) -> int: ...
-
-
 class Cohort(NamedTuple):
     """The jitted parts of a cohort's sum.
 
@@ -202,7 +192,7 @@ class Cohort(NamedTuple):
     """
 
     zeros: Callable[[Params, Chunk], CohortSum]
-    add: Compiled
+    add: jax.stages.Wrapped
     total: Callable[[CohortSum], CohortSum]
 
 
@@ -317,7 +307,7 @@ def make_cohort(
         return (accumulator, own) if local else accumulator
 
     clients, whole = PartitionSpec(AXIS), PartitionSpec()
-    of_chunk = Chunk._make([clients] * len(Chunk._fields))._replace(resident=whole)
+    of_chunk = Chunk._make([*[clients] * (len(Chunk._fields) - 1), whole])  # resident: whole
     # check_vma=False: a user's loss may hold loops whose carry it would want annotated. The
     # devices of one client, if there are several, are left to the compiler.
     sharded = jax.shard_map(

@@ -314,7 +314,7 @@ class Simulation:
             sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
             view = _laid(view, model_sharding(self.mesh, view))
         lowered = self._cohort.add.lower(sums, view, chunk, clients, np.int32(0))
-        found = lowered.compile().memory_analysis()
+        found: Any = lowered.compile().memory_analysis()
         program = (
             found.argument_size_in_bytes
             + found.temp_size_in_bytes
@@ -333,7 +333,8 @@ class Simulation:
 
     def compilations(self) -> int:
         """Compiled shapes of the cohort's sum so far: one for each shape of chunk."""
-        return self._cohort.add._cache_size()
+        add: Any = self._cohort.add
+        return add._cache_size()
 
 
 def corpus_digest(corpus: Corpus) -> str:
