@@ -297,10 +297,11 @@ def federated(bench: Bench) -> Any:
     import numpy as np
     import optax
 
-    from fedasr.data.batching import LocalBatches
+    from fedasr.data.batching import Batching
     from fedasr.data.corpus import open_corpus
     from fedasr.data.sampling import ShuffledSampler
     from fedasr.data.splits import UserSubset
+    from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.local import LocalStore, make_layout
     from fedasr.federated.simulation import Simulation
@@ -323,18 +324,23 @@ def federated(bench: Bench) -> Any:
             Mechanism(
                 math.inf, "global", 0.0, ShuffledSampler(days, settings["cohort"], bench.seed)
             ),
-            local_training(
-                recogniser.loss,
-                optax.sgd(settings["learning_rate"], momentum=settings["momentum"]),
-                grad_clip=settings["grad_clip"],
-                schedule=decay,
+            FedAvg(
+                local_training(
+                    recogniser.loss,
+                    optax.sgd(settings["learning_rate"], momentum=settings["momentum"]),
+                    grad_clip=settings["grad_clip"],
+                    schedule=decay,
+                ),
+                optax.sgd(settings["server_learning_rate"], momentum=settings["server_momentum"]),
+                store=store,
             ),
-            optax.sgd(settings["server_learning_rate"], momentum=settings["server_momentum"]),
-            LocalBatches(batch_size=settings["batch_size"], epochs=settings["epochs"]),
+            Batching(
+                batch_size=settings["batch_size"],
+                epochs=settings["epochs"],
+                buckets=[bench.bucket],
+                keep=ARRAYS,
+            ),
             seed=bench.seed,
-            buckets=[bench.bucket],
-            keep=ARRAYS,
-            store=store,
         )
         state = simulation.init(init)
         for state, metrics in simulation.run(state, settings["rounds"]):  # noqa: B007

@@ -300,8 +300,10 @@ def train(
     """Runs one system from the stale recogniser; its result."""
     import numpy as np
 
-    from fedasr.data.batching import LocalBatches
+    from fedasr.data.batching import Batching
+    from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
+    from fedasr.federated.hardware import Hardware
     from fedasr.federated.server import constant_then_exponential, make_optimizer
     from fedasr.federated.simulation import Simulation
     from fedasr.feedback import corrections as lib
@@ -359,20 +361,25 @@ def train(
     simulation = Simulation(
         corpus,
         mechanism,
-        local_training(
-            bench.recogniser.loss,
-            make_optimizer(client["optimizer"], client["learning_rate"]),
-            grad_clip=client["grad_clip"],
+        FedAvg(
+            local_training(
+                bench.recogniser.loss,
+                make_optimizer(client["optimizer"], client["learning_rate"]),
+                grad_clip=client["grad_clip"],
+            ),
+            make_optimizer(server["optimizer"], schedule, **server["options"]),
+            weights=weights,
+            weigh=weigh,
         ),
-        make_optimizer(server["optimizer"], schedule, **server["options"]),
-        LocalBatches(client["batch_size"], steps=client["steps"]),
+        Batching(
+            client["batch_size"],
+            steps=client["steps"],
+            buckets=corpora.client_grid(Config.of(config)),
+            keep=ARRAYS,
+        ),
+        hardware=Hardware(chunk=config["chunk"]),
         seed=seed,
         identity=f"corrections {system} {fingerprint(_settings(config, system))}",
-        chunk=config["chunk"],
-        buckets=corpora.client_grid(Config.of(config)),
-        keep=ARRAYS,
-        weights=weights,
-        weigh=weigh,
     )
     trainer: Any = simulation
     if system != "federated":

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedasr.audio.augment import SpecAugmentConfig as SpecAugmentConfig
     from fedasr.audio.features import LogMelConfig as LogMelConfig
     from fedasr.audio.features import log_mel as log_mel
+    from fedasr.data.batching import Batching as Batching
     from fedasr.data.batching import Grid as Grid
     from fedasr.data.batching import LocalBatches as LocalBatches
     from fedasr.data.batching import make_resident as make_resident
@@ -26,15 +27,18 @@ if TYPE_CHECKING:
     from fedasr.data.sampling import Sampler as Sampler
     from fedasr.data.sampling import ShuffledSampler as ShuffledSampler
     from fedasr.errors import UserError as UserError
+    from fedasr.federated.algorithms import Algorithm as Algorithm
+    from fedasr.federated.algorithms.fedavg import FedAvg as FedAvg
     from fedasr.federated.client import ClientMetrics as ClientMetrics
     from fedasr.federated.client import ClientUpdate as ClientUpdate
     from fedasr.federated.client import batch_gradient as batch_gradient
     from fedasr.federated.client import local_training as local_training
     from fedasr.federated.client import take_batch as take_batch
+    from fedasr.federated.hardware import Hardware as Hardware
     from fedasr.federated.local import LocalStore as LocalStore
     from fedasr.federated.local import make_layout as make_layout
+    from fedasr.federated.metrics import RoundMetrics as RoundMetrics
     from fedasr.federated.server import ServerState as ServerState
-    from fedasr.federated.simulation import RoundMetrics as RoundMetrics
     from fedasr.federated.simulation import Simulation as Simulation
     from fedasr.models.conformer import ConformerConfig as ConformerConfig
     from fedasr.models.recogniser import Recogniser as Recogniser
@@ -67,12 +71,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "audio.augment": ("SpecAugmentConfig",),
     "audio.features": ("LogMelConfig", "log_mel"),
-    "data.batching": ("Grid", "LocalBatches", "make_resident"),
+    "data.batching": ("Batching", "Grid", "LocalBatches", "make_resident"),
     "data.corpus": ("Corpus", "InMemoryCorpus", "open_corpus", "write_corpus"),
     "data.conversion": ("Utterance",),
     "data.prepare": ("prepare",),
     "data.sampling": ("FixedSizeSampler", "PoissonSampler", "Sampler", "ShuffledSampler"),
     "errors": ("UserError",),
+    "federated.algorithms": ("Algorithm",),
+    "federated.algorithms.fedavg": ("FedAvg",),
     "federated.client": (
         "ClientMetrics",
         "ClientUpdate",
@@ -80,9 +86,11 @@ _HOMES = {
         "local_training",
         "take_batch",
     ),
+    "federated.hardware": ("Hardware",),
     "federated.local": ("LocalStore", "make_layout"),
+    "federated.metrics": ("RoundMetrics",),
     "federated.server": ("ServerState",),
-    "federated.simulation": ("RoundMetrics", "Simulation"),
+    "federated.simulation": ("Simulation",),
     "models.conformer": ("ConformerConfig",),
     "models.recogniser": ("Recogniser", "ctc_recogniser", "recogniser"),
     "models.transformer": ("TransformerConfig",),

@@ -99,14 +99,20 @@ def plain_loss(params, batch, key):
     return error.sum() / batch["mask"].sum(), {}
 
 
-def simulation(sampler, loss=plain_loss, **options):
-    mechanism = fa.Mechanism(0.5, "uniform", 0.5, sampler, **options.pop("privacy", {}))
+def simulation(
+    sampler,
+    privacy=None,
+    algorithm=None,
+    batching=fa.Batching(2, steps=2),
+    **options,
+):
+    mechanism = fa.Mechanism(0.5, "uniform", 0.5, sampler, **(privacy or {}))
+    update = fa.local_training(plain_loss, optax.sgd(0.1))
     return fa.Simulation(
         Recordings(),
         mechanism,
-        fa.local_training(loss, optax.sgd(0.1)),
-        optax.sgd(1.0),
-        options.pop("local", fa.LocalBatches(2, steps=2)),
+        fa.FedAvg(update, optax.sgd(1.0), **(algorithm or {})),
+        batching,
         **options,
     )
 
@@ -160,23 +166,28 @@ def test_a_mechanism_asks_a_sampler_for_its_members_alone():
     assert again.event == entry.event
 
 
+BUCKETS = ({"features": 64, "labels": 4},)
+RESIDENT = fa.make_resident(Recordings(), BUCKETS)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"micro_batch": 1, "local": fa.LocalBatches(frames=100, epochs=1)},
+        {"batching": fa.Batching(frames=100, epochs=1, micro_batch=1)},
         {"privacy": {"adaptive": fa.AdaptiveClip(0.5, 0.2, 1.0), "correlation": Sharp()}},
-        {"privacy": {"weighting": "bounded"}, "weights": np.full(USERS, 0.5), "chunk": 2},
-        {"buckets": [{"features": 64, "labels": 4}], "resident": True},
+        {
+            "privacy": {"weighting": "bounded"},
+            "algorithm": {"weights": np.full(USERS, 0.5)},
+            "hardware": fa.Hardware(jax.devices()[:1], chunk=2),
+        },
+        {"batching": fa.Batching(2, steps=2, buckets=BUCKETS, resident=RESIDENT)},
     ],
     ids=["dense", "in parts", "adaptive", "weighted", "resident"],
 )
 def test_rounds(options):
-    options = dict(options)
-    if options.pop("resident", False):
-        options["resident"] = fa.make_resident(Recordings(), options["buckets"])
+    options = {"hardware": fa.Hardware(jax.devices()[:1])} | options
     params = {"w": np.zeros((), np.float32)}
-    options |= {"devices": jax.devices()[:1]}
     found = after(simulation(Coins(USERS, 0.5), **options), params)
     assert np.isfinite(found["w"]) and found["w"] != 0
 

@@ -17,11 +17,13 @@ import optax
 import pytest
 
 from fedasr import streams
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.adaptive import AdaptiveClip
@@ -50,14 +52,14 @@ def loss(params, batch, key):
 
 
 def simulation(**options):
-    options = {"seed": 3, "devices": ONE, **options}
+    options = {"seed": 3, "hardware": Hardware(ONE), **options}
     mechanism = options.pop("mechanism", None) or Mechanism(
         1.0, "uniform", 1.0, PoissonSampler(8, 4, 0), adaptive=AdaptiveClip(2.0)
     )
     update = local_training(loss, optax.sgd(0.1))
     corpus = options.pop("corpus", CORPUS)
     return Simulation(
-        corpus, mechanism, update, optax.sgd(1.0), LocalBatches(2, steps=2), **options
+        corpus, mechanism, FedAvg(update, optax.sgd(1.0)), Batching(2, steps=2), **options
     )
 
 
@@ -213,7 +215,7 @@ def test_runs_that_differ_in_anything_share_no_draw(recorded):
         draws = sim.draws(sim.init(params))
         found[name] = set(keys)
         cohorts[name] = [draws.sampler.cohort(r).tolist() for r in range(20)]
-        plan = LocalBatches(2, steps=9).plan(3, draws.order, 0, 0)
+        plan = Batching(2, steps=9).plan(3, draws.order, 0, 0)
         cohorts[name].append(np.concatenate(plan).tolist())
     for a, b in itertools.combinations(found, 2):
         assert not found[a] & found[b], (a, b)
@@ -239,7 +241,9 @@ def test_the_same_run_again_resumed_or_halved_draws_the_same(recorded):
     )
     assert sorted(whole) == sorted(again)
     saved = jax.device_get(rounds(sim, sim.init(PARAMS), 2))
-    other = simulation(chunk=2)  # as after running out of memory, and in another process
+    other = simulation(
+        hardware=Hardware(ONE, chunk=2)
+    )  # as after running out of memory, and in another process
     (rest,) = drawn(recorded, lambda: rounds(other, other.place(saved), 1).params)
     assert {*rest} <= {*whole}
     assert {*rest} != {*whole}

@@ -14,6 +14,7 @@ parameters, per-layer clipping and server LAMB included. In one process, in turn
 All figures but the memory are client steps per second, the median of the rounds timed.
 """
 
+import dataclasses
 import statistics
 import time
 
@@ -39,9 +40,11 @@ def run() -> None:
     import jax
     import optax
 
-    from fedasr.data.batching import LocalBatches, make_buckets
+    from fedasr.data.batching import Batching, make_buckets
     from fedasr.data.sampling import FixedSizeSampler
+    from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
+    from fedasr.federated.hardware import Hardware
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import make_recogniser
     from fedasr.privacy.mechanism import Mechanism
@@ -52,26 +55,29 @@ def run() -> None:
     params = recogniser.init(jax.random.key(0))
     clients, frames = _CLIENTS.value, _FRAMES.value
 
-    def simulation(corpus, local, chunk):
+    def simulation(corpus, batching, chunk):
         mechanism = Mechanism(
             0.1, "uniform", 0.01, FixedSizeSampler(len(corpus.users), len(corpus.users), seed=0)
         )
         update = local_training(recogniser.loss, optax.sgd(0.1))
-        buckets = make_buckets([corpus])
         return Simulation(
-            corpus, mechanism, update, optax.lamb(1e-3), local, chunk=chunk, buckets=buckets
+            corpus,
+            mechanism,
+            FedAvg(update, optax.lamb(1e-3)),
+            dataclasses.replace(batching, buckets=make_buckets([corpus])),
+            hardware=Hardware(chunk=chunk),
         )
 
     plain = plain_training(recogniser.loss)
     uniform = RandomSpeech([STEPS * BATCH] * clients, frames)
     counts = [1 + i * (RAGGED - 1) // max(clients - 1, 1) for i in range(clients)]
     ragged = RandomSpeech([n * BATCH for n in counts], frames)
-    fixed = LocalBatches(BATCH, steps=STEPS)
+    fixed = Batching(BATCH, steps=STEPS)
     sims = {
         name: simulation(uniform, fixed, 0 if name == "all" else int(name))
         for name in _CHUNKS.value
     }
-    sims["ragged"] = simulation(ragged, LocalBatches(BATCH, epochs=1), 1)
+    sims["ragged"] = simulation(ragged, Batching(BATCH, epochs=1), 1)
     states = {name: sim.init(params) for name, sim in sims.items()}
 
     some = next(iter(sims[_CHUNKS.value[0]].batcher.chunks([0], 0)))[0]
@@ -104,7 +110,7 @@ def run() -> None:
     memory = {}
     for count in (clients, 8 * clients):
         corpus = RandomSpeech([STEPS * BATCH] * count, frames)
-        sim = simulation(corpus, LocalBatches(BATCH, steps=STEPS), 1)
+        sim = simulation(corpus, Batching(BATCH, steps=STEPS), 1)
         state = sim.init(params)
 
         def one_round(sim=sim, state=state):

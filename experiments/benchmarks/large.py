@@ -72,10 +72,12 @@ def run() -> None:
     import jax
     import optax
 
-    from fedasr.data.batching import LocalBatches, make_buckets
+    from fedasr.data.batching import Batching, make_buckets
     from fedasr.data.sampling import FixedSizeSampler
     from fedasr.errors import UserError
+    from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
+    from fedasr.federated.hardware import Hardware
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import make_recogniser
     from fedasr.privacy.mechanism import Mechanism
@@ -99,11 +101,12 @@ def run() -> None:
     simulation = Simulation(
         corpus,
         Mechanism(0.01, "dim", 1e-5 * cohort, FixedSizeSampler(cohort, cohort, seed=0)),
-        local_training(recogniser.loss, optax.sgd(0.2)),
-        optax.lamb(0.002, eps=1e-6),
-        LocalBatches(batch, steps=steps),
-        chunk=_CHUNK.value,
-        buckets=make_buckets([corpus]),
+        FedAvg(
+            local_training(recogniser.loss, optax.sgd(0.2)),
+            optax.lamb(0.002, eps=1e-6),
+        ),
+        Batching(batch, steps=steps, buckets=make_buckets([corpus])),
+        hardware=Hardware(chunk=_CHUNK.value),
     )
     params = recogniser.init(jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params))

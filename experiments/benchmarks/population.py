@@ -122,9 +122,11 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     """The figures of sampling, batching and whole rounds."""
     import jax
 
-    from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
+    from fedasr.data.batching import Batching, ClientBatcher, make_buckets
     from fedasr.data.sampling import FixedSizeSampler
+    from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
+    from fedasr.federated.hardware import Hardware
     from fedasr.federated.server import make_optimizer
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
@@ -139,7 +141,8 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     sampler = FixedSizeSampler(
         len(corpus.users), min(flags.FLAGS.cohort, len(corpus.users)), seed=0
     )
-    buckets, local = make_buckets([corpus]), LocalBatches(1, steps=1)
+    buckets = make_buckets([corpus])
+    local = Batching(1, steps=1, buckets=buckets, keep=ARRAYS)
     devices = jax.local_device_count()
     chunk = flags.FLAGS.chunk or -(-sampler.slots // devices)
 
@@ -157,13 +160,13 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     simulation = Simulation(
         corpus,
         Mechanism(0.1, "uniform", 0.01, sampler),
-        local_training(recogniser.loss, make_optimizer("sgd", 0.1), grad_clip=1.0),
-        make_optimizer(config.server.optimizer, config.server.learning_rate),
+        FedAvg(
+            local_training(recogniser.loss, make_optimizer("sgd", 0.1), grad_clip=1.0),
+            make_optimizer(config.server.optimizer, config.server.learning_rate),
+            store=filled_store(folder, params, len(corpus.users)) if flags.FLAGS.local else None,
+        ),
         local,
-        chunk=chunk,
-        buckets=buckets,
-        keep=ARRAYS,
-        store=filled_store(folder, params, len(corpus.users)) if flags.FLAGS.local else None,
+        hardware=Hardware(chunk=chunk),
     )
     rounds, local_seconds = [], []
     for _, metrics in simulation.run(simulation.init(params), flags.FLAGS.rounds + 1):

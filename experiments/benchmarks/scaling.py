@@ -48,9 +48,11 @@ def measure(folder: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]
 
     import jax
 
-    from fedasr.data.batching import LocalBatches, make_buckets
+    from fedasr.data.batching import Batching, make_buckets
     from fedasr.data.sampling import FixedSizeSampler
+    from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
+    from fedasr.federated.hardware import Hardware
     from fedasr.federated.server import make_optimizer
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
@@ -61,12 +63,12 @@ def measure(folder: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]
     simulation = Simulation(
         corpus,
         Mechanism(0.1, "uniform", 0.01, FixedSizeSampler(len(corpus.users), cohort, seed=0)),
-        local_training(recogniser.loss, make_optimizer("sgd", 0.1), grad_clip=1.0),
-        make_optimizer("lamb", 0.01),
-        LocalBatches(1, steps=1),
-        chunk=chunk,
-        buckets=make_buckets([corpus]),
-        keep=ARRAYS,
+        FedAvg(
+            local_training(recogniser.loss, make_optimizer("sgd", 0.1), grad_clip=1.0),
+            make_optimizer("lamb", 0.01),
+        ),
+        Batching(1, steps=1, buckets=make_buckets([corpus]), keep=ARRAYS),
+        hardware=Hardware(chunk=chunk),
     )
     state = simulation.init(recogniser.init(jax.random.key(0)))
     seconds = [metrics.seconds for _, metrics in simulation.run(state, rounds + 1)][1:]

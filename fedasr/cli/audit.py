@@ -134,7 +134,7 @@ def audit_users(
     from fedasr.training.builders import corpora, models
     from fedasr.training.config import Config
 
-    if config["algorithm"] != "federated" or config["data"]["iid"]:
+    if config["algorithm"] == "central" or config["data"]["iid"]:
         raise UserError("--canaries=users audits federated users: algorithm='federated', not iid")
     if (optimizer := config["client"]["optimizer"]) in ("adamw", "yogi"):
         raise UserError(f"client.optimizer={optimizer!r} moves users without data: choose another")

@@ -108,7 +108,7 @@ def partial_training(
       subset: which variables.
 
     Returns:
-      A `ClientUpdate`. With "fixed", for `Simulation(..., trained=subset.trained(params))`: its
+      A `ClientUpdate`. With "fixed", for `FedAvg(..., trained=subset.trained(params))`: its
       delta holds the trained variables only (see `fedasr.federated.subset`). Otherwise the
       delta of a variable that was not trained is exactly zero.
     """

@@ -192,7 +192,7 @@ class Cohort(NamedTuple):
     """
 
     zeros: Callable[[Params, Chunk], CohortSum]
-    add: Callable[[CohortSum, Params, Chunk, jax.Array, jax.Array], Any]
+    add: jax.stages.Wrapped
     total: Callable[[CohortSum], CohortSum]
 
 
@@ -307,7 +307,7 @@ def make_cohort(
         return (accumulator, own) if local else accumulator
 
     clients, whole = PartitionSpec(AXIS), PartitionSpec()
-    of_chunk = Chunk(*[clients] * (len(Chunk._fields) - 1), resident=whole)
+    of_chunk = Chunk._make([*[clients] * (len(Chunk._fields) - 1), whole])  # resident: whole
     # check_vma=False: a user's loss may hold loops whose carry it would want annotated. The
     # devices of one client, if there are several, are left to the compiler.
     sharded = jax.shard_map(
@@ -318,6 +318,19 @@ def make_cohort(
         check_vma=False,
         axis_names={AXIS},
     )
+
+    return _jitted(one_client, sharded, mesh, local)
+
+
+def _jitted(
+    one_client: Callable[..., Any], sharded: Callable[..., Any], mesh: Mesh, local: bool
+) -> Cohort:
+    """The parts of a cohort's sum, compiled for where their arrays lie.
+
+    Args:
+      one_client: of which a client's sums are the shapes. sharded: adds a chunk's sums.
+      mesh, local: see `make_cohort`.
+    """
 
     def zeros(params, chunk):
         alone = chunk._replace(resident=None)

@@ -130,7 +130,8 @@ def wait_for_all(name: str) -> None:
         from jax._src import distributed
 
         milliseconds = 1000 * _WAIT_SECONDS
-        distributed.global_state.client.wait_at_barrier(f"fedasr {name}", milliseconds)
+        client: Any = distributed.global_state.client  # there is one: processes are connected
+        client.wait_at_barrier(f"fedasr {name}", milliseconds)
 
 
 def connect() -> None:

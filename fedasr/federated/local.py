@@ -12,7 +12,9 @@ with noise, and is clipped as ever: whatever it remembers, the sum without it di
 A prototype made of other clients' rows would be such another path; see `LocalStore`.
 """
 
+import collections
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from fedasr.federated.subset import keep, matches, merge
 PROTOTYPES = ("init", "mean", "last")
 ROWS_FILE, SLOTS_FILE = "rows.f32", "slots.i64"
 _PAIR = 16  # bytes of a record of the slots' file
+_AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
 _BLOCK = 4096  # rows read at a time for a mean
 
 # (params, row, ...) -> (delta of the shared variables, metrics, new row); else as `ClientUpdate`.
@@ -167,7 +170,7 @@ class LocalStore:
                     (folder / name).touch()
             mode = "rb" if read_only else "r+b"
             self._rows, self._slots = (
-                (folder / name).open(mode, buffering=0) for name in (ROWS_FILE, SLOTS_FILE)
+                io.FileIO(folder / name, mode) for name in (ROWS_FILE, SLOTS_FILE)
             )
         except OSError as error:
             raise UserError(f"cannot open the local parameters in {folder}: {error}") from error
@@ -198,7 +201,7 @@ class LocalStore:
         written, user = self._records()[1:].T
         if not self._read_only:
             for slot in np.flatnonzero(written > round):
-                self._record(slot, 0, 0)
+                self._record(int(slot), 0, 0)
         used = np.flatnonzero((written > 0) & (written <= round))
         used = used[np.lexsort((written[used], user[used]))]
         last = np.diff(user[used], append=-1) != 0  # the last of each user's versions
@@ -262,7 +265,7 @@ class LocalStore:
             else:
                 slot, self._count = self._count, self._count + 1
             _write(self._rows, slot * row.nbytes, row)
-            self._record(slot, self.round + 1, int(user))
+            self._record(slot, self._next_round(), int(user))
             self._written.append((int(user), slot))
 
     def discard(self) -> None:
@@ -274,7 +277,7 @@ class LocalStore:
 
     def commit(self) -> None:
         """Ends the round: what was written is what `gather` reads."""
-        self.round += 1
+        self.round = self._next_round()
         for user, slot in self._written:
             if (old := int(self._slot[user])) >= 0:
                 self._old.append((self.round, old))
@@ -312,6 +315,11 @@ class LocalStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _next_round(self) -> int:
+        if self.round is None:
+            raise UserError("the local parameters are of no round yet: restore them to one")
+        return self.round + 1
+
     def _prototype(self, user: int, init: np.ndarray) -> np.ndarray:
         if self.prototype == "init" or not self.known.any():
             return init
@@ -336,12 +344,57 @@ class LocalStore:
 
     def _read(self, slot: int, row: np.ndarray) -> None:
         self._rows.seek(slot * row.nbytes)
-        view = memoryview(row).cast("B")
+        view = row.data.cast("B")
         done = 0
         while done < len(view):
             if not (got := self._rows.readinto(view[done:])):
                 raise UserError(f"{self.folder / ROWS_FILE} is shorter than {SLOTS_FILE} says")
             done += got
+
+
+class CohortRows:
+    """The cohort's local parameters on their way from the store to the devices and back.
+
+    Args:
+      store: with the rows of `round`.
+      round, params: of the server's state.
+
+    Raises:
+      UserError: the store's rows are those of another round.
+    """
+
+    def __init__(self, store: LocalStore, round: int, params: Params) -> None:
+        if store.round != round:
+            raise UserError(
+                f"the local parameters are those after round {store.round}, the model is that "
+                f"after round {round}: restore them to it"
+            )
+        store.discard()  # of a round that was begun and not ended
+        self._store = store
+        self._init = np.asarray(store.layout.extract(params))  # the server leaves it alone
+        self._pending: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
+
+    def gather(self, users: np.ndarray) -> np.ndarray:
+        """float32 [clients, n]; zeros for empty slots (user -1)."""
+        rows = np.zeros((len(users), len(self._init)), np.float32)
+        rows[users >= 0] = self._store.gather(users[users >= 0], self._init)
+        return rows
+
+    def take_back(self, users: np.ndarray, rows: jax.Array) -> None:
+        """Writes a chunk's new rows, when the devices have the next chunks in hand."""
+        self._pending.append((users, rows))
+        if len(self._pending) > _AHEAD:
+            self._write_next()
+
+    def commit(self) -> None:
+        """Ends the round."""
+        while self._pending:
+            self._write_next()
+        self._store.commit()
+
+    def _write_next(self) -> None:
+        users, rows = self._pending.popleft()
+        self._store.write(users[users >= 0], np.asarray(rows)[users >= 0])
 
 
 def remove_rows(folder: str | Path) -> None:
@@ -358,7 +411,7 @@ def check_prototype(prototype: str) -> None:
 
 def _write(file: Any, offset: int, values: np.ndarray) -> None:
     file.seek(offset)
-    view = memoryview(values).cast("B")
+    view = values.data.cast("B")
     done = 0
     while done < len(view):
         done += file.write(view[done:])

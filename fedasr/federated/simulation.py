@@ -3,12 +3,9 @@
 sampler -> batches -> vmap(client) -> clip -> sum -> /expected size -> noise -> server optimiser
 """
 
-import collections
-import dataclasses
-import functools
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,27 +14,18 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from fedasr.data.batching import (
-    Bucket,
-    Chunk,
-    ClientBatcher,
-    Grid,
-    LocalBatches,
-    Padding,
-    Prefetcher,
-    Resident,
-)
+from fedasr.data.batching import Batching, Chunk, Padding, Prefetcher
 from fedasr.data.corpus import Corpus
 from fedasr.digests import params_digest
 from fedasr.errors import UserError
-from fedasr.federated import hosts
-from fedasr.federated.client import ClientUpdate, Params
+from fedasr.federated import checks, hosts
+from fedasr.federated.algorithms import Algorithm, sent
+from fedasr.federated.client import Params
+from fedasr.federated.clientside import client_side
 from fedasr.federated.cohort import (
     AXIS,
     MODEL,
     CohortSum,
-    Weigh,
-    client_mesh,
     client_sharding,
     make_cohort,
     model_sharding,
@@ -45,10 +33,11 @@ from fedasr.federated.cohort import (
     rotation_key,
     settled,
 )
-from fedasr.federated.local import LocalStore, with_local
+from fedasr.federated.hardware import Hardware
+from fedasr.federated.local import CohortRows
+from fedasr.federated.metrics import RoundMetrics, round_metrics
 from fedasr.federated.server import ServerState, init_server, server_step
 from fedasr.federated.subset import keep as keep_part
-from fedasr.federated.subset import merge as merge_part
 from fedasr.federated.subset import transform_part
 from fedasr.privacy.adaptive import ClientView, hold, scales_of
 from fedasr.privacy.clipping import layer_names
@@ -59,32 +48,6 @@ from fedasr.streams import Stream, key, make_root, sub_seed
 CLIENT_STREAM, NOISE_STREAM = Stream.CLIENTS, Stream.NOISE
 _QUEUED = 4  # chunks on the devices beside the one in work: in the queue, in the thread's hand
 _TURNS = 16  # clients that a CPU device trains in one call, at most, where it does not vmap them
-_AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
-
-
-@dataclasses.dataclass(frozen=True)
-class RoundMetrics:
-    """What a round reports.
-
-    round: counted from 1. loss: mean over valid clients of their mean training loss. clients,
-    steps, invalid: clients that took part, their optimiser steps, clients whose update was not
-    finite. norms, clipped: [layers], mean update norm before clipping, share of clients clipped.
-    aux: sums of the loss's scalars. padding: see `Padding`. seconds: wall time of the round;
-    waiting: its part spent waiting for data.
-    """
-
-    round: int
-    loss: float
-    clients: int
-    steps: int
-    invalid: int
-    norms: np.ndarray
-    clipped: np.ndarray
-    clip_scales: np.ndarray
-    aux: dict[str, Any]
-    padding: Padding
-    seconds: float
-    waiting: float
 
 
 class Draws(NamedTuple):
@@ -100,155 +63,76 @@ class Simulation:
     Args:
       corpus: users and their examples.
       mechanism: sampler, clipping and noise; the one place that states the privacy.
-      client_update: local training, such as `local_training(loss, optax.sgd(0.1))`.
-      server_optimizer: any optax transformation; it sees the noisy mean of client deltas.
-      local: how a client's examples become batches.
+      algorithm: what clients train and the server does with it, such as
+        `FedAvg(local_training(loss, optax.sgd(0.1)), optax.adam(0.01))`.
+      batching: how a client's examples become batches.
+      hardware: default all devices, each with one client at a time.
       seed: of everything random, with the run's identity: see `root_of`.
       identity: says what else tells this run from others of the same seed, such as its
         configuration; a string that equal runs share and no others.
-      chunk: clients vmapped together on a device; 0 for the whole cohort. On a CPU 1 is fastest.
-      buckets: padded lengths, see `fedasr.data.batching.ClientBatcher` (default: a `Grid`).
-      devices: default all devices, of all processes (see `fedasr.federated.hosts`); each works on
-        a part of every chunk.
-      model_devices: so many neighbouring devices train a client together, for models that do not
-        fit on one: each holds a part of every matrix that has an axis to divide, and of what the
-        server and the sum keep of it.
-        The result does not depend on it beyond the order of float additions. One process only.
-      keep: names of the example arrays that the loss needs (default all).
-      weights: of the users, in [0, 1], float [users], for a mechanism whose weighting is "bounded".
-        A user's own may depend on their data and on what is public or private by itself (such as
-        a noisy histogram), not otherwise on another user's data. The server divides by the
-        expected cohort all the same, so that small weights are small steps.
-      weigh: weights that devices decide in every round, likewise; both given, they multiply.
-      trained: for each variable in order, whether `client_update` trains it: its deltas then hold
-        these variables only (see `fedasr.federated.subset`). The rest get no clipping bound, no
-        noise and no optimiser state, and stay as they are. None for all.
-      store: the users' local parameters (see `fedasr.federated.local`), which `client_update`
-        trains with the rest. Its layout must know `trained`, and its round be the state's:
-        `store.restore` makes it so. None if all variables are shared; not together with `weigh`.
-      micro_batch: above 0, batches are computed in parts of at most so many examples.
-      resident: the corpus's examples, from `fedasr.data.batching.make_resident`, to put on every
-        device at once: batches are then gathered there, and rounds read, pad and transfer nothing
-        but indices. For corpora that fit there; None to read users' examples when they take part.
-        Not together with `weigh`, whose batches are to be the client's own. One process only.
+
+    Raises:
+      UserError: for parts that do not go together: see `fedasr.federated.checks`.
     """
 
     def __init__(
         self,
         corpus: Corpus,
         mechanism: Mechanism,
-        client_update: ClientUpdate,
-        server_optimizer: optax.GradientTransformation,
-        local: LocalBatches,
+        algorithm: Algorithm,
+        batching: Batching,
         *,
+        hardware: Hardware = Hardware(),
         seed: int = 0,
         identity: str = "",
-        chunk: int = 1,
-        buckets: Sequence[Bucket] | Grid | None = None,
-        devices: Sequence[jax.Device] | None = None,
-        model_devices: int = 1,
-        keep: Sequence[str] | None = None,
-        weights: Sequence[float] | np.ndarray | None = None,
-        weigh: Weigh | None = None,
-        trained: Sequence[bool] | None = None,
-        store: LocalStore | None = None,
-        micro_batch: int = 0,
-        resident: Resident | None = None,
     ) -> None:
-        if mechanism.sampler.population != len(corpus.users):
-            raise UserError(
-                f"the sampler draws from {mechanism.sampler.population} users, "
-                f"the corpus has {len(corpus.users)}"
-            )
-        if mechanism.weighting == "examples":
-            weights = np.asarray(corpus.sizes, np.float32)
-        else:
-            weights = mechanism.check_weights(weights, len(corpus.users))
-        if weigh is not None and (mechanism.weighting != "bounded" or mechanism.adaptive):
-            raise UserError("weigh needs a mechanism with weighting='bounded', without adaptive")
-        if weigh is not None and store is not None:
-            raise UserError("weigh would judge a model without the user's local parameters")
-        if mechanism.secure is not None and model_devices > 1:
-            raise UserError("noise in shares rotates whole updates: it needs model_devices=1")
-        if resident is not None and weigh is not None:
-            raise UserError("weigh would be given the whole of a resident corpus")
-        if resident is not None and jax.process_count() > 1:
-            raise UserError("a resident corpus needs all devices in one process")
-        self.mechanism = mechanism
+        checks.check(corpus, mechanism, algorithm, batching, hardware)
+        self.mechanism, self.store = mechanism, algorithm.store
         self.seed, self.identity = seed, identity
         self._users = corpus_digest(corpus)
-        if model_devices > 1 and jax.process_count() > 1:
-            raise UserError("model_devices above 1 needs all devices in one process")
-        self.mesh = client_mesh(devices, model_devices)
+        self.mesh = hardware.mesh()
         self._lanes = self.mesh.shape[AXIS]
-        per_device = chunk or -(-mechanism.sampler.slots // self._lanes)
-        self.chunk = per_device
-        self.batcher = ClientBatcher(
+        self.chunk = hardware.clients_at_once(self.mesh, mechanism.sampler.slots)
+        self.batcher = batching.batcher(
             corpus,
-            local,
-            Grid() if buckets is None else buckets,
-            per_device * self._lanes,
+            self.chunk * self._lanes,
             seed,
-            keep,
-            self._lanes,
-            weights,
-            hosts.own_rows(self.mesh, per_device * self._lanes),
-            micro_batch,
-            self._most_turns(),
-            resident,
+            devices=self._lanes,
+            weights=_weights(corpus, mechanism, algorithm),
+            rows=hosts.own_rows(self.mesh, self.chunk * self._lanes),
+            turns=self._most_turns(),
         )
-        self._resident = hosts.place(resident, replicated(self.mesh))
-        self.store = store
-        if store is not None:
-            if jax.process_count() > 1:
-                raise UserError("local parameters need all devices in one process")
-            if store.users != len(corpus.users):
-                raise UserError(
-                    f"the local parameters are of {store.users} users, "
-                    f"the corpus has {len(corpus.users)}"
-                )
-            if store.layout.trained != (None if trained is None else tuple(trained)):
-                raise UserError("the layout of the local parameters does not know what is trained")
-            mechanism.check_local(store.prototype)
-            client_update = with_local(client_update, store.layout)
-            trained = store.layout.shared
+        self._resident = hosts.place(batching.resident, replicated(self.mesh))
         self._round_key_of = jax.jit(
             lambda root, round: jax.random.fold_in(key(root, Stream.CLIENTS), round),
             out_shardings=replicated(self.mesh),
         )
         self._adaptive = mechanism.adaptive is not None
-        if self._adaptive:
-            client_update = _without_scales(client_update)
-        self._trained = trained
-        clip = mechanism.client_transform()
-        clip = clip._replace(init=functools.partial(_init_part, clip.init, trained))
+        self._trained = sent(algorithm)
+        client = client_side(mechanism, algorithm)
         self._cohort = make_cohort(
-            client_update,
-            clip,
+            client.client_update,
+            client.clip,
             self.mesh,
-            _for_all(weigh, trained),
-            store is not None,
-            per_device == 1,
-            mechanism.encoder(),
+            client.weigh,
+            local=self.store is not None,
+            in_turns=self.chunk == 1,
+            encode=mechanism.encoder(),
         )
-        if self._adaptive:
-            server_optimizer = hold(server_optimizer, mechanism.adaptive.warmup)
-        self._server_optimizer = server_optimizer
+        self._server_optimizer = algorithm.server_optimizer
+        if mechanism.adaptive is not None:
+            self._server_optimizer = hold(self._server_optimizer, mechanism.adaptive.warmup)
+        self._step = jax.jit(self._make_step(hardware.model_devices > 1))
+        self._reweigh = _by_weight(mechanism) if mechanism.weighting == "examples" else None
+
+    def _make_step(self, split: bool) -> Callable[..., ServerState]:
+        """The server's step; `split` where a client's devices each hold a part of the state."""
 
         def step(state, total, **extra):
             state = server_step(state, total, chain=self._chain(state.root), **extra)
-            return settled(self.mesh, state) if model_devices > 1 else state
+            return settled(self.mesh, state) if split else state
 
-        self._step = jax.jit(step)
-        self._reweigh = None
-        if mechanism.weighting == "examples":
-            # The server divides by the expected cohort; this makes that a division by the weights.
-            expected = mechanism.sampler.expected_cohort
-            self._reweigh = jax.jit(
-                lambda total: jax.tree.map(
-                    lambda d: d * (expected / jnp.maximum(total.weight, 1.0)), total.delta
-                )
-            )
+        return step
 
     def _most_turns(self) -> int:
         """Clients that a device trains in one call. Accelerators queue calls: there, one."""
@@ -328,7 +212,7 @@ class Simulation:
         The next chunks are read and transferred by a thread while the devices compute.
         """
         first, root = int(state.round), _root(state)
-        own = None if self.store is None else _OwnParameters(self.store, state)
+        own = None if self.store is None else CohortRows(self.store, int(state.round), state.params)
         items = self._items(self.draws(state), first, first + rounds)
         with Prefetcher(items, transfer=self._transfer) as prefetched:
             round, sums = first, None
@@ -361,7 +245,7 @@ class Simulation:
                     own.commit()
                 seconds = time.perf_counter() - began
                 scales = jax.device_get(scales)
-                yield state, _metrics(round + 1, total, scales, padding, seconds, waiting)
+                yield state, round_metrics(round + 1, total, scales, padding, seconds, waiting)
                 round, sums = round + 1, None
                 began, waiting = time.perf_counter(), 0.0  # the caller's time is not the round's
 
@@ -430,7 +314,7 @@ class Simulation:
             sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
             view = _laid(view, model_sharding(self.mesh, view))
         lowered = self._cohort.add.lower(sums, view, chunk, clients, np.int32(0))
-        found = lowered.compile().memory_analysis()
+        found: Any = lowered.compile().memory_analysis()
         program = (
             found.argument_size_in_bytes
             + found.temp_size_in_bytes
@@ -449,7 +333,8 @@ class Simulation:
 
     def compilations(self) -> int:
         """Compiled shapes of the cohort's sum so far: one for each shape of chunk."""
-        return self._cohort.add._cache_size()
+        add: Any = self._cohort.add
+        return add._cache_size()
 
 
 def corpus_digest(corpus: Corpus) -> str:
@@ -458,9 +343,29 @@ def corpus_digest(corpus: Corpus) -> str:
     return hashlib.sha256(repr([list(map(str, corpus.users)), sizes]).encode()).hexdigest()
 
 
+def _weights(corpus: Corpus, mechanism: Mechanism, algorithm: Algorithm) -> np.ndarray | None:
+    """The users' weights, float32 [users]; None for 1."""
+    if mechanism.weighting == "examples":
+        return np.asarray(corpus.sizes, np.float32)
+    return mechanism.check_weights(algorithm.weights, len(corpus.users))
+
+
+def _by_weight(mechanism: Mechanism) -> Callable[[CohortSum], Params]:
+    """From a cohort's sum to what the server divides by the expected cohort.
+
+    It makes that division one by the sum of weights.
+    """
+    expected = mechanism.sampler.expected_cohort
+    return jax.jit(
+        lambda total: jax.tree.map(
+            lambda d: d * (expected / jnp.maximum(total.weight, 1.0)), total.delta
+        )
+    )
+
+
 def _numbers(mechanism: Mechanism) -> str:
     """The mechanism's numbers, alike in every process (functions have addresses)."""
-    said = [mechanism.clip_norm, mechanism.noise_multiplier, mechanism.normalise]
+    said: list[Any] = [mechanism.clip_norm, mechanism.noise_multiplier, mechanism.normalise]
     said += [mechanism.weighting, mechanism.description, mechanism.released]
     said += [mechanism.sampler.population, mechanism.sampler.expected_cohort]
     said += [getattr(mechanism.sampler, "seed", 0), mechanism.adaptive]
@@ -471,43 +376,6 @@ def _root(state: ServerState) -> np.ndarray:
     if not hasattr(state.root, "shape"):
         raise UserError("the state belongs to no run: make it with Simulation.init")
     return np.asarray(state.root)
-
-
-class _OwnParameters:
-    """The cohort's local parameters on their way from the store to the devices and back."""
-
-    def __init__(self, store: LocalStore, state: ServerState) -> None:
-        if store.round != int(state.round):
-            raise UserError(
-                f"the local parameters are those after round {store.round}, the model is that "
-                f"after round {int(state.round)}: restore them to it"
-            )
-        store.discard()  # of a round that was begun and not ended
-        self._store = store
-        self._init = np.asarray(store.layout.extract(state.params))  # the server leaves it alone
-        self._pending: collections.deque = collections.deque()
-
-    def gather(self, users: np.ndarray) -> np.ndarray:
-        """float32 [clients, n]; zeros for empty slots (user -1)."""
-        rows = np.zeros((len(users), len(self._init)), np.float32)
-        rows[users >= 0] = self._store.gather(users[users >= 0], self._init)
-        return rows
-
-    def take_back(self, users: np.ndarray, rows: jax.Array) -> None:
-        """Writes a chunk's new rows, when the devices have the next chunks in hand."""
-        self._pending.append((users, rows))
-        if len(self._pending) > _AHEAD:
-            self._write_next()
-
-    def commit(self) -> None:
-        """Ends the round."""
-        while self._pending:
-            self._write_next()
-        self._store.commit()
-
-    def _write_next(self) -> None:
-        users, rows = self._pending.popleft()
-        self._store.write(users[users >= 0], np.asarray(rows)[users >= 0])
 
 
 def _laid(tree: Any, sharding: Any) -> Any:
@@ -521,62 +389,3 @@ def _laid(tree: Any, sharding: Any) -> Any:
 
 def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _init_part(init: Any, trained: Sequence[bool] | None, view: Any) -> Any:
-    """The clipping's state for the trained variables of what clients get."""
-    if isinstance(view, ClientView):
-        return init(view._replace(params=keep_part(view.params, trained)))
-    return init(keep_part(view, trained))
-
-
-def _for_all(weigh: Weigh | None, trained: Sequence[bool] | None) -> Weigh | None:
-    """`weigh` with zeros in its update for what is not trained."""
-    if weigh is None or trained is None:
-        return weigh
-
-    def weigh_all(params, delta, batches, key):
-        whole = merge_part(delta, jax.tree.map(jnp.zeros_like, params), trained)
-        return weigh(params, whole, batches, key)
-
-    return weigh_all
-
-
-def _without_scales(client_update: ClientUpdate) -> ClientUpdate:
-    """The same client update for a `ClientView`: local training knows nothing of bounds."""
-
-    def update(view, *args, **kwargs):
-        return client_update(view.params, *args, **kwargs)
-
-    return update
-
-
-def _metrics(
-    round: int,
-    total: CohortSum | None,
-    scales: np.ndarray,
-    padding: Padding,
-    seconds: float,
-    waiting: float,
-) -> RoundMetrics:
-    if total is None:
-        empty = np.zeros(0, np.float32)
-        return RoundMetrics(
-            round, float("nan"), 0, 0, 0, empty, empty, scales, {}, padding, seconds, waiting
-        )
-    host = jax.device_get(total._replace(delta=None))
-    valid = max(int(host.clients - host.invalid), 1)
-    return RoundMetrics(
-        round=round,
-        loss=float(host.loss) / valid if host.clients > host.invalid else float("nan"),
-        clients=int(host.clients),
-        steps=int(host.steps),
-        invalid=int(host.invalid),
-        norms=host.norms / valid,
-        clipped=host.clipped / valid,
-        clip_scales=scales,
-        aux=jax.tree.map(lambda x: x.item(), host.aux),
-        padding=padding,
-        seconds=seconds,
-        waiting=waiting,
-    )

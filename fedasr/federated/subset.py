@@ -54,8 +54,8 @@ def keep(tree: Any, kept: Sequence[bool] | None) -> Any:
     if kept is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten(
-        [x if yes else optax.MaskedNode() for x, yes in zip(leaves, kept, strict=True)]
+    return jax.tree.unflatten(
+        treedef, [x if yes else optax.MaskedNode() for x, yes in zip(leaves, kept, strict=True)]
     )
 
 
@@ -65,7 +65,9 @@ def merge(part: Any, tree: Any, kept: Sequence[bool] | None) -> Any:
         return part
     leaves, treedef = jax.tree.flatten(tree)
     new = iter(jax.tree.leaves(part))
-    return treedef.unflatten([next(new) if yes else x for x, yes in zip(leaves, kept, strict=True)])
+    return jax.tree.unflatten(
+        treedef, [next(new) if yes else x for x, yes in zip(leaves, kept, strict=True)]
+    )
 
 
 def transform_part(

@@ -15,8 +15,9 @@ import optax
 
 from fedasr.errors import UserError
 from fedasr.federated.client import Params
+from fedasr.federated.metrics import RoundMetrics
 from fedasr.federated.server import ServerState
-from fedasr.federated.simulation import RoundMetrics, Simulation
+from fedasr.federated.simulation import Simulation
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import restore_params
 

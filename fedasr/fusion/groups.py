@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedasr.errors import UserError
+from fedasr.federated.metrics import RoundMetrics
 from fedasr.federated.server import ServerState
-from fedasr.federated.simulation import RoundMetrics, Simulation
+from fedasr.federated.simulation import Simulation
 from fedasr.fusion.methods import Method, combine
 from fedasr.streams import Stream, seed_key
 

@@ -148,12 +148,12 @@ class CanaryCorpus:
         del user
         return {}
 
-    def get(self, user: int, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    def get(self, user: int, indices: Sequence[int]) -> list[Mapping[str, np.ndarray]]:
         """See `fedasr.data.corpus.Corpus`."""
         trials, canaries = self._presence.shape
         here = user < canaries
         presence = self._presence[:, user] if here else np.zeros(trials, np.float32)
-        canary = np.int32(user if here else 0)
+        canary = np.asarray(user if here else 0, np.int32)
         return [{"canary": canary, "presence": presence} for _ in indices]
 
 
@@ -264,7 +264,9 @@ def _observe(
     devices: Sequence[jax.Device] | None,
     identity: str = "",
 ) -> np.ndarray:
-    from fedasr.data.batching import LocalBatches
+    from fedasr.data.batching import Batching
+    from fedasr.federated.algorithms.fedavg import FedAvg
+    from fedasr.federated.hardware import Hardware
     from fedasr.federated.simulation import Simulation
 
     sampler = mechanism.sampler
@@ -276,14 +278,11 @@ def _observe(
     simulation = Simulation(
         corpus,
         mechanism,
-        crafted_update(weights, _LENGTH * mechanism.clip_norm, rounds),
-        publish(),
-        LocalBatches(1, steps=1),
+        FedAvg(crafted_update(weights, _LENGTH * mechanism.clip_norm, rounds), publish()),
+        Batching(1, steps=1, buckets=()),
+        hardware=Hardware(devices, chunk=max(1, min(sampler.slots, _CHUNK_BYTES // bytes_each))),
         seed=seed,
         identity=f"audit {identity}",
-        chunk=max(1, min(sampler.slots, _CHUNK_BYTES // bytes_each)),
-        buckets=(),
-        devices=devices,
     )
     unit = mechanism.clip_norm / sampler.expected_cohort
     seen = np.zeros((trials * rounds, canaries))

@@ -112,7 +112,7 @@ class Mechanism:
       normalise: with a per-layer budget, rescale as the paper's public code does (see
         `clipping.clip_layers`).
       weighting: "uniform"; "bounded" for clipped updates times weights in [0, 1] of the users' own
-        (see `fedasr.federated.simulation.Simulation`), which leave the sensitivity and the
+        (see `fedasr.federated.algorithms.Algorithm`), which leave the sensitivity and the
         division as they are; or "examples" to weigh users by their number of examples: the mean is
         then over the realised weights, which is possible without noise only.
       correlation: None for fresh noise every round, or how the rounds' noise hangs together; the

@@ -33,7 +33,7 @@ class CentralTraining:
       loss: see `fedasr.federated.client.Loss`.
       optimizer: any optax transformation.
       batch_size: examples per step over all devices; None with `frames`.
-      seed, keep: as for `fedasr.federated.simulation.Simulation`.
+      seed: of the order of examples. keep: as for `fedasr.data.batching.Batching`.
       buckets: of its batches (see `PooledBatcher`); None for as few as pad little.
       multiples: of their sizes, then.
       devices: of this process; default all.

@@ -352,7 +352,7 @@ class Config:
     # Random keys hold 32 bits of it: beyond, two seeds would be the same.
     seed: int = setting(whole(0, most=2**32 - 1))
     algorithm: str = setting(
-        choice("federated", ("federated", "central")),
+        choice("federated", values.algorithms),
         'or "central": the same data with the users forgotten',
     )
     rounds: int = setting(whole(100, most=100_000_000, unit="rounds"), 'unused by "central"')
@@ -384,6 +384,11 @@ class Config:
     evaluation: Evaluation = section(Evaluation)
     checkpoint: Checkpoint = section(Checkpoint)
     start: str | None = None
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether clients train in rounds, by one of the federated algorithms."""
+        return self.algorithm != values.CENTRAL
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Config:

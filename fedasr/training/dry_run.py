@@ -83,7 +83,7 @@ def dry_run(
         "device": devices.device_name(jax.devices()),
         "config": config.tree(),
     }
-    if config.algorithm == "federated":
+    if config.has_rounds:
         summary |= _federated(config, shapes, population, workdir)
     return to_json(summary)
 
@@ -165,7 +165,7 @@ def _rehearse(config: Config, directory: Path) -> int:
     data = corpora.Data(directory, small, lambda text: None)
     used = devices.run_devices(config)
     pooled.check_central(config, data, used)
-    if config.algorithm == "federated":
+    if config.has_rounds:
         with tempfile.TemporaryDirectory() as folder:
             store = None
             if layout := models.local_layout(config):
@@ -190,7 +190,7 @@ def _rehearse_synthetic(config: Config) -> int:
     corpora.fitting_tokenizer(config, {"options": {"characters": CharTokenizer().characters}})
     corpora.check_features(config, {"options": {}})
     population = synthetic.expected_users(settings, config.data.train)
-    if config.algorithm == "federated":
+    if config.has_rounds:
         mechanisms.check_deployments(
             config,
             mechanisms.make_mechanism(

@@ -145,7 +145,7 @@ def _claim(config: Config, workdir: Path, extend: int | None) -> tuple[Config, A
 def _begin(config: Config, directory: Path, workdir: Path, logs: Path, stop: StopFlag) -> Session:
     parts = make_parts(config, directory, workdir)
     trainer: Trainer
-    if config.algorithm == "federated":
+    if config.has_rounds:
         trainer = FederatedTrainer(parts, workdir)
     else:
         trainer = CentralTrainer(parts)
@@ -159,4 +159,4 @@ def _is_done(summary: Mapping[str, Any], config: Config) -> bool:
     ours = identity(config.tree())
     if summary.get("configuration", ours) != ours:
         return False
-    return config.algorithm == "central" or summary.get("rounds") == config.rounds
+    return not config.has_rounds or summary.get("rounds") == config.rounds

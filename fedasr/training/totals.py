@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from fedasr.federated.simulation import RoundMetrics
+from fedasr.federated.metrics import RoundMetrics
 
 # Of client updates: with more invalid ones the rest are no cohort any more.
 _MOST_INVALID = 0.5

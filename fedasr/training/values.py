@@ -12,12 +12,21 @@ from typing import Any
 from fedasr.errors import UserError
 from fedasr.fields import is_number
 
+CENTRAL = "central"  # the algorithm that forgets the users
+
 
 def optimizers() -> list[str]:
     """Names of optimisers."""
     from fedasr.federated.server import SERVER_OPTIMIZERS
 
     return list(SERVER_OPTIMIZERS)
+
+
+def algorithms() -> list[str]:
+    """Names of ways to train: those of the federated algorithms, and one without users."""
+    from fedasr.federated.algorithms import ALGORITHMS
+
+    return [*ALGORITHMS, CENTRAL]
 
 
 def models() -> list[str]:

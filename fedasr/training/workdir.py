@@ -225,7 +225,7 @@ def extended(workdir: Path, theirs: Mapping[str, Any] | None, ours: Config, roun
         raise UserError(f"--extend: --workdir={workdir} holds no run yet: set --config.rounds")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 100_000_000:
         raise UserError(f"--extend={rounds} must be a number of rounds, 1 to 100000000")
-    if ours.algorithm != "federated":
+    if not ours.has_rounds:
         raise UserError("--extend goes on with federated rounds: central training has none")
     if ours.privacy.enabled and ours.privacy.noise != "independent":
         raise UserError(

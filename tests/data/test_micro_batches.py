@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.data.batching import (
+    Batching,
     ClientBatcher,
     Grid,
     LocalBatches,
@@ -25,7 +26,9 @@ from fedasr.data.batching.parts import cheapest
 from fedasr.data.corpus import InMemoryCorpus, all_lengths
 from fedasr.data.sampling import ShuffledSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import batch_gradient, local_training
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
 
@@ -205,14 +208,10 @@ def simulate(micro_batch=0, buckets=None, how=HOW[0], devices=1, rounds=3, chunk
     simulation = Simulation(
         corpus,
         Mechanism(1.0, "global", 0.0, ShuffledSampler(len(corpus.users), 3, 1)),
-        local_training(mean_loss, optax.sgd(0.01)),
-        optax.sgd(1.0),
-        LocalBatches(**how),
+        FedAvg(local_training(mean_loss, optax.sgd(0.01)), optax.sgd(1.0)),
+        Batching(**how, buckets=buckets, micro_batch=micro_batch),
+        hardware=Hardware(jax.devices()[:devices], chunk=chunk),
         seed=4,
-        chunk=chunk,
-        buckets=buckets,
-        devices=jax.devices()[:devices],
-        micro_batch=micro_batch,
     )
     state = simulation.init({"a": jnp.zeros(3)})
     metrics = []

@@ -387,8 +387,9 @@ def test_the_program_prepares_days_that_a_simulation_trains_on(
     import jax
     import optax
 
-    from fedasr.data.batching import LocalBatches
+    from fedasr.data.batching import Batching
     from fedasr.data.sampling import PoissonSampler
+    from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
@@ -400,10 +401,8 @@ def test_the_program_prepares_days_that_a_simulation_trains_on(
     simulation = Simulation(
         corpus,
         Mechanism(1.0, "global", 0.0, PoissonSampler(2, 2, 0)),
-        local_training(recogniser.loss, optax.sgd(0.1)),
-        optax.sgd(1.0),
-        LocalBatches(2, steps=2),
-        keep=ARRAYS,
+        FedAvg(local_training(recogniser.loss, optax.sgd(0.1)), optax.sgd(1.0)),
+        Batching(2, steps=2, keep=ARRAYS),
     )
     start = simulation.init(recogniser.init(jax.random.key(0)))
     first = jax.device_get(start.params)

@@ -236,10 +236,12 @@ def test_mistakes_are_one_line(program, tiny_flags, flags, message):
 def test_canaries(corpus_dir):
     """The inserted transcript is random; a canary's update is exactly zero when it is absent."""
     from fedasr.cli.audit import inserted_losses, make_canaries
-    from fedasr.data.batching import LocalBatches
+    from fedasr.data.batching import Batching
     from fedasr.data.corpus import InMemoryCorpus, open_corpus
     from fedasr.data.sampling import ShuffledSampler
+    from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
+    from fedasr.federated.hardware import Hardware
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
     from fedasr.privacy.mechanism import Mechanism
@@ -267,11 +269,9 @@ def test_canaries(corpus_dir):
         return Simulation(
             InMemoryCorpus(kinds, ARRAYS),
             Mechanism(1.0, "uniform", 0.0, ShuffledSampler(2, 1, seed=0)),
-            local_training(recogniser.loss, optax.sgd(0.5, momentum=0.9)),
-            optax.sgd(1.0),
-            LocalBatches(2, steps=2),
-            devices=jax.devices()[:1],
-            keep=ARRAYS,
+            FedAvg(local_training(recogniser.loss, optax.sgd(0.5, momentum=0.9)), optax.sgd(1.0)),
+            Batching(2, steps=2, keep=ARRAYS),
+            hardware=Hardware(jax.devices()[:1]),
         )
 
     kinds = {c.user: c.present for c in canaries}

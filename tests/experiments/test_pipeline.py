@@ -9,10 +9,12 @@ import optax
 import pytest
 
 from experiments.benchmarks import pipeline, plots
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
 
@@ -33,10 +35,9 @@ def test_waiting_for_data_is_found(corpus, least, most):
     simulation = Simulation(
         corpus(USERS),
         Mechanism(1.0, "global", 0.0, FixedSizeSampler(4, 4, seed=0)),
-        local_training(loss, optax.sgd(0.1)),
-        optax.sgd(1.0),
-        LocalBatches(1, steps=1),
-        devices=jax.devices()[:1],
+        FedAvg(local_training(loss, optax.sgd(0.1)), optax.sgd(1.0)),
+        Batching(1, steps=1),
+        hardware=Hardware(jax.devices()[:1]),
     )
     batcher, state = simulation.batcher, simulation.init({"a": jnp.float32(0)})
     found = pipeline.measure(simulation, state, rounds=2, repeats=2)

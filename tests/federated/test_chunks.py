@@ -5,12 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.chunks import device_budget, fit_chunk
 from fedasr.federated.client import local_training
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
 
@@ -69,11 +71,9 @@ def test_memory_grows_with_the_chunk():
         simulation = Simulation(
             corpus,
             mechanism,
-            local_training(loss, optax.sgd(0.1)),
-            optax.adam(0.1),
-            LocalBatches(1, epochs=1),
-            chunk=chunk,
-            devices=jax.devices()[:1],
+            FedAvg(local_training(loss, optax.sgd(0.1)), optax.adam(0.1)),
+            Batching(1, epochs=1),
+            hardware=Hardware(jax.devices()[:1], chunk=chunk),
         )
         assert not len(sampler.cohort(0))
         return simulation.chunk_bytes(params)

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.compression.partial import Subset, partial_training
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.errors import UserError
 from fedasr.federated import local
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import LocalStore, make_layout
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.adaptive import AdaptiveClip
@@ -305,17 +307,22 @@ def make_corpus():
 CORPUS = make_corpus()
 
 
-def simulation(folder, prototype="init", mechanism=None, trained=None, client=None, **more):
+def simulation(
+    folder, prototype="init", mechanism=None, trained=None, client=None, hardware=Hardware(ONE)
+):
     layout = make_layout(PARAMS, ("^day/",), trained)
     return Simulation(
         CORPUS,
         mechanism or Mechanism(float("inf"), "uniform", 0.0, sampler(3)),
-        client or local_training(squares, optax.sgd(0.2), grad_clip=None),
-        optax.sgd(1.0),
-        LocalBatches(2, epochs=2),
-        trained=trained,
-        store=LocalStore(folder, layout, len(SIZES), prototype),
-        **{"seed": 3, "devices": ONE, **more},
+        FedAvg(
+            client or local_training(squares, optax.sgd(0.2), grad_clip=None),
+            optax.sgd(1.0),
+            trained=trained,
+            store=LocalStore(folder, layout, len(SIZES), prototype),
+        ),
+        Batching(2, epochs=2),
+        hardware=hardware,
+        seed=3,
     )
 
 
@@ -339,7 +346,7 @@ def by_hand(rounds, prototype, draws, bound=np.inf, trained=("b", "w")):
                 fresh = rows[max(before)]
             own = {k: v.copy() for k, v in theta.items()}
             row = rows.get(user, fresh).copy()
-            for indices in LocalBatches(2, epochs=2).plan(SIZES[user], draws.order, round, user):
+            for indices in Batching(2, epochs=2).plan(SIZES[user], draws.order, round, user):
                 batch = CORPUS.get(user, indices.tolist())
                 x, y = (np.stack([e[k] for e in batch]).astype(float) for k in ("x", "y"))
                 z = x * row[:2] + row[2:]
@@ -363,7 +370,7 @@ def by_hand(rounds, prototype, draws, bound=np.inf, trained=("b", "w")):
 )
 def test_rounds_equal_a_plain_loop(tmp_path, chunk, devices, prototype):
     """A user is in many rounds: one that were read before it is written would show."""
-    sim = simulation(tmp_path, prototype, chunk=chunk, devices=jax.devices()[:devices])
+    sim = simulation(tmp_path, prototype, hardware=Hardware(jax.devices()[:devices], chunk=chunk))
     start = sim.init(PARAMS)
     draws = sim.draws(start)
     *_, (state, _) = sim.run(start, 5)
@@ -433,7 +440,7 @@ def test_clients_that_are_not_valid_keep_what_they_had(tmp_path):
 
     everybody = FixedSizeSampler(len(SIZES), len(SIZES), seed=0)
     mechanism = Mechanism(float("inf"), "uniform", 0.0, everybody)
-    sim = simulation(tmp_path, mechanism=mechanism, client=update, chunk=0)
+    sim = simulation(tmp_path, mechanism=mechanism, client=update, hardware=Hardware(ONE, chunk=0))
     ((state, metrics),) = sim.run(sim.init(PARAMS), 1)
     assert metrics.invalid == 2
     rows = sim.store.gather(range(6), np.zeros(4, np.float32))
@@ -471,9 +478,11 @@ def test_store_and_corpus_must_agree(tmp_path):
             Simulation(
                 CORPUS,
                 Mechanism(float("inf"), "uniform", 0.0, sampler(3)),
-                local_training(squares, optax.sgd(0.2)),
-                optax.sgd(1.0),
-                LocalBatches(2, epochs=2),
-                trained=trained,
-                store=store,
+                FedAvg(
+                    local_training(squares, optax.sgd(0.2)),
+                    optax.sgd(1.0),
+                    trained=trained,
+                    store=store,
+                ),
+                Batching(2, epochs=2),
             )

@@ -5,12 +5,14 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.cohort import client_mesh, model_sharding
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import ARRAYS, make_recogniser
 from fedasr.privacy.mechanism import Mechanism
@@ -41,13 +43,9 @@ def simulation(devices, model_devices, chunk=1):
     return Simulation(
         CORPUS,
         Mechanism(0.1, "uniform", 0.5, FixedSizeSampler(4, 4, seed=0)),
-        local_training(RECOGNISER.loss, optax.sgd(0.1)),
-        optax.lamb(1e-2),
-        LocalBatches(2, epochs=1),
-        chunk=chunk,
-        buckets=[BUCKET],
-        devices=jax.devices()[:devices],
-        model_devices=model_devices,
+        FedAvg(local_training(RECOGNISER.loss, optax.sgd(0.1)), optax.lamb(1e-2)),
+        Batching(2, epochs=1, buckets=[BUCKET]),
+        hardware=Hardware(jax.devices()[:devices], model_devices, chunk),
     )
 
 

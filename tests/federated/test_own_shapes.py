@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.data.batching import (
+    Batching,
     ClientBatcher,
     Grid,
     LocalBatches,
@@ -25,7 +26,9 @@ from fedasr.data.batching import (
 from fedasr.data.corpus import InMemoryCorpus, all_lengths
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
 
@@ -210,7 +213,7 @@ def loss(params, batch, key):
     return jnp.sum(jnp.where(mask, error, 0.0)) / jnp.maximum(jnp.sum(mask), 1), {}
 
 
-def cohort_sum(corpus, cohort, layout, grid=GRID, **options):
+def cohort_sum(corpus, cohort, layout, grid=GRID, chunk=1):
     """The cohort's sum of clipped updates, float64 [parameters]."""
     how, more = LAYOUTS[layout]
     more = dict(more)
@@ -220,15 +223,10 @@ def cohort_sum(corpus, cohort, layout, grid=GRID, **options):
     simulation = Simulation(
         corpus,
         Mechanism(CLIP, "global", 1.0, PoissonSampler(len(corpus.users), 4.0, seed=1)),
-        local_training(loss, optax.sgd(0.5)),
-        optax.sgd(1.0),
-        LocalBatches(**how),
+        FedAvg(local_training(loss, optax.sgd(0.5)), optax.sgd(1.0)),
+        Batching(**how, **more, buckets=grid, resident=resident),
+        hardware=Hardware(jax.devices()[:1], chunk=chunk),
         seed=SEED,
-        buckets=grid,
-        devices=jax.devices()[:1],
-        resident=resident,
-        **more,
-        **options,
     )
     sums, key = None, simulation._round_key(np.int32(ROUND))
     for chunk, padding in simulation.batcher.chunks(cohort, ROUND):

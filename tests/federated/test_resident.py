@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from fedasr.data.batching import (
+    Batching,
     ClientBatcher,
     Grid,
     LocalBatches,
@@ -18,8 +19,10 @@ from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.federated import hosts
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.cohort import client_mesh, replicated
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import LocalStore, make_layout
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
@@ -70,25 +73,22 @@ PARAMS = {"a": jnp.float32(0.1), "b": jnp.float32([0.3, -0.2])}
 HOW = [{"batch_size": 2, "steps": 3}, {"batch_size": 2, "epochs": 2}, {"frames": 16, "epochs": 1}]
 
 
-def rounds(resident, how, chunk, devices, parts, own=None, **options):
-    local = LocalBatches(**how)
+def rounds(resident, how, chunk, devices, parts, own=None, model_devices=1):
     simulation = Simulation(
         CORPUS,
         Mechanism(0.5, "uniform", 0.1, PoissonSampler(7, 4.0, seed=1)),
-        local_training(loss, optax.sgd(0.1)),
-        optax.sgd(1.0),
-        local,
+        FedAvg(local_training(loss, optax.sgd(0.1)), optax.sgd(1.0), store=own),
+        Batching(
+            **how,
+            buckets=Grid(1, MULTIPLES, {"y": 0.5}),
+            keep=KEEP,
+            micro_batch=2 if parts else 0,
+            resident=make_resident(CORPUS, make_buckets([CORPUS], 1, MULTIPLES), KEEP)
+            if resident
+            else None,
+        ),
+        hardware=Hardware(jax.devices()[:devices], model_devices, chunk),
         seed=5,
-        chunk=chunk,
-        buckets=Grid(1, MULTIPLES, {"y": 0.5}),
-        devices=jax.devices()[:devices],
-        keep=KEEP,
-        micro_batch=2 if parts else 0,
-        resident=make_resident(CORPUS, make_buckets([CORPUS], 1, MULTIPLES), KEEP)
-        if resident
-        else None,
-        store=own,
-        **options,
     )
     assert simulation.chunk_bytes(PARAMS) > 0
     CORPUS.reads = 0
@@ -190,13 +190,12 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
         Simulation(
             CORPUS,
             mechanism,
-            local_training(loss, optax.sgd(0.1)),
-            optax.sgd(1.0),
-            LocalBatches(1, steps=1),
-            buckets=buckets,
-            keep=KEEP,
-            resident=found,
-            weigh=lambda params, delta, batches, key: jnp.float32(1),
+            FedAvg(
+                local_training(loss, optax.sgd(0.1)),
+                optax.sgd(1.0),
+                weigh=lambda params, delta, batches, key: jnp.float32(1),
+            ),
+            Batching(1, steps=1, buckets=buckets, keep=KEEP, resident=found),
         )
     monkeypatch.setattr(arrays, "MAX_ARRAY_BYTES", 100)
     with pytest.raises(UserError, match="'x' of all users"):

@@ -10,11 +10,13 @@ import optax
 import pytest
 
 from fedasr.compression.partial import Subset, partial_training
-from fedasr.data.batching import ClientBatcher, LocalBatches, Padding, make_buckets
+from fedasr.data.batching import Batching, ClientBatcher, LocalBatches, Padding, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import ClientMetrics, local_training, take_batch
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
@@ -48,16 +50,28 @@ def corpus():
 
 
 def simulation(
-    corpus, *, clip=math.inf, noise=0.0, sampler=None, server=None, local=None, client=None, **more
+    corpus,
+    *,
+    clip=math.inf,
+    noise=0.0,
+    sampler=None,
+    server=None,
+    batching=None,
+    client=None,
+    seed=3,
+    hardware=Hardware(ONE),
 ):
     sampler = sampler or FixedSizeSampler(len(corpus.users), 3, seed=7)
     return Simulation(
         corpus,
         Mechanism(clip, "uniform", noise, sampler),
-        local_training(squares, client or optax.sgd(0.2, momentum=0.9)),
-        server or optax.sgd(1.0, momentum=0.5),
-        local or LocalBatches(2, epochs=2),
-        **{"seed": 3, "devices": ONE, **more},
+        FedAvg(
+            local_training(squares, client or optax.sgd(0.2, momentum=0.9)),
+            server or optax.sgd(1.0, momentum=0.5),
+        ),
+        batching or Batching(2, epochs=2),
+        hardware=hardware,
+        seed=seed,
     )
 
 
@@ -113,7 +127,9 @@ def federated_averaging(corpus, rounds, sampler, seed, weights=None):
 @pytest.mark.parametrize(("chunk", "devices"), [(1, 1), (0, 2)])
 def test_rounds_equal_federated_averaging_by_hand(corpus, chunk, devices):
     sampler = FixedSizeSampler(len(corpus.users), 3, seed=7)
-    sim = simulation(corpus, sampler=sampler, chunk=chunk, devices=jax.devices()[:devices])
+    sim = simulation(
+        corpus, sampler=sampler, hardware=Hardware(jax.devices()[:devices], chunk=chunk)
+    )
     expected = federated_averaging(corpus, 3, *sim.draws(sim.init(PARAMS)))
     assert sim.chunk == (1 if chunk else 2)
     done = 0
@@ -182,9 +198,12 @@ def test_noise_is_on_the_mean_with_the_stated_deviation():
         lambda p, b, k: (0.0 * p.sum() + 0.0 * b["x"].sum(), {}), optax.sgd(1)
     )
     sim = Simulation(
-        InMemoryCorpus(users), mechanism, constant, optax.sgd(1.0), LocalBatches(1, steps=1),
-        devices=ONE,
-    )  # fmt: skip
+        InMemoryCorpus(users),
+        mechanism,
+        FedAvg(constant, optax.sgd(1.0)),
+        Batching(1, steps=1),
+        hardware=Hardware(ONE),
+    )
     state = sim.init(np.zeros(40_000, np.float32))
     draws, last = [], np.zeros(40_000)
     for state, _ in sim.run(state, 2):
@@ -204,11 +223,10 @@ def test_client_randomness_comes_from_seed_round_and_user():
     sim = Simulation(
         corpus,
         Mechanism(math.inf, "uniform", 0.0, FixedSizeSampler(2, 2, seed=0)),
-        local_training(noise_as_gradient, optax.sgd(1.0), grad_clip=None),
-        optax.sgd(1.0),
-        LocalBatches(1, steps=1),
+        FedAvg(local_training(noise_as_gradient, optax.sgd(1.0), grad_clip=None), optax.sgd(1.0)),
+        Batching(1, steps=1),
+        hardware=Hardware(ONE),
         seed=6,
-        devices=ONE,
     )
     fold = jax.random.fold_in
     expected = np.zeros(5)
@@ -248,10 +266,9 @@ def test_clipping_and_invalid_clients_are_reported():
     sim = Simulation(
         corpus,
         Mechanism(0.9, "global", 0.0, FixedSizeSampler(3, 3, seed=0)),
-        local_training(squares, optax.sgd(1.0), grad_clip=None),
-        optax.sgd(1.0),
-        LocalBatches(1, steps=1),
-        devices=ONE,
+        FedAvg(local_training(squares, optax.sgd(1.0), grad_clip=None), optax.sgd(1.0)),
+        Batching(1, steps=1),
+        hardware=Hardware(ONE),
     )
     params = {"w": np.zeros((2, 1), np.float32), "b": np.float32([0.5])}
     ((state, metrics),) = sim.run(sim.init(params), 1)
@@ -287,9 +304,12 @@ def test_one_compilation_per_shape_of_chunk():
     local = LocalBatches(1, epochs=1)
     mechanism = Mechanism(1.0, "global", 0.1, PoissonSampler(12, 6, seed=0))
     sim = Simulation(
-        corpus, mechanism, local_training(loss, optax.sgd(0.1)), optax.sgd(1.0), local, chunk=2,
-        buckets=buckets, devices=ONE,
-    )  # fmt: skip
+        corpus,
+        mechanism,
+        FedAvg(local_training(loss, optax.sgd(0.1)), optax.sgd(1.0)),
+        Batching(1, epochs=1, buckets=buckets),
+        hardware=Hardware(ONE, chunk=2),
+    )
     batcher = ClientBatcher(corpus, local, buckets, 2, seed=0)
     shapes, chunks = set(), 0
     state = sim.init({"w": np.ones((2, 1), np.float32)})
@@ -320,7 +340,7 @@ def test_an_error_while_reading_reaches_the_caller(corpus):
         def get(self, user, indices):
             raise UserError("file 7 is damaged")
 
-    sim = simulation(Broken(), local=LocalBatches(1, steps=1))
+    sim = simulation(Broken(), batching=Batching(1, steps=1))
     with pytest.raises(UserError, match="file 7"):
         next(sim.run(sim.init(PARAMS), 1))
 
@@ -354,7 +374,11 @@ def test_the_round_reaches_the_clients(corpus):
     sampler = FixedSizeSampler(len(corpus.users), 3, seed=7)
     mechanism = Mechanism(math.inf, "global", 0.0, sampler)
     sim = Simulation(
-        corpus, mechanism, update, optax.sgd(1.0), LocalBatches(2, steps=1), devices=ONE
+        corpus,
+        mechanism,
+        FedAvg(update, optax.sgd(1.0)),
+        Batching(2, steps=1),
+        hardware=Hardware(ONE),
     )
     means = []
     state = sim.init({"w": jnp.zeros(())})
@@ -365,10 +389,11 @@ def test_the_round_reaches_the_clients(corpus):
 
 def test_weighting_by_examples_is_the_weighted_mean(corpus):
     sampler = FixedSizeSampler(len(corpus.users), len(corpus.users), seed=0)
-    local = LocalBatches(8, epochs=1)
+    batching = Batching(8, epochs=1)
     update = local_training(squares, optax.sgd(0.2), grad_clip=None)
     mechanism = Mechanism(math.inf, "global", 0.0, sampler, weighting="examples")
-    sim = Simulation(corpus, mechanism, update, optax.sgd(1.0), local, devices=ONE)
+    algorithm = FedAvg(update, optax.sgd(1.0))
+    sim = Simulation(corpus, mechanism, algorithm, batching, hardware=Hardware(ONE))
     ((state, _),) = sim.run(sim.init(PARAMS), 1)
     # One full-batch step a client: the weighted mean is one step on all examples together.
     examples = [e for u in range(len(SIZES)) for e in corpus.get(u, range(SIZES[u]))]
@@ -388,9 +413,10 @@ def weighted(corpus, **options):
         math.inf, "global", 0.0, FixedSizeSampler(count, 3, seed=7), weighting="bounded"
     )
     update = local_training(squares, optax.sgd(0.2, momentum=0.9))
-    local, server = LocalBatches(2, epochs=2), optax.sgd(1.0, momentum=0.5)
-    options = {"seed": 3, "devices": ONE, **options}
-    return Simulation(corpus, mechanism, update, server, local, **options)
+    algorithm = FedAvg(update, optax.sgd(1.0, momentum=0.5), **options)
+    return Simulation(
+        corpus, mechanism, algorithm, Batching(2, epochs=2), hardware=Hardware(ONE), seed=3
+    )
 
 
 def test_weights_multiply_users_updates_whoever_sets_them(corpus):
@@ -451,7 +477,8 @@ def test_weights_that_would_move_the_sum_too_far_are_refused(
     )
     update = local_training(squares, optax.sgd(0.2))
     with pytest.raises(UserError, match=match):
-        Simulation(corpus, mechanism, update, optax.sgd(1.0), LocalBatches(2, epochs=1), **options)
+        algorithm = FedAvg(update, optax.sgd(1.0), **options)
+        Simulation(corpus, mechanism, algorithm, Batching(2, epochs=1))
 
 
 @pytest.mark.parametrize("adaptive", [None, AdaptiveClip(0.5)])
@@ -471,12 +498,10 @@ def test_variables_that_are_not_trained_are_out_of_the_mechanism(corpus, adaptiv
         sim = Simulation(
             corpus,
             mechanism,
-            client,
-            optax.adam(0.1),
-            LocalBatches(2, epochs=2),
+            FedAvg(client, optax.adam(0.1), trained=trained),
+            Batching(2, epochs=2),
+            hardware=Hardware(ONE),
             seed=3,
-            devices=ONE,
-            trained=trained,
         )
         *_, (state, metrics) = sim.run(sim.init(params, ROOT), 3)
         return state, metrics

@@ -4,11 +4,13 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.server import ServerState
 from fedasr.federated.simulation import Simulation
 from fedasr.feedback.joint import JointTraining, average_checkpoints, average_params
@@ -46,10 +48,9 @@ def parts():
     simulation = Simulation(
         corpus(THEIRS, 6, 1),
         Mechanism(0.5, "uniform", 0.1, FixedSizeSampler(6, 3, seed=0)),
-        local_training(squares, optax.sgd(0.1)),
-        optax.adam(0.05),
-        LocalBatches(2, steps=2),
-        devices=ONE,
+        FedAvg(local_training(squares, optax.sgd(0.1)), optax.adam(0.05)),
+        Batching(2, steps=2),
+        hardware=Hardware(ONE),
     )
     central = CentralTraining(
         corpus(OURS, 5, 2), squares, optax.adam(0.02), 4, seed=3, buckets=(), devices=ONE

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.simulation import Simulation
 from fedasr.fusion import groups, methods
@@ -39,9 +40,8 @@ def simulation(group):
     return Simulation(
         InMemoryCorpus(users, []),
         Mechanism(0.5, "uniform", 0.05, FixedSizeSampler(4 + group, 3, seed=group)),
-        local_training(squares, optax.sgd(0.1)),
-        optax.adam(0.1),
-        LocalBatches(2, steps=2),
+        FedAvg(local_training(squares, optax.sgd(0.1)), optax.adam(0.1)),
+        Batching(2, steps=2),
         seed=group,
     )
 

@@ -8,11 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import ClientMetrics
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy import clipping
 from fedasr.privacy.adaptive import AdaptiveClip, ClientView, adapt_scales, clip_scaled, hold
@@ -54,7 +56,11 @@ def simulation(corpus, budget="uniform", clip=1.0, noise=0.0, votes=0.5, **adapt
         adaptive=AdaptiveClip(votes, **adaptive),
     )
     return Simulation(
-        corpus, mechanism, own_delta, optax.sgd(1.0), LocalBatches(1, steps=1), chunk=10
+        corpus,
+        mechanism,
+        FedAvg(own_delta, optax.sgd(1.0)),
+        Batching(1, steps=1),
+        hardware=Hardware(chunk=10),
     )
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training, take_batch
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy import noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales
@@ -136,11 +138,10 @@ def key_simulation(devices):
     return Simulation(
         corpus,
         mechanism,
-        update_of_keys,
-        optax.sgd(1.0),
-        LocalBatches(1, epochs=1),
+        FedAvg(update_of_keys, optax.sgd(1.0)),
+        Batching(1, epochs=1),
+        hardware=Hardware(jax.devices()[:devices]),
         seed=SEED,
-        devices=jax.devices()[:devices],
     )
 
 
@@ -189,9 +190,13 @@ def test_noise_has_the_same_bits_on_one_and_two_devices():
     results = []
     for devices in (1, 2):
         simulation = Simulation(
-            corpus, mechanism, update, optax.sgd(1.0), LocalBatches(1, steps=1), seed=SEED,
-            devices=jax.devices()[:devices],
-        )  # fmt: skip
+            corpus,
+            mechanism,
+            FedAvg(update, optax.sgd(1.0)),
+            Batching(1, steps=1),
+            hardware=Hardware(jax.devices()[:devices]),
+            seed=SEED,
+        )
         ((state, _),) = simulation.run(simulation.init(params), 1)
         results.append(np.asarray(state.params["a"]))
     np.testing.assert_array_equal(*results)

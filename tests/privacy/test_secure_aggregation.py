@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import ClientMetrics
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy import accounting, auditing, ledger
 from fedasr.privacy import secure_aggregation as sa
@@ -574,19 +576,21 @@ def secure_mechanism(sampler, bits=16, z=0.8, **options):
     return Mechanism(0.5, options.pop("budget", "uniform"), z, sampler, secure=secure, **options)
 
 
-def means(mechanism, rounds, update=None, **options):
+def means(
+    mechanism, rounds, update=None, hardware=Hardware(jax.devices()[:1]), seed=3, weights=None
+):
     """The noisy means that a server publishes, [rounds, 60], in units of C / expected cohort."""
     sampler = mechanism.sampler
     corpus = auditing.CanaryCorpus(np.ones((1, 20)), sampler.population)
-    weights = auditing.layer_weights(mechanism, auditing.canary_params(20))
+    scales = auditing.layer_weights(mechanism, auditing.canary_params(20))
+    crafted = auditing.crafted_update(scales, 0.3, 10**6)
     simulation = Simulation(
         corpus,
         mechanism,
-        update or auditing.crafted_update(weights, 0.3, 10**6),
-        auditing.publish(),
-        LocalBatches(1, steps=1),
-        buckets=(),
-        **{"devices": jax.devices()[:1], "seed": 3, **options},
+        FedAvg(update or crafted, auditing.publish(), weights=weights),
+        Batching(1, steps=1, buckets=()),
+        hardware=hardware,
+        seed=seed,
     )
     state = simulation.init(auditing.canary_params(20))
     seen = [sa.flatten(state.params) for state, _ in simulation.run(state, rounds)]
@@ -620,7 +624,7 @@ def test_a_simulations_noise_is_what_is_claimed(sampler, update):
 def test_chunks_and_devices_change_nothing_and_seeds_everything():
     mechanism = secure_mechanism(PoissonSampler(30, 15, seed=1))
     one = means(mechanism, 3)
-    together = means(mechanism, 3, chunk=4, devices=jax.devices()[:2])
+    together = means(mechanism, 3, hardware=Hardware(jax.devices()[:2], chunk=4))
     np.testing.assert_allclose(together, one, atol=0.02)
     assert np.abs(means(mechanism, 3, seed=4) - one).mean(axis=1).min() > 0.3
 
@@ -636,7 +640,7 @@ def test_weights_and_parts_of_the_model():
     with pytest.raises(UserError, match="set the dimension to 60"):
         means(wrong, 1, weights=weights)
     with pytest.raises(UserError, match="model_devices=1"):
-        means(mechanism, 1, model_devices=2, devices=jax.devices()[:2])
+        means(mechanism, 1, hardware=Hardware(jax.devices()[:2], 2))
 
 
 POISSON = PoissonSampler(1000, 100, seed=0)

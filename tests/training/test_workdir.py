@@ -13,7 +13,7 @@ import pytest
 from fedasr.data.batching import Padding
 from fedasr.data.prepare import Utterance, prepare
 from fedasr.errors import UserError
-from fedasr.federated.simulation import RoundMetrics
+from fedasr.federated.metrics import RoundMetrics
 from fedasr.training import config as config_lib
 from fedasr.training import loop, stages, workdir
 from fedasr.training.builders import corpora

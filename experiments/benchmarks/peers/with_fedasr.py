@@ -10,9 +10,10 @@ from work import KINDS, parse, serve
 
 from experiments.benchmarks.workload import plain_training
 from fedasr.cli import common
-from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets, make_resident
+from fedasr.data.batching import Batching, ClientBatcher, LocalBatches, make_buckets, make_resident
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.sampling import FixedSizeSampler
+from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import make_recogniser
@@ -44,11 +45,13 @@ def rounds(kind):
     simulation = Simulation(
         corpus,
         Mechanism(0.1, "uniform", 0.01, FixedSizeSampler(work.clients, work.clients, seed=0)),
-        local_training(recogniser.loss, optax.sgd(0.1)),
-        optax.lamb(1e-3),
-        LocalBatches(work.batch, **how),
-        buckets=buckets,
-        resident=make_resident(corpus, buckets) if work.mode == "rounds resident" else None,
+        FedAvg(local_training(recogniser.loss, optax.sgd(0.1)), optax.lamb(1e-3)),
+        Batching(
+            work.batch,
+            **how,
+            buckets=buckets,
+            resident=make_resident(corpus, buckets) if work.mode == "rounds resident" else None,
+        ),
     )
     stream = simulation.run(simulation.init(params), 1_000_000)
     return lambda: next(stream)

@@ -17,6 +17,7 @@ from fedasr.data.batching.buckets import (
     rounded_slots,
 )
 from fedasr.data.batching.clients import ClientBatcher
+from fedasr.data.batching.group import Batching
 from fedasr.data.batching.parts import part_shapes
 from fedasr.data.batching.plan import LocalBatches, pack
 from fedasr.data.batching.pooled import PooledBatcher, eval_batches, pooled_buckets
@@ -25,6 +26,7 @@ from fedasr.data.batching.resident import make_resident
 from fedasr.data.batching.types import Bucket, Chunk, Padding, Resident, Shape, Store
 
 __all__ = [
+    "Batching",
     "Bucket",
     "Chunk",
     "ClientBatcher",

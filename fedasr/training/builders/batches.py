@@ -1,14 +1,15 @@
 """How many examples, or how much audio, is computed together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fedasr.audio.features import LogMelConfig
-from fedasr.data.batching import LocalBatches
+from fedasr.data.batching import Batching, Bucket, Grid, Resident
 from fedasr.errors import UserError
+from fedasr.models.recogniser import ARRAYS
 from fedasr.training.config import Central, Client, Config
 
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
@@ -16,25 +17,37 @@ _HOP_SECONDS = LogMelConfig().hop_ms / 1000
 
 def check(config: Config) -> None:
     """Raises UserError for batches that cannot be made."""
-    local_batches(config)
+    make_batching(config)
     if config.model.name == "recurrent":
         sections = ("seed_training", "central", "client")
         if timed := [name for name in sections if getattr(config, name).batch_seconds]:
             raise UserError(f"{timed[0]}.batch_seconds counts audio: a recurrent model has none")
 
 
-def local_batches(config: Config) -> LocalBatches:
+def make_batching(
+    config: Config,
+    buckets: Sequence[Bucket] | Grid | None = None,
+    resident: Resident | None = None,
+) -> Batching:
     """A client's batches in a round.
 
+    Args:
+      config: of the run.
+      buckets, resident: see `Batching`.
+
     Raises:
-      UserError: see `LocalBatches`.
+      UserError: see `Batching`.
     """
     client = config.client
-    return LocalBatches(
+    return Batching(
         **batch_size(client),
         steps=client.steps or None,
         epochs=client.epochs or None,
         max_steps=client.max_steps or None,
+        buckets=buckets,
+        micro_batch=client.micro_batch,
+        keep=ARRAYS,
+        resident=resident,
     )
 
 

@@ -20,7 +20,7 @@ def check(config: Config) -> None:
     if jax.process_count() > 1:
         if config.devices:
             raise UserError("devices must be 0, all of them, with several processes")
-        if config.algorithm != "federated" or config.local.patterns:
+        if not config.has_rounds or config.local.patterns:
             raise UserError("central training and local parameters need a single process")
         if config.model_devices > 1:
             raise UserError("model_devices above 1 needs a single process")

@@ -57,7 +57,7 @@ def local_layout(config: Config) -> Layout | None:
     Raises:
       UserError: see `fedasr.federated.local.make_layout`.
     """
-    if config.algorithm != "federated" or not (patterns := config.local.patterns):
+    if not config.has_rounds or not (patterns := config.local.patterns):
         return None
     shapes = variable_shapes(config)
     return make_layout(shapes, patterns, trained_variables(config))
@@ -73,7 +73,8 @@ def sent_parameters(config: Config) -> int:
     """Number of parameters that users send updates of."""
     shapes = variable_shapes(config)
     layout = local_layout(config)
-    return costs.sent_size(shapes, trained_variables(config), layout and layout.local)
+    local = None if layout is None else layout.local
+    return costs.sent_size(shapes, trained_variables(config), local)
 
 
 def trained_variables(config: Config) -> list[bool] | None:

@@ -55,7 +55,7 @@ def check_central(config: Config, data: corpora.Data, devices: Sequence[jax.Devi
     """Raises UserError for central training that could not begin, before something else does."""
     loss = models.build_recogniser(config).loss
     stages = {"seed_training": data.seed}
-    if config.algorithm == "central":
+    if not config.has_rounds:
         stages["central"] = data.train
     for section, corpus in stages.items():
         if corpus is not None:

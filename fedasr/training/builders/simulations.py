@@ -6,11 +6,12 @@ import jax
 
 from fedasr.errors import UserError
 from fedasr.federated import chunks
+from fedasr.federated.algorithms import algorithm_by_name
 from fedasr.federated.client import Loss
-from fedasr.federated.cohort import client_mesh, replicated
+from fedasr.federated.cohort import replicated
+from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import LocalStore
 from fedasr.federated.simulation import Simulation
-from fedasr.models.recogniser import ARRAYS
 from fedasr.training.builders import (
     batches,
     clients,
@@ -47,28 +48,25 @@ def make_simulation(
     sampler = mechanisms.make_sampler(config, len(data.train.users))
 
     def build(chunk: int) -> Simulation:
+        hardware = Hardware(devices, config.model_devices, chunk)
         return Simulation(
             data.train,
             mechanisms.make_mechanism(config, sampler, models.sent_parameters(config)),
-            clients.make_client_update(config, optimizers.local_update(config), loss),
-            optimizers.server_optimizer(config),
-            batches.local_batches(config),
+            algorithm_by_name(config.algorithm)(
+                clients.make_client_update(config, optimizers.local_update(config), loss),
+                optimizers.server_optimizer(config),
+                trained=models.trained_variables(config),
+                store=store,
+            ),
+            batches.make_batching(config, data.grid, data.resident(replicated(hardware.mesh()))),
+            hardware=hardware,
             seed=config.seed,
             identity=identities.run_identity(config),
-            chunk=chunk,
-            buckets=data.grid,
-            devices=devices,
-            model_devices=config.model_devices,
-            keep=ARRAYS,
-            trained=models.trained_variables(config),
-            store=store,
-            micro_batch=config.client.micro_batch,
-            resident=data.resident(replicated(client_mesh(devices, config.model_devices))),
         )
 
-    chunk = config.chunk if chunk is None else chunk
-    if chunk != chunks.AUTO:
-        return build(chunk)
+    wanted = config.chunk if chunk is None else chunk
+    if isinstance(wanted, int):
+        return build(wanted)
     budget = None if config.client.micro_batch else chunks.device_budget(devices)
     if budget is None:
         return build(1)

@@ -10,8 +10,9 @@ import numpy as np
 from fedasr.data.batching import Padding
 from fedasr.errors import UserError
 from fedasr.federated import chunks, hosts
+from fedasr.federated.metrics import RoundMetrics
 from fedasr.federated.server import ServerState
-from fedasr.federated.simulation import RoundMetrics, Simulation
+from fedasr.federated.simulation import Simulation
 from fedasr.federated.subset import keep
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.ledger import Users

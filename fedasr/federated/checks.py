@@ -1,0 +1,104 @@
+"""Which parts of a simulation go together: one function a rule, which raises UserError."""
+
+import jax
+
+from fedasr.data.batching import Batching
+from fedasr.data.corpus import Corpus
+from fedasr.errors import UserError
+from fedasr.federated.algorithms import Algorithm
+from fedasr.federated.hardware import Hardware
+from fedasr.privacy.mechanism import Mechanism
+
+
+def check(
+    corpus: Corpus,
+    mechanism: Mechanism,
+    algorithm: Algorithm,
+    batching: Batching,
+    hardware: Hardware,
+) -> None:
+    """Raises UserError for the first rule that is broken; each group has checked itself."""
+    sampler_and_corpus_agree(mechanism, corpus)
+    weights_are_used(mechanism, algorithm)
+    weigh_is_bounded(mechanism, algorithm)
+    weigh_sees_the_whole_model(algorithm)
+    weigh_sees_one_client(algorithm, batching)
+    shares_are_whole(mechanism, hardware)
+    resident_is_in_one_process(batching)
+    store_is_in_one_process(algorithm)
+    store_and_corpus_agree(algorithm, corpus)
+    store_knows_what_is_trained(algorithm)
+    store_is_private(mechanism, algorithm)
+
+
+def sampler_and_corpus_agree(mechanism: Mechanism, corpus: Corpus) -> None:
+    """The sampler draws from the corpus's users."""
+    drawn, users = mechanism.sampler.population, len(corpus.users)
+    if drawn != users:
+        raise UserError(f"the sampler draws from {drawn} users, the corpus has {users}")
+
+
+def weights_are_used(mechanism: Mechanism, algorithm: Algorithm) -> None:
+    """Weights are not given beside those that a mechanism takes from the corpus."""
+    if algorithm.weights is not None and mechanism.weighting == "examples":
+        raise UserError(
+            "weights need a mechanism with weighting='bounded': this one counts examples"
+        )
+
+
+def weigh_is_bounded(mechanism: Mechanism, algorithm: Algorithm) -> None:
+    """Devices decide weights only where the mechanism bounds them."""
+    if algorithm.weigh is not None and (mechanism.weighting != "bounded" or mechanism.adaptive):
+        raise UserError("weigh needs a mechanism with weighting='bounded', without adaptive")
+
+
+def weigh_sees_the_whole_model(algorithm: Algorithm) -> None:
+    """`weigh` is given the server's parameters, which local ones are missing in."""
+    if algorithm.weigh is not None and algorithm.store is not None:
+        raise UserError("weigh would judge a model without the user's local parameters")
+
+
+def weigh_sees_one_client(algorithm: Algorithm, batching: Batching) -> None:
+    """`weigh` is given a client's batches, which of a resident corpus hold everybody's examples."""
+    if algorithm.weigh is not None and batching.resident is not None:
+        raise UserError("weigh would be given the whole of a resident corpus")
+
+
+def shares_are_whole(mechanism: Mechanism, hardware: Hardware) -> None:
+    """Noise in shares needs a client's update on one device."""
+    if mechanism.secure is not None and hardware.model_devices > 1:
+        raise UserError("noise in shares rotates whole updates: it needs model_devices=1")
+
+
+def resident_is_in_one_process(batching: Batching) -> None:
+    """A resident corpus is put on devices of this process."""
+    if batching.resident is not None and jax.process_count() > 1:
+        raise UserError("a resident corpus needs all devices in one process")
+
+
+def store_is_in_one_process(algorithm: Algorithm) -> None:
+    """One process writes the rows."""
+    if algorithm.store is not None and jax.process_count() > 1:
+        raise UserError("local parameters need all devices in one process")
+
+
+def store_and_corpus_agree(algorithm: Algorithm, corpus: Corpus) -> None:
+    """The store has a place for each of the corpus's users."""
+    store, users = algorithm.store, len(corpus.users)
+    if store is not None and store.users != users:
+        raise UserError(f"the local parameters are of {store.users} users, the corpus has {users}")
+
+
+def store_knows_what_is_trained(algorithm: Algorithm) -> None:
+    """The layout of rows was made for the same trained variables."""
+    if algorithm.store is None:
+        return
+    trained = None if algorithm.trained is None else tuple(algorithm.trained)
+    if algorithm.store.layout.trained != trained:
+        raise UserError("the layout of the local parameters does not know what is trained")
+
+
+def store_is_private(mechanism: Mechanism, algorithm: Algorithm) -> None:
+    """No user reaches another through local parameters; see `Mechanism.check_local`."""
+    if algorithm.store is not None:
+        mechanism.check_local(algorithm.store.prototype)
