@@ -155,7 +155,8 @@ def audit_users(
     devices = jax.local_devices()[: config["devices"] or None]
     chosen = make_canaries(held_out, canaries, data.tokenizer.vocab_size, config["seed"])
     present = auditing.toss(trials, canaries, method, config["seed"])
-    falls, mechanism = [], None
+    falls: list[np.ndarray] = []
+    mechanism: Any = None
     for trial, row in enumerate(present):
         settings = {**config, "seed": config["seed"] + trial}
         simulation = _with_canaries(settings, data, directory, chosen, row, recogniser, devices)
@@ -339,7 +340,8 @@ def run(config: dict[str, Any]) -> Report:
     methods = [options.method, other] if options.side_by_side else [options.method]
     counts = {method: _trials(method) for method in methods}
     attack = _attack_users if options.canaries == "users" else _attack_updates
-    audits, noises = [], {}
+    audits: list[tuple[Any, Any]] = []
+    noises: dict[str, Any] = {}
     for method in methods:
         first, mechanism = attack(config, None, population, delta, method, counts[method])
         own = CENTRAL if mechanism.secure is None else DISTRIBUTED

@@ -228,11 +228,13 @@ def configure_compilation(folder: Path) -> None:
 
     from fedasr.training.logging import say
 
-    if not jax.config.jax_compilation_cache_dir:
+    settings: Any = jax.config  # its options are made when JAX is imported
+    if not settings.jax_compilation_cache_dir:
         cache = folder.absolute() / ".compile-cache" / _processor()
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
-    def report(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
+    def report(event: str, seconds: float, /, **said: str | int) -> None:
+        fun_name = said.get("fun_name", "")
         kind = event.rsplit("/", 1)[-1]
         if kind == "jaxpr_to_mlir_module_duration" and seconds >= LARGE_PROGRAM:
             say(f"compiling {fun_name} ...")

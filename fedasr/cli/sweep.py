@@ -780,8 +780,8 @@ def _chosen() -> list[Table]:
     seeds = None if values.seeds is None else tuple(common.seeds(values.seeds))
     needed = values.action != "collect"
     if (values.table and values.config) or (needed and not values.table and not values.config):
-        known = ", ".join(registry(values.tables)) or "none is defined"
-        raise UserError(f"give either --table (known: {known}) or --config")
+        names = ", ".join(registry(values.tables)) or "none is defined"
+        raise UserError(f"give either --table (known: {names}) or --config")
     if values.config:
         return [ad_hoc(values.config, values.grid, (0,) if seeds is None else seeds)]
     if values.grid:
@@ -811,7 +811,8 @@ def program() -> int | None:
     if values.action == "list":
         return _list(chosen, place)
     if values.action in ("slurm", "skypilot"):
-        return _write_cluster(chosen, place)
+        _write_cluster(chosen, place)
+        return None
     seconds: dict[str, float] = {}
     if values.action == "run":
         for table in chosen:

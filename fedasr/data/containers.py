@@ -648,7 +648,12 @@ def _ogg_seconds(link: _Link) -> float | None:
 
 # ------------------------------------------------------------------------------------ MPEG audio
 
-_RATES = ((11025, 12000, 8000), None, (22050, 24000, 16000), (44100, 48000, 32000))
+_RATES: tuple[tuple[int, ...], ...] = (
+    (11025, 12000, 8000),
+    (),
+    (22050, 24000, 16000),
+    (44100, 48000, 32000),
+)
 _KBPS = {  # by (version 1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -785,6 +790,7 @@ def _info_frame(header: bytes, frames: int) -> bytes:
     # No checksum, no padding, and a bit rate at which the frame is long enough.
     head = bytes((header[0], header[1] | 1, (header[2] & 0x0D) | 0x90, header[3]))
     parsed = _mpeg_header(head, 0)
+    assert parsed is not None  # it is made from one that was read
     frame = bytearray(parsed.size)
     frame[:4] = head
     struct.pack_into(">4sII", frame, parsed.side, b"Info", 1, frames)

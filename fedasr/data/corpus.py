@@ -192,7 +192,7 @@ class ArrayRecordCorpus:
         return {"directory": self.directory, "split": self.split}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["directory"], state["split"])
+        ArrayRecordCorpus.__init__(self, state["directory"], state["split"])
 
     @property
     def users(self) -> splits_lib.LazyUsers:
@@ -597,8 +597,9 @@ def _tfds() -> Any:
 def _builder_class() -> type:
     """The tfds builder, made on first use because tfds is optional."""
     tfds = _tfds()
+    base: Any = tfds.core.ShardBasedBuilder
 
-    class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    class Builder(base, skip_registration=True):
         """Writes rows of corpora in order: no shuffling, and one shard in memory at a time.
 
         `GeneratorBasedBuilder` would need TensorFlow to spill what it shuffles to disk.

@@ -418,7 +418,7 @@ def times_of(entry: Mapping[str, Any]) -> tuple[float | None, float | None, floa
             raise ValueError(f"{begin} s to {end} s are not the {duration} s of the duration")
         return start, end, None
     if duration is not None:
-        return start, start + duration, None
+        return start, (start or 0.0) + duration, None
     return (start, None, None) if start else (None, None, None)
 
 

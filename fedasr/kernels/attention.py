@@ -171,7 +171,7 @@ def _why_not_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) ->
     """Why JAX cannot write calls of cuDNN for these arrays on this machine; empty where it can."""
 
     def trained(*args: jax.Array) -> jax.Array:
-        return jax.vjp(lambda *qkv: _cudnn(*qkv, mask), *args)[0]
+        return jax.vjp(lambda q, k, v: _cudnn(q, k, v, mask), *args)[0]
 
     try:
         jax.eval_shape(trained, q, k, v)

@@ -518,8 +518,8 @@ def unflatten(x: jax.Array, like: Any) -> Any:
     leaves, treedef = jax.tree.flatten(like)
     sizes = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
     parts = jnp.split(x, sizes[:-1])
-    return treedef.unflatten(
-        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(
+        treedef, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
     )
 
 
@@ -569,7 +569,8 @@ def decode(encoding: Encoding, total: jax.Array, rotation: jax.Array, like: Any)
 class ShareState(NamedTuple):
     """count: int32 scalar, rounds so far."""
 
-    count: jax.Array
+    # Hides `tuple.count`; saved states name it.
+    count: jax.Array  # type: ignore[assignment]
 
 
 def decode_sum(

@@ -1,6 +1,7 @@
 """Who takes part, and the mechanism: what runs the privacy, and what accounts for it."""
 
 import math
+from typing import cast
 
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 from fedasr.errors import UserError
@@ -32,7 +33,7 @@ def make_sampler(config: Config, population: int) -> Sampler:
             f"cohort={cohort} is more than the {population} users of the training split"
         )
     if name == "poisson":
-        slots = privacy.slots or None
+        slots = cast(int, privacy.slots or None)  # None: as many as suffice
         return PoissonSampler(population, cohort, seed, slots, privacy.cycle)
     if name == "fixed":
         return FixedSizeSampler(population, cohort, seed)

@@ -73,7 +73,7 @@ def sent_parameters(config: Config) -> int:
     """Number of parameters that users send updates of."""
     shapes = variable_shapes(config)
     layout = local_layout(config)
-    return costs.sent_size(shapes, trained_variables(config), layout and layout.local)
+    return costs.sent_size(shapes, trained_variables(config), layout.local if layout else None)
 
 
 def trained_variables(config: Config) -> list[bool] | None:

@@ -35,7 +35,7 @@ def learning_section(federated: Sequence[Record], seed: Sequence[Record], summar
     eval_loss = evaluation_curves(federated, "loss")
     curves = evaluation_curves(federated, "wer")
     seed_loss = series_of(seed, "step", "loss")
-    panels = []
+    panels: list[tuple[str, Any]] = []
     if seed_loss[0].size:
         panels.append(("seed", seed_loss))
     if loss[0].size or eval_loss:
