@@ -599,7 +599,8 @@ def _builder_class() -> type:
     tfds = _tfds()
     base: Any = tfds.core.ShardBasedBuilder
 
-    class Builder(base, skip_registration=True):
+    # Its metaclass, which is not seen by the type checker, takes the keyword.
+    class Builder(base, skip_registration=True):  # type: ignore[call-arg]
         """Writes rows of corpora in order: no shuffling, and one shard in memory at a time.
 
         `GeneratorBasedBuilder` would need TensorFlow to spill what it shuffles to disk.

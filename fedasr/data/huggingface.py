@@ -86,9 +86,9 @@ class HuggingFace:
             count += 1
             if not isinstance(item, Utterance) or not isinstance(item.audio, Recording):
                 continue
-            if not isinstance(file := item.audio.file, bytes):
-                named.add(os.fspath(file))
-                digest.update(json.dumps(file_state(Path(file))).encode())
+            if not isinstance(sound := item.audio.file, bytes):
+                named.add(os.fspath(sound))
+                digest.update(json.dumps(file_state(Path(sound))).encode())
         sounds = [file for file in files if file.suffix.lower() in AUDIO_ENDINGS]
         self._rejected += [
             Rejected(os.fspath(file.relative_to(path)), "unlisted_audio", "no line names it")

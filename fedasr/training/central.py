@@ -84,7 +84,7 @@ class CentralTraining:
             "in_shardings": (whole, client_sharding(self._mesh)),
             "out_shardings": whole,
         }
-        self._step = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
+        self._step: Any = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
 
     def padding(self, steps: int) -> Padding:
         """How much of the first `steps` batches is real; see `PooledBatcher.padding`."""

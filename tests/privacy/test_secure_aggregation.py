@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
+from fedasr import auditing
 from fedasr.data.batching import LocalBatches
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientMetrics
 from fedasr.federated.simulation import Simulation
-from fedasr.privacy import accounting, auditing, ledger
+from fedasr.privacy import accounting, ledger
 from fedasr.privacy import secure_aggregation as sa
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise

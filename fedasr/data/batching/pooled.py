@@ -176,7 +176,7 @@ class PooledBatcher:
     def _slots_for(self, bucket: int, count: int) -> int:
         slots = self._slots or rounded_slots(count)
         if self._frames and self._fitting is not None:
-            slots = self._room(bucket)  # one number for each bucket is one program
+            slots = self._room(bucket, self._frames)  # one number for each bucket is one program
         return round_up(slots, self._multiple)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:

@@ -52,7 +52,8 @@ def learning_section(federated: Sequence[Record], seed: Sequence[Record], summar
             if kind == "wer":
                 draw_wer(axes, data, summary)
                 continue
-            draw_noisy(axes, *data, label="training" if kind == "loss" else None)
+            x, y = data
+            draw_noisy(axes, x, y, label="training" if kind == "loss" else None)
             if kind == "loss":
                 for color, (split, curve) in zip(colors_from(1), eval_loss.items(), strict=False):
                     draw_line(axes, *curve, color=color, label=split, marker="o")
