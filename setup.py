@@ -32,7 +32,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "anyascii>=0.3.2",  # transliterates Latin letters
-        "array_record>=0.8",
+        "array_record>=0.8.1",
         "attrs>=23.1",  # dp-accounting's events are its classes
         "chex>=0.1.88",
         "dp-accounting>=0.6",
@@ -41,15 +41,15 @@ setup(
         "importlib_resources>=6.0",  # tensorflow-datasets imports it without declaring it
         "jax>=0.8",
         "jax-privacy>=2.0",
-        "matplotlib>=3.8",
+        "matplotlib>=3.9",
         "ml_collections>=1.1",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.11.25",
         "rapidfuzz>=3.9",
         "rich>=13.0",
         "tensorboardX>=2.6",
-        "tensorflow-datasets>=4.9.9",
+        "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
         "speech": SPEECH,

@@ -2,23 +2,20 @@
 
 Defaults, kinds and units are those of the declaration, the range is what its check says of values
 that are out of it. The words are those of the declaration (`Field.doc`, docstrings of sections),
-else the comments that stand beside a field in the source, unless `WORDS` below has better ones.
+unless `WORDS` below has better ones.
 """
 
-import ast
 import dataclasses
 import inspect
-import io
 import re
-import tokenize
 from collections.abc import Mapping
 from typing import Any
 
 from fedasr.fields import Field, flatten
 from fedasr.training import config
 
-# Where the source has no comment, or one that needs the lines around it: by field or, for several
-# sections, by the last part of the name (which gives way to a comment).
+# Where the declaration says nothing, or something that needs the lines around it: by field or, for
+# several sections, by the last part of the name (which gives way to the declaration).
 WORDS = {
     "name": "The run's: a part of its work directory's name.",
     "seed": "Everything random follows from it. Keys hold 32 bits: beyond, two seeds would be one.",
@@ -35,6 +32,7 @@ WORDS = {
     "augment.options": "SpecAugment's: numbers and widths of masks.",
     "seed_training.split": "Split of the users whose data trains the seed model, without privacy.",
     "steps": "Steps of training.",
+    "seed_training.steps": "Steps of training before the federated rounds; 0: none.",
     "batch_size": "Utterances in a batch.",
     "optimizer": "Its name.",
     "learning_rate": "The optimiser's.",
@@ -85,7 +83,7 @@ WORDS = {
 
 def page() -> str:
     """The page's Markdown: a table for each section."""
-    said = comments(inspect.getsource(config)) | declared_words(config)
+    said = declared_words(config)
     sections: dict[str, list[str]] = {}
     for path, field in flatten(config.fields()).items():
         section, _, name = path.rpartition(".")
@@ -122,7 +120,7 @@ def words(path: str, said: Mapping[str, str]) -> str:
 
     Args:
       path: "section.name".
-      said: comments of the source, by path.
+      said: by declarations, by path.
     """
     return WORDS.get(path) or said.get(path) or WORDS.get(path.rpartition(".")[2], "")
 
@@ -155,13 +153,11 @@ def declared_words(module: Any) -> dict[str, str]:
     """What declarations say of fields and sections, by path.
 
     Args:
-      module: whose `fields` returns them; its `Config`, if there is one, is the dataclass of
-        dataclasses that they stand in.
+      module: whose `fields` returns them, and whose `Config` is the dataclass of dataclasses that
+        they stand in.
     """
     said = {
-        path: _sentence(field.doc)
-        for path, field in flatten(module.fields()).items()
-        if getattr(field, "doc", "")
+        path: _sentence(field.doc) for path, field in flatten(module.fields()).items() if field.doc
     }
 
     def walk(kind: Any, prefix: str) -> None:
@@ -170,70 +166,13 @@ def declared_words(module: Any) -> dict[str, str]:
                 said[f"{prefix}{field.name}"] = " ".join(_summary(inner).split())
                 walk(inner, f"{prefix}{field.name}.")
 
-    if hasattr(module, "Config"):
-        walk(module.Config, "")
+    walk(module.Config, "")
     return said
 
 
 def _summary(kind: Any) -> str:
     """A docstring up to its attributes."""
     return (inspect.getdoc(kind) or "").partition("\nAttributes:")[0]
-
-
-def comments(source: str) -> dict[str, str]:
-    """Comments above a field, or behind it on its line, by path; of sections, too.
-
-    Args:
-      source: of the module that declares the fields, as a dict of dicts that `fields` returns;
-        sections that are made of a variable have that variable's.
-    """
-    lines = source.splitlines()
-    found: dict[int, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            found[token.start[0]] = token.string.lstrip("# ")
-    alone = {line for line in found if lines[line - 1].lstrip().startswith("#")}
-
-    def around(key: ast.expr, value: ast.expr) -> str:
-        above, line = [], key.lineno - 1
-        while line in alone:
-            above.insert(0, found[line])
-            line -= 1
-        end = value.lineno if isinstance(value, ast.Dict) else value.end_lineno
-        behind = [found[end]] if end in found and end not in alone else []
-        return _sentence(" ".join(above + behind))
-
-    function = next(
-        node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef) and node.name == "fields"
-    )
-    variables: dict[str, ast.expr] = {}
-    said: dict[str, str] = {}
-
-    def walk(node: ast.expr, prefix: str) -> None:
-        if isinstance(node, ast.Name):
-            walk(variables[node.id], prefix)
-        elif isinstance(node, ast.BinOp):
-            walk(node.left, prefix)
-            walk(node.right, prefix)
-        elif isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if key is None:
-                    walk(value, prefix)
-                    continue
-                path = f"{prefix}{ast.literal_eval(key)}"
-                if text := around(key, value):
-                    said[path] = text
-                walk(value, f"{path}.")
-
-    for statement in function.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            assert statement.value
-            variables[statement.target.id] = statement.value
-        elif isinstance(statement, ast.Return) and statement.value:
-            walk(statement.value, "")
-    return said
 
 
 def _sentence(text: str) -> str:

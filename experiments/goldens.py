@@ -39,8 +39,9 @@ from fedasr.models.conformer import ConformerConfig
 from fedasr.models.recurrent import RecurrentConfig
 from fedasr.models.transformer import TransformerConfig
 from fedasr.training import loop
+from fedasr.training.builders.identities import run_identity
 from fedasr.training.checkpoint import restore_params
-from fedasr.training.config import default_config
+from fedasr.training.config import Config, default_config
 from fedasr.training.logging import to_json
 
 RATE = 16_000
@@ -143,7 +144,7 @@ def measure(folder: Path, workdir: Path, changes: dict[str, Any]) -> dict[str, A
     params = restore_params(workdir)
     return {
         "parameters": digest(params),
-        "identity": loop.run_identity(config),
+        "identity": run_identity(Config.of(config)),
         "dry_run": would_be,
         "wer": summary["wer"],
     }

@@ -174,43 +174,12 @@ def test_declarations_become_words():
     class Config:
         inner: Inner = dataclasses.field(default_factory=Inner, metadata={"section": Inner})
 
-    @dataclasses.dataclass(frozen=True)
-    class Documented(Field):
-        doc: str = ""
-
     module = types.SimpleNamespace(
         Config=Config,
-        fields=lambda: {
-            "inner": {"one": Documented(1, bool, doc="the first"), "two": Field(2, bool)}
-        },
+        fields=lambda: {"inner": {"one": Field(1, bool, doc="the first"), "two": Field(2, bool)}},
     )
     words = load("configuration").declared_words(module)
     assert words == {"inner": "What is inside.", "inner.one": "The first."}
-
-
-def test_comments_become_words():
-    source = """
-def fields():
-    shared: Spec = {"rate": real(1.0)}
-    return {
-        # One thing,
-        # in two lines.
-        "first": whole(1),
-        "second": whole(2),  # behind it
-        "third": {  # of the section
-            "inner": several(
-                (1,),
-            ),  # behind the last line
-            **shared,
-        },
-    }
-"""
-    assert load("configuration").comments(source) == {
-        "first": "One thing, in two lines.",
-        "second": "Behind it.",
-        "third": "Of the section.",
-        "third.inner": "Behind the last line.",
-    }
 
 
 @pytest.mark.slow

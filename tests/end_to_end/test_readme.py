@@ -75,7 +75,8 @@ def inline_commands():
     for page, text in PAGES.items():
         for command in re.findall(r"`(python -m [^`]+)`", sentences(text)):
             command = re.sub(r"[\[\]]", "", " ".join(command.split()))
-            found.setdefault(re.sub(r"=N\b", "=1", command), page)
+            if "experiments.PROGRAM" not in command:  # any of them
+                found.setdefault(re.sub(r"=N\b", "=1", command), page)
     return found
 
 

@@ -10,7 +10,7 @@ import fedasr
 
 ROOT = Path(fedasr.__file__).parent
 # What stands on training; all the rest of the package lies below it.
-ABOVE = ("training", "fusion", "feedback", "cli", "auditing")
+ABOVE = ("training", "fusion", "feedback", "recipes", "cli", "__main__")
 MOST_LINES = 500
 
 
