@@ -786,17 +786,21 @@ def _chosen() -> list[Table]:
         return [ad_hoc(values.config, values.grid, (0,) if seeds is None else seeds)]
     if values.grid:
         raise UserError("--grid goes with --config: a table has a grid of its own")
-    known = registry(values.tables)
-    if values.table:
-        if unknown := [name for name in values.table if name not in known]:
-            raise UserError(f"--table={unknown[0]} is unknown: choose of {', '.join(known)}")
-        found = [known[name] for name in values.table]
-    else:
-        saved = sorted(Path(values.out).glob(f"*/{TABLE_FILE}"))
-        if not saved:
-            raise UserError(f"--out={values.out} holds no runs of a sweep")
-        found = [known.get(path.parent.name) or load_table(path) for path in saved]
+    found = _found(values.table, values.tables, values.out)
     return found if seeds is None else [dataclasses.replace(one, seeds=seeds) for one in found]
+
+
+def _found(names: Sequence[str] | None, tables: Any, out: str) -> list[Table]:
+    """The tables of these names, or, without names, those whose runs are in a folder."""
+    known = registry(tables)
+    if names:
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--table={unknown[0]} is unknown: choose of {', '.join(known)}")
+        return [known[name] for name in names]
+    saved = sorted(Path(out).glob(f"*/{TABLE_FILE}"))
+    if not saved:
+        raise UserError(f"--out={out} holds no runs of a sweep")
+    return [known.get(path.parent.name) or load_table(path) for path in saved]
 
 
 def program() -> int | None:
