@@ -17,6 +17,10 @@ DOCS = [
     "mkdocs>=1.6,<2",  # the site of docs/
     "mkdocstrings[python]>=1.0",  # its reference of the API, from the source's docstrings
 ]
+CHECKS = [
+    "import-linter>=2.17",  # contracts of which package may import which
+    "mypy>=1.15",  # types of the package
+]
 
 setup(
     name="fedasr",
@@ -59,11 +63,7 @@ setup(
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
         **SUBWORDS,
-        "dev": [  # what .pre-commit-config.yaml runs, beside ruff
-            "import-linter>=2.1",  # contracts of which package may import which
-            "mypy>=1.15",
-            "pre-commit>=4.0",
-        ],
+        "dev": [*CHECKS, "pre-commit>=4.0"],  # .pre-commit-config.yaml runs them, beside ruff
         "cuda": ["jax[cuda12]>=0.8"],
         "tpu": ["jax[tpu]>=0.8"],
         "test": [
@@ -71,6 +71,7 @@ setup(
             *FUSION,
             *NEURAL,
             *HUGGINGFACE,
+            *CHECKS,
             *DOCS,
             *SUBWORDS["sentencepiece"],
             *SUBWORDS["tokenizers"],

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fedasr.audio.augment import SpecAugmentConfig as SpecAugmentConfig
     from fedasr.audio.features import LogMelConfig as LogMelConfig
     from fedasr.audio.features import log_mel as log_mel
+    from fedasr.auditing import Audit as Audit
+    from fedasr.auditing import audit_updates as audit_updates
     from fedasr.data.batching import Batching as Batching
     from fedasr.data.batching import Grid as Grid
     from fedasr.data.batching import LocalBatches as LocalBatches
@@ -47,8 +49,6 @@ if TYPE_CHECKING:
     from fedasr.models.transformer import TransformerConfig as TransformerConfig
     from fedasr.privacy.accounting import Epsilon as Epsilon
     from fedasr.privacy.adaptive import AdaptiveClip as AdaptiveClip
-    from fedasr.privacy.auditing import Audit as Audit
-    from fedasr.privacy.auditing import audit_updates as audit_updates
     from fedasr.privacy.clipping import clip_by_layer as clip_by_layer
     from fedasr.privacy.clipping import clip_global as clip_global
     from fedasr.privacy.correlated import BandedNoise as BandedNoise
@@ -96,7 +96,7 @@ _HOMES = {
     "models.transformer": ("TransformerConfig",),
     "privacy.accounting": ("Epsilon",),
     "privacy.adaptive": ("AdaptiveClip",),
-    "privacy.auditing": ("Audit", "audit_updates"),
+    "auditing": ("Audit", "audit_updates"),
     "privacy.clipping": ("clip_by_layer", "clip_global"),
     "privacy.correlated": ("BandedNoise", "BufferedNoise"),
     "privacy.mechanism": ("Mechanism",),

@@ -202,7 +202,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(value: Any, least: int, most: int) -> str | None:
+def _whole(value: Any, least: float, most: float) -> str | None:
     if not isinstance(value, int) or isinstance(value, bool):
         return "must be a whole number"
     return _range(value, least, most)

@@ -61,10 +61,9 @@ def make_root(*parts: str | int | bytes) -> np.ndarray:
     """
     digest = hashlib.sha256()
     for part in parts:
-        kind, data = type(part).__name__, part
-        if isinstance(part, str):
-            data = part.encode()
-        elif not isinstance(part, bytes):
+        if isinstance(part, str | bytes):
+            kind, data = type(part).__name__, part.encode() if isinstance(part, str) else part
+        else:
             kind, data = "int", str(int(part)).encode()
         digest.update(f"{kind}:{len(data)}:".encode() + data)
     return np.frombuffer(digest.digest(), "<u4").astype(np.uint32)

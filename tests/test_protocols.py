@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import fedasr as fa
+from fedasr import auditing
 from fedasr.data import batching, splits
 from fedasr.data.corpus import ArrayRecordCorpus
 from fedasr.data.sampling import SilentSampler
@@ -14,7 +15,7 @@ from fedasr.federated.simulation import corpus_digest
 from fedasr.feedback.weighting import words_of_users
 from fedasr.fusion.recognisers import utterance_scores
 from fedasr.models.recogniser import ARRAYS
-from fedasr.privacy import auditing, ledger
+from fedasr.privacy import ledger
 from fedasr.privacy.correlated import Correlation
 from fedasr.training.central import CentralTraining
 

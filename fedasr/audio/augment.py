@@ -40,7 +40,9 @@ class SpecAugmentConfig:
             )
 
 
-def _spans(draws: jax.Array, max_width: jax.Array, extent: jax.Array, size: int) -> jax.Array:
+def _spans(
+    draws: jax.Array, max_width: jax.Array | int, extent: jax.Array | int, size: int
+) -> jax.Array:
     """Which of `size` positions lie in any of several random spans within the first `extent`.
 
     Widths are uniform on 0..max_width and starts uniform on 0..extent - width, both inclusive.

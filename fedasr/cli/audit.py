@@ -5,7 +5,7 @@
         [--method={one_run,many_runs}] [--trials=N] [--canary_count=M] [--rounds=T] [--delta=D]
         [--confidence=P] [--seed=S] [--side_by_side] [--runs=R] [--plot=FILE.png] [--json]
 
-`updates`: canaries return crafted updates (see `fedasr.privacy.auditing`). The mechanism is the
+`updates`: canaries return crafted updates (see `fedasr.auditing`). The mechanism is the
 configuration's: sampler, cohort, population, clip norm, budget, noise, rounds. The model is
 replaced by three layers with one coordinate for each canary, so this takes seconds and no data.
 
@@ -41,8 +41,8 @@ from fedasr.errors import UserError
 from fedasr.streams import Stream, generator, seed_key
 
 if TYPE_CHECKING:
+    from fedasr.auditing import Audit
     from fedasr.data.corpus import Corpus, Example
-    from fedasr.privacy.auditing import Audit
     from fedasr.privacy.mechanism import Mechanism
 
 _RUNS = 1000  # of many_runs with crafted updates
@@ -116,7 +116,7 @@ def audit_users(
 
     Args:
       config: of the run; its seed is the first trial's, the next trial has the next one.
-      delta, method, trials, confidence: see `fedasr.privacy.auditing.audit_updates`.
+      delta, method, trials, confidence: see `fedasr.auditing.audit_updates`.
       canaries: of each trial; None for all held-out users ("one_run"), or one ("many_runs").
       log: takes a line for every trial.
 
@@ -128,9 +128,9 @@ def audit_users(
     """
     import jax
 
+    from fedasr import auditing
     from fedasr.data.corpus import open_corpus
     from fedasr.data.splits import UnionCorpus
-    from fedasr.privacy import auditing
     from fedasr.training.builders import corpora, models
     from fedasr.training.config import Config
 
@@ -155,7 +155,8 @@ def audit_users(
     devices = jax.local_devices()[: config["devices"] or None]
     chosen = make_canaries(held_out, canaries, data.tokenizer.vocab_size, config["seed"])
     present = auditing.toss(trials, canaries, method, config["seed"])
-    falls, mechanism = [], None
+    falls: list[np.ndarray] = []
+    mechanism: Any = None
     for trial, row in enumerate(present):
         settings = {**config, "seed": config["seed"] + trial}
         simulation = _with_canaries(settings, data, directory, chosen, row, recogniser, devices)
@@ -339,7 +340,8 @@ def run(config: dict[str, Any]) -> Report:
     methods = [options.method, other] if options.side_by_side else [options.method]
     counts = {method: _trials(method) for method in methods}
     attack = _attack_users if options.canaries == "users" else _attack_updates
-    audits, noises = [], {}
+    audits: list[tuple[Any, Any]] = []
+    noises: dict[str, Any] = {}
     for method in methods:
         first, mechanism = attack(config, None, population, delta, method, counts[method])
         own = CENTRAL if mechanism.secure is None else DISTRIBUTED
@@ -403,7 +405,7 @@ def _attack_updates(
     method: str,
     trials: int,
 ) -> tuple[Audit, Mechanism]:
-    from fedasr.privacy import auditing
+    from fedasr import auditing
     from fedasr.training.builders.mechanisms import make_mechanism, make_sampler
     from fedasr.training.config import Config
 
@@ -429,7 +431,7 @@ def _attack_updates(
 
 def _dimension(config: Mapping[str, Any], mechanism: Mechanism, method: str) -> int:
     """Numbers that a client sends in the audit."""
-    from fedasr.privacy import auditing
+    from fedasr import auditing
     from fedasr.training.builders import models
     from fedasr.training.config import Config
 
@@ -552,7 +554,7 @@ def program() -> int | None:
     except OSError as error:
         raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
     common.configure_devices()
-    from fedasr.privacy.auditing import write_roc
+    from fedasr.auditing import write_roc
     from fedasr.training.config import resolve
 
     report = run(resolve(plain))

@@ -228,16 +228,18 @@ def configure_compilation(folder: Path) -> None:
 
     from fedasr.training.logging import say
 
-    if not jax.config.jax_compilation_cache_dir:
+    settings: Any = jax.config  # its options are made when JAX is imported
+    if not settings.jax_compilation_cache_dir:
         cache = folder.absolute() / ".compile-cache" / _processor()
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
-    def report(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
+    def report(event: str, duration_secs: float, **said: str | int) -> None:
+        fun_name = said.get("fun_name", "")
         kind = event.rsplit("/", 1)[-1]
-        if kind == "jaxpr_to_mlir_module_duration" and seconds >= LARGE_PROGRAM:
+        if kind == "jaxpr_to_mlir_module_duration" and duration_secs >= LARGE_PROGRAM:
             say(f"compiling {fun_name} ...")
-        elif kind == "backend_compile_duration" and seconds >= LONG_COMPILATION:
-            say(f"compiled {fun_name} in {seconds:.1f} s")
+        elif kind == "backend_compile_duration" and duration_secs >= LONG_COMPILATION:
+            say(f"compiled {fun_name} in {duration_secs:.1f} s")
 
     jax.monitoring.register_event_duration_secs_listener(report)
 

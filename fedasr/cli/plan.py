@@ -23,7 +23,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -64,7 +64,8 @@ def make_mechanism(
     privacy = Privacy(
         sampler=sampling, slots=slots, cycle=cycle, noise=noise, bands=bands, buffers=buffers
     )
-    settings = Config(cohort=cohort, rounds=rounds, privacy=privacy)
+    # A fraction goes with Poisson sampling alone.
+    settings = Config(cohort=cast(int, cohort), rounds=rounds, privacy=privacy)
     if sampling != "poisson":
         if cohort != int(cohort):
             raise UserError(f"--cohort={cohort} must be whole with --sampling={sampling}")
@@ -114,7 +115,7 @@ def plan(
     if target_epsilon is not None:
         mechanism = mechanism.calibrated(target_epsilon, delta, rounds)
     else:
-        over_clip = sigma * cohort if sigma else noise_multiplier
+        over_clip = given[0] * cohort if sigma else given[0]
         mechanism = dataclasses.replace(mechanism, noise_multiplier=over_clip)
     figure = mechanism.epsilon(rounds, delta)
     return {

@@ -224,7 +224,8 @@ def _verify() -> int:
 def program() -> int | None:
     """Prepares and prints the summary; or inspects, or verifies."""
     if flags.FLAGS.inspect:
-        return _inspect()
+        _inspect()
+        return None
     if flags.FLAGS.verify:
         return _verify()
     summary = run()

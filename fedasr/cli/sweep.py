@@ -780,23 +780,27 @@ def _chosen() -> list[Table]:
     seeds = None if values.seeds is None else tuple(common.seeds(values.seeds))
     needed = values.action != "collect"
     if (values.table and values.config) or (needed and not values.table and not values.config):
-        known = ", ".join(registry(values.tables)) or "none is defined"
-        raise UserError(f"give either --table (known: {known}) or --config")
+        names = ", ".join(registry(values.tables)) or "none is defined"
+        raise UserError(f"give either --table (known: {names}) or --config")
     if values.config:
         return [ad_hoc(values.config, values.grid, (0,) if seeds is None else seeds)]
     if values.grid:
         raise UserError("--grid goes with --config: a table has a grid of its own")
-    known = registry(values.tables)
-    if values.table:
-        if unknown := [name for name in values.table if name not in known]:
-            raise UserError(f"--table={unknown[0]} is unknown: choose of {', '.join(known)}")
-        found = [known[name] for name in values.table]
-    else:
-        saved = sorted(Path(values.out).glob(f"*/{TABLE_FILE}"))
-        if not saved:
-            raise UserError(f"--out={values.out} holds no runs of a sweep")
-        found = [known.get(path.parent.name) or load_table(path) for path in saved]
+    found = _found(values.table, values.tables, values.out)
     return found if seeds is None else [dataclasses.replace(one, seeds=seeds) for one in found]
+
+
+def _found(names: Sequence[str] | None, tables: Any, out: str) -> list[Table]:
+    """The tables of these names, or, without names, those whose runs are in a folder."""
+    known = registry(tables)
+    if names:
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--table={unknown[0]} is unknown: choose of {', '.join(known)}")
+        return [known[name] for name in names]
+    saved = sorted(Path(out).glob(f"*/{TABLE_FILE}"))
+    if not saved:
+        raise UserError(f"--out={out} holds no runs of a sweep")
+    return [known.get(path.parent.name) or load_table(path) for path in saved]
 
 
 def program() -> int | None:
@@ -811,7 +815,8 @@ def program() -> int | None:
     if values.action == "list":
         return _list(chosen, place)
     if values.action in ("slurm", "skypilot"):
-        return _write_cluster(chosen, place)
+        _write_cluster(chosen, place)
+        return None
     seconds: dict[str, float] = {}
     if values.action == "run":
         for table in chosen:

@@ -46,6 +46,7 @@ def describe_client(
     """
     sent = params if local is None else keep(params, [not own for own in local])
     plain = transport_bytes(sent)
+    rows: list[tuple[str, Any, Any, Subset | None]]
     rows = [("float32, all variables", plain, None, None)]
     down, up = formats
     words = [f"{fmt} {way}" for fmt, way in ((down, "download"), (up, "upload")) if fmt is not None]

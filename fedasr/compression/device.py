@@ -171,7 +171,10 @@ def measure(program: Callable[..., Any], params: Any, *rest: Any) -> Memory:
     with jax.default_device(device):
         lowered = jax.jit(program).lower(params, *rest)
     # The buffers are the same without the optimisations that come after them.
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    quick: dict[str, Any] = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
     options = quick if device.platform == "cpu" else None
     analysis: Any = lowered.compile(compiler_options=options).memory_analysis()
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes

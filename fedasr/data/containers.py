@@ -174,58 +174,82 @@ def _rf64(content: bytes) -> Contents:
     return _wav(bytes(mended))
 
 
+class _WavFormat(NamedTuple):
+    """What a WAV's `fmt ` chunk says."""
+
+    tag: int
+    channels: int
+    align: int
+    bits: int
+
+
 def _wav(content: bytes) -> Contents:
     order = ">" if content[:4] == b"RIFX" else "<"
-    form = tag = rate = 0
-    channels = align = bits = 0
-    data: _Chunk | None = None
-    size = 0
-    wild = False
+    form: _WavFormat | None = None
+    sound: tuple[int, int, bool] | None = None  # its place, size, whether that was unknown
     if len(content) < 12 or content[8:12] != b"WAVE":
         raise Unusable(f"a RIFF file of {content[8:12]!r}, not of sound: {_CONVERT}")
     for chunk in _chunks(content, 12, order, "WAV"):
-        there = len(content) - chunk.start
-        if chunk.id == b"fmt " and there >= 16:
+        if chunk.id == b"fmt " and len(content) - chunk.start >= 16:
             if form:
                 raise Unusable("WAV: two formats in one file: damaged")
-            form = 1
-            tag, channels, rate, per_second, align, bits = struct.unpack_from(
-                f"{order}HHIIHH", content, chunk.start
-            )
-            if tag == 0xFFFE and chunk.size >= 40 and there >= 40:
-                tag = struct.unpack_from(f"{order}H", content, chunk.start + 24)[0]
-            if tag in _PCM_TAGS and per_second != rate * align:
-                raise Unusable(
-                    f"WAV: {rate} Hz of {align} bytes are not the {per_second} bytes per second "
-                    "that its header says: damaged, or write it again (sox IN.wav OUT.wav)"
-                )
+            form = _wav_format(content, chunk, order)
         elif chunk.id == b"data":
-            if data is not None:
+            if sound is not None:
                 raise Unusable("WAV: several data chunks: convert it with ffmpeg")
-            data, size = chunk, chunk.size
-            wild = (_is_placeholder(size) and size > there) or (size == 0 and _unclosed(content))
-            if wild:
-                size = there
-            if size > there:
-                raise _cut("WAV", there, size)
-            if wild:
+            sound = chunk.start, *_wav_size(content, chunk)
+            if sound[2]:
                 break
-    if data is None or not form:
+    if sound is None or form is None:
         raise Unusable(f"WAV: no {'data' if form else 'format'} in it: cut or damaged")
-    frames = None
-    if tag in _PCM_TAGS and channels and bits:
-        frame = channels * (_PCM_TAGS[tag] or -(-bits // 8))
-        if frame != align:
-            raise Unusable(
-                f"WAV: {channels} channels of {bits} bits do not fill {align} bytes: damaged"
-            )
-        frames = size // frame
+    start, size, wild = sound
+    frames = _wav_frames(form, size)
     if wild:
-        _check_single(content, data.start, "WAV")
-        if align and size % align:
-            raise Unusable(f"truncated: WAV ends within a sample ({size} bytes of {align} each)")
-        content = _with(content, {4: len(content) - 8, data.start - 4: size}, order)
+        _check_single(content, start, "WAV")
+        if form.align and size % form.align:
+            raise Unusable(
+                f"truncated: WAV ends within a sample ({size} bytes of {form.align} each)"
+            )
+        content = _with(content, {4: len(content) - 8, start - 4: size}, order)
     return Contents((content,), frames)
+
+
+def _wav_format(content: bytes, chunk: _Chunk, order: str) -> _WavFormat:
+    tag, channels, rate, per_second, align, bits = struct.unpack_from(
+        f"{order}HHIIHH", content, chunk.start
+    )
+    if tag == 0xFFFE and chunk.size >= 40 and len(content) - chunk.start >= 40:
+        tag = struct.unpack_from(f"{order}H", content, chunk.start + 24)[0]
+    if tag in _PCM_TAGS and per_second != rate * align:
+        raise Unusable(
+            f"WAV: {rate} Hz of {align} bytes are not the {per_second} bytes per second "
+            "that its header says: damaged, or write it again (sox IN.wav OUT.wav)"
+        )
+    return _WavFormat(tag, channels, align, bits)
+
+
+def _wav_size(content: bytes, chunk: _Chunk) -> tuple[int, bool]:
+    """Bytes of sound, and whether the file leaves that open."""
+    there, size = len(content) - chunk.start, chunk.size
+    wild = (_is_placeholder(size) and size > there) or (size == 0 and _unclosed(content))
+    if wild:
+        size = there
+    if size > there:
+        raise _cut("WAV", there, size)
+    return size, wild
+
+
+def _wav_frames(form: _WavFormat, size: int) -> int | None:
+    """Samples of each channel; None for what is no PCM."""
+    if form.tag not in _PCM_TAGS or not form.channels or not form.bits:
+        return None
+    frame = form.channels * (_PCM_TAGS[form.tag] or -(-form.bits // 8))
+    if frame != form.align:
+        raise Unusable(
+            f"WAV: {form.channels} channels of {form.bits} bits do not fill {form.align} bytes: "
+            "damaged"
+        )
+    return size // frame
 
 
 def _unclosed(content: bytes) -> bool:
@@ -273,51 +297,82 @@ _AIFC_BYTES |= {b"fl32": 4, b"FL32": 4, b"fl64": 8, b"FL64": 8}
 _AIFC_BYTES |= {b"ulaw": 1, b"ULAW": 1, b"alaw": 1, b"ALAW": 1}
 
 
+class _AiffCommon(NamedTuple):
+    """What an AIFF's `COMM` chunk says; `each`: bytes of a sample, 0 for a codec."""
+
+    place: int
+    channels: int
+    frames: int
+    each: int
+
+
+class _AiffSound(NamedTuple):
+    """An AIFF's `SSND` chunk; `before`: bytes before the first sample."""
+
+    place: int
+    size: int
+    before: int
+    unknown: bool  # whether the file leaves the size open
+
+
 def _aiff(content: bytes) -> Contents:
     if len(content) < 12 or content[8:12] not in (b"AIFF", b"AIFC"):
         raise Unusable(f"an IFF file of {content[8:12]!r}, not of sound: {_CONVERT}")
-    common: tuple[int, int, int, int] | None = None  # its place, channels, frames, bytes a sample
-    sound: tuple[int, int, int] | None = None  # its place, size, bytes before the first sample
-    unknown = False
+    common: _AiffCommon | None = None
+    sound: _AiffSound | None = None
     for chunk in _chunks(content, 12, ">", "AIFF"):
         there = len(content) - chunk.start
         if chunk.id == b"COMM" and there >= 18:
-            channels, frames, bits = struct.unpack_from(">HIH", content, chunk.start)
-            each: int | None = 0
-            if content[8:12] == b"AIFC":
-                each = _AIFC_BYTES.get(content[chunk.start + 18 : chunk.start + 22])
-            each = -(-bits // 8) if each == 0 else each or 0
-            common = chunk.start, channels, frames, each
+            common = _aiff_common(content, chunk.start)
         elif chunk.id == b"SSND" and there >= 8:
             if sound is not None:
                 raise Unusable("AIFF: several sound chunks: damaged")
-            size = chunk.size
-            unknown = (_is_placeholder(size) and size > there) or (size == 0 and there > 8)
-            if unknown:
-                size = there
-            if size > there:
-                raise _cut("AIFF", there - 8, size - 8)
-            sound = chunk.start, size, struct.unpack_from(">I", content, chunk.start)[0]
-            if unknown:
+            sound = _aiff_sound(content, chunk)
+            if sound.unknown:
                 break
     if common is None or sound is None:
         raise Unusable(f"AIFF: no {'sound' if common else 'format'} in it: cut or damaged")
-    at, channels, frames, each = common
-    place, size, before = sound
-    if not each or not channels:  # a codec
-        if unknown:
+    if not common.each or not common.channels:  # a codec
+        if sound.unknown:
             raise Unusable(f"AIFF-C of unknown length: {_CONVERT}")
         return Contents((content,))
-    length = size - 8 - before
+    return _aiff_samples(content, common, sound)
+
+
+def _aiff_common(content: bytes, place: int) -> _AiffCommon:
+    channels, frames, bits = struct.unpack_from(">HIH", content, place)
+    each: int | None = 0
+    if content[8:12] == b"AIFC":
+        each = _AIFC_BYTES.get(content[place + 18 : place + 22])
+    each = -(-bits // 8) if each == 0 else each or 0
+    return _AiffCommon(place, channels, frames, each)
+
+
+def _aiff_sound(content: bytes, chunk: _Chunk) -> _AiffSound:
+    there, size = len(content) - chunk.start, chunk.size
+    unknown = (_is_placeholder(size) and size > there) or (size == 0 and there > 8)
     if unknown:
-        _check_single(content, place, "AIFF")
-        if length % (channels * each):
+        size = there
+    if size > there:
+        raise _cut("AIFF", there - 8, size - 8)
+    (before,) = struct.unpack_from(">I", content, chunk.start)
+    return _AiffSound(chunk.start, size, before, unknown)
+
+
+def _aiff_samples(content: bytes, common: _AiffCommon, sound: _AiffSound) -> Contents:
+    """Of samples of a fixed size; an unknown length is written into the file."""
+    each, frames = common.channels * common.each, common.frames
+    length = sound.size - 8 - sound.before
+    if sound.unknown:
+        _check_single(content, sound.place, "AIFF")
+        if length % each:
             raise Unusable(f"truncated: AIFF ends within a sample ({length} bytes)")
-        frames = length // (channels * each)
-        content = _with(content, {4: len(content) - 8, place - 4: size, at + 2: frames}, ">")
-    if frames * channels * each > length:
-        raise _cut("AIFF", length, frames * channels * each)
-    if length - frames * channels * each >= channels * each:
+        frames = length // each
+        sizes = {4: len(content) - 8, sound.place - 4: sound.size, common.place + 2: frames}
+        content = _with(content, sizes, ">")
+    if frames * each > length:
+        raise _cut("AIFF", length, frames * each)
+    if length - frames * each >= each:
         raise Unusable(
             f"AIFF: {length} bytes of sound where its header says {frames} samples: damaged"
         )
@@ -581,48 +636,69 @@ class _Link:
     stop: int = 0  # 0: no end of stream seen yet
 
 
+class _Page(NamedTuple):
+    """An Ogg page; `stop`: where the next begins."""
+
+    flags: int
+    granule: int
+    serial: int
+    number: int
+    body: bytes
+    stop: int
+
+
 def _ogg(content: bytes) -> Contents:
     links: list[_Link] = []
     at = 0
     while at < len(content):
-        if len(content) < at + 27 or len(content) < at + 27 + content[at + 26]:
-            raise Unusable("truncated: Ogg ends within a page")
-        if content[at : at + 5] != b"OggS\0":
-            raise Unusable(f"Ogg: what stands at byte {at} is no page: damaged")
-        flags = content[at + 5]
-        granule, serial, number, crc = struct.unpack_from("<qIII", content, at + 6)
-        segments = content[at + 27 : at + 27 + content[at + 26]]
-        body = at + 27 + len(segments)
-        end = body + sum(segments)
-        if end > len(content):
-            raise Unusable("truncated: Ogg ends within a page")
-        if _ogg_crc(content[at : at + 22] + bytes(4) + content[at + 26 : end]) != crc:
-            raise Unusable(f"Ogg: the page at byte {at} does not agree with its checksum: damaged")
-        open_link = links[-1] if links and not links[-1].stop else None
-        if flags & 2:
-            if open_link is not None:
-                # Streams side by side begin before any of them has a second page.
-                if open_link.next == 1:
-                    raise Unusable(f"Ogg with several streams at a time: {_CONVERT}")
-                raise _no_end(open_link)
-            links.append(_Link(serial, at, content[body:end]))
-        elif open_link is None or serial != open_link.serial:
-            raise Unusable("Ogg: a page of a stream that never began: damaged")
-        else:
-            if number != open_link.next:
-                raise Unusable(f"Ogg: page {open_link.next} is missing: damaged")
-            open_link.next += 1
-        if granule >= 0:
-            links[-1].granule = granule
-        if flags & 4:
-            links[-1].stop = end
-        at = end
+        page = _ogg_page(content, at)
+        _take_page(links, page, at)
+        at = page.stop
     if not links[-1].stop:
         raise _no_end(links[-1])
     seconds = [_ogg_seconds(link) for link in links]
     parts = tuple(content[link.start : link.stop] for link in links)
     known = [s for s in seconds if s is not None]
     return Contents(parts, seconds=sum(known) if len(known) == len(links) else None)
+
+
+def _ogg_page(content: bytes, at: int) -> _Page:
+    """The page that begins there, whole and as its checksum says."""
+    if len(content) < at + 27 or len(content) < at + 27 + content[at + 26]:
+        raise Unusable("truncated: Ogg ends within a page")
+    if content[at : at + 5] != b"OggS\0":
+        raise Unusable(f"Ogg: what stands at byte {at} is no page: damaged")
+    granule, serial, number, crc = struct.unpack_from("<qIII", content, at + 6)
+    segments = content[at + 27 : at + 27 + content[at + 26]]
+    body = at + 27 + len(segments)
+    end = body + sum(segments)
+    if end > len(content):
+        raise Unusable("truncated: Ogg ends within a page")
+    if _ogg_crc(content[at : at + 22] + bytes(4) + content[at + 26 : end]) != crc:
+        raise Unusable(f"Ogg: the page at byte {at} does not agree with its checksum: damaged")
+    return _Page(content[at + 5], granule, serial, number, content[body:end], end)
+
+
+def _take_page(links: list[_Link], page: _Page, at: int) -> None:
+    """Adds the page at a place to the links of a chain of streams."""
+    open_link = links[-1] if links and not links[-1].stop else None
+    if page.flags & 2:
+        if open_link is not None:
+            # Streams side by side begin before any of them has a second page.
+            if open_link.next == 1:
+                raise Unusable(f"Ogg with several streams at a time: {_CONVERT}")
+            raise _no_end(open_link)
+        links.append(_Link(page.serial, at, page.body))
+    elif open_link is None or page.serial != open_link.serial:
+        raise Unusable("Ogg: a page of a stream that never began: damaged")
+    else:
+        if page.number != open_link.next:
+            raise Unusable(f"Ogg: page {open_link.next} is missing: damaged")
+        open_link.next += 1
+    if page.granule >= 0:
+        links[-1].granule = page.granule
+    if page.flags & 4:
+        links[-1].stop = page.stop
 
 
 def _no_end(link: _Link) -> Unusable:
@@ -648,7 +724,12 @@ def _ogg_seconds(link: _Link) -> float | None:
 
 # ------------------------------------------------------------------------------------ MPEG audio
 
-_RATES = ((11025, 12000, 8000), None, (22050, 24000, 16000), (44100, 48000, 32000))
+_RATES: tuple[tuple[int, ...], ...] = (
+    (11025, 12000, 8000),
+    (),
+    (22050, 24000, 16000),
+    (44100, 48000, 32000),
+)
 _KBPS = {  # by (version 1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -785,6 +866,7 @@ def _info_frame(header: bytes, frames: int) -> bytes:
     # No checksum, no padding, and a bit rate at which the frame is long enough.
     head = bytes((header[0], header[1] | 1, (header[2] & 0x0D) | 0x90, header[3]))
     parsed = _mpeg_header(head, 0)
+    assert parsed is not None  # it is made from one that was read
     frame = bytearray(parsed.size)
     frame[:4] = head
     struct.pack_into(">4sII", frame, parsed.side, b"Info", 1, frames)

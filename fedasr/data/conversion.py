@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -99,6 +99,26 @@ class Converted(NamedTuple):
     saturated: bool
     recording: str | None = None
     complaints: int = 0
+
+
+class Conversion(Protocol):
+    """Turns utterances into what is stored: a data class that can be pickled.
+
+    store: name of the stored signal. characters: alphabet of the labels. trailing, dtype: of the
+    stored signal, the shape without axis 0. Its call raises `Skip` for what cannot be used.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def store(self) -> str: ...
+    @property
+    def characters(self) -> str | list[str]: ...
+    @property
+    def trailing(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> type: ...
+    def __call__(self, utterance: Utterance) -> Converted: ...
 
 
 @dataclass(frozen=True)
@@ -192,7 +212,7 @@ def labels_of(
       Skip: "unknown_characters" or "empty_text".
     """
     # A subword tokenizer's pieces are no alphabet; the characters in them are.
-    characters = getattr(tokenizer, "alphabet", tokenizer.characters)
+    characters: Any = getattr(tokenizer, "alphabet", tokenizer.characters)
     found = text_lib.normalise(text, language, characters)
     if found.losses:
         raise Skip("unknown_characters", text_lib.describe_losses(found.losses, text))
@@ -267,7 +287,7 @@ class Skipped:
 
 def convert_all(
     items: Iterable[Utterance | Rejected],
-    converter: Converter,
+    converter: Conversion,
     folder: Path,
     workers: int,
     total: int | None,
@@ -322,7 +342,7 @@ def convert_all(
 
 def _in_processes(
     tasks: Iterable[tuple[int, list, str]],
-    converter: Converter,
+    converter: Conversion,
     folder: Path,
     workers: int,
     report: Callable[[int], None],
@@ -371,7 +391,9 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
     def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # this is a worker
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -382,7 +404,7 @@ def _work(task: bytes) -> None:
 
 
 def _write_part(
-    converter: Converter,
+    converter: Conversion,
     items: list[Utterance | Rejected],
     folder: Path,
     number: int,
@@ -402,7 +424,7 @@ def _write_part(
     os.replace(temporary, rows_path)
 
 
-def _converted(converter: Converter, item: Utterance | Rejected, data: Any) -> list[Any]:
+def _converted(converter: Conversion, item: Utterance | Rejected, data: Any) -> list[Any]:
     """Writes what is stored of an input, and returns the fields of its `Row` or `Skipped`."""
     user = None
     try:
@@ -444,12 +466,12 @@ def read_rows(folder: Path, parts: int) -> Iterator[Row | Skipped]:
                 yield Row(id, user, split, number, *rest)
 
 
-def read_signal(folder: Path, row: Row, converter: Converter) -> tuple[np.ndarray, np.ndarray]:
+def read_signal(folder: Path, row: Row, converter: Conversion) -> tuple[np.ndarray, np.ndarray]:
     """(signal, labels) of a row; see `Converted`."""
     values = row.length * int(np.prod(converter.trailing, dtype=np.int64))
     with open(_paths(folder, row.part)[0], "rb") as data:
         data.seek(row.offset)
-        signal = np.frombuffer(
+        signal: np.ndarray = np.frombuffer(
             data.read(values * np.dtype(converter.dtype).itemsize), converter.dtype
         )
         labels = np.frombuffer(data.read(4 * row.characters), np.int32)

@@ -192,7 +192,7 @@ class ArrayRecordCorpus:
         return {"directory": self.directory, "split": self.split}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["directory"], state["split"])
+        ArrayRecordCorpus.__init__(self, state["directory"], state["split"])
 
     @property
     def users(self) -> splits_lib.LazyUsers:
@@ -487,17 +487,8 @@ def _ragged_keys(
     lengths: dict[str, set[int]] = {key: set() for key in first}
     for user, user_examples in zip(users, examples, strict=True):
         for example in user_examples:
-            if set(example) != set(first):
-                raise UserError(
-                    f"an example of user {user!r} has the arrays {sorted(example)}, others have "
-                    f"{sorted(first)}: give all examples the same"
-                )
+            _check_like(example, first, user)
             for key, value in example.items():
-                if value.dtype != first[key].dtype or value.shape[1:] != first[key].shape[1:]:
-                    raise UserError(
-                        f"{key!r} of user {user!r} is {value.dtype}{list(value.shape)}, elsewhere "
-                        f"{first[key].dtype}{list(first[key].shape)}: only axis 0 may vary"
-                    )
                 lengths[key].add(len(value) if value.ndim else -1)
     for key, values in lengths.items():
         if ragged is not None and (key in ragged) and -1 in values:
@@ -507,6 +498,21 @@ def _ragged_keys(
     if ragged is None:
         ragged = [key for key, values in lengths.items() if len(values) > 1]
     return tuple(sorted(ragged))
+
+
+def _check_like(example: Example, first: Example, user: str) -> None:
+    """Raises UserError for an example that differs from the first in more than lengths."""
+    if set(example) != set(first):
+        raise UserError(
+            f"an example of user {user!r} has the arrays {sorted(example)}, others have "
+            f"{sorted(first)}: give all examples the same"
+        )
+    for key, value in example.items():
+        if value.dtype != first[key].dtype or value.shape[1:] != first[key].shape[1:]:
+            raise UserError(
+                f"{key!r} of user {user!r} is {value.dtype}{list(value.shape)}, elsewhere "
+                f"{first[key].dtype}{list(first[key].shape)}: only axis 0 may vary"
+            )
 
 
 def _array_specs(splits: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
@@ -597,8 +603,10 @@ def _tfds() -> Any:
 def _builder_class() -> type:
     """The tfds builder, made on first use because tfds is optional."""
     tfds = _tfds()
+    base: Any = tfds.core.ShardBasedBuilder
 
-    class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    # Its metaclass, which is not seen by the type checker, takes the keyword.
+    class Builder(base, skip_registration=True):  # type: ignore[call-arg]
         """Writes rows of corpora in order: no shuffling, and one shard in memory at a time.
 
         `GeneratorBasedBuilder` would need TensorFlow to spill what it shuffles to disk.

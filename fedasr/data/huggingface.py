@@ -24,7 +24,7 @@ from fedasr.data import manifest
 from fedasr.data.conversion import Rejected, Utterance
 from fedasr.data.layouts import SourceOptions, split_of
 from fedasr.data.librispeech import walk
-from fedasr.data.recordings import AUDIO_ENDINGS, file_state
+from fedasr.data.recordings import AUDIO_ENDINGS, Recording, file_state
 from fedasr.errors import UserError
 
 _TABLES = (".parquet", ".arrow")
@@ -84,9 +84,11 @@ class HuggingFace:
             digest.update(json.dumps([os.fspath(file), *file_state(file)]).encode())
         for item in self._items(unused):
             count += 1
-            if isinstance(item, Utterance) and not isinstance(item.audio.file, bytes):
-                named.add(os.fspath(item.audio.file))
-                digest.update(json.dumps(file_state(Path(item.audio.file))).encode())
+            if not isinstance(item, Utterance) or not isinstance(item.audio, Recording):
+                continue
+            if not isinstance(sound := item.audio.file, bytes):
+                named.add(os.fspath(sound))
+                digest.update(json.dumps(file_state(Path(sound))).encode())
         sounds = [file for file in files if file.suffix.lower() in AUDIO_ENDINGS]
         self._rejected += [
             Rejected(os.fspath(file.relative_to(path)), "unlisted_audio", "no line names it")

@@ -43,6 +43,7 @@ def open_source(path: Path, options: SourceOptions) -> Listed:
       UserError: there is none, or a file cannot be read.
     """
     if path.is_file():
+        found: dict[tuple[str, str | None], Path]
         found = {(kind, None): path} if (kind := _kind(path)) else {}
     else:
         found = _files(path) if path.is_dir() else {}

@@ -73,6 +73,7 @@ class LibriSpeech:
             if name.lower().endswith(ARCHIVES):
                 beside += 1
             elif name.lower().endswith(_TRANSCRIPTS):
+                assert content is not None  # as `_TRANSCRIPTS` are asked for
                 self._transcripts.read(name, content)
             elif problem := self._add(name):
                 rejected.append(problem)
@@ -109,6 +110,7 @@ class LibriSpeech:
             seen.add(name)
             # A path is opened where it is decoded; what an archive holds is here only now.
             file = content if self._archives else name
+            assert file is not None  # as audio is asked for
             yield Utterance(
                 id=id,
                 user=reader,

@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -307,11 +307,8 @@ def utterance_of(
     With the `content` of its recording, `audio_filepath` is only its name, and may be missing.
     """
 
-    def rejected(detail: str) -> Rejected:
-        return Rejected(where, REASON, detail)
-
     if not isinstance(entry, dict):
-        return rejected("not a JSON object")
+        return Rejected(where, REASON, "not a JSON object")
     if content is not None and not entry.get("audio_filepath"):
         entry["audio_filepath"] = where
     own_audio = options.audio_key if content is None else None
@@ -320,58 +317,73 @@ def utterance_of(
         "text": _key(entry, options.text_key, TEXT_KEYS),
         "user": _key(entry, options.user_key, USER_KEYS),
     }
-    values: dict[str, str] = {}
-    for name, key in keys.items():
-        value = entry.get(key)
-        if name == "user" and isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if value is None:
-            usual = {"audio_filepath": AUDIO_KEYS, "text": TEXT_KEYS, "user": USER_KEYS}[name]
-            flag = {"audio_filepath": "audio"}.get(name, name)
-            return rejected(
-                f"{key} is missing: give one of {', '.join(usual)}, or name the field with "
-                f"--{flag}_key (there are {', '.join(map(str, entry))[:120]})"
-            )
-        if not isinstance(value, str):
-            return rejected(f"{key} is not a string")
-        if name != "text" and not value.strip():
-            return rejected(f"{key} is empty")
-        values[name] = value
-    for key in ("split", "id"):
-        if entry.get(key) is not None and not isinstance(entry[key], str):
-            return rejected(f"{key} is not a string")
-    split = entry.get("split")
-    if split is not None and not valid_split_name(split):
-        return rejected(f"{split!r} cannot be the name of a split")
+    carried = {*METADATA_KEYS, *options.metadata}
     try:
+        values = {name: _value(entry, name, key) for name, key in keys.items()}
+        _check_names(entry)
         start, stop, stated = times_of(entry)
         channel = _channel(entry.get("channel"))
+        _count_unused(entry, carried | set(keys.values()), unused)
     except ValueError as error:
-        return rejected(str(error))
-    carried = {*METADATA_KEYS, *options.metadata}
-    for name in entry:
-        if name in _KNOWN or name in carried or name in keys.values() or entry[name] is None:
-            continue
-        if _TIMES.search(name):
-            return rejected(
-                f"the field {name!r} may say which part is meant, but is not known: name it start, "
-                "end, offset or duration, or leave it out"
-            )
-        if unused is not None:
-            unused[name] += 1
+        return Rejected(where, REASON, str(error))
     name = values["audio_filepath"]
     part = "" if start is None and stop is None else f"@{start or 0:.3f}-{_end(stop)}"
     return Utterance(
         id=entry.get("id") or name + part,
         user=values["user"],
         text=values["text"],
-        split=split,
+        split=entry.get("split"),
         audio=Recording(
             os.fspath(identity.resolved(folder, name)) if content is None else content,
             *(start or 0.0, stop, stated, channel),
         ),
         metadata={k: str(entry[k]) for k in sorted(carried) if entry.get(k) not in (None, "")},
     )
+
+
+def _value(entry: Mapping[str, Any], name: str, key: str) -> str:
+    """The text that stands for a recording, its transcript or its user; ValueError without one."""
+    value = entry.get(key)
+    if name == "user" and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is None:
+        usual = {"audio_filepath": AUDIO_KEYS, "text": TEXT_KEYS, "user": USER_KEYS}[name]
+        flag = {"audio_filepath": "audio"}.get(name, name)
+        raise ValueError(
+            f"{key} is missing: give one of {', '.join(usual)}, or name the field with "
+            f"--{flag}_key (there are {', '.join(map(str, entry))[:120]})"
+        )
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is not a string")
+    if name != "text" and not value.strip():
+        raise ValueError(f"{key} is empty")
+    return value
+
+
+def _check_names(entry: Mapping[str, Any]) -> None:
+    """Raises ValueError for a split or an id that is none."""
+    for key in ("split", "id"):
+        if entry.get(key) is not None and not isinstance(entry[key], str):
+            raise ValueError(f"{key} is not a string")
+    split = entry.get("split")
+    if split is not None and not valid_split_name(split):
+        raise ValueError(f"{split!r} cannot be the name of a split")
+
+
+def _count_unused(
+    entry: Mapping[str, Any], used: Collection[str], unused: Counter[str] | None
+) -> None:
+    """Counts the fields that nothing reads; ValueError for one that may say which part is meant."""
+    for name in entry:
+        if name in _KNOWN or name in used or entry[name] is None:
+            continue
+        if _TIMES.search(name):
+            raise ValueError(
+                f"the field {name!r} may say which part is meant, but is not known: name it start, "
+                "end, offset or duration, or leave it out"
+            )
+        if unused is not None:
+            unused[name] += 1
 
 
 def _end(stop: float | None) -> str:
@@ -418,7 +430,7 @@ def times_of(entry: Mapping[str, Any]) -> tuple[float | None, float | None, floa
             raise ValueError(f"{begin} s to {end} s are not the {duration} s of the duration")
         return start, end, None
     if duration is not None:
-        return start, start + duration, None
+        return start, (start or 0.0) + duration, None
     return (start, None, None) if start else (None, None, None)
 
 

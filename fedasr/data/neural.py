@@ -285,7 +285,7 @@ class NeuralSessions:
         self.notes.clear()
         if self.path.is_dir():
             for file, split in self._files:
-                yield from self._day(file.stem, read_day(file, split, self.areas))
+                yield from self._day(file.stem, read_day(file, split, self.areas or SPEECH_AREAS))
             return
         yield from (line for line in self._lines if isinstance(line, Rejected))
         lines = [line for line in self._lines if not isinstance(line, Rejected)]
@@ -309,7 +309,8 @@ class NeuralSessions:
                     groups.setdefault((one.split, one.block), []).append(i)
             ready.append(Rejected(one.id, reason, detail))
         for (split, block), group in groups.items():
-            signals, report = z_score_block([sentences[i].signal for i in group])
+            recorded = [x for i in group if (x := sentences[i].signal) is not None]
+            signals, report = z_score_block(recorded)
             self._report(f"{split}/{day} block {block}", report)
             for i, signal in zip(group, signals, strict=True):
                 one, read = sentences[i], functools.partial(_recorded, signal)
@@ -393,7 +394,7 @@ def _load_array(path: Path, name: str | None) -> np.ndarray:
         raise UserError(f"{path}: features are read from .npy, .npz and .mat files")
     if path.suffix != ".npy" and not name:
         raise UserError(f"{path} holds several arrays: name one with `array` in the manifest")
-    if path.suffix == ".mat":
+    if path.suffix == ".mat" and name:
         return _load_matlab(path, [name])[name]
     try:
         if path.suffix == ".npy":

@@ -238,7 +238,7 @@ def language_text(
     """
     rng = np.random.default_rng([_TAG, seed, 1])
     exclude = frozenset(exclude)
-    found = []
+    found: list[str] = []
     while len(found) < count:
         text = _sentence(rng)
         if not words[0] <= len(text.split()) <= words[1] or split_of(text) != "train":

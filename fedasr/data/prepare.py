@@ -22,7 +22,8 @@ from fedasr import text as text_lib
 from fedasr.data import conversion
 from fedasr.data import corpus as corpus_lib
 from fedasr.data import identity as identity_lib
-from fedasr.data.conversion import Converter, Progress, Rejected, Row, Skipped, Utterance
+from fedasr.data.conversion import Conversion, Progress, Rejected, Row, Skipped, Utterance
+from fedasr.data.corpus import Example
 from fedasr.errors import UserError
 
 if TYPE_CHECKING:  # numpy only at run time: features come from JAX, loaded when they are computed
@@ -198,7 +199,7 @@ def prepare(
 
 
 def prepare_with(
-    converter: Converter,
+    converter: Conversion,
     utterances: Iterable[Utterance | Rejected],
     out: str | os.PathLike[str],
     *,
@@ -552,10 +553,10 @@ def _notes(inputs: _Inputs, by_split: Mapping[str, Mapping[str, Sequence[Row]]])
                 speakers.setdefault(row.recording, set()).add(row.user)
                 texts.setdefault(row.recording, set()).add(row.transcript)
                 copies[row.recording] += 1
-    for recording, split, user in inputs.again:
+    for recording, named, user in inputs.again:
         speakers[recording].add(user)
-        if split is not None:
-            places[recording].add(split)
+        if named is not None:
+            places[recording].add(named)
     users = {row.user for row in inputs.rows}
     counts = {
         "saturated_utterances": sum(row.saturated for row in inputs.rows),
@@ -609,7 +610,7 @@ class _ConvertedCorpus:
     """One split of what was converted, as a `Corpus`."""
 
     def __init__(
-        self, by_user: Mapping[str, Sequence[Row]], parts: Path, converter: Converter
+        self, by_user: Mapping[str, Sequence[Row]], parts: Path, converter: Conversion
     ) -> None:
         self._parts, self._converter = parts, converter
         self.users = tuple(sorted(by_user))
@@ -623,7 +624,7 @@ class _ConvertedCorpus:
             "labels": np.asarray([row.characters for row in rows], np.int32),
         }
 
-    def get(self, user: int, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    def get(self, user: int, indices: Sequence[int]) -> list[Example]:
         read = [
             conversion.read_signal(self._parts, self.rows[user][i], self._converter)
             for i in indices
@@ -685,6 +686,7 @@ def _extent(rows: Iterable[Row]) -> dict[str, Any]:
         seconds[row.user] = seconds.get(row.user, 0.0) + row.seconds
         utterances += 1
     minutes = np.asarray(list(seconds.values())) / 60
+    statistics: dict[str, Callable[[np.ndarray], Any]]
     statistics = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
     return {
         "users": len(seconds),

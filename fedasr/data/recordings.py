@@ -136,7 +136,10 @@ def read_audio(file: str | os.PathLike[str] | bytes) -> Decoded:
     pieces: list[np.ndarray] = []
     rate, complaints = 0, 0
     for part in contents.parts:
-        with _caught_stderr() if contents.mpeg else contextlib.nullcontext([]) as caught:
+        catching: contextlib.AbstractContextManager[list[str]] = (
+            _caught_stderr() if contents.mpeg else contextlib.nullcontext([])
+        )
+        with catching as caught:
             try:
                 with soundfile.SoundFile(io.BytesIO(part)) as opened:
                     form = opened.samplerate, opened.channels
@@ -288,10 +291,12 @@ def archive_files(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[s
             stream = _Remembering(raw)
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # tarfile would keep a million of them
+                    # Tarfile would keep a million of them, in a list that its types do not name.
+                    archive.members.clear()  # type: ignore[attr-defined]
                     name = member.name
                     if member.isfile() and not os.path.basename(name).startswith("."):
-                        yield name, archive.extractfile(member).read() if wanted(name) else None
+                        content = archive.extractfile(member) if wanted(name) else None
+                        yield name, None if content is None else content.read()
                 # tarfile takes a damaged header, and the end of the file, for the archive's end.
                 if stream.last != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.TarError("its end is missing, or a header is damaged")

@@ -33,7 +33,7 @@ from fedasr.data import splits
 from fedasr.errors import UserError
 
 if TYPE_CHECKING:
-    from fedasr.data.prepare import Utterance
+    from fedasr.data.conversion import Utterance
 
 SAMPLE_RATE = 16_000  # Hz
 SPLITS = ("seed", "train", "dev", "test")
@@ -159,7 +159,7 @@ def synthetic_utterances(config: SyntheticConfig) -> Iterator["Utterance"]:
 
 
 def _utterances(config: SyntheticConfig) -> Iterator["Utterance"]:
-    from fedasr.data.prepare import Utterance
+    from fedasr.data.conversion import Utterance
 
     for user, split in _users(config):
         voice = speaker_voice(config, user)

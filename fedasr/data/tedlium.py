@@ -12,6 +12,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from fedasr.data.conversion import Rejected, Utterance
 from fedasr.data.layouts import Listed, SourceOptions, read_text, split_of
@@ -49,7 +50,7 @@ def open_source(path: Path, options: SourceOptions) -> Listed:
             f"{path} is not TED-LIUM: give a folder with STM files, such as its release"
         )
     items: list[Utterance | Rejected] = list(unvisited.values())
-    used: set[str] = set()
+    used: set[Any] = set()
     notes = {"marks_left_out": 0}
     for listing in listings:
         folder = listing.parent.parent if listing.parent.name == "stm" else listing.parent
@@ -58,7 +59,7 @@ def open_source(path: Path, options: SourceOptions) -> Listed:
             item = _item(line, where, listing, split_of(folder.name), notes)
             if item is not None:
                 items.append(item)
-            if isinstance(item, Utterance):
+            if isinstance(item, Utterance) and isinstance(item.audio, Recording):
                 used.add(item.audio.file)
     sounds = {os.path.realpath(file) for file in files if file.suffix.lower() in AUDIO_ENDINGS}
     notes["recordings_without_lines"] = len(sounds - used)

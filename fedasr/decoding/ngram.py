@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedasr.errors import UserError
@@ -109,40 +109,14 @@ def estimate(
     if order < 1:
         raise UserError(f"the order of a language model must be at least 1, not {order}")
     known = None if vocabulary is None else set(vocabulary)
-    raw: list[Counter[Gram]] = [Counter() for _ in range(order)]
-    for text in texts:
-        words = text.split()
-        if special := {BEGIN, END, UNKNOWN} & set(words):
-            raise UserError(f"a text holds {sorted(special)}, which mean something else")
-        words = [w if known is None or w in known else UNKNOWN for w in words]
-        words = [BEGIN, *words, END]
-        for n in range(1, order + 1):
-            raw[n - 1].update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    if not raw[0]:
-        raise UserError("a language model needs at least one sentence")
+    raw = _raw_counts(texts, order, known)
     words = {g[0] for g in raw[0]} - {BEGIN} | {END, UNKNOWN} | (known or set())
-
-    # Shorter n-grams count the words seen before them, except where nothing can stand before.
-    counts = list(raw)
-    for n in range(order - 1, 0, -1):
-        before = Counter(gram[1:] for gram in raw[n])
-        counts[n - 1] = Counter(
-            {g: c if g[0] == BEGIN else before[g] for g, c in raw[n - 1].items() if g != (BEGIN,)}
-        )
-    if order == 1:
-        del counts[0][(BEGIN,)]
-
     probability: dict[Gram, float] = {}
     weight: dict[Gram, float] = {}
-    for n, of_order in enumerate(counts, start=1):
+    for n, of_order in enumerate(_continuations(raw), start=1):
         discounts = _discounts(of_order)
-        total: dict[Gram, int] = defaultdict(int)
-        kept: dict[Gram, float] = defaultdict(float)
-        for gram, count in of_order.items():
-            total[gram[:-1]] += count
-            kept[gram[:-1]] += discounts[min(count, 3) - 1] if count else 0.0
-        for context in total:
-            weight[context] = kept[context] / total[context]
+        total, weights = _contexts(of_order, discounts)
+        weight |= weights
         if n == 1:
             for word in words:
                 count = of_order[(word,)]
@@ -159,6 +133,47 @@ def estimate(
     if order > 1:
         grams[(BEGIN,)] = (-99.0, math.log10(weight[(BEGIN,)]))
     return NGram(order, grams)
+
+
+def _raw_counts(texts: Iterable[str], order: int, known: set[str] | None) -> list[Counter[Gram]]:
+    """How often each n-gram is in the texts, for n from 1 to the order."""
+    raw: list[Counter[Gram]] = [Counter() for _ in range(order)]
+    for text in texts:
+        words = text.split()
+        if special := {BEGIN, END, UNKNOWN} & set(words):
+            raise UserError(f"a text holds {sorted(special)}, which mean something else")
+        words = [w if known is None or w in known else UNKNOWN for w in words]
+        words = [BEGIN, *words, END]
+        for n in range(1, order + 1):
+            raw[n - 1].update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    if not raw[0]:
+        raise UserError("a language model needs at least one sentence")
+    return raw
+
+
+def _continuations(raw: Sequence[Counter[Gram]]) -> list[Counter[Gram]]:
+    """Shorter n-grams count the words seen before them, except where nothing can stand before."""
+    counts = list(raw)
+    for n in range(len(raw) - 1, 0, -1):
+        before = Counter(gram[1:] for gram in raw[n])
+        counts[n - 1] = Counter(
+            {g: c if g[0] == BEGIN else before[g] for g, c in raw[n - 1].items() if g != (BEGIN,)}
+        )
+    if len(raw) == 1:
+        del counts[0][(BEGIN,)]
+    return counts
+
+
+def _contexts(
+    counts: Counter[Gram], discounts: tuple[float, float, float]
+) -> tuple[dict[Gram, int], dict[Gram, float]]:
+    """Of each context: how many words follow, and the share that is left for shorter n-grams."""
+    total: dict[Gram, int] = defaultdict(int)
+    kept: dict[Gram, float] = defaultdict(float)
+    for gram, count in counts.items():
+        total[gram[:-1]] += count
+        kept[gram[:-1]] += discounts[min(count, 3) - 1] if count else 0.0
+    return total, {context: kept[context] / total[context] for context in total}
 
 
 def _discounts(counts: Counter[Gram]) -> tuple[float, float, float]:

@@ -76,7 +76,7 @@ class Feedback(NamedTuple):
     """An edited utterance: user and index in the corpus, both texts, and the hidden truth."""
 
     user: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides `tuple.index`
     hypothesis: str
     edited: str
     planted: tuple[Edit, ...]
@@ -223,9 +223,10 @@ def _differences(source: Sequence[str], target: Sequence[str]) -> list[Span]:
     except ImportError:
         raise UserError("corrections need rapidfuzz: install it (pip install rapidfuzz)") from None
     spans: list[Span] = []
-    for tag, i1, i2, j1, j2 in Levenshtein.opcodes(list(source), list(target)):
-        if tag == "equal":
+    for step in Levenshtein.opcodes(list(source), list(target)):
+        if step.tag == "equal":
             continue
+        i1, i2, j1, j2 = step.src_start, step.src_end, step.dest_start, step.dest_end
         if spans and (spans[-1].stop, spans[-1].last) == (i1, j1):
             spans[-1] = Span(spans[-1].start, i2, spans[-1].first, j2)
         else:
@@ -429,7 +430,8 @@ def filter_quality(
     An edit counts as kept if every changed span that touches it was kept, and a rewritten text if
     anything of it was.
     """
-    edits, kept = Counter(), Counter()
+    edits: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
     for one, reviewed in zip(feedback, reviews, strict=True):
         judged = list(zip(reviewed.spans, reviewed.reasons, strict=True))
         for edit in one.planted:

@@ -36,7 +36,7 @@ class Histogram(NamedTuple):
         """Standard deviation of the noise on every bucket."""
         return self.noise_multiplier * math.sqrt(self.most)
 
-    def count(self, key: str) -> float:
+    def count(self, key: str) -> float:  # type: ignore[override]  # hides `tuple.count`
         """About so many clients hold the key; another key in its bucket counts too."""
         return float(self.counts[bucket(key, len(self.counts))])
 

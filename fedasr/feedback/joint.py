@@ -7,7 +7,7 @@ are post-processing.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -67,7 +67,8 @@ class JointTraining:
 
     def place(self, state: JointState) -> JointState:
         """Puts a state, such as a restored one, on every device."""
-        return self._simulation.place(state)
+        placed: Any = state  # it takes any state of arrays
+        return cast(JointState, self._simulation.place(placed))
 
     def run(self, state: JointState, rounds: int) -> Iterator[tuple[JointState, RoundMetrics]]:
         """Trains, yielding the state and the federated round's metrics after each round."""
@@ -104,10 +105,10 @@ def average_params(trees: Sequence[Params], weights: Sequence[float] | None = No
     Raises:
       UserError: no tree, or weights that are not theirs.
     """
-    weights = np.ones(len(trees)) if weights is None else np.asarray(weights, np.float64)
-    if not trees or weights.shape != (len(trees),) or (weights < 0).any() or not weights.sum() > 0:
-        raise UserError(f"{len(trees)} models cannot be averaged with the weights {weights}")
-    shares = weights / weights.sum()
+    given = np.ones(len(trees)) if weights is None else np.asarray(weights, np.float64)
+    if not trees or given.shape != (len(trees),) or (given < 0).any() or not given.sum() > 0:
+        raise UserError(f"{len(trees)} models cannot be averaged with the weights {given}")
+    shares = given / given.sum()
 
     def mean(*leaves):
         total = sum(s * np.asarray(x, np.float64) for s, x in zip(shares, leaves, strict=True))

@@ -34,11 +34,9 @@ def start(score: Callable[[PyTree], Any], evolution: Evolution, parents: list[Py
     population = jax.tree.map(
         lambda x: np.zeros((evolution.population, *x.shape), x.dtype), parents[0]
     )
-    archive = Archive(
-        population,
-        np.zeros((evolution.population, first.shape[0]), np.float32),
-        np.zeros(evolution.population, bool),
-    )
+    scores: Any = np.zeros((evolution.population, first.shape[0]), np.float32)  # on the host, too
+    filled: Any = np.zeros(evolution.population, bool)
+    archive = Archive(population, scores, filled)
     for model in parents:
         _insert(archive, evolution, model, score(jax.device_put(model)))
     return archive

@@ -18,7 +18,7 @@ from fedasr.data.corpus import Corpus, open_corpus, read_metadata
 from fedasr.errors import UserError
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.privacy import ledger
-from fedasr.text import CharTokenizer
+from fedasr.text import Tokenizer
 from fedasr.training.builders.corpora import fitting_tokenizer
 from fedasr.training.builders.models import build_recogniser
 from fedasr.training.checkpoint import Checkpointer, restore_params
@@ -41,7 +41,7 @@ class Parents(NamedTuple):
     params: PyTree
     recogniser: Recogniser
     metadata: Mapping[str, Any]
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     ledgers: Sequence[Mapping[str, Any] | None] = ()
 
     def model(self, number: int) -> PyTree:

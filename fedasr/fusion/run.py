@@ -213,7 +213,8 @@ class _Saved:
     def __exit__(self, *exception: object) -> None:
         if self._checkpointer:
             self._checkpointer.close()
-            self._lock.close()
+            if self._lock:
+                self._lock.close()
 
     def restore(self, like: PyTree) -> tuple[PyTree, tuple[int, list]] | None:
         if not self._checkpointer or (step := self._checkpointer.latest_step()) is None:

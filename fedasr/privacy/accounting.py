@@ -91,7 +91,7 @@ def epsilon(event: Any, delta: float, neighboring_relation: Any, sampling: str =
     # truncation gives up, and may be the larger where the grid is coarse for many tiny losses.
     use_pld = by_pld is not None and by_pld <= by_rdp
     return Epsilon(
-        epsilon=by_pld if use_pld else by_rdp,
+        epsilon=by_rdp if by_pld is None or not use_pld else by_pld,
         delta=delta,
         accountant="PLD" if use_pld else "RDP",
         epsilon_rdp=by_rdp,

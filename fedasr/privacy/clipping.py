@@ -56,22 +56,23 @@ class ClipState(NamedTuple):
 
 class _Grouping(NamedTuple):
     names: tuple[str, ...]  # one per layer, in order of first appearance
-    index: tuple[int, ...]  # layer of each leaf
+    layer_of: tuple[int, ...]  # of each leaf
     sizes: tuple[int, ...]  # elements of each layer
 
 
 def _grouping(tree: Any, layers: Layers) -> _Grouping:
     names: dict[str, int] = {}
-    index, sizes = [], []
+    index: list[int] = []
+    sizes: list[int] = []
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     if not leaves:
         raise UserError("Clipping needs parameters: the tree has no arrays.")
     for path, leaf in leaves:
         dtype = jnp.result_type(leaf)
-        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise UserError(f"Only floating-point updates can be clipped; {path!r} is {dtype}.")
-        name = path if layers is None else str(layers(path))
+            raise UserError(f"Only floating-point updates can be clipped; {where!r} is {dtype}.")
+        name = where if layers is None else str(layers(where))
         layer = names.setdefault(name, len(names))
         if layer == len(sizes):
             sizes.append(0)
@@ -94,7 +95,7 @@ def layer_names(params: Any, layers: Layers = None) -> list[str]:
 def layer_index(params: Any, layers: Layers = None) -> tuple[tuple[int, ...], int]:
     """The layer of every leaf of `params`, in the order of `ClipState.norms`, and their number."""
     grouping = _grouping(params, layers)
-    return grouping.index, len(grouping.names)
+    return grouping.layer_of, len(grouping.names)
 
 
 def layer_bounds(
@@ -180,7 +181,7 @@ def _combine(values: Sequence[chex.Array], reduce: Callable) -> chex.Array:
 
 def _layer_norms(leaves: Sequence[chex.Array], grouping: _Grouping) -> list[_Norm]:
     return [
-        _layer_norm([leaf for leaf, i in zip(leaves, grouping.index, strict=True) if i == layer])
+        _layer_norm([leaf for leaf, i in zip(leaves, grouping.layer_of, strict=True) if i == layer])
         for layer in range(len(grouping.names))
     ]
 
@@ -260,7 +261,7 @@ def clip_layers(
     ]
     clipped, factors, finite = jax.lax.optimization_barrier((clipped, factors, state.finite))
     out = []
-    for leaf, layer in zip(leaves, grouping.index, strict=True):
+    for leaf, layer in zip(leaves, grouping.layer_of, strict=True):
         first, second = factors[layer]
         small = leaf.astype(jnp.float32) * first * second
         out.append(_select(clipped[layer], finite, small, leaf))

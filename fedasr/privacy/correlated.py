@@ -179,9 +179,8 @@ def _buffered(
             min_buffers=buffers,
             max_buffers=buffers,
         )
-    return tuple(
-        np.asarray(x, np.float32).astype(np.float64) for x in (found.buf_decay, found.output_scale)
-    )
+    decay, scale = (np.asarray(x, np.float32) for x in (found.buf_decay, found.output_scale))
+    return decay.astype(np.float64), scale.astype(np.float64)
 
 
 def sensitivity(

@@ -4,7 +4,7 @@ import attrs
 import numpy as np
 from dp_accounting import dp_event
 
-from fedasr.privacy.secure_aggregation import sampled_rdp, skellam_rdp
+from fedasr.privacy.skellam import sampled_rdp, skellam_rdp
 
 
 @attrs.frozen(slots=True)

@@ -263,7 +263,7 @@ def _charged_together(latest: Entry, earlier: Sequence[Entry]) -> tuple[list[tup
         found = entry.users.members(latest.users.hashes)
         masks.append(np.ones(latest.users.count, bool) if found is None else found)
     by_user = np.stack(masks, axis=1)
-    patterns = {tuple(np.flatnonzero(row)) for row in np.unique(by_user, axis=0)}
+    patterns = {tuple(np.flatnonzero(row).tolist()) for row in np.unique(by_user, axis=0)}
     largest = [p for p in patterns if not any(set(p) < set(q) for q in patterns)]
     return largest, int(by_user.any(axis=1).sum())
 

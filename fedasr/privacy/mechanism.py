@@ -66,8 +66,8 @@ def add_gaussian_noise(
     if not (math.isfinite(std) and std >= 0):
         raise UserError(f"The noise's standard deviation must be finite and >= 0, not {std}.")
     # One band is no correlation, and orbax does not save its empty buffers.
-    correlated = correlation is not None and correlation.bands != 1 and std > 0
-    inverse = correlation.inverse() if correlated else None
+    correlated = correlation if correlation is None or correlation.bands != 1 else None
+    inverse = correlated.inverse() if correlated is not None and std > 0 else None
 
     def init(params):
         buffers = ()
@@ -218,6 +218,7 @@ class Mechanism:
     @property
     def encoding(self) -> Encoding:
         """How clients send updates, where `secure` is given."""
+        assert self.secure is not None
         return make_encoding(self.secure, self.clip_norm, self.noise_multiplier, self.sampler.slots)
 
     def central(self) -> "Mechanism":
@@ -400,19 +401,22 @@ class Mechanism:
         if self.sampler.amplifies:
             sampler = self.sampler
             turns *= min(1.0, sampler.expected_cohort * sampler.separation / sampler.population)
-        times = {"rounds": rounds, "turns": turns}
         if self.secure is not None:
-            return min(1.0, self.encoding.tail_delta(**times) + self._released_tail())
+            return min(1.0, self.encoding.tail_delta(rounds, turns) + self._released_tail())
         floor = self._released_tail()
         if self.adaptive is not None and self.adaptive.noise_multiplier:
             shift = 1 / self.adaptive.noise_multiplier
             reach = noise.reach_for(shift)
-            floor += noise.tail_delta(shift, reach, coordinates=parameters, **times)
+            floor += noise.tail_delta(
+                shift, reach, rounds=rounds, turns=turns, coordinates=parameters
+            )
+        noises = rounds
         if self.correlation is not None:  # all rounds are one vector, all turns one shift of it
-            times = {"rounds": 1, "turns": 1.0}
-            parameters *= rounds
+            noises, turns, parameters = 1, 1.0, parameters * rounds
         reach = noise.reach_for(self._shift())
-        floor += noise.tail_delta(self._shift(rounds), reach, coordinates=parameters, **times)
+        floor += noise.tail_delta(
+            self._shift(rounds), reach, rounds=noises, turns=turns, coordinates=parameters
+        )
         return min(1.0, floor)
 
     def _released_tail(self) -> float:

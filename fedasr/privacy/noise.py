@@ -146,11 +146,12 @@ def normal_like(key: jax.Array, tree: Any, reach: float) -> Any:
     sizes = [math.prod(leaf.shape) for leaf in leaves]
     drawn = standard_normal(key, sum(sizes), reach)
     ends = np.cumsum(sizes)
-    return treedef.unflatten(
+    return jax.tree.unflatten(
+        treedef,
         [
             drawn[end - size : end].reshape(leaf.shape)
             for leaf, size, end in zip(leaves, sizes, ends, strict=True)
-        ]
+        ],
     )
 
 

@@ -9,6 +9,7 @@ rate from the same grid, on the dev split and the first seed.
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -50,6 +51,7 @@ _START = Row("seed model", {"algorithm": "central", "data.train": "seed"})
 
 
 def _optimizers() -> Table:
+    published: dict[str, tuple[float | None, float]]
     published = {"LAMB": (6.6, 62.9), "LARS": (13.7, 70.4), "Adam": (14.1, 68.9)}
     published |= {"AdaGrad": (None, 84.3), "SGD": (None, 83.8)}
     return Table(
@@ -112,7 +114,7 @@ def _cohorts() -> Table:
 
 
 def _privacy() -> Table:
-    published = {
+    published: dict[int, dict[str, float | None]] = {
         3: {"global": 31.1, "uniform": 21.2, "dim": 20.4},
         10: {"global": 35.2, "uniform": 25.0, "dim": 23.7},
         30: {"global": None, "uniform": 29.3, "dim": 28.2},
@@ -198,7 +200,7 @@ def _correlated() -> Table:
         "privacy.sigma": round(300e-6 * SIGMA_SCALE, 7),
         "rounds": 200,
     }
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "independent": {"privacy.noise": "independent"},
         "banded": {"privacy.noise": "banded", "privacy.bands": 8},
     }
@@ -277,7 +279,7 @@ def _devices() -> Table:
         "server.decay_start": 100,
         "server.decay_rounds": 24,
     }
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "FedAvg": {},
         "16-bit storage": half,
         "OMC S1E3M7 on 90%": compressed,
@@ -326,7 +328,7 @@ _KNOWN = "train[:16][75%:]"  # a quarter of the utterances of the users who trai
 
 def _local() -> Table:
     """Few users, so that each has some thirty turns; the seed has the input layer, too."""
-    layer = {"model.options.input_layer": True}
+    layer: dict[str, Any] = {"model.options.input_layer": True}
     base = layer | {"data.train": "train[:16][:75%]", "data.eval": (_KNOWN, "dev", "test")}
     base |= {"rounds": 60}
     own = {"local.patterns": ("^input_layer/",)}
@@ -340,7 +342,7 @@ def _local() -> Table:
         ),
         seeds=_SEEDS,
         report=("dev", "test", _KNOWN),
-        starts=(dataclasses.replace(_START, overrides=_START.overrides | layer),),
+        starts=(dataclasses.replace(_START, overrides={**_START.overrides, **layer}),),
         expected="users who train gain from layers of their own",
         better=(("local input layers", "shared input layer"),),
     )

@@ -403,7 +403,7 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
         for run in chosen
         if (outcome := outcomes.get(run.name, _MISSING)).status == COMPLETED
     ]
-    wer = {}
+    wer: dict[str, dict[str, Any]] = {}
     for split in table.report:
         values = [rate for _, outcome in completed if (rate := outcome.wer(split)) < math.inf]
         if values:

@@ -17,9 +17,9 @@ from fedasr.text.alphabets import (
     LANGUAGES,
     SCRIPTS,
     alphabet,
-    alphabet_of,
     script_alphabet,
 )
+from fedasr.text.learned import alphabet_of
 from fedasr.text.lexicon import pronounced, read_lexicon
 from fedasr.text.normalize import (
     REASONS,

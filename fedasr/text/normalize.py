@@ -306,7 +306,8 @@ def _without_quotes(folded: str, language: str) -> str:
         before, after = text[:place][-1:], text[place + 1 : place + 2]
         left, right = _in_word(before), _in_word(after)
         if right and not left:
-            if _LETTERS.match(text, place + 1)[0] not in elisions:
+            letters = _LETTERS.match(text, place + 1)
+            if letters is None or letters[0] not in elisions:
                 openers.append(place)
         elif not right:
             if openers and (left or before == _STOP):

@@ -1,6 +1,7 @@
 """Ordinary training on pooled data: seeds for federated training, and central baselines."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,8 +80,11 @@ class CentralTraining:
             return (settled(self._mesh, state) if model_devices > 1 else state), value
 
         whole = replicated(self._mesh)
-        where = {"in_shardings": (whole, client_sharding(self._mesh)), "out_shardings": whole}
-        self._step = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
+        where: dict[str, Any] = {
+            "in_shardings": (whole, client_sharding(self._mesh)),
+            "out_shardings": whole,
+        }
+        self._step: Any = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
 
     def padding(self, steps: int) -> Padding:
         """How much of the first `steps` batches is real; see `PooledBatcher.padding`."""

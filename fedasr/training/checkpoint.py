@@ -322,10 +322,10 @@ def _set_aside(directory: Path) -> dict[Path, str]:
         break
     else:
         if damaged:
-            folder, error = next(iter(damaged.items()))
+            folder, why = next(iter(damaged.items()))
             raise UserError(
                 f"none of the {len(damaged)} checkpoints in {directory} can be read: put them back "
-                f"from a copy, or remove that folder to start afresh ({folder.name}: {error[:200]})"
+                f"from a copy, or remove that folder to start afresh ({folder.name}: {why[:200]})"
             )
     whole = max(
         (x for x in saved_steps(directory) if directory / str(x) not in damaged), default=-1

@@ -11,7 +11,6 @@ from fedasr.data.corpus import (
     open_corpus,
     read_metadata,
 )
-from fedasr.federated import chunks
 from fedasr.federated.local import (
     LocalStore,
 )
@@ -59,9 +58,14 @@ def dry_run(
     Raises:
       UserError: as the run itself would.
     """
-    config = whole.checked(config)
+    checked = whole.checked(config)
     with disk_errors(workdir):
-        config = _rehearse_place(config, workdir, extend)
+        checked = _rehearse_place(checked, workdir, extend)
+    return _rehearsed(checked, workdir)
+
+
+def _rehearsed(config: Config, workdir: str | Path | None) -> dict[str, Any]:
+    """The summary of a checked configuration."""
     recogniser = models.build_recogniser(config)
     shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
     count = models.parameter_count(recogniser)
@@ -105,7 +109,7 @@ def _federated(
     layout = models.local_layout(config)
     if layout is not None:
         mechanism.check_local(config.local.prototype)
-    described = clients.describe_client(config, shapes, local=layout and layout.local)
+    described = clients.describe_client(config, shapes, local=layout.local if layout else None)
     earlier, known = ledgers.runs_before(config, workdir)
     names, rounds = _user_names(config.data), config.rounds
     users = Users.of(names) if names else UNKNOWN_USERS
@@ -128,9 +132,7 @@ def _federated(
     return found if layout is None else found | {"local": {"parameters": layout.size}}
 
 
-def _rehearse_place(
-    config: Config, workdir: str | Path | None, extend: int | None
-) -> dict[str, Any]:
+def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | None) -> Config:
     """The configuration that would be run in a directory, refused if that is another's."""
     existing = None if workdir is None else read_existing(local_path(workdir))
     if extend is not None:
@@ -148,7 +150,7 @@ def _rehearse_place(
         recorded["characters"] = tokenizer_for(read_metadata(directory)).characters
     ours["data"] |= recorded
     rounds = {} if extend is None else {"rounds": extend}
-    check_same(Path(workdir), {**existing, **rounds}, ours)
+    check_same(Path(workdir or "?"), {**existing, **rounds}, ours)
     return config
 
 
@@ -172,7 +174,7 @@ def _rehearse(config: Config, directory: Path) -> int:
                 users, prototype = len(data.train.users), config.local.prototype
                 store = LocalStore(folder, layout, users, prototype)
             chunk = devices.known_chunk(config)
-            chunk = 1 if chunk == chunks.AUTO else chunk
+            chunk = 1 if isinstance(chunk, str) else chunk  # "auto"
             simulation = simulations.make_simulation(
                 config, data, models.build_recogniser(config).loss, used, store, chunk
             )

@@ -63,7 +63,7 @@ class Evaluator:
             fitting = BATCH_FRAMES // max(next(iter(bucket.values()), 1), 1)
             whole = min(-(-batch_size // lanes), fitting // lanes) * lanes
             self._sizes.append(whole or max(1, min(batch_size, fitting)))
-        self._evaluate = jax.jit(recogniser.evaluate)
+        self._evaluate: Any = jax.jit(recogniser.evaluate)
         self._tokenizer = tokenizer or CharTokenizer()
 
         def one(params, row, example):
@@ -71,7 +71,7 @@ class Evaluator:
             outputs = recogniser.evaluate(layout.insert(params, row), batch)
             return jax.tree.map(lambda x: x[0], outputs)
 
-        self._evaluate_own = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+        self._evaluate_own: Any = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
 
     def transcripts(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None

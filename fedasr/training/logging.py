@@ -204,8 +204,9 @@ class RunLogger:
 
     def _keep(self, workdir: Path, round: int | None, step: int | None) -> None:
         """Begins the file anew with the records that the run will not repeat."""
-        kept = [] if round is None else read_metrics(workdir)
-        kept = [r for r in kept if not _is_after(r, round, step)]
+        kept = []
+        if round is not None:
+            kept = [r for r in read_metrics(workdir) if not _is_after(r, round, step)]
         self._logged.update(_phase_and_number(r) for r in kept)
         _replace(workdir / METRICS_FILE, "".join(json.dumps(to_json(r)) + "\n" for r in kept))
 
@@ -423,7 +424,7 @@ class _Progress:
         self._done = done
         self._times.append((now, done))
         self._remember(record or {})
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, status=self._status())
         elif now - self._printed >= self._interval or done >= self._total:
             self._printed = now

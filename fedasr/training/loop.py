@@ -31,7 +31,7 @@ from fedasr.training.logging import say, write_json_atomic
 from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.session import Interrupted as Interrupted
 from fedasr.training.session import Session, make_parts
-from fedasr.training.trainers import Trainer
+from fedasr.training.trainer import Trainer
 from fedasr.training.trainers.central import CentralTrainer
 from fedasr.training.trainers.federated import FederatedTrainer
 from fedasr.training.workdir import (

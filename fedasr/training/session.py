@@ -26,7 +26,7 @@ from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import RunLogger, say, to_json
 from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.totals import Totals
-from fedasr.training.trainers import Trainer
+from fedasr.training.trainer import Trainer
 
 
 class Interrupted(Exception):

@@ -80,7 +80,7 @@ def digests(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str,
         value = np.ascontiguousarray(leaf)
         head = f"{value.dtype} {np.shape(leaf)} ".encode()
         digests[f"state/{path}"] = digest = hashlib.sha256(head)
-        digest.update(value.view(np.uint8) if value.size and value.ndim else value.tobytes())
+        digest.update(value.view(np.uint8).data if value.size and value.ndim else value.tobytes())
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 

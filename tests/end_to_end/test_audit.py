@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from fedasr.auditing import Audit, Scores
 from fedasr.cli import audit
 from fedasr.cli.audit import Report
 from fedasr.data.prepare import Utterance, prepare
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
-from fedasr.privacy.auditing import Audit, Scores
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.training.config import default_config, resolve
 

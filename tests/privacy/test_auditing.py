@@ -10,10 +10,10 @@ import optax
 import pytest
 from scipy import stats
 
+from fedasr import auditing
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.simulation import Simulation
-from fedasr.privacy import auditing
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 

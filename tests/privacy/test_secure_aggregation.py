@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
+from fedasr import auditing
 from fedasr.data.batching import Batching
 from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
@@ -22,8 +23,9 @@ from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import ClientMetrics
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
-from fedasr.privacy import accounting, auditing, ledger
+from fedasr.privacy import accounting, ledger
 from fedasr.privacy import secure_aggregation as sa
+from fedasr.privacy import skellam as rdp
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.events import SkellamDpEvent
@@ -401,7 +403,7 @@ def test_bound_against_exact_divergences(variance, shift):
         reach = int(shift * order + 25 * math.sqrt(variance) + 60)
         noise, moved = shifted(variance, shift, reach)
         exact = renyi(order, moved, noise)
-        bound = sa.skellam_rdp(order, shift, shift, variance)
+        bound = rdp.skellam_rdp(order, shift, shift, variance)
         # Only where all of the sum lies within what float64 holds is it exact.
         if order * shift < 12 * math.sqrt(variance):
             assert exact <= bound * (1 + 1e-9)
@@ -416,10 +418,10 @@ def test_bound_in_three_dimensions():
     for order in ORDERS:
         exact = sum(renyi(order, *shifted(variance, s, 400)[::-1]) for s in shifts)
         l2, l1 = math.sqrt(sum(s * s for s in shifts)), sum(shifts)
-        bound = float(sa.skellam_rdp(order, l2, l1, variance))
+        bound = float(rdp.skellam_rdp(order, l2, l1, variance))
         assert exact <= bound
         assert order > 5 or bound <= 1.25 * exact
-        assert sa.skellam_rdp(order, l2, l2**2, variance) >= bound  # l1 <= l2^2 on integers
+        assert rdp.skellam_rdp(order, l2, l2**2, variance) >= bound  # l1 <= l2^2 on integers
 
 
 @pytest.mark.parametrize("probability", [0.01, 0.3, 1.0])
@@ -432,18 +434,18 @@ def test_sampling_against_exact_divergences_both_ways(probability):
         return np.array([renyi(order, moved, noise) for order in np.atleast_1d(orders)])
 
     orders = np.array([2, 3, 5, 8, 13])
-    found = sa.sampled_rdp(orders, probability, exactly)
+    found = rdp.sampled_rdp(orders, probability, exactly)
     for order, value in zip(orders, found, strict=True):
         np.testing.assert_allclose(value, renyi(order, mixed, noise), rtol=1e-6)
         assert renyi(order, noise, mixed) <= value * (1 + 1e-9)
     event = SkellamDpEvent(shift, shift, variance, probability)
     assert (event.rdp(orders) >= found).all()
-    assert (sa.sampled_rdp(orders, 0.0, exactly) == 0).all()
+    assert (rdp.sampled_rdp(orders, 0.0, exactly) == 0).all()
     for order in (1.2, 2.4, 7.7):  # between them: no less than exact, no more than the next
-        value = sa.sampled_rdp(np.array([order]), probability, exactly).item()
+        value = rdp.sampled_rdp(np.array([order]), probability, exactly).item()
         assert renyi(order, mixed, noise) <= value <= renyi(math.ceil(order), mixed, noise) * 1.0001
     with pytest.raises(UserError, match="above 1"):
-        sa.sampled_rdp(np.array([1.0]), 0.1, exactly)
+        rdp.sampled_rdp(np.array([1.0]), 0.1, exactly)
 
 
 def hockey_stick(epsilon, p, q):

@@ -66,10 +66,11 @@ def place(
             make = zeros if fill else unfilled
             batches[name] = make(name, (*shape, *tail), value.dtype)
         if name in bucket:
+            at: tuple[Any, ...] = position
             lengths = batches.setdefault(f"{name}_length", np.zeros(shape, np.int32))
             lengths[position] = len(value)
-            batches[name][(*position, slice(len(value)))] = value
-            batches[name][(*position, slice(len(value), None))] = 0
+            batches[name][(*at, slice(len(value)))] = value
+            batches[name][(*at, slice(len(value), None))] = 0
         else:
             batches[name][position] = value
     batches.setdefault("mask", np.zeros(shape, np.bool_))[position] = True

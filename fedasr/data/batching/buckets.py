@@ -221,7 +221,8 @@ class Grid:
                 cells.append(cell)
             done = all(cell[name] >= size for name, size in longest.items())
             if done and step % self.per_doubling == 0:
-                return tuple(cells)
+                break
+        return tuple(cells)
 
     def tops(self, cells: Sequence[Bucket]) -> list[int]:
         """The cells that end a doubling."""

@@ -71,7 +71,7 @@ class ClientBatcher:
         if micro_batch and chunk_size != devices:
             raise UserError("batches in parts (micro_batch) need chunk=1: one client on a device")
         grid = buckets if isinstance(buckets, Grid) else None
-        cells = tuple(buckets) if grid is None else grid.cells(all_lengths(corpus))
+        cells = buckets.cells(all_lengths(corpus)) if isinstance(buckets, Grid) else tuple(buckets)
         self._unit = next(iter(cells[0]), None) if cells else None
         if local.frames is not None and self._unit is None:
             raise UserError("batches measured in frames need examples whose lengths vary")
@@ -101,7 +101,9 @@ class ClientBatcher:
     def _client(self, user: int, round: int, seed: int) -> Client:
         lengths = self._corpus.lengths(user)
         size = int(self._corpus.sizes[user])
-        unit = None if self._local.frames is None else np.asarray(lengths[self._unit])
+        unit = None
+        if self._local.frames is not None and self._unit is not None:
+            unit = np.asarray(lengths[self._unit])
         plan = self._local.plan(size, seed, round, user, unit)
         needs = fitting_buckets(self._buckets, lengths, size)
         plan, shapes, parts = self._division.divide(plan, needs)

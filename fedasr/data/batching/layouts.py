@@ -164,8 +164,8 @@ class Dense:
                 _fill(batches, name, position, values, per_batch, bucket.get(name))
         batches["mask"] = mask
         if not mask.all():
-            for values in batches.values():
-                values[~mask] = 0
+            for array in batches.values():
+                array[~mask] = 0
         return batches
 
 

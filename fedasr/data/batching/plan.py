@@ -69,6 +69,7 @@ class LocalBatches:
         """
         rng = generator(Stream.EXAMPLES, seed, round, user)
         if self.frames is not None:
+            assert lengths is not None  # where batches are measured in frames
             batches: list[np.ndarray] = []
             for _ in range(self.epochs or self.steps or 0):
                 order = rng.permutation(size)
@@ -76,6 +77,7 @@ class LocalBatches:
                 if self.steps is not None and len(batches) >= self.steps:
                     break
             return batches[: self.steps or self.max_steps]
+        assert self.batch_size is not None  # where they are not measured in frames
         if self.steps is not None:
             batch = min(self.batch_size, size)
             passes = -(-self.steps * batch // size)

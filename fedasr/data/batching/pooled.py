@@ -126,29 +126,29 @@ class PooledBatcher:
             elif self._fitting is None:
                 parts = [order[part] for part in pack(self._lengths[order], self._frames)]
             else:
-                parts = self._by_bucket(order)
+                parts = self._by_bucket(order, self._fitting, self._frames)
             if self._fitting is not None:
                 parts = [parts[i] for i in rng.permutation(len(parts))]
             self._order = (number, parts)
         return self._order[1]
 
-    def _by_bucket(self, order: np.ndarray) -> list[np.ndarray]:
+    def _by_bucket(self, order: np.ndarray, fitting: np.ndarray, frames: int) -> list[np.ndarray]:
         """Batches of as many examples as `frames` has room for, at least as many as a pass takes.
 
         `order` is by bucket. What is left of a bucket joins the next.
         """
         parts, left = [], order[:0]
         for number in range(len(self._buckets)):
-            left = np.concatenate([left, order[self._fitting[order] == number]])
-            room = self._room(number)
+            left = np.concatenate([left, order[fitting[order] == number]])
+            room = self._room(number, frames)
             full = len(left) // room * room
             parts += list(left[:full].reshape(-1, room))
             left = left[full:]
         return parts if len(parts) >= self._per_pass else [*parts, left]
 
-    def _room(self, bucket: int) -> int:
+    def _room(self, bucket: int, frames: int) -> int:
         """How many examples of a bucket make a batch of `frames`."""
-        room = max(1, self._frames // next(iter(self._buckets[bucket].values())))
+        room = max(1, frames // next(iter(self._buckets[bucket].values())))
         return room - room % self._multiple if room > self._multiple else room
 
     def padding(self, steps: int) -> Padding:
@@ -176,7 +176,7 @@ class PooledBatcher:
     def _slots_for(self, bucket: int, count: int) -> int:
         slots = self._slots or rounded_slots(count)
         if self._frames and self._fitting is not None:
-            slots = self._room(bucket)  # one number for each bucket is one program
+            slots = self._room(bucket, self._frames)  # one number for each bucket is one program
         return round_up(slots, self._multiple)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:

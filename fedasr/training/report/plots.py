@@ -103,7 +103,7 @@ def draw_wer(axes: Any, curves: dict, summary: Record, annotate: bool = False) -
     last = max(float(x.max()) for x, _ in curves.values())
     for color, (split, curve) in zip(colors_from(0), curves.items(), strict=False):
         # A line between a first and a last point would claim what nobody measured.
-        style = {} if len(curve[0]) > 2 else {"linestyle": "none"}
+        style: dict[str, Any] = {} if len(curve[0]) > 2 else {"linestyle": "none"}
         draw_line(axes, *curve, color=color, label=split, marker="o", **style)
     if initial is not None:
         top = max(top, initial)
@@ -169,7 +169,7 @@ def draw_layers(panels: Sequence[tuple]) -> Any:
         ticks = np.unique(np.linspace(0, len(rounds) - 1, min(6, len(rounds))).round().astype(int))
         axes.set_xticks(ticks, [f"{rounds[t]:.0f}" for t in ticks])
         every = -(-len(names) // _MAX_LABELLED_LAYERS)
-        shown = range(0, len(names), every)
+        shown: Sequence[int] = range(0, len(names), every)
         if column and names == panels[0][0]:
             shown = ()
         labels = [escape_math(shorten(names[i])) for i in shown]

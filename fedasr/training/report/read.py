@@ -104,8 +104,9 @@ def main_deployment(summary: Record) -> Record:
 def epsilon_of(record: Any) -> float | None:
     """Its epsilon, which may be infinite, or None."""
     value = record.get("epsilon") if isinstance(record, Mapping) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and not math.isnan(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return None
+    return float(value)
 
 
 def layer_matrix(

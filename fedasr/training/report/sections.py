@@ -35,7 +35,7 @@ def learning_section(federated: Sequence[Record], seed: Sequence[Record], summar
     eval_loss = evaluation_curves(federated, "loss")
     curves = evaluation_curves(federated, "wer")
     seed_loss = series_of(seed, "step", "loss")
-    panels = []
+    panels: list[tuple[str, Any]] = []
     if seed_loss[0].size:
         panels.append(("seed", seed_loss))
     if loss[0].size or eval_loss:
@@ -52,7 +52,8 @@ def learning_section(federated: Sequence[Record], seed: Sequence[Record], summar
             if kind == "wer":
                 draw_wer(axes, data, summary)
                 continue
-            draw_noisy(axes, *data, label="training" if kind == "loss" else None)
+            x, y = data
+            draw_noisy(axes, x, y, label="training" if kind == "loss" else None)
             if kind == "loss":
                 for color, (split, curve) in zip(colors_from(1), eval_loss.items(), strict=False):
                     draw_line(axes, *curve, color=color, label=split, marker="o")

@@ -101,7 +101,7 @@ def privacy_tables(summary: Record, privacy: Record) -> str:
     """The guarantee as simulated and as deployed, and what it rests on."""
     delta = delta_text(privacy)
     sampling, accountant = privacy.get("sampling"), privacy.get("accountant")
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (
             "as simulated",
             summary.get("cohort"),
@@ -197,8 +197,8 @@ def left_out_table(federated: Sequence[Record], summary: Record) -> str:
     invalid = number_at(summary, "invalid_client_updates")
     if invalid is None:
         counts = [number_at(r, "invalid_client_updates") for r in federated]
-        counts = [c for c in counts if c is not None]
-        invalid = sum(counts) if counts else None
+        known = [c for c in counts if c is not None]
+        invalid = sum(known) if known else None
     if invalid is None:
         parts.append(missing_text("Invalid client updates are not known yet."))
     else:

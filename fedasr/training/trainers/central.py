@@ -19,6 +19,7 @@ from fedasr.training.totals import Totals
 def seed_training(parts: Parts) -> CentralTraining:
     """Of the seed, which each process trains alike."""
     corpus, loss = parts.data.seed, parts.recogniser.loss
+    assert corpus is not None  # where the seed is trained on
     return pooled.central_training(parts.config, "seed_training", corpus, loss, parts.own_devices)
 
 

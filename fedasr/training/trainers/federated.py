@@ -223,7 +223,7 @@ class FederatedTrainer:
         """What a client receives, sends and, if asked for, needs in memory."""
         config, parts = self._parts.config, self._parts
         if not config.compression.measure:
-            local = parts.store and parts.store.layout.local
+            local = None if parts.store is None else parts.store.layout.local
             return clients.describe_client(config, params, local=local)
         batch = batches.batch_shapes(config, parts.data.buckets[-1])
         return clients.describe_client(config, params, parts.recogniser.loss, batch)
