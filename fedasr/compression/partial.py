@@ -71,8 +71,9 @@ class Subset:
         Raises:
           UserError: if a pattern matches no path.
         """
-        if self.mode != "fixed":
-            return None
+        return self._matching(params) if self.mode == "fixed" else None
+
+    def _matching(self, params: Any) -> list[bool]:
         found = matches(params, self.patterns, "partial.patterns")
         if not any(found):
             raise UserError("partial.patterns: nothing would be trained")
@@ -81,7 +82,7 @@ class Subset:
     def draw(self, params: Any, key: jax.Array) -> list[bool]:
         """One client's variables of one round, concretely; for "round" those of a first group."""
         if self.mode == "fixed":
-            return self.trained(params)
+            return self._matching(params)
         if self.mode == "round":
             return [group in (None, 0) for group in deal(params, self.groups)]
         matrices = flags(params, weight_matrices)
@@ -91,7 +92,7 @@ class Subset:
     def uploaded(self, params: Any) -> list[float]:
         """For each variable in order, the probability that a client uploads it in a round."""
         if self.mode == "fixed":
-            return [float(x) for x in self.trained(params)]
+            return [float(x) for x in self._matching(params)]
         share = self.share if self.mode == "user" else 1 / self.groups
         return [share if matrix else 1.0 for matrix in flags(params, weight_matrices)]
 
@@ -179,8 +180,9 @@ def deal(params: Any, groups: int) -> list[int | None]:
     sizes = [int(np.prod(leaf.shape)) if matrix else None for leaf, matrix in selected]
     dealt: list[int | None] = [None] * len(sizes)
     filled = [0] * groups
-    matrices = [i for i, size in enumerate(sizes) if size is not None]
-    for i in sorted(matrices, key=lambda i: (-sizes[i], i)):
-        dealt[i] = int(np.argmin(filled))
-        filled[dealt[i]] += sizes[i]
+    matrices = [(-size, i) for i, size in enumerate(sizes) if size is not None]
+    for size, i in sorted(matrices):
+        group = int(np.argmin(filled))
+        dealt[i] = group
+        filled[group] -= size
     return dealt

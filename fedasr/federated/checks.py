@@ -1,13 +1,19 @@
 """Which parts of a simulation go together: one function a rule, which raises UserError."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import Corpus
 from fedasr.errors import UserError
-from fedasr.federated.algorithms import Algorithm
 from fedasr.federated.hardware import Hardware
 from fedasr.privacy.mechanism import Mechanism
+
+if TYPE_CHECKING:  # algorithms check themselves by these rules
+    from fedasr.federated.algorithms import Algorithm
 
 
 def check(
