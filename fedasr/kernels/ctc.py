@@ -96,7 +96,8 @@ def reference(
             score = score + emissions[t]
         return -jax.nn.logsumexp(score[-2:])
 
-    feasible = is_feasible(labels, label_lengths, logit_lengths)
+    with jax.ensure_compile_time_eval():  # lengths and labels are concrete, logits may be traced
+        feasible = is_feasible(labels, label_lengths, logit_lengths).tolist()
     zero = jnp.zeros((), logits.dtype)
     sizes = zip(map(int, logit_lengths), map(int, label_lengths), feasible, strict=True)
     return jnp.stack(
