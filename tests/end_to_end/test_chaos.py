@@ -6,13 +6,14 @@ from experiments.chaos import Chaos
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_few_faults_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     said = []
     with Chaos(tmp_path, seed=0, say=said.append) as chaos:
-        chaos.run(6)
+        chaos.run(4)
         assert not chaos.failures, chaos.failures
-        assert sum(chaos.results.values()) == 6
+        assert sum(chaos.results.values()) == 4
         # It notices what it is there to notice: here, another result.
         chaos._whole["output"]["bias"] += 1.0
         chaos._compare(tmp_path / "whole", "planted")
