@@ -503,12 +503,13 @@ def write_roc(audit: Audit, path: str) -> None:
     axes.plot(rates, rates, color="grey", linewidth=0.8, linestyle=":", label="guessing blindly")
     if math.isfinite(audit.epsilon_claimed):
         exponential = np.exp(min(audit.epsilon_claimed, 700.0))
-        allowed = np.minimum.reduce(
+        allowed = np.min(
             [
                 exponential * rates + audit.delta,
                 1 - (1 - audit.delta - rates) / exponential,
                 np.ones_like(rates),
-            ]
+            ],
+            axis=0,
         )
         label = f"most that epsilon {audit.epsilon_claimed:.3g} allows"
         axes.plot(rates, allowed, color="black", linewidth=1, linestyle="--", label=label)

@@ -96,6 +96,6 @@ def entropy_bytes(params: Any, fmt: FloatFormat, select: Select = weight_matrice
             continue
         codes = np.asarray(compress_variable(jnp.asarray(leaf), fmt, align=True).codes)
         counts = np.unique(codes, return_counts=True)[1]
-        bits = -np.sum(counts * np.log2(counts / codes.size))
+        bits = float(-np.sum(counts * np.log2(counts / codes.size)))
         total += bits / 8 + 2 * _FLOAT32_BYTES
     return float(total)

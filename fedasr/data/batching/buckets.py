@@ -123,7 +123,7 @@ def fitting_buckets(
     fitting = np.full(examples, -1)
     for index in reversed(range(len(buckets))):
         inside = [lengths[name] <= size for name, size in buckets[index].items()]
-        fitting[np.logical_and.reduce(inside)] = index
+        fitting[np.all(inside, axis=0)] = index
     if (fitting < 0).any():  # the first such example is named by the error
         row = int(np.argmin(fitting))
         fitting_bucket(buckets, {name: int(values[row]) for name, values in lengths.items()})

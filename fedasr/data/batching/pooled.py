@@ -98,7 +98,7 @@ class PooledBatcher:
             if not buckets:
                 raise UserError("batches measured in frames need examples whose lengths vary")
             self._lengths = all_lengths(corpus)[next(iter(buckets[0]))].astype(np.int64)
-            if frames < (longest := int(self._lengths.max())):
+            if frames < (longest := int(np.max(self._lengths))):
                 raise UserError(f"a batch of {frames} frames is shorter than an example: {longest}")
             # Any order has at least so many batches; a short last one may be left out.
             self._per_pass = (int(self._lengths.sum()) - longest) // frames + 1

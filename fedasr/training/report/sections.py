@@ -120,7 +120,8 @@ def clipping_section(federated: Sequence[Record], bounds: Record) -> str:
     shares = layer_matrix(federated, "clipped_share")
     if norms is None and shares is None:
         return missing_text("Update norms by layer are not logged in this run.")
-    panels, parts = [], []
+    panels: list[Any] = []
+    parts = []
     if norms is not None:
         names, rounds, values = norms
         limits = np.array([number_at(bounds, name) or np.nan for name in names])
@@ -181,7 +182,7 @@ def cost_section(federated: Sequence[Record]) -> str:
         for axes, (title, curves, scale) in zip(all_axes, panels, strict=True):
             for color, (label, (x, y)) in zip(colors_from(0), curves.items(), strict=False):
                 draw_line(axes, x, y * scale, color=color, label=label or None)
-            top = max((y * scale).max() for _, y in curves.values() if y.size)
+            top = max(np.max(y * scale) for _, y in curves.values() if y.size)
             # The first rounds compile: they would flatten the rest.
             usual = max(np.quantile(y * scale, 0.98) for _, y in curves.values() if y.size)
             axes.set_ylim(0, 1.15 * (usual if top > 3 * usual > 0 else top) or 1.0)
