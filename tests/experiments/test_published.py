@@ -209,16 +209,16 @@ def test_every_published_row_can_be_tried_dry(monkeypatch):
     def empty(shapes, key):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    models = {}
+    known = {}
     build_recogniser = models.build_recogniser
 
     def shared(config):
         key = repr(config.model)
-        if key not in models:
+        if key not in known:
             whole = build_recogniser(config)
             shapes = jax.eval_shape(whole.init, jax.random.key(0))
-            models[key] = whole._replace(init=functools.partial(empty, shapes))
-        return models[key]
+            known[key] = whole._replace(init=functools.partial(empty, shapes))
+        return known[key]
 
     monkeypatch.setattr(models, "build_recogniser", shared)
     monkeypatch.setattr(accounting, "pld_epsilon", lambda *_: None)
@@ -234,7 +234,7 @@ def test_every_published_row_can_be_tried_dry(monkeypatch):
             assert case.get("epsilon_infinite", False) == without_noise, row.name
             assert (case["epsilon"] is None) == without_noise
             infinite += without_noise
-    assert infinite > 0 and len(ROWS) >= 135 and len(models) >= len(SIZES)
+    assert infinite > 0 and len(ROWS) >= 135 and len(known) >= len(SIZES)
 
 
 @pytest.mark.parametrize(
