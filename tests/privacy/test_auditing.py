@@ -67,8 +67,8 @@ class HalfTheNoise(Mechanism):
 
 
 class NoiseReused(Mechanism):
-    def server_transform(self, key):
-        chain = super().server_transform(key)
+    def server_transform(self, *keys):
+        chain = super().server_transform(*keys)
         return optax.stateless(lambda total, params: chain.update(total, chain.init(params))[0])
 
 
