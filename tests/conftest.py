@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from multiprocessing import forkserver
 
 # With pytest-xdist the controller gets here first: its workers, and the programs that tests start,
 # inherit the folder.
@@ -55,10 +56,12 @@ def dense_batches(batches):
 def pytest_collection_modifyitems(config, items):
     """The files with slow tests come first, so that parallel workers finish together.
 
-    Planted faults, which run parts of the suite again and again, are for who asks: -m planted.
+    Planted faults, which run parts of the suite again and again, and studies and benchmarks that
+    take minutes are for who asks: -m planted, -m long.
     """
-    if "planted" not in (config.option.markexpr or ""):
-        items[:] = [item for item in items if not item.get_closest_marker("planted")]
+    for name in ("planted", "long"):
+        if name not in (config.option.markexpr or ""):
+            items[:] = [item for item in items if not item.get_closest_marker(name)]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -81,6 +84,7 @@ def quick_compilation():
     For tests of what a program does: what it computes is tested with the code that users get.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
+    _forget_compilations()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         if jax.__version__.startswith("0.10."):  # XLA aborts if it does not know a flag
@@ -89,6 +93,16 @@ def quick_compilation():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
     jax.config.update("jax_disable_most_optimizations", before)
+    _forget_compilations()
+
+
+def _forget_compilations():
+    """What was compiled in one way has other bits than in the other, here and in forked processes.
+
+    The server that processes are forked from keeps the environment that it was started in.
+    """
+    jax.clear_caches()
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def test_cohort_benchmark_prints_its_figures(program, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_large_benchmark_shrinks_without_an_accelerator(program, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     done = program("experiments.benchmarks.large", "--steps=1", "--cohort=1", "--json")
@@ -45,7 +45,7 @@ def test_large_benchmark_shrinks_without_an_accelerator(program, monkeypatch):
     assert figures["model_flop_utilisation"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_peers_do_rounds_in_turns(program, tmp_path):
     """Without the peers themselves, which need a network to be installed."""
     done = program(

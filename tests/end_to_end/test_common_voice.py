@@ -33,7 +33,7 @@ def rows():
     return found[::6]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_rounds_on_common_voice(rows, tmp_path):
     manifest = tmp_path / "speech.jsonl"
     keys = ("audio_filepath", "text", "user", "split")

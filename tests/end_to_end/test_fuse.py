@@ -43,7 +43,7 @@ def test_digits(program, sklearn, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_method_runs(program, sklearn):
     pytest.importorskip("evosax", reason="CMA-ES needs evosax")
     names = "m2n2 no_split no_attraction no_crossover ga map_elites cma_es mixing_ratio average"
