@@ -173,6 +173,9 @@ class Checkpointer:
             self._problem = self._unwritten(step, error)
 
     def _unwritten(self, step: int, error: Exception) -> UserError:
+        # The writes beside the one that failed have failed, too, and asyncio would print a
+        # traceback of each that nobody asked for: it is one fault, said in one line.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         for folder in self.directory.glob(f"{step}{_TEMPORARY_MARK}*"):
             shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
         older = max((x for x in saved_steps(self.directory) if x != step), default=None)

@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cohort_benchmark_prints_its_figures(program, tmp_path):
     done = program(
         "experiments.benchmarks.cohort",

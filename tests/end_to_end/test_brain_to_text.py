@@ -42,7 +42,7 @@ TINY = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_experiment_runs_goes_on_and_draws(program, tmp_path):
     pytest.importorskip("scipy", reason="scipy is not installed")
     workdir, plot = tmp_path / "run", tmp_path / "plot.png"

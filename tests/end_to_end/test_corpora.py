@@ -202,7 +202,7 @@ def test_a_killed_preparation_goes_on(recorded, program, program_environment, tm
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scaling_benchmark_prints_its_figures(program, tmp_path):
     flags = ("--users=40", "--cohorts=2,32,64", "--rounds=1", "--chunk=2")
     plot = tmp_path / "plot.png"

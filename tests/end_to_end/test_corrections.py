@@ -30,7 +30,7 @@ TINY = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_experiment_runs_goes_on_and_draws(program, tmp_path, monkeypatch):
     pytest.importorskip("soxr", reason="soxr is not installed")
     try:

@@ -131,7 +131,7 @@ def test_mistakes_are_one_line(program, flags, message):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_benchmark_prints_its_figures(program, sklearn):
     done = program(
         "experiments.benchmarks.fusion",
