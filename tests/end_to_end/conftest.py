@@ -51,7 +51,7 @@ def write_recordings(folder: Path) -> None:
         for user in range(users):
             for i in range(3):
                 name = f"{split}-{user}-{i}.wav"
-                samples = 0.1 * rng.standard_normal(int(16_000 * rng.uniform(0.41, 0.47)))
+                samples = 0.1 * rng.standard_normal(int(16_000 * rng.uniform(0.455, 0.478)))
                 soundfile.write(folder / name, samples, 16_000)
                 lines.append(
                     {
