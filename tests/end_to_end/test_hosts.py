@@ -88,7 +88,7 @@ def test_two_processes_are_one_run_and_end_together(start, tiny_flags, tmp_path)
     both = start((*flags, f"--workdir={tmp_path}/both"), 2)
     wait_for_round(3, tmp_path / "both", both)
     both[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=LONGEST) for process in both]
+    outputs = [process.communicate(timeout=SOON) for process in both]
     assert [process.returncode for process in both] == [3, 3], outputs
     assert "resuming in stage 'main' at" in outputs[0][1]
 
