@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import fedasr as fa
+from fedasr.federated import checks
 from fedasr.federated.algorithms import ALGORITHMS, algorithm_by_name
 from fedasr.training.builders.simulations import make_simulation
 from fedasr.training.config import Config, check_fields, default_config
@@ -213,3 +214,42 @@ def test_weigh_needs_the_whole_model(tmp_path):
     with fa.LocalStore(tmp_path, fa.make_layout(variables, ("^own/",)), USERS) as store:
         with pytest.raises(fa.UserError, match="without the user's local parameters"):
             fa.FedAvg(UPDATE, optax.sgd(1.0), store=store, weigh=lambda *_: jnp.float32(1))
+
+
+def test_what_needs_one_process_or_one_device_is_refused(monkeypatch):
+    """Rules whose breach no single process can reach by a simulation, asked by themselves."""
+    resident, store = (
+        types.SimpleNamespace(resident=object()),
+        types.SimpleNamespace(store=object()),
+    )
+    two, one = types.SimpleNamespace(model_devices=2), types.SimpleNamespace(model_devices=1)
+    shares, none = types.SimpleNamespace(secure=object()), types.SimpleNamespace(secure=None)
+    checks.resident_is_in_one_process(resident)
+    checks.store_is_in_one_process(store)
+    checks.shares_are_whole(shares, one)
+    checks.shares_are_whole(none, two)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(fa.UserError, match="one process"):
+        checks.resident_is_in_one_process(resident)
+    with pytest.raises(fa.UserError, match="one process"):
+        checks.store_is_in_one_process(store)
+    with pytest.raises(fa.UserError, match="model_devices=1"):
+        checks.shares_are_whole(shares, two)
+
+
+def test_rules_hold_for_algorithms_that_do_not_check_themselves(tmp_path):
+    variables = Scaffold.variables({"w": np.zeros(3, np.float32)})
+    sampler = fa.FixedSizeSampler(USERS, COHORT, seed=0)
+    mechanism = fa.Mechanism(1.0, "global", 0.0, sampler, weighting="bounded")
+    with fa.LocalStore(tmp_path, fa.make_layout(variables, ("^own/",)), USERS) as store:
+        sound = {"trained": None, "store": store, "weights": None, "weigh": None}
+        broken = {
+            "without the user's local parameters": {"weigh": lambda *_: jnp.float32(1)},
+            "what is trained": {"trained": [True] * len(jax.tree.leaves(variables))},
+        }
+        for message, change in broken.items():
+            algorithm = types.SimpleNamespace(
+                client_update=UPDATE, server_optimizer=optax.sgd(1.0), **sound | change
+            )
+            with pytest.raises(fa.UserError, match=message):
+                fa.Simulation(CORPUS, mechanism, algorithm, fa.Batching(1, steps=1))
