@@ -37,8 +37,8 @@ from fedasr.errors import UserError
 from fedasr.fusion import METHODS
 
 if TYPE_CHECKING:
-    from fedasr.data.prepare import Utterance
     from fedasr.data.synthetic import SyntheticConfig
+    from fedasr.data.utterances import Utterance
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "accents.py")
 PRIVACY = ("none", "private")
@@ -72,7 +72,7 @@ def by_group(
     Users of accents that no group has are left out. About `seed_share` of the training users, by a
     hash of their names, go to "seed".
     """
-    from fedasr.data.splits import user_hash
+    from fedasr.data.corpus import user_hash
     from fedasr.data.synthetic import speaker_voice
 
     names = {accent: group for group, accents in groups.items() for accent in accents}
@@ -98,7 +98,9 @@ def prepare_groups(settings: Mapping[str, Any]) -> Path:
       settings: "accents" of the configuration.
     """
     from fedasr.data import synthetic
-    from fedasr.data.prepare import cache_dir, prepare, progress_bar
+    from fedasr.data.preparation.folder import cache_dir
+    from fedasr.data.preparation.prepare import prepare
+    from fedasr.data.preparation.progress import progress_bar
 
     fields = {
         name: tuple(value) if isinstance(value, list) else value

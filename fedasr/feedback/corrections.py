@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedasr.data import splits
-from fedasr.data.corpus import Corpus, Example
+from fedasr.data.corpus import Corpus, Example, LazyUsers
 from fedasr.errors import UserError
 from fedasr.federated.client import Params
 from fedasr.feedback.histograms import Histogram
@@ -460,7 +459,7 @@ class RelabelledCorpus:
       corpus: where the utterances are.
       labels: {(user, index): int32 [labels]}, by the corpus's numbers.
       everybody: whether users who have none of them are kept, without examples (who must not be in
-        a cohort then: see `fedasr.data.sampling.SilentSampler`), or left out.
+        a cohort then: see `fedasr.privacy.sampling.SilentSampler`), or left out.
 
     Raises:
       UserError: no label at all, or one of an utterance that is not there.
@@ -490,7 +489,7 @@ class RelabelledCorpus:
     @property
     def users(self) -> Sequence[str]:
         """User ids, sorted."""
-        return splits.LazyUsers(len(self._rows), lambda i: self._corpus.users[int(self._owners[i])])
+        return LazyUsers(len(self._rows), lambda i: self._corpus.users[int(self._owners[i])])
 
     @property
     def owners(self) -> np.ndarray:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedasr.data.sampling import Sampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting, clipping, noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales, clip_scaled
 from fedasr.privacy.correlated import Correlation, sensitivity
+from fedasr.privacy.sampling import Sampler
 from fedasr.privacy.secure_aggregation import (
     Encoding,
     SecureAggregation,

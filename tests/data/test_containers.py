@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.data import containers
-from fedasr.data.containers import Unusable, examine
+from fedasr.data.containers import Unusable, examine, mpeg
 from fedasr.data.recordings import Mismatch, Recording, read_audio
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is needed to write recordings")
@@ -231,7 +230,7 @@ def test_what_is_no_recording_is_named(tmp_path, content, message):
 def mpeg_frames(number, rate_bits=0x50, fill=0):
     """Frames of silence: MPEG 2 layer III, 24 kbit/s, 24 kHz by default."""
     head = bytes((0xFF, 0xF3, 0x30 | (rate_bits >> 4 & 0x0C), 0xC4))
-    size = containers._mpeg_header(head, 0).size
+    size = mpeg.frame_header(head, 0).size
     return (head + bytes(size - 4)) * number
 
 
