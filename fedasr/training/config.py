@@ -43,6 +43,8 @@ _MOST_RATE = 1e4  # of learning: two decades more than any optimiser here has be
 # What a run adds to its configuration: the data's content hash and its alphabet, and the hash of
 # the parameters that it started from.
 RECORDED = {"data": ("identity", "characters"), "": ("start",)}
+# How a run is kept, and not what it computes: it may change from one start of a run to the next.
+HOW = ("checkpoint.every_seconds", "checkpoint.deadline")
 _RECORDED = (*RECORDED["data"], "vocabulary")
 
 
@@ -68,7 +70,10 @@ class Data:
         for what is not known.
     """
 
-    dir: str = setting(text(""), 'a prepared corpus; "": the synthetic one, made when first needed')
+    dir: str = setting(
+        checked("", values.check_place, "path"),
+        'a prepared corpus; "": the synthetic one, made when first needed',
+    )
     task: str = setting(choice("digits", values.tasks), "the synthetic corpus's")
     train: str = setting(checked("train", values.check_split, "split"))
     eval: tuple[str, ...] = setting(several(("dev", "test"), values.check_split, what="splits"))
@@ -330,6 +335,16 @@ class Checkpoint:
     """How often a run is saved."""
 
     every: int = setting(whole(10, 1, unit="rounds"))
+    every_seconds: float = setting(
+        real(0.0, most=1e7, unit="seconds"),
+        "above 0: also after a round or step by which the last checkpoint is so old, unless it is "
+        "still being written; no round waits for these",
+    )
+    deadline: float = setting(
+        real(30.0, most=1e7, unit="seconds"),
+        "that the machine gives a process between SIGTERM and its end, as spot machines do: where "
+        "a round and a checkpoint take longer, the run says so; 0: it does not matter",
+    )
     seed_every: int = setting(whole(100, unit="steps"), "of central training")
     keep: int = setting(whole(2, 1, 100_000))
 
@@ -368,7 +383,8 @@ class Config:
         "so many train a client together, for models too large for one",
     )
     init_from: str = setting(
-        text(""), "work directory or checkpoint to start from; it replaces the seed"
+        checked("", values.check_place, "path"),
+        "work directory or checkpoint to start from; it replaces the seed",
     )
     data: Data = section(Data)
     model: Model = section(Model)
@@ -481,6 +497,21 @@ def _check_finite(value: Any, name: str) -> None:
             _check_finite(item, name)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}={value} must be a finite number")
+
+
+def what(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without `HOW`: two that differ there alone are the same run.
+
+    Args:
+      config: a tree.
+    """
+    sections = {name.split(".")[0] for name in HOW}
+    return {
+        name: {key: leaf for key, leaf in value.items() if f"{name}.{key}" not in HOW}
+        if name in sections and isinstance(value, Mapping)
+        else value
+        for name, value in config.items()
+    }
 
 
 def fingerprint(config: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 
-from fedasr.training.config import Config
+from fedasr.training.config import Config, what
 
 
 def run_identity(config: Config) -> str:
@@ -12,7 +12,7 @@ def run_identity(config: Config) -> str:
     number of rounds where a longer run goes through the same rounds as a shorter one. Under
     correlated noise it does not: the noise is made for so many rounds.
     """
-    tree = config.tree()
+    tree = what(config.tree())
     del tree["data"]["dir"], tree["init_from"]
     tree.pop("start", None)  # the root has the parameters themselves
     if config.privacy.noise not in ("banded", "buffered"):
