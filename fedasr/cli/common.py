@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags
 
 from fedasr import recipes
-from fedasr.errors import UserError
+from fedasr.errors import UserError, lacks_memory
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
@@ -48,30 +48,49 @@ def main(program: Callable[[], int | None], module: str = "__main__") -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     app.define_help_flags()
     _adopt(module)
-    try:
+
+    def parsed() -> int | None:
         try:
             rest = flags.FLAGS(sys.argv)
         except (AttributeError, KeyError) as error:
             raise UserError(f"no such field in the configuration: {error}") from error
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: options are given as --name=value")
-        status = program() or 0
+        return program()
+
+    status = status_of(parsed)
+    status = _flush() or status
+    if status not in (0, STOPPED) and _TOGETHER:
+        os._exit(status)  # the usual end waits for the other processes, which may wait for this one
+    sys.exit(status)
+
+
+def status_of(program: Callable[[], int | None]) -> int:
+    """Runs a program; what it raises becomes a line on stderr and an exit status.
+
+    Returns:
+      0 done, 2 a user's mistake or too little memory, 1 anything else. KeyboardInterrupt ends the
+      process here.
+    """
+    try:
+        return program() or 0
     except (UserError, flags.Error) as error:
-        status = fail(error)
+        return fail(error)
     except KeyboardInterrupt:
         # At once: the usual end waits for threads, which may wait for a disk that hangs.
         status = fail("interrupted", STOPPED)
         _flush()
         os._exit(status)
     except BrokenPipeError:  # whoever read the result has gone
-        status = FAILED
-    except Exception:
+        return FAILED
+    except Exception as error:
+        if lacks_memory(error):
+            return fail(
+                "out of memory: give the process more, or take smaller batches; what was saved "
+                f"is intact, and the same command goes on ({error})"
+            )
         traceback.print_exc()
-        status = FAILED
-    status = _flush() or status
-    if status not in (0, STOPPED) and _TOGETHER:
-        os._exit(status)  # the usual end waits for the other processes, which may wait for this one
-    sys.exit(status)
+        return FAILED
 
 
 def _adopt(module: str) -> None:

@@ -27,8 +27,6 @@ from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE, USERS = 3, 5
 LAYOUT = make_layout(
     {"day": jax.ShapeDtypeStruct((SIZE,), jnp.float32), "rest": np.zeros(2)}, ("^day$",)

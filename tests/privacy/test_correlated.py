@@ -15,9 +15,6 @@ from fedasr.privacy.correlated import BandedNoise, BufferedNoise, sensitivity
 from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
 from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 ROUNDS = 9
 BANDED = BandedNoise(3, ROUNDS)
 
