@@ -227,6 +227,15 @@ def test_what_is_no_recording_is_named(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 28])
+def test_sound_that_begins_behind_its_end_is_refused(size):
+    common = struct.pack(">hIh10s", 1, 10, 16, bytes.fromhex("400cfa00000000000000"))
+    content = b"FORM" + struct.pack(">I", 0) + b"AIFFCOMM" + struct.pack(">I", 18) + common
+    content += b"SSND" + struct.pack(">III", size, 1000, 0) + bytes(20)
+    with pytest.raises(Unusable, match="AIFF: its sound begins behind its end"):
+        examine(content)
+
+
 def mpeg_frames(number, rate_bits=0x50, fill=0):
     """Frames of silence: MPEG 2 layer III, 24 kbit/s, 24 kHz by default."""
     head = bytes((0xFF, 0xF3, 0x30 | (rate_bits >> 4 & 0x0C), 0xC4))

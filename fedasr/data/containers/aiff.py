@@ -90,6 +90,8 @@ def _samples(content: bytes, common: _Common, sound: _Sound) -> Contents:
     """Of samples of a fixed size; an unknown length is written into the file."""
     each, frames = common.channels * common.each, common.frames
     length = sound.size - 8 - sound.before
+    if length < 0:
+        raise Unusable("AIFF: its sound begins behind its end: cut or damaged")
     if sound.unknown:
         check_single(content, sound.place, "AIFF")
         if length % each:
