@@ -134,11 +134,23 @@ class Central:
         "audio in a batch; above 0 it replaces batch_size",
     )
     optimizer: str = setting(choice("adamw", values.optimizers))
+    options: Mapping[str, Any] = setting(
+        checked(dict, values.check_options, "options"),
+        "optax's own for this optimiser, such as eps; set in a file, as those of the server",
+    )
     learning_rate: float = setting(real(1e-3, most=_MOST_RATE))
+    decay_start: int = setting(
+        whole(0, unit="steps"),
+        "at the constant rate; the first decay is then, the others every decay_steps; 0: it is "
+        "after decay_steps, too",
+    )
     decay_steps: int = setting(
         whole(0, unit="steps"), "every so many times decay_rate; 0: constant"
     )
     decay_rate: float = setting(real(0.5, above=0, most=1))
+    decay_smooth: bool = setting(
+        flag(False), "from decay_start on a little in every step, decay_rate in decay_steps of them"
+    )
     grad_clip: float = setting(real(1.0, above=0, most=1e12))
 
 
@@ -167,6 +179,11 @@ class Client:
     steps: int = setting(whole(4, most=1_000_000, unit="steps"), "0: use epochs")
     epochs: int = setting(whole(0, most=1_000_000, unit="passes"), "0: use steps")
     max_steps: int = setting(whole(0, unit="steps"), "with epochs, at most so many; 0: no limit")
+    batch_buffer: int = setting(
+        whole(0, most=1_000_000, unit="utterances"),
+        "with batch_seconds; above 0 so many utterances at a time are put in the order of their "
+        "lengths before batches are cut, and batch_seconds bounds the padded audio, as published",
+    )
     micro_batch: int = setting(
         whole(0, most=65_536, unit="utterances"),
         "utterances computed together; above 0 a batch's gradient is summed over parts of at most "
@@ -328,6 +345,11 @@ class Evaluation:
     every: int = setting(whole(10, unit="rounds"), "0: only before and after")
     batch_size: int = setting(whole(32, 1, 65_536, "utterances"))
     while_training: tuple[str, ...] = setting(several(("dev",), values.check_split, what="splits"))
+    published: bool = setting(
+        flag(False),
+        "also report wer_published, the rate as arXiv 2310.00098 computes it: of utterances up to "
+        "30 s, each one's own rate weighted by its words and two more",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,7 +469,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict(defaults(fields()))
     config.chunk = FieldReference("auto", field_type=object)
     config.lock()  # a misspelt field in a file is then an error
-    config.server.options.unlock()
+    for part in (config.server, config.central, config.seed_training):
+        part.options.unlock()
     return config
 
 

@@ -24,10 +24,29 @@ from fedasr.training.values import bucket
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
 # Where things lie; beside each, what they are.
 PLACES = {"data.dir": "data.identity", "init_from": "start"}
-# Fields that releases added, the newest first, with what older ones did: a directory that lacks
-# one was made by such a release. Whatever is added to the declaration, or to a model's options, is
-# to be added here.
+# Fields that releases added, with what older ones did: a directory without one is of such a release.
+# Whatever is added to the declaration, or to a model's options, is to be added to these.
+# A run's identity leaves them out while they hold what is said here: all that is random in it
+# follows from its identity, which a field that is new must not change.
+LATER: dict[str, Any] = {
+    "central.options": {},
+    "central.decay_start": 0,
+    "central.decay_smooth": False,
+    "seed_training.options": {},
+    "seed_training.decay_start": 0,
+    "seed_training.decay_smooth": False,
+    "client.batch_buffer": 0,
+    "evaluation.published": False,
+    "augment.options.inclusive": True,
+    "model.options.branch_dropout": True,
+    "model.options.front_end": "centred",
+    "model.options.init": "third",
+    "model.options.layer_drop_per": "part",
+    "model.options.stream_dtype": "",
+}
+# Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {
+    **LATER,
     "start": "",  # what init_from was, where a release did not note it
     "privacy.noise_seed": "run",
     "privacy.bits": 16,

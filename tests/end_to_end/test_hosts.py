@@ -23,8 +23,6 @@ import pytest
 
 from fedasr.training.checkpoint import restore_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LONGEST = 300.0  # seconds that a process may take
 SOON = 60.0  # seconds within which it must notice that the other is gone
 

@@ -199,6 +199,7 @@ def test_a_dry_run_needs_no_data():
     assert deployed[204_800, 69_506_000] == pytest.approx(7.2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_every_published_row_can_be_tried_dry(monkeypatch):
     """To JSON, those without noise (whose epsilon is infinite) as well.
 

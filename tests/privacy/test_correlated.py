@@ -15,9 +15,6 @@ from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise, sensitivity
 from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 ROUNDS = 9
 BANDED = BandedNoise(3, ROUNDS)
 

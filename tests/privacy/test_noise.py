@@ -15,6 +15,8 @@ from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 draw = jax.jit(noise.standard_normal, static_argnums=(1, 2))
 
 

@@ -9,9 +9,6 @@ from fedasr.data.corpus import InMemoryCorpus
 from fedasr.streams import Stream, seed_key
 from fedasr.training.central import CentralTraining
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 PARAMS = {"w": np.float32([0.5, -1.0])}
 BATCH, SEED = 3, 9  # three does not divide among two devices
 

@@ -20,8 +20,6 @@ from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_para
 
 pytest.importorskip("orbax.checkpoint")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class State(NamedTuple):
     """A state with every kind of leaf and container that training uses."""

@@ -9,9 +9,6 @@ from fedasr.models.recogniser import Recogniser
 from fedasr.text import CharTokenizer
 from fedasr.training.evaluation import Evaluator
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 ENCODE = CharTokenizer().encode
 # What is said, and what the recogniser below will hear.
 USERS = {

@@ -20,7 +20,6 @@ from fedasr.training.builders import corpora
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SPEC = fields.flatten(config_lib.fields())
 HOSTILE = {

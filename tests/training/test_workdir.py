@@ -27,7 +27,6 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def no_report(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(corpus_dir, tmp_path_factory, quick_compilation):
+def whole(corpus_dir, tmp_path_factory):
     """(work directory, summary) of four rounds, with checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
@@ -114,6 +113,7 @@ def same_params(first, second):
     jax.tree.map(np.testing.assert_array_equal, restore_params(first), restore_params(second))
 
 
+@pytest.mark.slow
 def test_the_same_data_elsewhere_is_the_same_run(
     whole, halfway, configure, accept, corpus_dir, tmp_path
 ):
@@ -140,6 +140,7 @@ def test_other_data_in_the_same_place_is_another_run(
         accept(config, halfway)
 
 
+@pytest.mark.slow
 def test_where_a_run_started_from_may_vanish_once_it_has_started(
     whole, configure, accept, tmp_path
 ):
@@ -221,6 +222,7 @@ def test_a_damaged_chunk_file_is_named(halfway, configure):
     assert federated.read_chunk(path) == whole
 
 
+@pytest.mark.slow
 def test_an_extended_run_is_one_that_was_made_so(whole, configure, accept, tmp_path):
     folder, short = tmp_path / "run", configure({"rounds": 2})
     with pytest.raises(UserError, match="holds no run yet"):
