@@ -20,11 +20,12 @@ from typing import Any
 from absl import app, flags
 
 from fedasr import recipes
+from fedasr.cli import aborts
 from fedasr.errors import UserError, lacks_memory
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
-_TOGETHER: list[int | None] = []  # not empty: this is one of several processes
+_TOGETHER: list[aborts.Abort] = []  # not empty: this is one of several processes
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 FAILED, MISTAKE, STOPPED = 1, 2, 3  # exit statuses, beside 0 for work done
 
@@ -60,8 +61,12 @@ def main(program: Callable[[], int | None], module: str = "__main__") -> None:
 
     status = status_of(parsed)
     status = _flush() or status
-    if status not in (0, STOPPED) and _TOGETHER:
-        os._exit(status)  # the usual end waits for the other processes, which may wait for this one
+    if _TOGETHER:
+        if status not in (0, STOPPED):
+            # The usual end waits for the other processes, which may wait for this one.
+            os._exit(status)
+        # Whoever does not come to the usual end changes nothing any more.
+        _TOGETHER[0].status, _TOGETHER[0].message = status, None
     sys.exit(status)
 
 
@@ -275,19 +280,18 @@ def in_step(
     from fedasr.federated import hosts
     from fedasr.federated.chunks import is_out_of_memory
 
-    _TOGETHER.append(process)
+    abort = aborts.Abort(FAILED, hosts.NOT_FOUND)
+    abort.install()
+    _TOGETHER.append(abort)
     hosts.initialize(None if coordinator == "auto" else coordinator, processes, process)
+    abort.message = aborts.LOST
     import jax
 
     try:
         return program()
     except jax.errors.JaxRuntimeError as error:
-        traceback.print_exc()
         if is_out_of_memory(error):
-            fail("out of memory: set a smaller chunk")
-            return FAILED
-        fail(
-            "another process of this run has ended, or cannot be reached; start the same commands "
-            f"again to go on ({error})"
-        )
-        return FAILED
+            return fail("out of memory: set a smaller chunk", FAILED)
+        if not aborts.is_of_partners(error):
+            raise
+        return fail(aborts.lost(error), FAILED)

@@ -164,6 +164,7 @@ class Session:
         metadata = {
             "stage": stage,
             "units": units,
+            "devices": devices.described(self.parts.devices),
             "config": self.parts.config.tree(),
             "ledger": {
                 "known": known,

@@ -74,6 +74,7 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "wall_seconds": session.wall_seconds(),
             "chunk": own["chunk"],
             "device": device_name(parts.devices),
+            "device_changes": totals.device_changes,
         }
     )
 
