@@ -19,8 +19,6 @@ from fedasr.privacy import ledger
 from fedasr.privacy.correlated import Correlation
 from fedasr.training.central import CentralTraining
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 USERS = 6
 SMALL = {"dim": 16, "blocks": 1, "heads": 2, "mlp": 16}
 

@@ -41,7 +41,12 @@ def run() -> None:
         text = "warning: users' own parameters are not beside the checkpoint, or of other data"
         print(text, file=sys.stderr)
     evaluator = Evaluator(
-        recogniser, buckets, flags.FLAGS.batch_size, tokenizer=tokenizer, layout=layout
+        recogniser,
+        buckets,
+        flags.FLAGS.batch_size,
+        tokenizer=tokenizer,
+        layout=layout,
+        published=config.evaluation.published,
     )
     rates = evaluator(params, corpus, rows)
     common.show(

@@ -47,7 +47,7 @@ def train() -> int | None:
         if hosts.is_leader():
             common.show(summary)
         return None
-    name = f"{config['name']}-{config_lib.fingerprint(config)}"
+    name = f"{config['name']}-{config_lib.fingerprint(config_lib.what(config))}"
     workdir = local_path(flags.FLAGS.workdir or Path("runs") / name)
     if hosts.is_leader():
         say(f"work directory: {workdir}")

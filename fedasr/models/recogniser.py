@@ -18,6 +18,7 @@ from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.layers import split_keys
 from fedasr.models.transducer import Transducer
 from fedasr.models.transformer import Transformer, TransformerConfig
+from fedasr.streams import Stream, fold
 
 ARRAYS = ("features", "labels")  # what a speech example must hold
 _TRANSDUCER = "transducer"  # its parameters, beside an encoder's
@@ -54,7 +55,9 @@ def ctc_recogniser(
     init = _encoder_init(module, features)
 
     def forward(params, batch, features, keys):
-        logits, lengths = module.apply({"params": params}, features, batch["features_length"], keys)
+        logits, lengths = module.apply(
+            {"params": params}, features, batch["features_length"], keys, **_shared(batch)
+        )
         labels = batch["labels"], batch["labels_length"]
         values, feasible = ctc_loss(logits, lengths, *labels, _streamed(logits, labels[0], keys))
         return values, values, feasible, (logits, lengths)
@@ -62,7 +65,7 @@ def ctc_recogniser(
     def decode(params, outputs):
         return greedy_decode(*outputs)
 
-    return _recogniser(init, forward, decode, augment)
+    return _recogniser(init, forward, decode, augment, _draws_alike(module))
 
 
 def rnnt_recogniser(
@@ -92,7 +95,7 @@ def rnnt_recogniser(
     def forward(params, batch, features, keys):
         encoder = {name: value for name, value in params.items() if name != _TRANSDUCER}
         encoded, lengths = module.apply(
-            {"params": encoder}, features, batch["features_length"], keys
+            {"params": encoder}, features, batch["features_length"], keys, **_shared(batch)
         )
         labels = batch["labels"], batch["labels_length"]
         scores = apply(params, encoded, batch["labels"])
@@ -109,7 +112,7 @@ def rnnt_recogniser(
 
         return rnnt_greedy_decode(score, *outputs, config.context, config.max_symbols)
 
-    return _recogniser(init, forward, decode, augment)
+    return _recogniser(init, forward, decode, augment, _draws_alike(module))
 
 
 def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
@@ -139,6 +142,16 @@ def _streamed(logits: jax.Array, labels: jax.Array, keys: jax.Array | None) -> b
     return keys is None and 2 * math.prod(logits.shape[:2]) * labels.shape[1] > _STREAMED
 
 
+def _draws_alike(module: Any) -> bool:
+    """Whether all parts of a batch drop the same blocks."""
+    return getattr(getattr(module, "config", None), "layer_drop_per", "part") == "batch"
+
+
+def _shared(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a module takes of a whole batch, where it is so."""
+    return {"batch_key": batch["batch_key"]} if "batch_key" in batch else {}
+
+
 def _encoder_init(module: Any, features: int) -> Callable[[jax.Array], Any]:
     def init(key):
         example = jnp.zeros((1, 16, features)), jnp.full((1,), 16, jnp.int32)
@@ -148,18 +161,26 @@ def _encoder_init(module: Any, features: int) -> Callable[[jax.Array], Any]:
 
 
 def _recogniser(
-    init: Callable, forward: Callable, decode: Callable, augment: SpecAugmentConfig | None
+    init: Callable,
+    forward: Callable,
+    decode: Callable,
+    augment: SpecAugmentConfig | None,
+    alike: bool = False,
 ) -> Recogniser:
     """What all objectives share.
 
     forward(params, batch, features, keys or None) -> (losses to train with [b], losses to report
-    [b], feasible [b], outputs). decode(params, outputs) -> (tokens, counts).
+    [b], feasible [b], outputs). decode(params, outputs) -> (tokens, counts). alike: whether
+    `forward` finds a "batch_key" in training batches, the same for all parts of one.
     """
 
     def loss(params, batch, key):
         slots = jnp.arange(batch["mask"].shape[0])
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(slots)
         keys, masks = split_keys(keys, 2)
+        if alike:
+            shared = fold(batch.get("batch_key", key), Stream.BATCH)
+            batch = {**batch, "batch_key": shared}
         features = batch["features"].astype(jnp.float32)
         if augment is not None:
             features = jax.vmap(lambda x, n, k: spec_augment(x, n, k, augment))(

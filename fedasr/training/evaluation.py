@@ -6,18 +6,26 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedasr.audio.features import LogMelConfig, num_frames
 from fedasr.data.batching import Bucket, eval_batches, fewest_buckets
 from fedasr.data.corpus import Corpus
 from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
 from fedasr.federated.local import Layout
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.text import CharTokenizer, Tokenizer, tokenizer_for
-from fedasr.training.metrics import ErrorRate, char_errors, word_errors
+from fedasr.training.metrics import (
+    ErrorRate,
+    char_errors,
+    published_word_error_rate,
+    word_errors,
+)
 
 MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
 # Frames of a batch: long utterances come few at a time, the longest alone. 5.5 minutes.
 BATCH_FRAMES = 1 << 15
 _PADDING, _MOST_BUCKETS = 0.3, 6
+PUBLISHED_SECONDS = 30.0  # longer utterances are left out of the published rate
+_PUBLISHED_FRAMES = num_frames(round(PUBLISHED_SECONDS * LogMelConfig().sample_rate))
 
 
 def evaluation_buckets(
@@ -42,6 +50,8 @@ class Evaluator:
       tokenizer: that wrote the labels; default that of the 29 characters.
       layout: of local parameters, to evaluate users with their own.
       model_devices: devices that hold the model together, see `client_mesh`.
+      published: whether "wer_published" is reported, too (see `published_word_error_rate`), of
+        utterances of at most 30 s.
     """
 
     def __init__(
@@ -53,7 +63,9 @@ class Evaluator:
         tokenizer: Tokenizer | None = None,
         layout: Layout | None = None,
         model_devices: int = 1,
+        published: bool = False,
     ) -> None:
+        self._published = published
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
         lanes = self._mesh.shape[AXIS]
         self._one = client_mesh((devices or jax.local_devices())[:model_devices], model_devices)
@@ -84,7 +96,14 @@ class Evaluator:
           rows: from the corpus's users (int32 [b], -1 for padding) to their local parameters
             (float32 [b, n]); None for those in `params`.
         """
+        return self._decoded(params, corpus, rows)[:3]
+
+    def _decoded(
+        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None
+    ) -> tuple[list[str], list[str], float, list[int]]:
+        """What `transcripts` returns, and the utterances' frames."""
         references, hypotheses, losses, count = [], [], 0.0, 0
+        frames: list[int] = []
         placed: dict[Any, Any] = {}
         for batch in eval_batches(corpus, self._buckets, self._sizes, ARRAYS, owners=True):
             users = batch.pop("user")
@@ -105,7 +124,8 @@ class Evaluator:
                 labels = batch["labels"][i, : batch["labels_length"][i]]
                 references.append(self._tokenizer.decode(labels))
                 hypotheses.append(self._tokenizer.decode(tokens[i, : lengths[i]]))
-        return references, hypotheses, losses / max(count, 1)
+                frames.append(int(batch["features_length"][i]))
+        return references, hypotheses, losses / max(count, 1), frames
 
     def compilations(self) -> int:
         """How many programs were compiled: one for each bucket."""
@@ -116,14 +136,21 @@ class Evaluator:
     ) -> dict[str, float]:
         """{"wer": percent, "cer": percent, "loss": nats per utterance}; see `transcripts`.
 
-        Of labels that are phonemes "wer" is the phoneme error rate, and "cer" says nothing.
+        "wer" is that of the corpus: all its word errors over all its words. Of labels that are
+        phonemes it is the phoneme error rate, and "cer" says nothing.
         """
-        references, hypotheses, loss = self.transcripts(params, corpus, rows)
+        references, hypotheses, loss, frames = self._decoded(params, corpus, rows)
         rates: tuple[ErrorRate, ErrorRate] = (
             word_errors(references, hypotheses),
             char_errors(references, hypotheses),
         )
-        return {"wer": rates[0].percent, "cer": rates[1].percent, "loss": loss}
+        found = {"wer": rates[0].percent, "cer": rates[1].percent, "loss": loss}
+        if self._published:
+            kept = [i for i, count in enumerate(frames) if count <= _PUBLISHED_FRAMES]
+            found["wer_published"] = published_word_error_rate(
+                [references[i] for i in kept], [hypotheses[i] for i in kept]
+            )
+        return found
 
 
 def evaluate(

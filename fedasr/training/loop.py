@@ -71,6 +71,7 @@ def run(
     """
     workdir, config = local_path(workdir), whole.checked(config)
     with disk_errors(workdir), contextlib.ExitStack() as stack:
+        starts.check_there(config, workdir)
         config, directory = _record_data(config)
         try:
             workdir.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from fedasr.privacy.ledger import Users
 from fedasr.streams import make_root, public_name
 from fedasr.training import ledgers
 from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
+from fedasr.training.cadence import Cadence
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader
 from fedasr.training.config import Config
 from fedasr.training.evaluation import Evaluator
@@ -105,6 +106,7 @@ class Session:
       latest: number of the newest checkpoint at the start; None if there was none.
       past: (entries, whether known) of the ledger that the run started with.
       totals: what it adds up. initial, final: error rates by split, as soon as they are known.
+      cadence: when checkpoints are due.
       name: of the run, which its root makes. history: of earlier ends.
     """
 
@@ -115,6 +117,7 @@ class Session:
     ) -> None:
         self.parts, self.trainer, self.logs = parts, trainer, logs
         self._stop, self._began = stop, time.monotonic()
+        self.cadence = Cadence(parts.config.checkpoint)
         self._known: dict[str, np.ndarray] = {}
         self.totals = Totals()
         self.initial: dict[str, Any] = {}
@@ -144,11 +147,24 @@ class Session:
 
     def save(self, stage: str, units: int, state: ServerState) -> None:
         """Writes a checkpoint."""
+        began = time.monotonic()
+        self._save(stage, units, state)
+        self.cadence.saved(time.monotonic() - began)
+
+    def is_old(self) -> bool:
+        """Whether the last checkpoint is so old that the run is to be saved; alike in all."""
+        if not self.parts.config.checkpoint.every_seconds:
+            return False
+        leader = hosts.is_leader()  # the others have none to be busy with
+        return hosts.any_process(leader and self.cadence.is_old(self.checkpointer.busy))
+
+    def _save(self, stage: str, units: int, state: ServerState) -> None:
         seed_steps, store = self.parts.seed_steps, self.parts.store
         earlier, known = self.past
         metadata = {
             "stage": stage,
             "units": units,
+            "devices": devices.described(self.parts.devices),
             "config": self.parts.config.tree(),
             "ledger": {
                 "known": known,
@@ -177,6 +193,9 @@ class Session:
 
     def check_stop(self, stage: str, units: int, state: ServerState) -> None:
         """Raises Interrupted, after a checkpoint, if the run was asked to stop."""
+        self.cadence.unit()
+        for text in self.cadence.warnings(self.checkpointer.seconds):
+            self.message(text)
         if hosts.any_process(self._stop.requested):
             self.save(stage, units, state)
             self.checkpointer.wait()

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedasr.federated import hosts
 from fedasr.training import rows, summaries
-from fedasr.training.builders import models
+from fedasr.training.builders import devices, models
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.logging import RunLogger, say, write_json_atomic
 from fedasr.training.report import write_report
@@ -34,6 +34,7 @@ def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
     """
     latest = session.latest
     stage, units = "seed", 0
+    metadata: dict[str, Any] = {}
     if latest is not None:
         metadata = checkpoint_metadata(session.checkpointer.directory / str(latest))
         stage, units = metadata["stage"], metadata["units"]
@@ -44,7 +45,8 @@ def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
     try:
         with session.logger, session.checkpointer:
             if latest is not None:
-                session.message(f"resuming in stage {stage!r} at {units}")
+                order = _order_of_sums(session, metadata.get("devices"), latest)
+                session.message(f"resuming in stage {stage!r} at {units}{order}")
             params = None
             if stage == "seed":
                 params = train_seed(session, latest, units) if start is None else start
@@ -58,6 +60,26 @@ def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
         summary["side_channel_failures"]["report"] = problem
         write_json_atomic(session.logs / SUMMARY_FILE, summary)
     return summary
+
+
+def _order_of_sums(session: Session, theirs: str | None, number: int) -> str:
+    """Whether a resumed run is the same bit for bit; "" for a checkpoint that does not say.
+
+    Args:
+      session: of the run; a change is kept in its totals.
+      theirs: devices that the checkpoint was made on.
+      number: of the checkpoint.
+    """
+    ours = devices.described(session.parts.devices)
+    if theirs is None:
+        return ""
+    if theirs == ours:
+        return f", exactly: on {ours} as before"
+    session.totals.device_changes.append(f"{theirs} -> {ours} at {number}")
+    return (
+        f" on {ours} after {theirs}: sums are in another order, so that parameters agree to about "
+        "1e-5 with those of a run that stays, and not bit for bit"
+    )
 
 
 def _logged(session: Session, stage: str, units: int) -> tuple[int | None, int | None]:

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, lacks_memory
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
+from fedasr.training.values import bucket
 
 PyTree = Any
 
@@ -142,6 +143,8 @@ def has_checkpoint(path: str | Path) -> bool:
 
 def find_step(path: str | Path) -> Path:
     """The folder of a checkpoint, by a path as `restore_params` takes it."""
+    if wrong := bucket(str(path)):
+        raise UserError(f"{path} {wrong}")
     path = Path(path).absolute()
     if is_step(path):
         return path
@@ -164,7 +167,9 @@ def reason_of(error: Exception) -> str:
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:
-    """Says so, and how to go on."""
+    """Says so, and how to go on; raises MemoryError where the checkpoint may be as good as ever."""
+    if lacks_memory(error):
+        raise MemoryError(f"reading {folder}: {reason_of(error)}") from error
     return UserError(
         f"the checkpoint {folder} cannot be read ({reason_of(error)}): remove that "
         "folder to use an earlier checkpoint"

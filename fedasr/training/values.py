@@ -50,6 +50,23 @@ def prototypes() -> list[str]:
     return list(PROTOTYPES)
 
 
+def bucket(place: str) -> str | None:
+    """What is to be done instead of naming a bucket ("gs://..."), or None for a path."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place) is None:
+        return None
+    return (
+        "is not on a file system: mount the bucket (such as by gcsfuse or s3fs), or work in a "
+        "local folder and copy that (gcloud storage rsync, aws s3 sync)"
+    )
+
+
+def check_place(value: Any) -> str | None:
+    """Of a path of what is read."""
+    if not isinstance(value, str) or re.fullmatch(r"[^\x00-\x1f]*", value) is None:
+        return "must be text on one line"
+    return bucket(value)
+
+
 def check_chunk(value: Any) -> str | None:
     """Of a number of clients that are computed together."""
     good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1_000_000

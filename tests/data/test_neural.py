@@ -372,9 +372,7 @@ def test_crossings_and_power_have_the_rates_that_the_trajectory_asks_for():
 
 
 @pytest.mark.slow
-def test_the_program_prepares_days_that_a_simulation_trains_on(
-    recordings, tmp_path, quick_compilation
-):
+def test_the_program_prepares_days_that_a_simulation_trains_on(recordings, tmp_path):
     command = [sys.executable, "-m", "experiments.prepare_data", "--dataset=neural", "--json"]
     command += [f"--source={recordings}", f"--out={tmp_path / 'out'}", "--stride=4"]
     narrow = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -20,8 +20,6 @@ from fedasr.training.config import default_config, resolve
 
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 KEYS = {
     "epsilon_lower",
@@ -48,6 +46,7 @@ runpy.run_module("experiments.audit_privacy", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_crafted_updates(program, tmp_path):
     plot = tmp_path / "roc.png"
     done = program("experiments.audit_privacy", *NOISY, f"--plot={plot}", "--json")
@@ -62,6 +61,7 @@ def test_crafted_updates(program, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_side_by_side(program):
     """Both kinds of noise by both methods, in one table and one object."""
     options = ("--rounds=2", "--trials=20", "--runs=60", "--delta=1e-3", "--side_by_side")
@@ -169,6 +169,7 @@ def audit_people(directory, trials, **privacy):
     return audit_users(plain, 1e-3, method="many_runs", **options)
 
 
+@pytest.mark.slow
 def test_a_held_out_user_is_recognised_when_there_is_no_noise(few_people, monkeypatch):
     """The attack on real users works: their own utterance, with random words, is learned."""
     monkeypatch.setattr(Mechanism, "noise_std", property(lambda self: 0.0))
@@ -187,6 +188,7 @@ def test_a_held_out_user_is_hidden_by_shares_of_noise(few_people):
     assert np.isfinite(found.scores["loss"].present).all()
 
 
+@pytest.mark.slow
 def test_too_little_noise_is_exit_status_1(program_environment):
     command = [sys.executable, "-c", BROKEN, *NOISY, "--method=one_run"]
     done = subprocess.run(

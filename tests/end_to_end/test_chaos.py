@@ -6,7 +6,6 @@ from experiments.chaos import Chaos
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_few_faults_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     said = []

@@ -6,8 +6,6 @@ import pytest
 
 from fedasr.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SPLITS = ("seed", "train", "dev", "test")
 TINY = (
     "--config.model.options.dim=16",

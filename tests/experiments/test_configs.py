@@ -15,8 +15,6 @@ from fedasr.text import CharTokenizer
 from fedasr.training import loop, stages
 from fedasr.training.logging import to_json
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ARGUMENTS = {
     "common_voice": "",
     "phone": "size=large",
@@ -42,6 +40,7 @@ def corpus(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "write_report", lambda workdir: None)
@@ -65,6 +64,7 @@ def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
     assert summary["clients"][-1]["up_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_neural_recordings(tmp_path):
     """From MATLAB files to a run in which each day has kept a layer of its own."""
     pytest.importorskip("scipy", reason="scipy is not installed")

@@ -27,8 +27,6 @@ from fedasr.federated.simulation import Simulation
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE, USERS = 3, 5
 LAYOUT = make_layout(
     {"day": jax.ShapeDtypeStruct((SIZE,), jnp.float32), "rest": np.zeros(2)}, ("^day$",)

@@ -19,8 +19,6 @@ from fedasr.privacy.mechanism import Mechanism
 from fedasr.training.central import CentralTraining
 from fedasr.training.evaluation import Evaluator
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BUCKET = {"features": 24, "labels": 4}
 RECOGNISER = make_recogniser("transformer", {"dim": 8, "mlp": 16, "blocks": 1, "heads": 2})
 

@@ -22,6 +22,8 @@ from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.streams import Stream, key, make_root
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SIZES = [1, 4, 2, 3, 5, 2]
 PARAMS = {"w": np.float32([[0.5], [-1.0]]), "b": np.float32([0.25])}
 ONE = jax.devices()[:1]

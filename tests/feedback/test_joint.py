@@ -18,8 +18,6 @@ from fedasr.privacy.mechanism import Mechanism
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import Checkpointer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ONE = jax.devices()[:1]
 PARAMS = {"w": np.zeros(3, np.float32)}
 

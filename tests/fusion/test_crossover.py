@@ -15,8 +15,6 @@ from fedasr.fusion.crossover import (
     slerp,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {"decoder": {"bias": (3,), "kernel": (4, 3)}, "encoder": {"kernel": (2, 2, 2)}}
 SIZE = 23
 

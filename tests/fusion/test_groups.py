@@ -17,8 +17,6 @@ from fedasr.fusion import groups, methods
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.training.checkpoint import Checkpointer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TARGETS = np.float32([[1, -1, 0], [0, 2, 1]])
 PARAMS = {"w": np.zeros(3, np.float32)}
 
@@ -47,7 +45,7 @@ def simulation(group):
 
 
 @pytest.fixture(scope="module")
-def simulations(quick_compilation):
+def simulations():
     return [simulation(group) for group in range(2)]
 
 

@@ -20,9 +20,6 @@ from fedasr.privacy import clipping
 from fedasr.privacy.adaptive import AdaptiveClip, ClientView, adapt_scales, clip_scaled, hold
 from fedasr.privacy.mechanism import Mechanism
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 PARAMS = {"a": np.zeros(3, np.float32), "b": np.zeros((2, 2), np.float32)}
 USERS = 40
 NORMS = np.linspace(1.0, 5.0, USERS)  # of every user's update, in each layer: a, and b half of it

@@ -19,8 +19,6 @@ from fedasr.privacy.mechanism import Mechanism
 
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 ONE = jax.devices()[:1]
 # One run with canaries: 6 x 1000 of them, a quarter sampled in each of two rounds. Claimed: 2.30.

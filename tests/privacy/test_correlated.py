@@ -16,9 +16,6 @@ from fedasr.privacy.correlated import BandedNoise, BufferedNoise, sensitivity
 from fedasr.privacy.gaussian import add_gaussian_noise
 from fedasr.privacy.mechanism import Mechanism
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 ROUNDS = 9
 BANDED = BandedNoise(3, ROUNDS)
 

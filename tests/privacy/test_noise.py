@@ -16,6 +16,8 @@ from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.gaussian import add_gaussian_noise
 from fedasr.privacy.mechanism import Mechanism
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 draw = jax.jit(noise.standard_normal, static_argnums=(1, 2))
 
 

@@ -34,8 +34,6 @@ from fedasr.training import loop
 from fedasr.training.config import default_config
 from fedasr.training.report import sections
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 REPLACE_ONE = dp_accounting.NeighboringRelation.REPLACE_ONE
 ORDERS = np.array([2, 3, 5, 8, 13, 32])

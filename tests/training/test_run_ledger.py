@@ -18,7 +18,6 @@ from fedasr.training.logging import RunLogger, to_json
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROUNDS, POPULATION, COHORT = 3, 4, 2
 

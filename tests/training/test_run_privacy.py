@@ -30,7 +30,7 @@ from fedasr.training.trainers import federated
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_model")
+pytestmark = pytest.mark.usefixtures("small_model")
 
 SOUND = 0.1 * np.random.default_rng(0).standard_normal(8_000, np.float32), 16_000
 USERS, SIGMA, DELTA = 4, 0.8, 1e-6

@@ -33,4 +33,5 @@ def make_evaluator(
         data.tokenizer,
         layout,
         config.model_devices,
+        config.evaluation.published,
     )

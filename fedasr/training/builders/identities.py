@@ -1,8 +1,10 @@
 """What tells a run from all others."""
 
+import copy
 import json
 
-from fedasr.training.config import Config
+from fedasr.training.config import Config, what
+from fedasr.training.workdir import LATER
 
 
 def run_identity(config: Config) -> str:
@@ -12,9 +14,16 @@ def run_identity(config: Config) -> str:
     number of rounds where a longer run goes through the same rounds as a shorter one. Under
     correlated noise it does not: the noise is made for so many rounds.
     """
-    tree = config.tree()
+    tree = copy.deepcopy(what(config.tree()))
     del tree["data"]["dir"], tree["init_from"]
     tree.pop("start", None)  # the root has the parameters themselves
+    for name, value in LATER.items():
+        *sections, leaf = name.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.get(section, {})
+        if inner.get(leaf, ...) == value:
+            del inner[leaf]
     if config.privacy.noise not in ("banded", "buffered"):
         del tree["rounds"]
     return json.dumps(tree, sort_keys=True)

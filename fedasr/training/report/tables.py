@@ -55,7 +55,11 @@ def summary_table(summary: Record) -> str:
             )
         )
         rows.append(("Users with local parameters of their own", local.get("users")))
-    for key, name in (("wer", "Word error rate"), ("cer", "Character error rate")):
+    for key, name in (
+        ("wer", "Word error rate"),
+        ("wer_published", "Word error rate as published, by utterance"),
+        ("cer", "Character error rate"),
+    ):
         for split in mapping_at(summary, key):
             rows.append((f"{name}, {split}", percent_text(number_at(summary, key, split))))
     initial = summary.get("initial_wer")

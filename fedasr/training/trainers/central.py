@@ -51,7 +51,8 @@ def _steps(
     for state, done, loss in training.run(state, total - units):
         session.logger.step(before + done, {"loss": loss})
         session.totals.loss_is_finite = math.isfinite(loss)
-        if every and done % every == 0 and done < total:
+        due = bool(every) and done % every == 0
+        if done < total and (due or session.is_old()):
             session.save(stage, done, state)
         session.check_stop(stage, done, state)
     return state

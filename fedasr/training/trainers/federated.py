@@ -89,7 +89,7 @@ class FederatedTrainer:
             session.logger.round(
                 metrics.round, _record(metrics, names) | self._rates(session, state, metrics.round)
             )
-            if last or metrics.round % config.checkpoint.every == 0:
+            if last or metrics.round % config.checkpoint.every == 0 or session.is_old():
                 session.save("main", metrics.round, state)
             if not last:
                 session.check_stop("main", metrics.round, state)
