@@ -3,7 +3,7 @@
     python -m experiments.brain_to_text [--seeds=0,1,2] [--workdir=DIR] [--plot=FILE.png]
         [--config.section.field=value ...] [--json]
 
-Each seed makes recordings of its own (`fedasr.data.neural_synthetic`: nothing was recorded), writes
+Each seed makes recordings of its own (`fedasr.data.neural.synthetic`: nothing was recorded), writes
 them as MATLAB files and prepares a corpus from these. Then
 
 * days, shared: a decoder with a layer for each training day, and one with a single layer for all;
@@ -79,9 +79,10 @@ class Bench(NamedTuple):
 
 def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: study.Log) -> Bench:
     """Makes the recordings and the corpus of a seed, unless they are there."""
-    from fedasr.data import neural, neural_synthetic
+    from fedasr.data import neural
     from fedasr.data.batching import make_buckets
-    from fedasr.data.corpus import open_corpus, read_metadata
+    from fedasr.data.neural import synthetic as neural_synthetic
+    from fedasr.data.records import open_corpus, read_metadata
     from fedasr.models.recurrent import RecurrentConfig
     from fedasr.text import tokenizer_for
     from fedasr.training.config import fingerprint
@@ -164,7 +165,7 @@ def make_decoder(
     Args:
       lm_weight, word_bonus: of the search. model: False for the search alone.
     """
-    from fedasr.data import neural_synthetic
+    from fedasr.data.neural import synthetic as neural_synthetic
     from fedasr.decoding.beam import BeamConfig, BeamDecoder
     from fedasr.decoding.ngram import estimate, read_arpa, write_arpa
     from fedasr.training.config import fingerprint
@@ -292,15 +293,15 @@ def federated(bench: Bench) -> Any:
     import optax
 
     from fedasr.data.batching import Batching
-    from fedasr.data.corpus import open_corpus
-    from fedasr.data.sampling import ShuffledSampler
-    from fedasr.data.splits import UserSubset
+    from fedasr.data.records import open_corpus
+    from fedasr.data.views import UserSubset
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.local import LocalStore, make_layout
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, recurrent_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import ShuffledSampler
 
     settings = bench.config["federated"]
     recogniser = recurrent_recogniser(bench.model)

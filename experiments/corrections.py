@@ -68,9 +68,8 @@ class Bench(NamedTuple):
 def open_bench(config: Mapping[str, Any]) -> Bench:
     """Opens the corpus, which is made when first needed (or is `data.dir`)."""
     from fedasr.data.batching import make_buckets
-    from fedasr.data.corpus import open_corpus, read_metadata
-    from fedasr.data.prepare import prepare_synthetic
-    from fedasr.data.synthetic import SyntheticConfig
+    from fedasr.data.records import open_corpus, read_metadata
+    from fedasr.data.synthetic import SyntheticConfig, prepare_synthetic
     from fedasr.training.builders.corpora import fitting_tokenizer
     from fedasr.training.builders.models import build_recogniser
     from fedasr.training.config import Config
@@ -258,7 +257,7 @@ def make_sampler(bench: Bench, corrected: Any, seed: int) -> Any:
 
     How many have some left is as private as the corrections: nothing may follow from it.
     """
-    from fedasr.data.sampling import PoissonSampler, SilentSampler
+    from fedasr.privacy.sampling import PoissonSampler, SilentSampler
 
     population = len(corrected.users)
     everybody = PoissonSampler(population, min(bench.config["cohort"], population), seed)

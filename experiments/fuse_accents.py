@@ -36,8 +36,8 @@ from fedasr.errors import UserError
 from fedasr.fusion import METHODS
 
 if TYPE_CHECKING:
-    from fedasr.data.prepare import Utterance
     from fedasr.data.synthetic import SyntheticConfig
+    from fedasr.data.utterances import Utterance
 
 PRIVACY = ("none", "private")
 ALL = "all"  # the groups' test users together
@@ -70,7 +70,7 @@ def by_group(
     Users of accents that no group has are left out. About `seed_share` of the training users, by a
     hash of their names, go to "seed".
     """
-    from fedasr.data.splits import user_hash
+    from fedasr.data.corpus import user_hash
     from fedasr.data.synthetic import speaker_voice
 
     names = {accent: group for group, accents in groups.items() for accent in accents}
@@ -96,7 +96,9 @@ def prepare_groups(settings: Mapping[str, Any]) -> Path:
       settings: "accents" of the configuration.
     """
     from fedasr.data import synthetic
-    from fedasr.data.prepare import cache_dir, prepare, progress_bar
+    from fedasr.data.preparation.folder import cache_dir
+    from fedasr.data.preparation.prepare import prepare
+    from fedasr.data.preparation.progress import progress_bar
 
     config = synthetic.SyntheticConfig(**study.with_tuples(settings["corpus"]))
     made_of = (sorted(settings["groups"].items()), settings["seed_share"])

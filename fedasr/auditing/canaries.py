@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedasr.data.splits import LazyUsers
+from fedasr.data.corpus import LazyUsers
 from fedasr.errors import UserError
 from fedasr.privacy import clipping
 from fedasr.privacy.mechanism import Mechanism

@@ -28,10 +28,10 @@ from typing import Any, cast
 from absl import flags
 
 from fedasr.cli import common
-from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import PoissonSampler
 from fedasr.privacy.secure_aggregation import SecureAggregation
 from fedasr.training.builders.mechanisms import make_correlation, make_sampler
 from fedasr.training.config import Config, Privacy

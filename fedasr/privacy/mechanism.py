@@ -15,12 +15,12 @@ import jax
 import numpy as np
 import optax
 
-from fedasr.data.sampling import Sampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting, clipping, noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales, clip_scaled
 from fedasr.privacy.correlated import Correlation, sensitivity
 from fedasr.privacy.gaussian import add_gaussian_noise
+from fedasr.privacy.sampling import Sampler
 from fedasr.privacy.secure_aggregation import (
     Encoding,
     SecureAggregation,

@@ -24,13 +24,13 @@ from fedasr.data.batching import (
 )
 from fedasr.data.batching.parts import cheapest
 from fedasr.data.corpus import InMemoryCorpus, all_lengths
-from fedasr.data.sampling import ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import batch_gradient, local_training
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import ShuffledSampler
 
 GRID = Grid(2, {"x": 2, "y": 1}, {"y": 0.5})
 

@@ -13,9 +13,10 @@ from fedasr.auditing import Audit, Scores
 from fedasr.cli.audit import report
 from fedasr.cli.audit.report import Report
 from fedasr.cli.audit.users import audit_users
-from fedasr.data.prepare import Utterance, prepare
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.training.config import default_config, resolve
 
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
@@ -240,14 +241,15 @@ def test_canaries(corpus_dir):
     """The inserted transcript is random; a canary's update is exactly zero when it is absent."""
     from fedasr.cli.audit.users import inserted_losses, make_canaries
     from fedasr.data.batching import Batching
-    from fedasr.data.corpus import InMemoryCorpus, open_corpus
-    from fedasr.data.sampling import ShuffledSampler
+    from fedasr.data.corpus import InMemoryCorpus
+    from fedasr.data.records import open_corpus
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.hardware import Hardware
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import ShuffledSampler
 
     held_out = open_corpus(corpus_dir, "test")
     canaries = make_canaries(held_out, 2, 30, seed=0)

@@ -4,7 +4,6 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
 from fedasr.federated.server import (
     SERVER_OPTIMIZERS,
@@ -14,6 +13,7 @@ from fedasr.federated.server import (
     server_step,
 )
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
 from fedasr.recipes.shared import SERVER_OPTIONS
 
 PARAMS = {"w": np.float32([[1.0, -2.0], [0.5, 3.0]]), "b": np.float32([0.1, 0.2])}

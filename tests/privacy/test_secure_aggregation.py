@@ -17,7 +17,6 @@ from scipy import special, stats
 
 from fedasr import auditing
 from fedasr.data.batching import Batching
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import ClientMetrics
@@ -30,6 +29,7 @@ from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.events import SkellamDpEvent
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.training import loop
 from fedasr.training.config import default_config
 from fedasr.training.report import sections

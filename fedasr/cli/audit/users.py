@@ -97,8 +97,8 @@ def audit_users(
     import jax
 
     from fedasr import auditing
-    from fedasr.data.corpus import open_corpus
-    from fedasr.data.splits import UnionCorpus
+    from fedasr.data.records import open_corpus
+    from fedasr.data.views import UnionCorpus
     from fedasr.training.builders import corpora, models
     from fedasr.training.config import Config
 
@@ -170,8 +170,9 @@ def _with_canaries(
     """The configuration's simulation over the training users and the canaries."""
     import copy
 
-    from fedasr.data.corpus import InMemoryCorpus, open_corpus
-    from fedasr.data.splits import UnionCorpus
+    from fedasr.data.corpus import InMemoryCorpus
+    from fedasr.data.records import open_corpus
+    from fedasr.data.views import UnionCorpus
     from fedasr.training.builders import simulations
     from fedasr.training.config import Config
 

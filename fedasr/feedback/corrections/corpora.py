@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedasr.data import splits
-from fedasr.data.corpus import Corpus, Example
+from fedasr.data.corpus import Corpus, Example, LazyUsers
 from fedasr.errors import UserError
 from fedasr.federated.client import Params
 from fedasr.feedback.corrections.edits import Feedback
@@ -39,7 +38,7 @@ class RelabelledCorpus:
       corpus: where the utterances are.
       labels: {(user, index): int32 [labels]}, by the corpus's numbers.
       everybody: whether users who have none of them are kept, without examples (who must not be in
-        a cohort then: see `fedasr.data.sampling.SilentSampler`), or left out.
+        a cohort then: see `fedasr.privacy.sampling.SilentSampler`), or left out.
 
     Raises:
       UserError: no label at all, or one of an utterance that is not there.
@@ -69,7 +68,7 @@ class RelabelledCorpus:
     @property
     def users(self) -> Sequence[str]:
         """User ids, sorted."""
-        return splits.LazyUsers(len(self._rows), lambda i: self._corpus.users[int(self._owners[i])])
+        return LazyUsers(len(self._rows), lambda i: self._corpus.users[int(self._owners[i])])
 
     @property
     def owners(self) -> np.ndarray:
