@@ -66,7 +66,8 @@ def tiny_corpus(folder: Path) -> Path:
     """Half a second of noise for each of 4 training users and one other."""
     import numpy as np
 
-    from fedasr.data.prepare import Utterance, prepare
+    from fedasr.data.preparation.prepare import prepare
+    from fedasr.data.utterances import Utterance
 
     noise = 0.1 * np.random.default_rng(0).standard_normal(8_000, np.float32), 16_000
     utterances = [

@@ -20,8 +20,8 @@ def run() -> None:
     if not flags.FLAGS.checkpoint or not flags.FLAGS.data:
         raise UserError("--checkpoint and --data are needed: give both folders")
     common.configure_devices()
-    from fedasr.data.corpus import open_corpus
-    from fedasr.data.corpus import read_metadata as read_corpus_metadata
+    from fedasr.data.records import open_corpus
+    from fedasr.data.records import read_metadata as read_corpus_metadata
     from fedasr.training.builders.corpora import fitting_tokenizer
     from fedasr.training.builders.models import build_recogniser
     from fedasr.training.checkpoint import read_metadata, restore_params

@@ -108,7 +108,7 @@ def run_asr() -> dict[str, Any]:
     """{method: summary} of merged recognisers."""
     import jax
 
-    from fedasr.data.corpus import open_corpus
+    from fedasr.data.records import open_corpus
     from fedasr.fusion import recognisers
     from fedasr.fusion.tasks import recognisers_task, spread
 

@@ -146,37 +146,13 @@ class Transformer(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         k_input, k_shift, *k_blocks = layers.split_keys(keys, 2 + c.blocks)
-        norm = layers.MaskedNorm(name="input_norm")
         same, lecun = c.front_end == "same", c.init == "lecun"
-        front_end = layers.WindowedDense(
-            2 * c.dim,
-            c.kernel,
-            c.stride,
-            jnp.dtype(c.stream_dtype or dtype),
-            max(c.kernel - c.stride, 0) // 2 if same else None,
-            1.0 if lecun else 1.0 / 3.0,
-            lecun,
-            name="front_end",
-        )
-        features = features.astype(jnp.float32)
-        if c.input_layer:
-            x = layers.InputLayer(name="input_layer")(norm(features, lengths), lengths)
-            x = front_end(x)
-        elif dtype == jnp.float32 and not same:
-            x = front_end.of_normed(norm.affine(features, lengths))
-        else:  # rounded after the norm
-            x = front_end(norm(features, lengths).astype(dtype))
-        x = jax.nn.glu(x)
+        x = jax.nn.glu(_windows(c, features.astype(jnp.float32), lengths))
         if not c.branch_dropout:
             x = layers.dropout(x, c.dropout, k_input)
         out_lengths = lengths // c.stride if same else -(-lengths // c.stride)
         frames = jnp.arange(x.shape[1])
-        positions = (frames - (out_lengths[:, None] - 1) / 2) * c.frame_seconds
-        if c.cape_shift and k_shift is not None:
-            draw = jax.vmap(
-                lambda k: jax.random.uniform(k, minval=-c.cape_shift, maxval=c.cape_shift)
-            )
-            positions = positions + draw(k_shift)[:, None]
+        positions = _positions(c, frames, out_lengths, k_shift)
         x = x + layers.sinusoidal_positions(positions * c.position_scale, c.dim).astype(dtype)
         if c.branch_dropout:
             x = layers.dropout(x, c.dropout, k_input)
@@ -196,3 +172,36 @@ class Transformer(nn.Module):
             name="output",
         )(x)
         return out.astype(jnp.float32), out_lengths
+
+
+def _windows(c: TransformerConfig, features: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Normed features by windows, [b, t, 2 dim]; makes the modules before the first block."""
+    dtype = jnp.dtype(c.dtype)
+    same, lecun = c.front_end == "same", c.init == "lecun"
+    norm = layers.MaskedNorm(name="input_norm")
+    front_end = layers.WindowedDense(
+        2 * c.dim,
+        c.kernel,
+        c.stride,
+        jnp.dtype(c.stream_dtype or dtype),
+        max(c.kernel - c.stride, 0) // 2 if same else None,
+        1.0 if lecun else 1.0 / 3.0,
+        lecun,
+        name="front_end",
+    )
+    if c.input_layer:
+        return front_end(layers.InputLayer(name="input_layer")(norm(features, lengths), lengths))
+    if dtype == jnp.float32 and not same:
+        return front_end.of_normed(norm.affine(features, lengths))
+    return front_end(norm(features, lengths).astype(dtype))  # rounded after the norm
+
+
+def _positions(
+    c: TransformerConfig, frames: jax.Array, lengths: jax.Array, keys: jax.Array | None
+) -> jax.Array:
+    """Seconds from the middle of each utterance, float32 [b, t]; shifted with keys [b]."""
+    positions = (frames - (lengths[:, None] - 1) / 2) * c.frame_seconds
+    if not c.cape_shift or keys is None:
+        return positions
+    draw = jax.vmap(lambda k: jax.random.uniform(k, minval=-c.cape_shift, maxval=c.cape_shift))
+    return positions + draw(keys)[:, None]

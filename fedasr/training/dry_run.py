@@ -7,10 +7,7 @@ from typing import Any
 
 import jax
 
-from fedasr.data.corpus import (
-    open_corpus,
-    read_metadata,
-)
+from fedasr.data.records import open_corpus, read_metadata
 from fedasr.federated.local import (
     LocalStore,
 )

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedasr.data.corpus import read_metadata
+from fedasr.data.records import read_metadata
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.federated.local import remove_rows

@@ -24,7 +24,7 @@ from fedasr.training.values import bucket
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
 # Where things lie; beside each, what they are.
 PLACES = {"data.dir": "data.identity", "init_from": "start"}
-# Fields that releases added, with what older ones did: a directory without one is of such a release.
+# Fields that releases added, with what older ones did: what lacks one is of such a release.
 # Whatever is added to the declaration, or to a model's options, is to be added to these.
 # A run's identity leaves them out while they hold what is said here: all that is random in it
 # follows from its identity, which a field that is new must not change.

@@ -162,8 +162,8 @@ def recordings(once):
 @pytest.fixture(scope="session")
 def corpus_dir(recordings, once):
     """The folder of the tiny corpus, prepared: 6 training users, 2 each of seed, dev and test."""
-    from fedasr.data.manifest import manifest_fingerprint, read_manifest
-    from fedasr.data.prepare import prepare
+    from fedasr.data.preparation.prepare import prepare
+    from fedasr.data.sources.manifest import manifest_fingerprint, read_manifest
 
     fingerprint, _ = manifest_fingerprint(recordings)
     return once(

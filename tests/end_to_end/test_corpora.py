@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedasr.data.corpus import open_corpus
+from fedasr.data.records import open_corpus
 
 DEV_CLEAN = ("dev_clean[:4]", "dev_clean[4:]")  # readers
 
@@ -169,8 +169,8 @@ def contents(folder):
 
 KILLED = """
 import os, signal, sys
-from fedasr.data.common_voice import CommonVoice
-from fedasr.data.prepare import prepare
+from fedasr.data.sources.common_voice import CommonVoice
+from fedasr.data.preparation.prepare import prepare
 
 def kill(done, total):  # called when the first part is finished
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,8 @@ import importlib
 import numpy as np
 import pytest
 
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.text import CharTokenizer
 from fedasr.training import loop, stages
@@ -68,7 +69,8 @@ def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
 def test_neural_recordings(tmp_path):
     """From MATLAB files to a run in which each day has kept a layer of its own."""
     pytest.importorskip("scipy", reason="scipy is not installed")
-    from fedasr.data import neural, neural_synthetic
+    from fedasr.data import neural
+    from fedasr.data.neural import synthetic as neural_synthetic
     from fedasr.recipes import neural as config_file
 
     recordings = neural_synthetic.NeuralConfig(

@@ -7,7 +7,6 @@ import pytest
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
@@ -16,6 +15,7 @@ from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import ARRAYS, make_recogniser
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
 from fedasr.training.central import CentralTraining
 from fedasr.training.evaluation import Evaluator
 

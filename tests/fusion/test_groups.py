@@ -8,13 +8,13 @@ import pytest
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.simulation import Simulation
 from fedasr.fusion import groups, methods
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
 from fedasr.training.checkpoint import Checkpointer
 
 TARGETS = np.float32([[1, -1, 0], [0, 2, 1]])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fedasr import fields
 from fedasr.audio.augment import SpecAugmentConfig
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.models.recogniser import model_configs
 from fedasr.training import config as config_lib

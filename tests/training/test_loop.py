@@ -10,8 +10,9 @@ import pytest
 from dp_accounting import pld
 
 from fedasr.data.batching import make_buckets
-from fedasr.data.corpus import open_corpus
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.federated.simulation import Simulation
 from fedasr.training import loop, rows, stages

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from dp_accounting import pld
 
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.privacy import ledger
 from fedasr.training import loop, stages

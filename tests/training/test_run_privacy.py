@@ -15,7 +15,8 @@ import pytest
 from dp_accounting import pld
 
 from fedasr import streams
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import accounting, ledger, noise

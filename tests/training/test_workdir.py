@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fedasr.data.batching import Padding
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.federated.metrics import RoundMetrics
 from fedasr.training import config as config_lib

@@ -110,25 +110,31 @@ class LocalBatches:
         rng = generator(Stream.EXAMPLES, seed, round, user)
         if self.frames is not None:
             assert lengths is not None  # where batches are measured in frames
-            batches: list[np.ndarray] = []
-            for _ in range(self.epochs or self.steps or 0):
-                order = rng.permutation(size)
-                if self.buffer is None:
-                    batches += [order[part] for part in pack(lengths[order], self.frames)]
-                else:
-                    for parts in pack_sorted(lengths[order], self.frames, self.buffer):
-                        batches += [order[parts[i]] for i in rng.permutation(len(parts))]
-                if self.steps is not None and len(batches) >= self.steps:
-                    break
-            return batches[: self.steps or self.max_steps]
+            return self._of_frames(rng, size, self.frames, lengths)
         assert self.batch_size is not None  # where they are not measured in frames
         if self.steps is not None:
             batch = min(self.batch_size, size)
             passes = -(-self.steps * batch // size)
             stream = np.concatenate([rng.permutation(size) for _ in range(passes)])
             return list(stream[: self.steps * batch].reshape(self.steps, batch))
-        batches = []
+        batches: list[np.ndarray] = []
         for _ in range(self.epochs or 0):
             order = rng.permutation(size)
             batches += [order[i : i + self.batch_size] for i in range(0, size, self.batch_size)]
         return batches[: self.max_steps]
+
+    def _of_frames(
+        self, rng: np.random.Generator, size: int, frames: int, lengths: np.ndarray
+    ) -> list[np.ndarray]:
+        """As `plan`, of batches of about so many frames."""
+        batches: list[np.ndarray] = []
+        for _ in range(self.epochs or self.steps or 0):
+            order = rng.permutation(size)
+            if self.buffer is None:
+                batches += [order[part] for part in pack(lengths[order], frames)]
+            else:
+                for parts in pack_sorted(lengths[order], frames, self.buffer):
+                    batches += [order[parts[i]] for i in rng.permutation(len(parts))]
+            if self.steps is not None and len(batches) >= self.steps:
+                break
+        return batches[: self.steps or self.max_steps]

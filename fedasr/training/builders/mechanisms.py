@@ -3,11 +3,11 @@
 import math
 from typing import cast
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise, Correlation
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 from fedasr.privacy.secure_aggregation import SecureAggregation
 from fedasr.training.config import Adaptive, Config
 
