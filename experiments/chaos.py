@@ -215,6 +215,8 @@ class Chaos:
         self.kinds = tuple(kind for kind in kinds if kind not in impossible)
         self.results: Counter[tuple[str, str]] = Counter()
         self.failures: list[str] = []
+        self._story: list[str] = []  # faults of the run under way, and how each ended
+        self._workdir: Path | None = None
         self._config = tiny_config(tiny_corpus(folder / "corpus"))
         self._seconds = LONGEST
         for name in ("compiled", "whole"):
@@ -267,6 +269,7 @@ class Chaos:
         number = 0
         while sum(self.results.values()) < faults:
             workdir = self._disk / f"run [{number}]"  # a path that has to be taken literally
+            self._workdir, self._story = workdir, []
             number += 1
             finished = False
             for _ in range(12):
@@ -293,6 +296,7 @@ class Chaos:
             else:
                 status, errors = self._run(workdir)
                 outcome = self._judge(workdir, kind, hurt, status, errors)
+                self._story.append(f"{kind} {hurt}: {outcome}")
                 self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
                 return outcome != "resumed"
         moment, jump = self._random.uniform(0, self._seconds), (0.0, 0.0)
@@ -304,6 +308,7 @@ class Chaos:
         status, errors = self._end(process, log)
         self._mend()
         outcome = self._judge(workdir, kind, "", status, errors)
+        self._story.append(f"{kind}: {outcome}")
         self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
         return outcome == "identical"
 
@@ -396,7 +401,12 @@ class Chaos:
             return
         same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, self._whole)
         if not all(jax.tree.leaves(same)):
-            self._fail(f"{where}: other parameters")
+            names = [p for p, x in jax.tree_util.tree_leaves_with_path(same) if not x]
+            most = max(
+                float(np.abs(np.float64(a) - b).max())
+                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(self._whole), strict=True)
+            )
+            self._fail(f"{where}: other parameters, in {len(names)} arrays, by up to {most:g}")
         rounds = [r.get("round") for r in read_metrics(workdir) if "round" in r]
         if len(rounds) != len(set(rounds)) and "metrics.jsonl" not in where:
             self._fail(f"{where}: a round is logged twice")
@@ -406,6 +416,12 @@ class Chaos:
                 self._fail(f"{where}: no error rate")
 
     def _fail(self, what: str) -> None:
+        """Counts a failure; what led to it is told, and the run kept to look at."""
+        what = f"{what} (before: {', '.join(self._story) or 'nothing'})"
+        if self._workdir is not None and self._workdir.exists():
+            kept = self._folder / f"failed-{len(self.failures)}"
+            with contextlib.suppress(OSError, shutil.Error):
+                shutil.copytree(self._workdir, kept)
         self.failures.append(what)
         self._say(f"FAILED: {what}")
 
@@ -482,6 +498,7 @@ def program() -> int | None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "compile-cache"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # a process's start is all
         chaos = stack.enter_context(
             Chaos(Path(folder), values.seed, say=lambda text: print(text, file=sys.stderr))
         )

@@ -381,7 +381,7 @@ def test_too_little_memory_to_read_is_no_damage(tmp_path, monkeypatch):
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, {"params": np.ones(2)}, {})
 
-    def fail(*args):
+    def fail(*args, **more):
         raise MemoryError("bad_alloc")
 
     with monkeypatch.context() as patch:
