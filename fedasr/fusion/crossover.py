@@ -230,12 +230,10 @@ def _rows(shape: tuple[int, ...], spare: int) -> tuple[int, int]:
     Raises:
       UserError: a dimension is longer than that.
     """
-    axis = 0
-    while math.prod(shape[axis:]) > _COUNT - spare:
-        axis += 1
-    if axis == len(shape):
-        raise UserError(f"a tensor of shape {shape} has a dimension that 32 bits cannot count")
-    return math.prod(shape[:axis]), math.prod(shape[axis:])
+    for axis in range(max(1, len(shape))):
+        if (width := math.prod(shape[axis:])) <= _COUNT - spare:
+            return math.prod(shape[:axis]), width
+    raise UserError(f"a tensor of shape {shape} has a dimension that 32 bits cannot count")
 
 
 def mutate(params: PyTree, key: jax.Array, std: float) -> PyTree:

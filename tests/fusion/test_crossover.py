@@ -241,8 +241,8 @@ def test_split_points_fit_in_31_bits(size):
 @pytest.mark.parametrize("begin", [0, 2**31 - 10, 2**32 - 20, 3 * 2**40 + 5])
 def test_what_lies_before_a_split_point_in_64_bits(monkeypatch, count, begin):
     """`count` of 40: a leaf has several rows."""
-    monkeypatch.setattr(module, "_COUNT", count)
     shape, unit = (4, 3, 11), split_unit(begin + 2**31)
+    monkeypatch.setattr(module, "_COUNT", count + unit)
     place = begin + np.arange(132, dtype=np.int64).reshape(shape)
     for at in (begin - 5, begin, begin + 1, begin + 50, begin + 131, begin + 200):
         split = max(at, 0) // unit
