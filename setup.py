@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
 QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
 FUSION = ["evosax>=0.3", "scikit-learn>=1.4"]
+MERGING = ["safetensors>=0.8"]  # checkpoints that others made
 SUBWORDS = {  # read tokenizers that were learned elsewhere
     "sentencepiece": ["sentencepiece>=0.2"],
     "tokenizers": ["tokenizers>=0.20"],
@@ -59,6 +60,7 @@ setup(
         "speech": SPEECH,
         "quickstart": QUICKSTART,
         "fusion": FUSION,
+        "merging": MERGING,
         "neural": NEURAL,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
@@ -69,6 +71,7 @@ setup(
         "test": [
             *QUICKSTART,
             *FUSION,
+            *MERGING,
             *NEURAL,
             *HUGGINGFACE,
             *CHECKS,

@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fedasr.errors import UserError
 from fedasr.fusion import competition
 from fedasr.fusion.competition import Capacity
 
@@ -17,11 +19,13 @@ class Archive(NamedTuple):
     params: the model's pytree, every leaf with a leading axis [slots].
     scores: float32 [slots, points]; zeros in an empty slot.
     filled: bool [slots].
+    lowest: float32, the least score that any model has had, or 0: see `refuse_negative`.
     """
 
     params: PyTree
     scores: jax.Array
     filled: jax.Array
+    lowest: Any = 0.0
 
 
 def empty(like: PyTree, slots: int, points: int) -> Archive:
@@ -31,12 +35,39 @@ def empty(like: PyTree, slots: int, points: int) -> Archive:
       like: a model, or its shapes. slots: models that it holds at most. points: data points.
     """
     params = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), like)
-    return Archive(params, jnp.zeros((slots, points)), jnp.zeros(slots, bool))
+    scores, filled = jnp.zeros((slots, points)), jnp.zeros(slots, bool)
+    return Archive(params, scores, filled, jnp.zeros((), jnp.float32))
 
 
 def clean(scores: jax.Array) -> jax.Array:
     """Scores at least 0: negative ones, and those of a broken model (not finite), count as 0."""
     return jnp.where(jnp.isfinite(scores), jnp.maximum(scores, 0.0), 0.0).astype(jnp.float32)
+
+
+def lowest(scores: jax.Array) -> jax.Array:
+    """The least of a model's finite scores if it is below 0, else 0: float32.
+
+    Args:
+      scores: as the task gave them, of any shape.
+    """
+    found = jnp.where(jnp.isfinite(scores), scores, 0.0).astype(jnp.float32)
+    return jnp.min(found, initial=0.0)
+
+
+def refuse_negative(lowest: Any) -> None:
+    """Says that scores may not be negative: they count as 0, so that a search would be blind.
+
+    Args:
+      lowest: the least scores that models have had, of any shape.
+
+    Raises:
+      UserError: if one is below 0.
+    """
+    if (least := float(np.min(lowest))) < 0:
+        raise UserError(
+            f"a model has a score of {least:.6g}, but scores lie between 0 and 1: shift and scale "
+            "them, such as exp(-loss) for a loss, or (score - worst) / (best - worst)"
+        )
 
 
 def loser(
@@ -78,6 +109,7 @@ def replace(archive: Archive, slot: jax.Array, child: PyTree, scores: jax.Array)
         jax.tree.map(write, archive.params, child),
         write(archive.scores, scores),
         write(archive.filled, True),
+        archive.lowest,
     )
 
 

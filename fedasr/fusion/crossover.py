@@ -1,21 +1,29 @@
 """Merging two models: spherical interpolation with a split point, over any pytree.
 
-A model is a pytree of arrays. Its leaves in their order make one vector; a *chromosome* is a group
-of leaves that is merged on its own, with its own angle, mixing ratio and split point (by default
-all leaves are one). Up to the split point the child is SLERP_w(a, b), from there on SLERP_{1-w}
-(arXiv 2508.16204).
+A model is a pytree of arrays. Its leaves by depth (`leaf_order`) make one vector; a *chromosome* is
+a group of leaves that is merged on its own, with its own angle, mixing ratio and split point (by
+default all leaves are one). Up to the split point the child is SLERP_w(a, b), from there on
+SLERP_{1-w} (arXiv 2508.16204).
+
+JAX counts in 32 bits. Where a chromosome has 2**31 parameters or more its split point is counted in
+blocks of `split_unit` parameters, and the blocks of a leaf's rows in NumPy's 64 bits.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from fedasr.errors import UserError
 
 PyTree = Any
 # Below this sine of the angle (parallel or opposite vectors) the interpolation is linear.
 SMALLEST_SINE = 1e-6
+_COUNT = 2**32  # that 32 bits can
 
 
 def leaf_chromosomes(
@@ -34,6 +42,55 @@ def leaf_chromosomes(
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         found.append(numbers.setdefault(chromosome(name) if chromosome else "", len(numbers)))
     return tuple(found)
+
+
+def leaf_order(params: PyTree) -> tuple[int, ...]:
+    """The leaves by depth: their numbers in JAX's order, in the order in which they make a vector.
+
+    JAX sorts a dict's keys by their characters, which puts block_10 before block_2: here digits in
+    a row count as a number. Whatever else holds leaves (named tuples, lists) is in JAX's order.
+
+    Args:
+      params: a model, or its shapes.
+    """
+    first: dict[Any, int] = {}
+    places = []
+    for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        place: list[tuple[Any, int]] = []
+        for depth, entry in enumerate(path):
+            name = getattr(entry, "key", None)
+            if isinstance(entry, jax.tree_util.DictKey) and isinstance(name, str):
+                place.append((_natural(name), 0))
+            else:
+                place.append(((), first.setdefault(path[: depth + 1], i)))
+        places.append(place)
+    return tuple(sorted(range(len(places)), key=places.__getitem__))
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    """Sorts as `name` does, but for digits in a row, which are a number."""
+    digit = ord("0")
+    parts = re.findall("[0-9]+|[^0-9]", name)
+    places = [(digit, int(x)) if "0" <= x[0] <= "9" else (ord(x), 0) for x in parts]
+    return (*places, (-1, 0)), name
+
+
+def split_unit(size: int) -> int:
+    """Parameters that a split point counts as one: 1 below 2**31, else so that 31 bits suffice.
+
+    Args:
+      size: parameters of the chromosome.
+    """
+    return 1 << max(0, size.bit_length() - 31)
+
+
+def split_points(size: int) -> int:
+    """The split points that a chromosome has, the number of its blocks: below 2**31.
+
+    Args:
+      size: parameters of the chromosome.
+    """
+    return -(-size // split_unit(size))
 
 
 def chromosome_sizes(params: PyTree, chromosomes: Sequence[int]) -> tuple[int, ...]:
@@ -95,8 +152,8 @@ def slerp(a: PyTree, b: PyTree, ratio: jax.Array | float) -> PyTree:
     """
     chromosomes = leaf_chromosomes(a)
     ratio = jnp.full(1, ratio, jnp.float32)
-    size = jnp.array(chromosome_sizes(a, chromosomes), jnp.int32)
-    return crossover(a, b, ratio, size, chromosomes)
+    whole = [split_points(size) for size in chromosome_sizes(a, chromosomes)]
+    return crossover(a, b, ratio, jnp.array(whole, jnp.int32), chromosomes)
 
 
 def crossover(
@@ -109,18 +166,21 @@ def crossover(
     """The child of two models: SLERP_w before the split point of a chromosome, SLERP_{1-w} after.
 
     Args:
-      a, b: models of one structure, below 2**31 parameters a chromosome. Leaves that are not
-        floating point are a's.
+      a, b: models of one structure. Leaves that are not floating point are a's.
       ratio: w in [0, 1] of every chromosome, float32 [chromosomes].
-      split: number of parameters before the split point, int32 [chromosomes]; the size of the
-        chromosome makes it SLERP_w as a whole.
+      split: number of parameters before the split point, int32 [chromosomes], in units of
+        `split_unit` of the chromosome's size; `split_points` makes it SLERP_w as a whole.
       chromosomes: of every leaf, from `leaf_chromosomes`.
 
     Returns:
       The child, in the dtypes of a; computed in float32.
+
+    Raises:
+      UserError: a dimension of 2**32 or more.
     """
     leaves_a, structure = jax.tree.flatten(a)
     leaves_b = jax.tree.leaves(b)
+    order, sizes = leaf_order(a), chromosome_sizes(a, chromosomes)
     children = list(leaves_a)
     for number in range(max(chromosomes) + 1):
         members = [
@@ -133,14 +193,13 @@ def crossover(
         own = [leaves_a[i] for i in members], [leaves_b[i] for i in members]
         both = jnp.stack([ratio[number], 1 - ratio[number]])
         weight_a, weight_b = slerp_weights(*own, both)
-        begin = 0
-        for i in range(len(leaves_a)):
+        begin, unit = 0, split_unit(sizes[number])
+        for i in order:
             if chromosomes[i] != number:
                 continue
             x, y = leaves_a[i], leaves_b[i]
             if i in members:
-                place = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
-                before = place < split[number] - begin
+                before = _before(x.shape, begin, split[number], unit)
                 merged = jnp.where(before, weight_a[0], weight_a[1]) * x.astype(jnp.float32)
                 merged += jnp.where(before, weight_b[0], weight_b[1]) * y.astype(jnp.float32)
                 children[i] = merged.astype(x.dtype)
@@ -148,11 +207,40 @@ def crossover(
     return jax.tree.unflatten(structure, children)
 
 
+def _before(shape: tuple[int, ...], begin: int, split: jax.Array, unit: int) -> jax.Array:
+    """Which parameters of a leaf lie before the split point: bool of its shape.
+
+    Args:
+      begin: parameters before the leaf. split: int32, in units of `unit` parameters.
+    """
+    if unit == 1:
+        place = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        return place < split - begin
+    rows, width = _rows(shape, unit)
+    starts = begin + np.arange(rows, dtype=np.int64) * width
+    block = jnp.asarray(starts // unit, jnp.int32)[:, None]
+    rest = jnp.asarray(starts % unit, jnp.uint32)[:, None]
+    within = (rest + jax.lax.iota(jnp.uint32, width)) // np.uint32(unit)
+    return (block + within.astype(jnp.int32) < split).reshape(shape)
+
+
+def _rows(shape: tuple[int, ...], spare: int) -> tuple[int, int]:
+    """A leaf as (rows, parameters of a row), a row as long as 32 bits can count with some to spare.
+
+    Raises:
+      UserError: a dimension is longer than that.
+    """
+    for axis in range(max(1, len(shape))):
+        if (width := math.prod(shape[axis:])) <= _COUNT - spare:
+            return math.prod(shape[:axis]), width
+    raise UserError(f"a tensor of shape {shape} has a dimension that 32 bits cannot count")
+
+
 def mutate(params: PyTree, key: jax.Array, std: float) -> PyTree:
     """Adds N(0, std^2) to every floating-point parameter; the others stay.
 
     Args:
-      params: a model, below 2**32 parameters.
+      params: a model.
       key: of this mutation.
       std: standard deviation; 0 returns `params`.
     """
@@ -178,8 +266,17 @@ def _normal(key: jax.Array, begin: int, shape: tuple[int, ...]) -> jax.Array:
     """
     words = jax.random.key_data(key)
     size = math.prod(shape)
-    number = begin + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
-    bits = _mix(_mix(number ^ words[0]) + words[-1])
+    if begin + size <= 2**32:
+        number = begin + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+        bits = _mix(_mix(number ^ words[0]) + words[-1])
+    else:
+        rows, width = _rows(shape, 0)
+        starts = begin + np.arange(rows, dtype=np.int64) * width
+        low = jnp.asarray(starts % 2**32, jnp.uint32)[:, None]
+        number = low + jax.lax.iota(jnp.uint32, width)
+        high = jnp.asarray(starts >> 32, jnp.uint32)[:, None] + (number < low)
+        # _mix(0) is 0: below 2**32 parameters these are the bits of above.
+        bits = (_mix(_mix(number ^ words[0]) + words[-1] + _mix(high))).reshape(shape)
     # 23 bits and a half: symmetrical, exact, never -1 or 1.
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1
     return math.sqrt(2) * jax.lax.erf_inv(uniform)

@@ -19,6 +19,7 @@ from fedasr.errors import UserError
 from fedasr.federated.metrics import RoundMetrics
 from fedasr.federated.server import ServerState
 from fedasr.federated.simulation import Simulation
+from fedasr.fusion import archive as archives
 from fedasr.fusion.methods import Method, combine
 from fedasr.streams import Stream, seed_key
 
@@ -68,12 +69,16 @@ def by_search(method: Method, evaluations: int, seed: int = 0) -> Fuse:
         def body(i, state):
             return method.step(state, jax.random.fold_in(rest, i), i)
 
-        return method.best(jax.lax.fori_loop(0, steps, body, method.init(models, first)))
+        state = jax.lax.fori_loop(0, steps, body, method.init(models, first))
+        return method.best(state), method.lowest(state)
 
     def fuse(models, round):
         # Of the host: a model that lies on several devices would be searched for on each.
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *jax.device_get(list(models)))
-        return search(stacked, jax.random.fold_in(seed_key(seed, Stream.FUSION), round))
+        key = jax.random.fold_in(seed_key(seed, Stream.FUSION), round)
+        model, lowest = search(stacked, key)
+        archives.refuse_negative(lowest)
+        return model
 
     return fuse
 

@@ -29,6 +29,9 @@ def start(score: Callable[[PyTree], Any], evolution: Evolution, parents: list[Py
     Args:
       score: from a model on the device to [points]; any Python.
       evolution: the rules. parents: models, on the host.
+
+    Raises:
+      UserError: a score below 0, here and at every step.
     """
     first = np.asarray(score(jax.device_put(parents[0])))
     population = jax.tree.map(
@@ -36,7 +39,7 @@ def start(score: Callable[[PyTree], Any], evolution: Evolution, parents: list[Py
     )
     scores: Any = np.zeros((evolution.population, first.shape[0]), np.float32)  # on the host, too
     filled: Any = np.zeros(evolution.population, bool)
-    archive = Archive(population, scores, filled)
+    archive = Archive(population, scores, filled, np.zeros((), np.float32))
     for model in parents:
         _insert(archive, evolution, model, score(jax.device_put(model)))
     return archive
@@ -90,6 +93,8 @@ def _loser(scores, filled, child, alpha, capacity):
 
 
 def _insert(archive: Archive, evolution: Evolution, model: PyTree, scores: Any) -> None:
+    scores = np.asarray(scores, np.float32)
+    archives.refuse_negative(np.where(np.isfinite(scores), scores, 0.0))
     child, slot = jax.device_get(
         _loser(archive.scores, archive.filled, scores, evolution.alpha, evolution.capacity)
     )

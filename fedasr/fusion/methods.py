@@ -25,6 +25,7 @@ from fedasr.fusion.crossover import (
     leaf_chromosomes,
     mutate,
     slerp,
+    split_points,
 )
 
 PyTree = Any
@@ -38,6 +39,13 @@ class Method(NamedTuple):
     step(State, key, index) -> State: `batch` evaluations; index int32 counts steps from 0.
     best(State) -> the model with the highest mean score so far, as far as the method remembers.
     scores(State) -> (float32 [models, points], filled bool [models]): of the models that it holds.
+    lowest(State) -> float32, the least score that it has met, or 0: see `archive.refuse_negative`.
+
+    The same search where scores come from outside JAX (see `fedasr.fusion.outside`):
+    start(parents, scores float32 [parents, points], key) -> State, instead of init.
+    propose(State, key, index) -> models side by side, leaves [batch, ...].
+    accept(State, models, scores float32 [batch, points], key, index) -> State: with the key and
+    index that the models were proposed with. step is propose, `score` and accept.
     """
 
     init: Callable[[PyTree, jax.Array], Any]
@@ -45,6 +53,18 @@ class Method(NamedTuple):
     best: Callable[[Any], PyTree]
     scores: Callable[[Any], tuple[jax.Array, jax.Array]]
     batch: int = 1
+    lowest: Callable[[Any], jax.Array] = lambda state: getattr(state, "lowest", 0.0)
+    start: Callable[[PyTree, jax.Array, jax.Array], Any] | None = None
+    propose: Callable[[Any, jax.Array, jax.Array], PyTree] | None = None
+    accept: Callable[..., Any] | None = None
+
+
+def _first(models: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[0], models)
+
+
+def _one(model: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[None], model)
 
 
 # ------------------------------------------------------------------------------------------ M2N2
@@ -96,7 +116,7 @@ class Pair(NamedTuple):
     """What a child is made of.
 
     parents: slots of A and B, int32 each. ratio: float32 [chromosomes]. split: int32
-    [chromosomes].
+    [chromosomes], in units of `crossover.split_unit`.
     """
 
     parents: tuple[jax.Array, jax.Array]
@@ -135,13 +155,18 @@ def choose(
     else:
         weights = competition.first_positive(fit, anybody)
     second = competition.draw(weights, uniform[1])
-    ratio, position = jnp.split(uniform[2:], 2)
-    size = jnp.array(sizes, jnp.int32)
+    return Pair((first, second), *_cut(evolution, uniform[2:], sizes))
+
+
+def _cut(
+    evolution: Evolution, uniform: jax.Array, sizes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Mixing ratios and split points from uniform [2 chromosomes]."""
+    ratio, position = jnp.split(uniform, 2)
+    points = jnp.array([split_points(size) for size in sizes], jnp.int32)
     if evolution.split:
-        split = jnp.minimum((position * size).astype(jnp.int32), size - 1)
-    else:
-        split = size
-    return Pair((first, second), ratio, split)
+        return ratio, jnp.minimum((position * points).astype(jnp.int32), points - 1)
+    return ratio, points
 
 
 def breed(
@@ -179,6 +204,55 @@ def _make_child(
     return breed(evolution, a, b, pair, noise, chromosomes)
 
 
+def _of_archive(
+    score: Score,
+    slots: int,
+    place: Callable[[Archive, PyTree, jax.Array], Archive],
+    propose: Callable[[Archive, jax.Array], PyTree],
+) -> Method:
+    """A method with an archive.
+
+    Args:
+      score: see the module. slots: of the archive. place: puts a model into it, or not, by its
+        scores as they are cleaned. propose: a child, from the archive and a key.
+    """
+
+    def insert(population, child, scores):
+        lowest = jnp.minimum(population.lowest, archives.lowest(scores))
+        return place(population, child, archives.clean(scores))._replace(lowest=lowest)
+
+    def init(parents, key):
+        del key
+        like = _first(parents)
+        begin = archives.empty(like, slots, jax.eval_shape(score, like).shape[0])
+        body = lambda s, child: (insert(s, child, score(child)), None)  # noqa: E731
+        return jax.lax.scan(body, begin, parents)[0]
+
+    def start(parents, scores, key):
+        del key
+        begin = archives.empty(_first(parents), slots, scores.shape[1])
+        return jax.lax.scan(lambda s, x: (insert(s, *x), None), begin, (parents, scores))[0]
+
+    def step(population, key, index):
+        del index
+        child = propose(population, key)
+        return insert(population, child, score(child))
+
+    def accept(population, models, scores, key, index):
+        del key, index
+        return insert(population, _first(models), scores[0])
+
+    return Method(
+        init,
+        step,
+        _best_of_archive,
+        _scores_of_archive,
+        start=start,
+        propose=lambda population, key, index: _one(propose(population, key)),
+        accept=accept,
+    )
+
+
 def evolve(score: Score, evolution: Evolution) -> Method:
     """M2N2 and its ablations: one child a step, dropped or put in the place of the least fit.
 
@@ -186,29 +260,19 @@ def evolve(score: Score, evolution: Evolution) -> Method:
       score: see the module. evolution: the rules.
     """
 
-    def insert(population, child):
-        scores = archives.clean(score(child))
+    def place(population, child, scores):
         slot = archives.loser(
             population.scores, population.filled, scores, evolution.alpha, evolution.capacity
         )
         return archives.replace(population, slot, child, scores)
 
-    def init(parents, key):
-        del key
-        like = jax.tree.map(lambda x: x[0], parents)
-        points = jax.eval_shape(score, like).shape[0]
-        start = archives.empty(like, evolution.population, points)
-        return jax.lax.scan(lambda s, child: (insert(s, child), None), start, parents)[0]
-
-    def step(population, key, index):
-        del index
-
-        def weights(choice, sizes):
+    def propose(population, key):
+        def pair(choice, sizes):
             return choose(evolution, population.scores, population.filled, choice, sizes)
 
-        return insert(population, _make_child(evolution, population, weights, key))
+        return _make_child(evolution, population, pair, key)
 
-    return Method(init, step, _best_of_archive, _scores_of_archive)
+    return _of_archive(score, evolution.population, place, propose)
 
 
 def _best_of_archive(population: Archive) -> PyTree:
@@ -222,47 +286,67 @@ def _scores_of_archive(population: Archive) -> tuple[jax.Array, jax.Array]:
 # ------------------------------------------------------------------------------------ MAP-Elites
 
 
+def choose_elites(
+    evolution: Evolution,
+    scores: jax.Array,
+    filled: jax.Array,
+    key: jax.Array,
+    sizes: tuple[int, ...],
+    again_below: float = 0.0,
+) -> Pair:
+    """Draws two parents by quality (mean score) without replacement, mixing ratios, split points.
+
+    Where all that is left has quality 0, any of them; a model alone is its own partner.
+
+    Args:
+      evolution: `split` is used. scores, filled: of the grid. key: of this child. sizes: of the
+        chromosomes.
+      again_below: with replacement as long as the qualities of all models sum to less.
+    """
+    uniform = jax.random.uniform(key, (2 + 2 * len(sizes),))
+    anybody = filled.astype(jnp.float32)
+    quality = jnp.where(filled, scores.mean(1), 0.0)
+    weights = competition.first_positive(quality, anybody)
+    first = competition.draw(weights, uniform[0])
+    others = jnp.arange(filled.shape[0]) != first
+    apart = competition.first_positive(quality * others, anybody * others, anybody)
+    weights = jnp.where(quality.sum() < again_below, weights, apart)
+    second = competition.draw(weights, uniform[1])
+    return Pair((first, second), *_cut(evolution, uniform[2:], sizes))
+
+
 def map_elites(
     score: Score,
     descriptor: Callable[[jax.Array], jax.Array],
     cells: int = 10,
     evolution: Evolution = Evolution(),
+    again_below: float = 0.0,
 ) -> Method:
-    """MAP-Elites: a grid of models, each the best of its cell; parents are any two of them.
+    """MAP-Elites: a grid of models, each the best of its cell; parents by `choose_elites`.
 
     Args:
       score: see the module.
       descriptor: from scores [points] to float32 [2] in [0, 1], the place in the grid.
       cells: of the grid along each side.
       evolution: `merge`, `split`, `mutation` and `chromosome` of the children; the rest is unused.
+      again_below: of `choose_elites`; 2 in the public code of arXiv 2508.16204.
     """
 
-    def insert(population, child):
-        scores = archives.clean(score(child))
-        place = jnp.clip((descriptor(scores) * cells).astype(jnp.int32), 0, cells - 1)
-        slot = place[0] * cells + place[1]
+    def place(population, child, scores):
+        cell = jnp.clip((descriptor(scores) * cells).astype(jnp.int32), 0, cells - 1)
+        slot = cell[0] * cells + cell[1]
         better = scores.mean() > population.scores[slot].mean()
         wins = better | ~population.filled[slot]
         return archives.replace(population, jnp.where(wins, slot, cells * cells), child, scores)
 
-    def init(parents, key):
-        del key
-        like = jax.tree.map(lambda x: x[0], parents)
-        points = jax.eval_shape(score, like).shape[0]
-        start = archives.empty(like, cells * cells, points)
-        return jax.lax.scan(lambda s, child: (insert(s, child), None), start, parents)[0]
+    def propose(population, key):
+        def pair(choice, sizes):
+            grid = population.scores, population.filled
+            return choose_elites(evolution, *grid, choice, sizes, again_below)
 
-    def step(population, key, index):
-        del index
-        anybody = dataclasses.replace(evolution, attraction=False)
+        return _make_child(evolution, population, pair, key)
 
-        def weights(choice, sizes):
-            filled = population.filled
-            return choose(anybody, jnp.zeros((filled.size, 1)), filled, choice, sizes)
-
-        return insert(population, _make_child(anybody, population, weights, key))
-
-    return Method(init, step, _best_of_archive, _scores_of_archive)
+    return _of_archive(score, cells * cells, place, propose)
 
 
 def halves(mask: np.ndarray) -> Callable[[jax.Array], jax.Array]:
@@ -285,32 +369,53 @@ def halves(mask: np.ndarray) -> Callable[[jax.Array], jax.Array]:
 
 
 class Incumbent(NamedTuple):
-    """The best model so far, its scores float32 [points], and what the candidates are made of."""
+    """The best model so far, its scores float32 [points], and what the candidates are made of.
+
+    lowest: as of an archive.
+    """
 
     best: PyTree
     scores: jax.Array
     parents: PyTree
+    lowest: Any = 0.0
 
 
 def _search(score: Score, candidate: Callable[[PyTree, jax.Array, jax.Array], PyTree]) -> Method:
     """Keeps the best of candidate(parents, key, index)."""
 
     def init(parents, key):
-        del key
-        first = jax.tree.map(lambda x: x[0], parents)
-        return Incumbent(first, archives.clean(score(first)), parents)
+        first = _first(parents)
+        return start(parents, score(first)[None], key)
 
-    def step(state, key, index):
-        found = candidate(state.parents, key, index)
-        scores = archives.clean(score(found))
+    def start(parents, scores, key):
+        del key
+        return _incumbent(_first(parents), scores[0], parents)
+
+    def take(state, found, scores):
+        lowest = jnp.minimum(state.lowest, archives.lowest(scores))
+        scores = archives.clean(scores)
         better = scores.mean() > state.scores.mean()
         keep = functools.partial(jnp.where, better)
         best = jax.tree.map(keep, found, state.best)
-        return Incumbent(best, keep(scores, state.scores), state.parents)
+        return Incumbent(best, keep(scores, state.scores), state.parents, lowest)
+
+    def step(state, key, index):
+        found = candidate(state.parents, key, index)
+        return take(state, found, score(found))
 
     return Method(
-        init, step, lambda state: state.best, lambda state: (state.scores[None], jnp.ones(1, bool))
+        init,
+        step,
+        lambda state: state.best,
+        lambda state: (state.scores[None], jnp.ones(1, bool)),
+        start=start,
+        propose=lambda state, key, index: _one(candidate(state.parents, key, index)),
+        accept=lambda state, models, scores, key, index: take(state, _first(models), scores[0]),
     )
+
+
+def _incumbent(model: PyTree, scores: jax.Array, parents: PyTree) -> Incumbent:
+    return Incumbent(model, archives.clean(scores), parents, archives.lowest(scores))
 
 
 def fraction(index: jax.Array) -> jax.Array:
@@ -368,14 +473,15 @@ def uniform_average(score: Score) -> Method:
         count = jax.tree.leaves(parents)[0].shape[0]
         return combine(parents, jnp.full(count, 1 / count))
 
-    method = _search(score, candidate)
-
     def init(parents, key):
-        state = method.init(parents, key)
         mean = candidate(parents, key, 0)
-        return Incumbent(mean, archives.clean(score(mean)), state.parents)
+        return _incumbent(mean, score(mean), parents)
 
-    return method._replace(init=init)
+    def start(parents, scores, key):
+        # Nobody has scored the mean yet: its first scores are those that count.
+        return _incumbent(candidate(parents, key, 0), jnp.zeros_like(scores[0]), parents)
+
+    return _search(score, candidate)._replace(init=init, start=start)
 
 
 def task_arithmetic(score: Score, base: PyTree, largest: float = 2.0) -> Method:
@@ -401,12 +507,16 @@ def task_arithmetic(score: Score, base: PyTree, largest: float = 2.0) -> Method:
 
 
 class Sampled(NamedTuple):
-    """State of CMA-ES: evosax's, the last population's scores, and the best model so far."""
+    """State of CMA-ES: evosax's, the last population's scores, and the best model so far.
+
+    lowest: as of an archive.
+    """
 
     strategy: Any
     scores: jax.Array
     best: PyTree
     best_scores: jax.Array
+    lowest: Any = 0.0
 
 
 def cma_es(score: Score, like: PyTree, population: int = 20, std: float = 0.01) -> Method:
@@ -414,7 +524,7 @@ def cma_es(score: Score, like: PyTree, population: int = 20, std: float = 0.01) 
 
     It starts at the mean of the parents. A full covariance matrix has the square of the number of
     parameters in entries, and with the learning rates for so many dimensions it hardly leaves the
-    identity within any budget here.
+    identity within any budget here. It samples in float32, whatever the model's dtypes.
 
     Args:
       score: see the module. like: a model, or its shapes. population: candidates in a step. std:
@@ -427,28 +537,54 @@ def cma_es(score: Score, like: PyTree, population: int = 20, std: float = 0.01) 
         from evosax.algorithms import Sep_CMA_ES
     except ImportError as error:
         raise UserError("CMA-ES needs evosax: pip install 'fedasr[fusion]'") from error
-    example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    example = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
     strategy = Sep_CMA_ES(population_size=population, solution=example)
     settings = strategy.default_params.replace(std_init=std)
 
-    def init(parents, key):
+    def wide(models):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), models)
+
+    def begin(parents, key):
         count = jax.tree.leaves(parents)[0].shape[0]
         mean = combine(parents, jnp.full(count, 1 / count))
-        scores = archives.clean(score(mean))
-        state = strategy.init(key, mean, settings)
-        return Sampled(state, jnp.broadcast_to(scores, (population, scores.size)), mean, scores)
+        return mean, strategy.init(key, wide(mean), settings)
 
-    def step(state, key, index):
+    def around(state, best, scores):
+        lowest, scores = archives.lowest(scores), archives.clean(scores)
+        spread = jnp.broadcast_to(scores, (population, scores.size))
+        return Sampled(state, spread, best, scores, lowest)
+
+    def init(parents, key):
+        mean, state = begin(parents, key)
+        return around(state, mean, score(mean))
+
+    def start(parents, scores, key):
+        # Nobody has scored the mean: the best model so far is a parent.
+        top = jnp.argmax(archives.clean(scores).mean(1))
+        _, state = begin(parents, key)
+        return around(state, jax.tree.map(lambda x: x[top], parents), scores[top])
+
+    def propose(state, key, index):
+        del index
+        models, _ = strategy.ask(keys(key)[0], state.strategy, settings)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), models, like)
+
+    def accept(state, models, scores, key, index):
         del index
         ask, tell = keys(key)
-        models, strategy_state = strategy.ask(ask, state.strategy, settings)
-        scores = archives.clean(score_all(score, models))
+        _, strategy_state = strategy.ask(ask, state.strategy, settings)
+        lowest = jnp.minimum(state.lowest, archives.lowest(scores))
+        scores = archives.clean(scores)
         means = scores.mean(1)
-        strategy_state, _ = strategy.tell(tell, models, -means, strategy_state, settings)
+        strategy_state, _ = strategy.tell(tell, wide(models), -means, strategy_state, settings)
         top = jnp.argmax(means)
         keep = functools.partial(jnp.where, means[top] > state.best_scores.mean())
         best = jax.tree.map(lambda new, old: keep(new[top], old), models, state.best)
-        return Sampled(strategy_state, scores, best, keep(scores[top], state.best_scores))
+        return Sampled(strategy_state, scores, best, keep(scores[top], state.best_scores), lowest)
+
+    def step(state, key, index):
+        models = propose(state, key, index)
+        return accept(state, models, score_all(score, models), key, index)
 
     return Method(
         init,
@@ -456,6 +592,9 @@ def cma_es(score: Score, like: PyTree, population: int = 20, std: float = 0.01) 
         lambda state: state.best,
         lambda state: (state.scores, jnp.ones(population, bool)),
         population,
+        start=start,
+        propose=propose,
+        accept=accept,
     )
 
 

@@ -5,10 +5,11 @@ often it is measured, wherever it was interrupted, whatever seeds are beside it.
 with the same seeds a resumed run is bit-identical; other neighbours may change the rounding.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedasr.errors import UserError
+from fedasr.fusion import archive as archives
 from fedasr.fusion import competition
 from fedasr.fusion.methods import Method
 from fedasr.training.checkpoint import Checkpointer, lock_directory
 
 PyTree = Any
 AXIS = "seeds"
-_PARENTS, _INIT, _STEPS = range(3)  # streams of a seed's key
+PARENTS, INIT, STEPS = range(3)  # streams of a seed's key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,8 @@ def run(
       log: takes a line for every measurement.
 
     Raises:
-      UserError: no seeds, a checkpoint of another run or of a longer one, or a work directory that
-        another process works in.
+      UserError: no seeds, a checkpoint of another run or of a longer one, a work directory that
+        another process works in, scores below 0, or a score that JAX cannot compile.
     """
     if not seeds or evaluations < 1 or every < 1:
         raise UserError("seeds, evaluations and every must be at least one")
@@ -95,9 +97,10 @@ def run(
     total, every = (-(-n // method.batch) for n in (evaluations, every))
     identity = dict(identity or {}) | {"seeds": list(map(int, seeds))}
 
-    state, measured = start(roots)
-    done, curve = 0, [_record(0, measured, len(seeds))]
-    with _Saved(workdir, identity) as saved:
+    with _compilable():
+        state, measured = start(roots)
+    done, curve = 0, [record_of(0, measured, len(seeds))]
+    with Saved(workdir, identity) as saved:
         if found := saved.restore(jax.tree.map(lambda x: x[: len(seeds)], state)):
             # The seeds that only fill devices go on from a copy of the last one.
             pad = len(padded) - len(seeds)
@@ -121,12 +124,12 @@ def run(
             until = min(total, (done // every + 1) * every)
             began = time.perf_counter()
             state, measured = advance(state, roots, jnp.int32(done), jnp.int32(until))
-            record = _record(until * method.batch, measured, len(seeds))  # waits
+            record = record_of(until * method.batch, measured, len(seeds))  # waits
             seconds += time.perf_counter() - began
             timed += (until - done) * method.batch * len(seeds)
             done = until
             curve.append(record)
-            log(_line(record))
+            log(line_of(record))
             if done == total or time.monotonic() - last_save > save_seconds:
                 saved.save(done, jax.tree.map(lambda x: x[: len(seeds)], state), curve)
                 last_save = time.monotonic()
@@ -144,21 +147,15 @@ def _compiled(method: Method, make_parents: Any, measure: Any, mesh: Mesh) -> tu
     """start(keys) and advance(states, keys, first step, end), both -> (states, measured)."""
 
     def observe(state):
-        best = method.best(state)
-        scores, filled = method.scores(state)
-        return dict(measure(best)) | {
-            "score": scores.mean(1).max(),
-            "coverage": competition.coverage(scores),
-            "entropy": competition.entropy(scores, filled),
-        }
+        return dict(measure(method.best(state))) | observed(method, state)
 
     def start_one(key):
-        parents = make_parents(jax.random.fold_in(key, _PARENTS))
-        state = method.init(parents, jax.random.fold_in(key, _INIT))
+        parents = make_parents(jax.random.fold_in(key, PARENTS))
+        state = method.init(parents, jax.random.fold_in(key, INIT))
         return state, observe(state)
 
     def advance_one(state, key, first, end):
-        steps = jax.random.fold_in(key, _STEPS)
+        steps = jax.random.fold_in(key, STEPS)
 
         def body(i, s):
             return method.step(s, jax.random.fold_in(steps, i), i)
@@ -183,18 +180,68 @@ def _compiled(method: Method, make_parents: Any, measure: Any, mesh: Mesh) -> tu
     return start, jax.jit(advance, donate_argnums=0)
 
 
-def _record(evaluations: int, measured: Mapping[str, jax.Array], seeds: int) -> dict[str, Any]:
-    values = {key: np.asarray(value, np.float64) for key, value in measured.items()}
-    return {"evaluations": evaluations} | {k: v[:seeds].tolist() for k, v in values.items()}
+def observed(method: Method, state: Any) -> dict[str, jax.Array]:
+    """What is measured of every search, float32 each; "lowest" is for `archive.refuse_negative`.
+
+    Args:
+      method: that searches. state: its.
+    """
+    scores, filled = method.scores(state)
+    return {
+        "score": scores.mean(1).max(),
+        "coverage": competition.coverage(scores),
+        "entropy": competition.entropy(scores, filled),
+        "lowest": jnp.asarray(method.lowest(state), jnp.float32),
+    }
 
 
-def _line(record: Mapping[str, Any]) -> str:
+@contextlib.contextmanager
+def _compilable() -> Iterator[None]:
+    """What other frameworks say of JAX's tracers, in words that help."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, jax.errors.JAXTypeError) or "Tracer" in str(error):
+            why = str(error).split("\n", 1)[0]
+            raise UserError(
+                "JAX cannot compile the score (or make_parents, or measure): write it with "
+                "jax.numpy, or search with `fedasr.fusion.outside`, which takes scores of any "
+                f"framework ({why})"
+            ) from error
+        raise
+
+
+def record_of(
+    evaluations: int, measured: Mapping[str, jax.Array], seeds: int = 1
+) -> dict[str, Any]:
+    """A measurement as JSON: {"evaluations": int, name: [a float for each seed]}.
+
+    Args:
+      evaluations: so far. measured: [seeds or more] or scalars, with `observed`. seeds: that count.
+
+    Raises:
+      UserError: if a model had a score below 0.
+    """
+    values = {key: np.asarray(x, np.float64).reshape(-1)[:seeds] for key, x in measured.items()}
+    archives.refuse_negative(values.pop("lowest"))
+    return {"evaluations": evaluations} | {key: x.tolist() for key, x in values.items()}
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A measurement in words, means over seeds."""
     means = (f"{key} {np.mean(v):.4f}" for key, v in record.items() if key != "evaluations")
     return f"{record['evaluations']} evaluations: {', '.join(means)}"
 
 
-class _Saved:
-    """The checkpoints of a run, or none without a work directory."""
+class Saved:
+    """The checkpoints of a run, or none without a work directory.
+
+    Args:
+      workdir: of the run, or None. identity: what a checkpoint must have been written with.
+
+    Raises:
+      UserError: the directory cannot be made, or another process works in it.
+    """
 
     def __init__(self, workdir: str | Path | None, identity: Mapping[str, Any]) -> None:
         self._checkpointer = self._lock = None
@@ -207,7 +254,7 @@ class _Saved:
             self._lock = lock_directory(workdir)
             self._checkpointer = Checkpointer(Path(workdir) / "checkpoints")
 
-    def __enter__(self) -> "_Saved":
+    def __enter__(self) -> "Saved":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -217,10 +264,15 @@ class _Saved:
                 self._lock.close()
 
     def restore(self, like: PyTree) -> tuple[PyTree, tuple[int, list]] | None:
+        """(state, (steps, curve)) of the latest checkpoint, or None.
+
+        Raises:
+          UserError: it is of another run.
+        """
         if not self._checkpointer or (step := self._checkpointer.latest_step()) is None:
             return None
         shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-        state, metadata = self._checkpointer.restore(step, shapes)
+        state, metadata = self._checkpointer.restore(step, shapes, added=("lowest",))
         if metadata["identity"] != self._identity:
             raise UserError(
                 f"{self._checkpointer.directory.parent} holds another run "
@@ -229,6 +281,7 @@ class _Saved:
         return state, (step, metadata["curve"])
 
     def save(self, step: int, state: PyTree, curve: list) -> None:
+        """Starts to write a checkpoint."""
         if self._checkpointer:
             metadata = {"identity": self._identity, "curve": curve}
             self._checkpointer.save(step, jax.device_get(state), metadata)

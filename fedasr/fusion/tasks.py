@@ -23,7 +23,7 @@ class Task:
       score: see `fedasr.fusion.methods`. make_parents, measure: see `fedasr.fusion.run`.
       like: shapes of a model. base: what the parents were trained from, or None if unknown.
       mutation: standard deviation. halves: bool [points], for MAP-Elites. identity: of the data
-      and models. chromosome: of `methods.Evolution`.
+      and models. chromosome: of `methods.Evolution`. again_below: of `methods.choose_elites`.
     """
 
     score: Callable[[Any], Any]
@@ -35,29 +35,38 @@ class Task:
     halves: np.ndarray
     identity: Mapping[str, Any]
     chromosome: Callable[[str], str] | None = None
+    again_below: float = 0.0
 
 
-def digits_task(pretrained: bool, raw: bool = False) -> Task:
+def digits_task(pretrained: bool, raw: bool = False, pair_per_seed: bool = False) -> Task:
     """The published test bed.
 
     Args:
       pretrained: two specialists without mutation, otherwise two random models with.
       raw: images as published, see `fedasr.fusion.digits.load`.
+      pair_per_seed: every seed trains specialists of its own; otherwise all start from the
+        published pair.
 
     Raises:
       UserError: if scikit-learn is missing.
     """
     data = digits.load(raw)
     like = jax.eval_shape(digits.random_model, jax.random.key(0))
+
+    def trained(key):
+        return digits.specialists(key if pair_per_seed else None, data)
+
+    pair = {"pair": "per seed" if pair_per_seed else "published"} if pretrained else {}
     return Task(
         digits.train_scores(data),
-        (lambda key: digits.specialists(key, data)) if pretrained else digits.scratch_parents,
+        trained if pretrained else digits.scratch_parents,
         digits.test_accuracy(data),
         like,
         jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
         0.0 if pretrained else 0.01,
         data.train_labels % 2 == 1,
-        {"task": "digits", "pretrained": pretrained, "raw": raw},
+        {"task": "digits", "pretrained": pretrained, "raw": raw, **pair},
+        again_below=2.0,  # as the public code has it
     )
 
 
@@ -112,7 +121,9 @@ def make_method(name: str, task: Task, population: int = 20, alpha: float = 1.0)
         return methods.evolve(task.score, methods.make_evolution(name, evolution))
     if name == "map_elites":
         descriptor = methods.halves(task.halves)
-        return methods.map_elites(task.score, descriptor, evolution=evolution)
+        return methods.map_elites(
+            task.score, descriptor, evolution=evolution, again_below=task.again_below
+        )
     if name == "cma_es":
         return methods.cma_es(task.score, task.like, population)
     if name == "mixing_ratio":
@@ -121,7 +132,10 @@ def make_method(name: str, task: Task, population: int = 20, alpha: float = 1.0)
         return methods.uniform_average(task.score)
     if name == "task_arithmetic":
         if task.base is None:
-            raise UserError("task_arithmetic needs models that were all trained from one init_from")
+            raise UserError(
+                "task_arithmetic needs what all models were trained from: recognisers with one "
+                "init_from, or --base=MODEL for checkpoints"
+            )
         return methods.task_arithmetic(task.score, task.base)
     raise UserError(f"--method={name}: choose from {', '.join(METHODS)}")
 

@@ -7,12 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedasr.errors import UserError
+from fedasr.fusion import crossover as module
+from fedasr.fusion import methods
 from fedasr.fusion.crossover import (
     chromosome_sizes,
     crossover,
     leaf_chromosomes,
+    leaf_order,
     mutate,
     slerp,
+    split_points,
+    split_unit,
 )
 
 SHAPES = {"decoder": {"bias": (3,), "kernel": (4, 3)}, "encoder": {"kernel": (2, 2, 2)}}
@@ -171,3 +177,116 @@ def test_mutation_has_the_stated_size():
     change = flatten(mutate(like, jax.random.key(1), 0.01)) - 3.0
     assert change.std() == pytest.approx(0.01, rel=0.05)
     assert mutate(like, jax.random.key(1), 0.0) is like
+
+
+# --------------------------------------------------------------------------------- order by depth
+
+
+def test_blocks_are_in_order_of_their_numbers():
+    """A split point after block_2 of twelve blocks leaves block_10 to the other side."""
+    names = [f"block_{i}" for i in range(12)]
+    a, b = ({name: jnp.full(2, value) for name in names} for value in (1.0, -3.0))
+    split = jnp.array([2 * 3], jnp.int32)
+    child = crossover(a, b, jnp.zeros(1), split, leaf_chromosomes(a))
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(child[name], 1.0 if i < 3 else -3.0, atol=1e-6)
+
+
+def test_order_of_nested_and_dotted_names():
+    like = {
+        "encoder": {"block_10": {"w": 0, "b": 0}, "block_9": {"w": 0}, "block_1a": {"w": 0}},
+        "model.layers.2.w": 0,
+        "model.layers.11.w": 0,
+        "model.layers.02.w": 0,
+        "list": [0] * 11,
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+    found = [paths[i] for i in leaf_order(like)]
+    assert found == [
+        *("encoder/block_1a/w", "encoder/block_9/w", "encoder/block_10/b", "encoder/block_10/w"),
+        *(f"list/{i}" for i in range(11)),
+        *("model.layers.02.w", "model.layers.2.w", "model.layers.11.w"),
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.text("ab_-./AZ19\u00e9", max_size=6), min_size=1))
+def test_without_numbers_of_several_digits_the_order_is_that_of_jax(names):
+    names = {name for name in names if not any(x + y in name for x in "19" for y in "19")}
+    assert leaf_order({name: {"x": 0, "y": 0} for name in names}) == tuple(range(2 * len(names)))
+
+
+def test_named_tuples_keep_their_order():
+    from fedasr.fusion import digits
+
+    like = jax.eval_shape(digits.random_model, jax.random.key(0))
+    assert leaf_order(like) == (0, 1, 2, 3)
+
+
+# --------------------------------------------------------------- more than 2**31 in a chromosome
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2**45))
+def test_split_points_fit_in_31_bits(size):
+    unit, points = split_unit(size), split_points(size)
+    assert points < 2**31 and (points - 1) * unit < size <= points * unit
+    assert unit == 1 if size < 2**31 else points >= 2**29
+
+
+@pytest.mark.parametrize("count", [2**32, 40])
+@pytest.mark.parametrize("begin", [0, 2**31 - 10, 2**32 - 20, 3 * 2**40 + 5])
+def test_what_lies_before_a_split_point_in_64_bits(monkeypatch, count, begin):
+    """`count` of 40: a leaf has several rows."""
+    shape, unit = (4, 3, 11), split_unit(begin + 2**31)
+    monkeypatch.setattr(module, "_COUNT", count + unit)
+    place = begin + np.arange(132, dtype=np.int64).reshape(shape)
+    for at in (begin - 5, begin, begin + 1, begin + 50, begin + 131, begin + 200):
+        split = max(at, 0) // unit
+        found = module._before(shape, begin, jnp.int32(split), unit)
+        np.testing.assert_array_equal(found, place < np.int64(split) * unit)
+
+
+@pytest.mark.parametrize("count", [2**32, 40])
+def test_noise_beyond_32_bits_goes_on_and_does_not_repeat(monkeypatch, count):
+    key, begin = jax.random.key(3), 2**32 - 66
+    below = module._normal(key, begin, (66,))
+    monkeypatch.setattr(module, "_COUNT", count)
+    across = np.ravel(module._normal(key, begin, (4, 3, 11)))
+    np.testing.assert_array_equal(across[:66], below)
+    first = module._normal(key, 0, (66,))
+    assert not (across[66:] == first).any()
+    later = np.ravel(module._normal(key, 2**33, (66,)))
+    assert not (later == first).any() and not (later == across[66:]).any()
+
+
+def test_a_large_model_is_chosen_bred_and_mutated_by_its_shapes():
+    """6.4e9 parameters in one chromosome: traced whole, nothing is allocated."""
+    like = {
+        "embed": jax.ShapeDtypeStruct((2**17, 2**12), jnp.bfloat16),
+        **{f"layer_{i}": jax.ShapeDtypeStruct((2**16, 2**15), jnp.bfloat16) for i in range(2)},
+        "vector": jax.ShapeDtypeStruct((3 * 2**29,), jnp.bfloat16),
+    }
+    chromosomes = leaf_chromosomes(like)
+    (size,) = chromosome_sizes(like, chromosomes)
+    assert size > 2**32
+    evolution = methods.Evolution(population=2)
+
+    def splits(key):
+        scores, filled = jnp.ones((2, 3)), jnp.ones(2, bool)
+        return methods.choose(evolution, scores, filled, key, (size,)).split[0]
+
+    found = np.asarray(jax.vmap(splits)(jax.random.split(jax.random.key(0), 300)), np.int64)
+    found *= split_unit(size)
+    assert found.min() < 0.05 * size and 0.95 * size < found.max() < size
+
+    def child(a, b, key):
+        scores, filled = jnp.ones((2, 3)), jnp.ones(2, bool)
+        pair = methods.choose(evolution, scores, filled, key, (size,))
+        return methods.breed(evolution, a, b, pair, key, chromosomes)
+
+    assert jax.eval_shape(child, like, like, jax.random.key(0)) == like
+    assert jax.eval_shape(lambda a, b: slerp(a, b, 0.5), like, like) == like
+    with pytest.raises(UserError, match="32 bits cannot count"):
+        module._rows((2**33,), 0)

@@ -39,6 +39,48 @@ def test_scores_are_right_or_wrong_as_in_numpy():
     np.testing.assert_array_equal(digits.train_scores(data)(model), expected)
 
 
+def test_the_published_pair_is_that_of_the_public_code():
+    """As one vector drawn from key 42, with Adam by its formula in float64."""
+    data = digits.load(raw=True)
+    found = jax.jit(lambda key: digits.specialists(None, data))(jax.random.key(5))
+
+    def loss(flat, images, labels):
+        hidden = jax.nn.relu(images @ flat[: 64 * 256].reshape(64, 256) + flat[64 * 256 : 65 * 256])
+        kernel, bias = flat[65 * 256 : -10].reshape(256, 10), flat[-10:]
+        logs = jax.nn.log_softmax(hidden @ kernel + bias)
+        return -logs[np.arange(len(labels)), labels].mean()
+
+    gradient = jax.jit(jax.grad(loss))
+    for i, key in enumerate(jax.random.split(jax.random.PRNGKey(42), 2)):
+        own = (data.train_labels < 5) == (i == 0)
+        images, labels = data.train_images[own], data.train_labels[own]
+        flat = 0.01 * jax.random.normal(key, (19_210,))
+        start = np.concatenate([np.ravel(x[i]) for x in jax.tree.leaves(digits.published_starts())])
+        np.testing.assert_array_equal(start, flat)
+        mean = square = np.zeros(19_210)
+        flat = np.float64(flat)
+        for step in range(1, 11):
+            g = np.float64(gradient(np.float32(flat), images, labels))
+            mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
+            unbiased = np.sqrt(square / (1 - 0.999**step)) + 1e-8
+            flat = flat - 3e-3 * mean / (1 - 0.9**step) / unbiased
+        ours = np.concatenate([np.ravel(x[i]) for x in jax.tree.leaves(found)])
+        # Where a gradient is about 0 its sign is rounding, and Adam's step follows it.
+        assert np.mean(np.abs(ours - flat) > 1e-5) < 0.01
+
+
+def test_seeds_share_the_published_pair_or_have_their_own():
+    from fedasr.fusion.tasks import digits_task
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    for per_seed in (False, True):
+        task = digits_task(True, raw=True, pair_per_seed=per_seed)
+        make = jax.jit(task.make_parents)
+        one, two = (jax.tree.leaves(make(key))[0] for key in keys)
+        assert bool((one == two).all()) is not per_seed
+        assert task.identity["pair"] == ("per seed" if per_seed else "published")
+
+
 def test_specialists_know_their_digits_alone():
     data = digits.load()
     models = jax.jit(lambda key: digits.specialists(key, data))(jax.random.key(2))

@@ -188,6 +188,12 @@ def test_a_model_that_breaks_never_enters_a_full_archive():
     assert (state.params["a"][:, 0] <= 0.3).all()
 
 
+def test_negative_scores_are_refused_on_the_host():
+    single = jax.tree.map(lambda x: np.asarray(x[0]), models(1))
+    with pytest.raises(UserError, match="lie between 0 and 1"):
+        host.start(lambda params: np.float32([0.5, -2]), Evolution(population=2), [single])
+
+
 def test_attraction_finds_the_complement():
     """A solves the left half, B the right one, C little: A's partner is B."""
     scores = jnp.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0.0]])
@@ -253,6 +259,47 @@ def test_map_elites_keeps_the_best_of_each_cell():
     assert (after[filled] >= before[filled]).all()
     with pytest.raises(UserError, match="halves"):
         methods.halves(np.ones(4, bool))
+
+
+def draws(scores, filled, count=4000, **settings):
+    """Parents that MAP-Elites draws: int [count, 2]."""
+
+    def pair(key):
+        chosen = methods.choose_elites(Evolution(), scores, filled, key, (10,), **settings)
+        return jnp.stack(chosen.parents)
+
+    return np.asarray(jax.vmap(pair)(jax.random.split(jax.random.key(0), count)))
+
+
+def test_map_elites_draws_parents_by_quality_without_replacement():
+    quality = np.array([0.5, 0.0, 0.3, 0.9, 0.2])  # nobody is in cell 3
+    scores = jnp.asarray(np.repeat(quality[:, None], 4, 1), jnp.float32)
+    filled = jnp.array([True, True, True, False, True])
+    found = draws(scores, filled)
+    a, b = found.T
+    assert (a != b).all() and set(a) == {0, 2, 4}
+    np.testing.assert_allclose(np.bincount(a, minlength=5) / len(a), quality * filled, atol=0.03)
+    # The second by quality among the others.
+    after = b[a == 0]
+    np.testing.assert_allclose(np.mean(after == 2), 0.6, atol=0.04)
+    assert (after != 1).all() and (b != 3).all()
+
+
+def test_map_elites_draws_as_the_public_code_while_qualities_sum_to_less_than_2():
+    scores = jnp.full((3, 4), 0.5)
+    same = np.mean(np.equal(*draws(scores, jnp.ones(3, bool), again_below=2.0).T))
+    assert same == pytest.approx(1 / 3, abs=0.03)
+    assert not np.equal(*draws(jnp.full((3, 4), 0.7), jnp.ones(3, bool), again_below=2.0).T).any()
+
+
+@pytest.mark.parametrize("quality", [0.0, 0.5])
+def test_map_elites_with_few_models(quality):
+    """One alone is its own partner; of models that solve nothing any two that differ."""
+    one = jnp.array([False, True, False])
+    assert (draws(jnp.full((3, 4), quality), one, 20) == 1).all()
+    two = jnp.array([True, True, False])
+    found = draws(jnp.array([[quality] * 4, [0.0] * 4, [0.9] * 4]), two, 50)
+    assert set(map(tuple, found)) <= {(0, 1), (1, 0)}
 
 
 def test_fractions_are_evenly_spread():
