@@ -28,6 +28,18 @@ PLACES = {"data.dir": "data.identity", "init_from": "start"}
 # one was made by such a release. Whatever is added to the declaration, or to a model's options, is
 # to be added here.
 ADDED: dict[str, Any] = {
+    "decoding.name": "greedy",
+    "decoding.lm": "",
+    "decoding.lexicon": "",
+    "decoding.order": 3,
+    "decoding.beam": 32,
+    "decoding.lm_weight": 1.0,
+    "decoding.word_bonus": 0.0,
+    "decoding.unknown_penalty": 6.0,
+    "selection.split": "",
+    "selection.patience": 0,
+    "evaluation.every_steps": 100,
+    "seed_training.reuse": False,
     "start": "",  # what init_from was, where a release did not note it
     "privacy.noise_seed": "run",
     "privacy.bits": 16,
