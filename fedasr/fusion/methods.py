@@ -53,7 +53,7 @@ class Method(NamedTuple):
     best: Callable[[Any], PyTree]
     scores: Callable[[Any], tuple[jax.Array, jax.Array]]
     batch: int = 1
-    lowest: Callable[[Any], jax.Array] = lambda state: getattr(state, "lowest", 0.0)
+    lowest: Callable[[Any], jax.Array] = lambda state: getattr(state, "lowest", jnp.zeros(()))
     start: Callable[[PyTree, jax.Array, jax.Array], Any] | None = None
     propose: Callable[[Any, jax.Array, jax.Array], PyTree] | None = None
     accept: Callable[..., Any] | None = None

@@ -30,7 +30,9 @@ class Recogniser(NamedTuple):
     init(key) -> params. loss(params, batch, key) -> (loss, aux): training, with augmentation and
     dropout. evaluate(params, batch) -> (tokens int32 [b, t], token counts int32 [b], loss float32
     [b], valid bool [b]): greedy decoding without randomness; `valid` is False for padding and for
-    utterances whose transcript cannot be aligned with their frames.
+    utterances whose transcript cannot be aligned with their frames. scores(params, batch) -> (log
+    probabilities of the tokens in each frame, float32 [b, t, vocab], frame counts int32 [b], loss,
+    valid): what the decoders of `fedasr.decoding` search; None where there are none (RNN-T).
 
     A batch holds "features" [b, t, f], "features_length" [b], "labels" [b, u], "labels_length" [b]
     and "mask" [b].
@@ -39,6 +41,7 @@ class Recogniser(NamedTuple):
     init: Callable[[jax.Array], Any]
     loss: Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict]]
     evaluate: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, ...]]
+    scores: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, ...]] | None = None
 
 
 def ctc_recogniser(
@@ -62,10 +65,24 @@ def ctc_recogniser(
         values, feasible = ctc_loss(logits, lengths, *labels, _streamed(logits, labels[0], keys))
         return values, values, feasible, (logits, lengths)
 
+    return _ctc(init, forward, augment, _draws_alike(module))
+
+
+def _ctc(
+    init: Callable, forward: Callable, augment: SpecAugmentConfig | None, alike: bool = False
+) -> Recogniser:
+    """What models with scores in each frame share; see `_recogniser`."""
+
     def decode(params, outputs):
         return greedy_decode(*outputs)
 
-    return _recogniser(init, forward, decode, augment, _draws_alike(module))
+    def scores(params, batch):
+        features = batch["features"].astype(jnp.float32)
+        _, values, feasible, (logits, lengths) = forward(params, batch, features, None)
+        valid = batch["mask"] & feasible
+        return jax.nn.log_softmax(logits), lengths, jnp.where(valid, values, 0.0), valid
+
+    return _recogniser(init, forward, decode, augment, alike)._replace(scores=scores)
 
 
 def rnnt_recogniser(
@@ -128,10 +145,7 @@ def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
         values, feasible = ctc_loss(*outputs, *labels, _streamed(outputs[0], labels[0], keys))
         return values + recurrent.penalty(params, config), values, feasible, outputs
 
-    def decode(params, outputs):
-        return greedy_decode(*outputs)
-
-    return _recogniser(lambda key: recurrent.init(key, config), forward, decode, None)
+    return _ctc(lambda key: recurrent.init(key, config), forward, None)
 
 
 _STREAMED = 1 << 24  # scores of all states in all frames, beyond which they are not kept

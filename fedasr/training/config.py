@@ -160,6 +160,11 @@ class SeedTraining(Central):
 
     steps: int = setting(whole(0, most=100_000_000, unit="steps"), "0: none")
     split: str = setting(checked("seed", values.check_split, "split"))
+    reuse: bool = setting(
+        flag(False),
+        "keep the seed in .seeds beside the work directory, and take the one there if all that "
+        "makes it is the same",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,12 +348,54 @@ class Evaluation:
     """When and on what error rates are measured."""
 
     every: int = setting(whole(10, unit="rounds"), "0: only before and after")
+    every_steps: int = setting(
+        whole(100, unit="steps"), "of the central baseline; 0: only before and after"
+    )
     batch_size: int = setting(whole(32, 1, 65_536, "utterances"))
     while_training: tuple[str, ...] = setting(several(("dev",), values.check_split, what="splits"))
     published: bool = setting(
         flag(False),
         "also report wer_published, the rate as arXiv 2310.00098 computes it: of utterances up to "
         "30 s, each one's own rate weighted by its words and two more",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How texts are found in the scores, while training and by `fedasr evaluate`."""
+
+    name: str = setting(
+        choice("greedy", values.decoders),
+        'each frame\'s likeliest token; or "beam", with a language model, or "lexicon", words of '
+        "a list alone",
+    )
+    lm: str = setting(
+        text(""),
+        'ARPA file of words (KenLM); or made from transcripts: "from_train", "from_seed", or of '
+        'any split; "": none',
+    )
+    lexicon: str = setting(
+        text(""), 'file, a word a line; or "from_train" and so on; "": the language model\'s words'
+    )
+    order: int = setting(whole(3, 1, 10, "words"), "of a language model that is made")
+    beam: int = setting(whole(32, 1, 100_000, "hypotheses"), "kept after each frame")
+    lm_weight: float = setting(real(1.0, most=1000), "times the words' log probability")
+    word_bonus: float = setting(real(0.0, -1000, 1000, unit="nats"), "for every word")
+    unknown_penalty: float = setting(
+        real(6.0, unit="nats"), 'taken by "beam" for every word that the lexicon lacks'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which state of the main training is kept and reported, and when there will be no better."""
+
+    split: str = setting(
+        checked("", values.check_optional_split, "split"),
+        'the state with the lowest word error rate on it, of those evaluated; "": the last',
+    )
+    patience: int = setting(
+        whole(0, unit="evaluations"), "training ends after so many without a lower one; 0: never"
     )
 
 
@@ -420,6 +467,8 @@ class Config:
     server: Server = section(Server)
     privacy: Privacy = section(Privacy)
     evaluation: Evaluation = section(Evaluation)
+    decoding: Decoding = section(Decoding)
+    selection: Selection = section(Selection)
     checkpoint: Checkpoint = section(Checkpoint)
     start: str | None = None
 

@@ -9,6 +9,8 @@ import numpy as np
 from fedasr.audio.features import LogMelConfig, num_frames
 from fedasr.data.batching import Bucket, eval_batches, fewest_buckets
 from fedasr.data.corpus import Corpus
+from fedasr.decoding.registry import Decoder
+from fedasr.errors import UserError
 from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
 from fedasr.federated.local import Layout
 from fedasr.models.recogniser import ARRAYS, Recogniser
@@ -36,7 +38,7 @@ def evaluation_buckets(
 
 
 class Evaluator:
-    """Greedy decoding of every utterance of a corpus, in batches of one compiled shape a bucket.
+    """Decodes every utterance of a corpus, in batches of one compiled shape a bucket.
 
     Memory is bounded by `BATCH_FRAMES` or by the longest utterance, whichever is more, not by their
     number: an utterance too long to come once for each device is computed on one.
@@ -52,6 +54,10 @@ class Evaluator:
       model_devices: devices that hold the model together, see `client_mesh`.
       published: whether "wer_published" is reported, too (see `published_word_error_rate`), of
         utterances of at most 30 s.
+      decoder: of the scores, on the host; None for greedy decoding on the devices.
+
+    Raises:
+      UserError: a decoder for a model that has no scores of tokens in each frame.
     """
 
     def __init__(
@@ -64,8 +70,16 @@ class Evaluator:
         layout: Layout | None = None,
         model_devices: int = 1,
         published: bool = False,
+        decoder: Decoder | None = None,
     ) -> None:
         self._published = published
+        compute: Any = recogniser.evaluate if decoder is None else recogniser.scores
+        if compute is None:
+            raise UserError(
+                "this model has no scores that a beam could search (objective 'rnnt'): choose the "
+                "decoder 'greedy'"
+            )
+        self._decoder = decoder
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
         lanes = self._mesh.shape[AXIS]
         self._one = client_mesh((devices or jax.local_devices())[:model_devices], model_devices)
@@ -75,12 +89,12 @@ class Evaluator:
             fitting = BATCH_FRAMES // max(next(iter(bucket.values()), 1), 1)
             whole = min(-(-batch_size // lanes), fitting // lanes) * lanes
             self._sizes.append(whole or max(1, min(batch_size, fitting)))
-        self._evaluate: Any = jax.jit(recogniser.evaluate)
+        self._evaluate: Any = jax.jit(compute)
         self._tokenizer = tokenizer or CharTokenizer()
 
         def one(params, row, example):
             batch = jax.tree.map(lambda x: x[None], example)
-            outputs = recogniser.evaluate(layout.insert(params, row), batch)
+            outputs = compute(layout.insert(params, row), batch)
             return jax.tree.map(lambda x: x[0], outputs)
 
         self._evaluate_own: Any = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
@@ -117,13 +131,14 @@ class Evaluator:
             else:
                 own = jax.device_put(rows(users), sharding)
                 outputs = self._evaluate_own(placed[mesh], own, on_device)
-            tokens, lengths, loss, valid = jax.device_get(outputs)
+            found, lengths, loss, valid = jax.device_get(outputs)
             losses += float(loss.sum())
             count += int(valid.sum())
             for i in np.flatnonzero(batch["mask"]):
                 labels = batch["labels"][i, : batch["labels_length"][i]]
                 references.append(self._tokenizer.decode(labels))
-                hypotheses.append(self._tokenizer.decode(tokens[i, : lengths[i]]))
+                decode = self._decoder or self._tokenizer.decode
+                hypotheses.append(decode(found[i, : lengths[i]]))
                 frames.append(int(batch["features_length"][i]))
         return references, hypotheses, losses / max(count, 1), frames
 
@@ -160,8 +175,9 @@ def evaluate(
     *,
     tokenizer: Tokenizer | None = None,
     batch_size: int = 32,
+    decoder: Decoder | None = None,
 ) -> dict[str, float]:
-    """Error rates of a recogniser on a corpus, by greedy decoding.
+    """Error rates of a recogniser on a corpus.
 
     Compiles anew in every call: to evaluate again and again keep an `Evaluator`.
 
@@ -171,12 +187,13 @@ def evaluate(
       corpus: of speech, with "features" and "labels".
       tokenizer: that wrote the labels. None for the one that the corpus names in its `metadata`
         or, where it has none, that of the 29 characters.
-      batch_size: see `Evaluator`.
+      batch_size, decoder: see `Evaluator`.
 
     Returns:
       {"wer": percent, "cer": percent, "loss": nats per utterance}; see `Evaluator`.
     """
     if tokenizer is None and hasattr(corpus, "metadata"):
         tokenizer = tokenizer_for(corpus.metadata)
-    evaluator = Evaluator(recogniser, evaluation_buckets([corpus]), batch_size, tokenizer=tokenizer)
+    buckets = evaluation_buckets([corpus])
+    evaluator = Evaluator(recogniser, buckets, batch_size, tokenizer=tokenizer, decoder=decoder)
     return evaluator(params, corpus)

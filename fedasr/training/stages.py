@@ -19,17 +19,19 @@ from fedasr.training.workdir import SUMMARY_FILE
 _REPORT_SECONDS = 300.0  # that the run waits for its plots
 
 
-def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
+def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> dict[str, Any]:
     """All that is left to do of a run.
 
     Args:
       session: of the run.
       start: parameters in place of the seed's; None if there are none, or the run has begun.
+      only_seed: train the seed, keep it for later runs, and end there.
 
     Returns:
-      The summary, also in the session's folder.
+      The summary, also in the session's folder; of a seed alone, what `seed_summary` says.
 
     Raises:
+      UserError: only a seed is wanted, and there is none to be trained.
       Interrupted: the run was asked to stop; a checkpoint has all of it.
     """
     latest = session.latest
@@ -50,6 +52,8 @@ def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
             params = None
             if stage == "seed":
                 params = train_seed(session, latest, units) if start is None else start
+                if only_seed:
+                    return summaries.of_seed(session, params)
                 latest, units = None, 0
             summary = _main(session, params, latest, units, start)
     except Interrupted:
@@ -102,11 +106,15 @@ def _main(
             rows.check_rows(parts.store, session.checkpointer.directory / str(latest))
     if params is None:
         params = models.initial_params(parts.recogniser, parts.config)
+    unit = "round" if parts.config.has_rounds else "step"
+    session.begin_main(latest is not None, unit)
     if latest is None:
         session.initial = session.evaluate(params)
         session.message("before: " + summaries.wer_line(session.initial))
     state = session.trainer.train(session, params, latest, units)
     session.checkpointer.wait()
+    state = session.selection.chosen(state)
+    session.selection.close()
     return summaries.of_run(session, state, seeded=parts.seed_steps > 0 and start is None)
 
 

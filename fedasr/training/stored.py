@@ -23,6 +23,7 @@ from fedasr.training.values import bucket
 
 PyTree = Any
 
+BEST_FOLDER = "best"  # of a work directory whose run keeps the best state on a split
 STATE, METADATA, CHECKSUMS = "state", "metadata", "checksums"
 # Written by orbax inside every complete step folder.
 _STEP_MARKER = "_CHECKPOINT_METADATA"
@@ -35,7 +36,8 @@ def restore_params(path: str | Path) -> PyTree:
 
     Args:
         path: a work directory, its `checkpoints/` folder (both stand for the latest checkpoint in
-            them) or the folder of one checkpoint.
+            them; a work directory for the best, if its run keeps that: see
+            `fedasr.training.selection`) or the folder of one checkpoint.
 
     Returns:
         The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.
@@ -148,7 +150,7 @@ def find_step(path: str | Path) -> Path:
     path = Path(path).absolute()
     if is_step(path):
         return path
-    for parent in (path / "checkpoints", path):
+    for parent in (path / BEST_FOLDER, path / "checkpoints", path):
         if found := saved_steps(parent):
             return parent / str(max(found))
     raise UserError(

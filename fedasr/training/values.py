@@ -36,6 +36,13 @@ def models() -> list[str]:
     return list(model_configs())
 
 
+def decoders() -> list[str]:
+    """Names of decoders."""
+    from fedasr.decoding.registry import DECODERS
+
+    return list(DECODERS)
+
+
 def tasks() -> list[str]:
     """Names of synthetic corpora."""
     from fedasr.data import synthetic
@@ -84,6 +91,11 @@ def check_split(value: Any) -> str | None:
     except UserError as error:
         return f"is no split: {error}"
     return None
+
+
+def check_optional_split(value: Any) -> str | None:
+    """Of the name of a split, or "" for none."""
+    return None if value == "" else check_split(value)
 
 
 def check_format(value: Any) -> str | None:

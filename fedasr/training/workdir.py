@@ -47,6 +47,18 @@ LATER: dict[str, Any] = {
 # Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {
     **LATER,
+    "decoding.name": "greedy",
+    "decoding.lm": "",
+    "decoding.lexicon": "",
+    "decoding.order": 3,
+    "decoding.beam": 32,
+    "decoding.lm_weight": 1.0,
+    "decoding.word_bonus": 0.0,
+    "decoding.unknown_penalty": 6.0,
+    "selection.split": "",
+    "selection.patience": 0,
+    "evaluation.every_steps": 100,
+    "seed_training.reuse": False,
     "start": "",  # what init_from was, where a release did not note it
     "privacy.noise_seed": "run",
     "privacy.bits": 16,

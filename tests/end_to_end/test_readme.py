@@ -34,6 +34,8 @@ SMALL = {
     "--config.client.batch_size": 2,
     "--config.seed_training.steps": 0,
     "--config.evaluation.every": 0,
+    "--config.selection.split": "",
+    "--config.selection.patience": 0,
     "--config.model.options.dim": 16,
     "--config.model.options.blocks": 1,
     "--config.model.options.heads": 2,

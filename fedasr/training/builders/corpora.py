@@ -73,13 +73,14 @@ def fitting_tokenizer(config: Config, metadata: Mapping[str, Any]) -> Tokenizer:
 class Data:
     """The corpora of a run and the shapes that hold them.
 
-    Attributes: train; seed (None if there is none); evaluation {split: corpus}; grid of clients'
-    padded lengths; buckets, which hold all of `train`; tokenizer;
+    Attributes: directory; train; seed (None if there is none); evaluation {split: corpus}; grid of
+    clients' padded lengths; buckets, which hold all of `train`; tokenizer;
     skipped {reason: count} of the preparation.
     """
 
     def __init__(self, directory: str | Path, config: Config, log: Any = print) -> None:
         settings = config.data
+        self.directory = Path(directory)
         metadata = read_metadata(directory)
         check_splits(config, metadata["splits"], directory, log)
         self.tokenizer = fitting_tokenizer(config, metadata)
