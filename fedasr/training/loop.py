@@ -79,14 +79,7 @@ def run(
     with disk_errors(workdir), contextlib.ExitStack() as stack:
         starts.check_there(config, workdir)
         config, directory = _record_data(config)
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
-        if hosts.is_leader():
-            lock = stack.enter_context(lock_directory(workdir))
-            if lock.warning:
-                say(lock.warning)
+        _occupy(workdir, stack)
         stop = stack.enter_context(graceful_stop())
         hosts.wait_for_all("locked")
         config, start, is_new = _claim(config, workdir, extend)
@@ -114,6 +107,18 @@ def run(
         summary = stages.run_stages(session, start, only_seed)
         hosts.wait_for_all("ended")  # who leaves before would end the others
         return summary
+
+
+def _occupy(workdir: Path, stack: contextlib.ExitStack) -> None:
+    """Makes a work directory and keeps others out of it, as long as the stack lasts."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
+    if hosts.is_leader():
+        lock = stack.enter_context(lock_directory(workdir))
+        if lock.warning:
+            say(lock.warning)
 
 
 def _for_seed_only(config: Config) -> Config:
