@@ -167,6 +167,18 @@ def define_config(default: str) -> Any:
         sys.exit(fail(error))
 
 
+def plain_config() -> dict[str, Any]:
+    """What --config and the flags of its fields say.
+
+    Raises:
+      UserError: the file cannot be read; in one line what ml_collections says in many.
+    """
+    try:
+        return flags.FLAGS.config.to_dict()
+    except OSError as error:
+        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+
+
 def seeds(texts: Sequence[str]) -> list[int]:
     """The numbers of --seeds.
 

@@ -20,6 +20,7 @@ the user can mend.
 
 import dataclasses
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -192,37 +193,46 @@ def _verify() -> int:
 
     if not flags.FLAGS.out:
         raise UserError("--out is missing: give the folder of the corpus to verify")
-    known = dict(records.read_metadata(flags.FLAGS.out).get("source") or {})
-    dataset = flags.FLAGS.dataset or known.pop("dataset", None)
-    path = flags.FLAGS.source or known.pop("path", None)
-    known.pop("dataset", None)
-    known.pop("path", None)
-    source = None
-    if dataset in {layout.name for layout in sources.LAYOUTS} and path:
-        options = sources.SourceOptions(**known) if not flags.FLAGS.source else _options()
-        options = dataclasses.replace(options, metadata=tuple(options.metadata))
-        source = sources.find_layout(dataset).open(path, options)
+    path, source = _source_to_compare()
     report = verification.verify(flags.FLAGS.out, source)
     if common.JSON.value:
         common.show(report)
     else:
-        print(
-            f"{flags.FLAGS.out}: {report['stored']} utterances stored, "
-            f"{len(report['damaged'])} damaged"
-        )
-        if source is None:
-            print(
-                "  what it was prepared from is not known: give --dataset and --source to compare"
-            )
-        else:
-            print(f"  {report['compared']} compared with {path}: {report['same']} the same")
-        for key in ("damaged", "different", "no_longer_there", "new"):
-            for item in report.get(key, [])[:10]:
-                shown = f"{item['id']}: {item['why']}" if isinstance(item, dict) else item
-                print(f"  {key.replace('_', ' ')}: {shown}")
-            if (more := len(report.get(key, [])) - 10) > 0:
-                print(f"  {key.replace('_', ' ')}: {more} more (all with --json)")
+        compared_with = "" if source is None else path
+        print("\n".join(_verified_in_words(report, compared_with)))
     return 0 if verification.is_same(report) else common.FAILED
+
+
+def _source_to_compare() -> tuple[str, Any]:
+    """What --out was prepared from, by the flags or by what is stored with it: path and source.
+
+    The source is None where that is not known.
+    """
+    known = dict(records.read_metadata(flags.FLAGS.out).get("source") or {})
+    stored_dataset, stored_path = known.pop("dataset", None), known.pop("path", None)
+    dataset, path = flags.FLAGS.dataset or stored_dataset, flags.FLAGS.source or stored_path
+    if dataset not in {layout.name for layout in sources.LAYOUTS} or not path:
+        return path or "", None
+    options = sources.SourceOptions(**known) if not flags.FLAGS.source else _options()
+    options = dataclasses.replace(options, metadata=tuple(options.metadata))
+    return path, sources.find_layout(dataset).open(path, options)
+
+
+def _verified_in_words(report: Mapping[str, Any], path: str) -> Iterator[str]:
+    """For people; `path` is what the corpus was compared with, "" for nothing."""
+    damaged = len(report["damaged"])
+    yield f"{flags.FLAGS.out}: {report['stored']} utterances stored, {damaged} damaged"
+    if path:
+        yield f"  {report['compared']} compared with {path}: {report['same']} the same"
+    else:
+        yield "  what it was prepared from is not known: give --dataset and --source to compare"
+    for key in ("damaged", "different", "no_longer_there", "new"):
+        items = report.get(key, [])
+        for item in items[:10]:
+            shown = f"{item['id']}: {item['why']}" if isinstance(item, dict) else item
+            yield f"  {key.replace('_', ' ')}: {shown}"
+        if (more := len(items) - 10) > 0:
+            yield f"  {key.replace('_', ' ')}: {more} more (all with --json)"
 
 
 def program() -> int | None:

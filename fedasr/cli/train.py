@@ -41,7 +41,7 @@ def train() -> int | None:
     from fedasr.training.logging import say
     from fedasr.training.workdir import local_path
 
-    config = config_lib.resolve(flags.FLAGS.config.to_dict())
+    config = config_lib.resolve(common.plain_config())
     if flags.FLAGS.dry_run:
         summary = loop.dry_run(config, flags.FLAGS.workdir, flags.FLAGS.extend)
         if hosts.is_leader():
@@ -120,11 +120,8 @@ def _otherwise(theirs: str, ours: str) -> str:
 
 
 def program() -> int | None:
-    """Turns what ml_collections raises for a mistaken --config into one line."""
-    try:
-        flags.FLAGS.config.to_dict()
-    except OSError as error:
-        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+    """Reads --config, then runs: a mistake in it is said before anything starts."""
+    common.plain_config()
     return run()
 
 

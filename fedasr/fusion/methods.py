@@ -135,10 +135,10 @@ def choose(
     else:
         weights = competition.first_positive(fit, anybody)
     second = competition.draw(weights, uniform[1])
-    ratio, place = jnp.split(uniform[2:], 2)
+    ratio, position = jnp.split(uniform[2:], 2)
     size = jnp.array(sizes, jnp.int32)
     if evolution.split:
-        split = jnp.minimum((place * size).astype(jnp.int32), size - 1)
+        split = jnp.minimum((position * size).astype(jnp.int32), size - 1)
     else:
         split = size
     return Pair((first, second), ratio, split)

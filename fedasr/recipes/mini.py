@@ -338,14 +338,14 @@ def _local() -> Table:
     layer: dict[str, Any] = {"model.options.input_layer": True}
     base = layer | {"data.train": "train[:16][:75%]", "data.eval": (_KNOWN, "dev", "test")}
     base |= {"rounds": 60}
-    own = {"local.patterns": ("^input_layer/",)}
+    local = {"local.patterns": ("^input_layer/",)}
     return Table(
         name="mini_local",
         title="An input layer for each user or one for all: users who train, unseen utterances",
         config=_FILE,
         rows=(
             Row("shared input layer", base, start="seed model"),
-            Row("local input layers", base | own, start="seed model"),
+            Row("local input layers", base | local, start="seed model"),
         ),
         seeds=_SEEDS,
         report=("dev", "test", _KNOWN),

@@ -224,6 +224,7 @@ def clip_without_noise(config: ConfigDict) -> None:
     """Large cohorts as published: 10 local steps, and updates clipped to .01, but no noise."""
     config.privacy.enabled, config.privacy.budget = True, "global"
     config.privacy.clip_norm, config.privacy.sigma = 0.01, 0.0
+    config.privacy.deployments = ()
     config.client.steps, config.client.epochs, config.client.max_steps = 10, 0, 0
 
 

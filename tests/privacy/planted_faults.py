@@ -68,7 +68,7 @@ OF_RUNS = "tests/training/test_run_privacy.py"
 OF_CORRECTIONS = "tests/experiments/test_corrections.py"
 OF_HISTOGRAMS = "tests/feedback/test_histograms.py"
 
-ADD_NOISE = f"{MECHANISM}:add_gaussian_noise"
+ADD_NOISE = "fedasr.privacy.gaussian:add_gaussian_noise"
 ROUNDS_KEY = "jax.random.fold_in(key, state.count)"
 LAW = "tests/federated/test_server.py::test_noise_joins_the_mean_before_the_optimizer"
 STAGES = f"{OF_RUNS}::test_stages_halvings_and_stops_go_on_with_the_noise"

@@ -12,7 +12,8 @@ from scipy import stats
 
 from fedasr.errors import UserError
 from fedasr.privacy import clipping
-from fedasr.privacy.mechanism import Mechanism, NoiseState, add_gaussian_noise
+from fedasr.privacy.gaussian import NoiseState, add_gaussian_noise
+from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 
 SAMPLER = PoissonSampler(100, 20, seed=0)

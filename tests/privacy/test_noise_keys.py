@@ -22,7 +22,8 @@ from fedasr.federated.simulation import Simulation
 from fedasr.privacy import noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales
 from fedasr.privacy.correlated import BandedNoise
-from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
+from fedasr.privacy.gaussian import add_gaussian_noise
+from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.sampling import FixedSizeSampler
 
 SEED, USERS, STEPS = 5, 4, 3
