@@ -12,8 +12,6 @@ from fedasr.models import transformer as module
 from fedasr.models.transformer import Transformer, TransformerConfig
 from fedasr.recipes.shared import MODEL_AS_PUBLISHED
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES = dict(vocab=6, features=5, dim=8, blocks=2, heads=2, mlp=12)
 WAYS = ("branch_dropout", "front_end", "init", "layer_drop_per", "stream_dtype")
 PUBLISHED = {name: MODEL_AS_PUBLISHED[name] for name in WAYS}
