@@ -22,7 +22,7 @@ class Item:
       name: what it is about.
       published: what the paper or its authors' public programs do.
       ours: what the published recipes do here.
-      how: `SAME`, the default here is as published; `OPTION`, the recipes set what other
+      how: `SAME`, as published without an option made for it; `OPTION`, the recipes set what other
         configurations do not have; `DIFFERS`.
       because: why, where it differs.
       recipe: a recipe with its arguments, "name:key=value,key=value".
@@ -105,7 +105,7 @@ _MODEL = (
         "softmax in bfloat16",
         "softmax in float32",
         DIFFERS,
-        "it is nearer to float32 and no slower",
+        "it is nearer to float32",
     ),
     _model(
         "layer drop",
@@ -515,7 +515,7 @@ _EVALUATION = (
         "each empty place of a batch counts as one word",
         "not counted",
         DIFFERS,
-        "the rate would depend on the batches; it is lower by less than 1%",
+        "the rate would depend on the batches; by estimate it is lower by half a percent of itself",
     ),
     Item(
         "decoding",
@@ -547,8 +547,8 @@ _EVALUATION = (
     ),
     Item(
         "letters of French and German",
-        "32 more tokens (those of both languages, and `*`) in central configurations; none, after "
-        "Unidecode, in federated ones",
+        "27 and 28 more tokens in central configurations, though transcripts are transliterated; "
+        "none in federated ones",
         "none; a language's own with `--keep_letters`",
         DIFFERS,
         "one alphabet for all runs that start from one another",
@@ -649,7 +649,7 @@ Made by `python -m fedasr.recipes.fidelity` from the table in that module, which
 against the code. The first six sections compare the recipes `librispeech` and `common_voice` with
 arXiv 2310.00098 and its authors' public programs.
 
-* **same**: the default here is as published.
+* **same**: as published, without an option that was made for it.
 * **option**: the published recipes set it; other configurations keep a default of ours.
 * **differs**: it does, because of what is said.
 """

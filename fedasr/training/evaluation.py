@@ -115,7 +115,7 @@ class Evaluator:
     def _decoded(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None
     ) -> tuple[list[str], list[str], float, list[int]]:
-        """What `transcripts` returns, and the utterances' frames."""
+        """What `transcripts` returns, and the utterances' frames if they are asked for."""
         references, hypotheses, losses, count = [], [], 0.0, 0
         frames: list[int] = []
         placed: dict[Any, Any] = {}
@@ -139,7 +139,8 @@ class Evaluator:
                 references.append(self._tokenizer.decode(labels))
                 decode = self._decoder or self._tokenizer.decode
                 hypotheses.append(decode(found[i, : lengths[i]]))
-                frames.append(int(batch["features_length"][i]))
+                if self._published:
+                    frames.append(int(batch["features_length"][i]))
         return references, hypotheses, losses / max(count, 1), frames
 
     def compilations(self) -> int:

@@ -23,7 +23,7 @@ def configuration(recipe):
 
 
 @functools.cache
-def tests_in(path):
+def names_in(path):
     tree = ast.parse((ROOT / "tests" / path).read_text())
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
@@ -40,7 +40,7 @@ def test_an_item_is_true_of_the_code(item):
         assert found == value, name
     if item.test:
         path, _, name = item.test.partition("::")
-        assert name in tests_in(path)
+        assert name in names_in(path)
     # What is said to be as published is shown to be.
     assert item.how == fidelity.DIFFERS or item.fields or item.test
 
