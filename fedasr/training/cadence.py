@@ -64,7 +64,7 @@ class Cadence:
                 "checkpoint.every_seconds to lose less, or the deadline that the machine gives"
             )
         passed = self._clock() - self._began
-        if self._waited > max(_WORTH_SAYING, _WAITING * passed):
+        if writing and self._waited > max(_WORTH_SAYING, _WAITING * passed):
             said["waiting"] = (
                 f"rounds have waited {self._waited:.1f} of {passed:.1f} s for checkpoints, which "
                 f"take {writing:.1f} s each: set a larger checkpoint.every, or "

@@ -153,6 +153,7 @@ class Session:
 
     def save(self, stage: str, units: int, state: ServerState) -> None:
         """Writes a checkpoint."""
+        jax.block_until_ready(state)  # what is still computed is not waited for on account of this
         began = time.monotonic()
         self._save(stage, units, state)
         self.cadence.saved(time.monotonic() - began)

@@ -75,6 +75,7 @@ def test_rounds_that_wait_for_checkpoints_are_told_once(waited, passed, told):
     cadence, clock = make()
     clock.now += passed
     cadence.saved(waited)
+    assert cadence.warnings(0.0) == []  # none has been written
     found = cadence.warnings(3.0) + cadence.warnings(3.0)
     assert len(found) == told
     assert all("checkpoint.every_seconds" in text for text in found)
