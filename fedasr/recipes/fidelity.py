@@ -302,9 +302,9 @@ def _baseline(name: str, arguments: str, start: int, published: str, **fields: A
     )
 
 
-_SMOOTH = {"central__decay_smooth": True}
-_LOW = {"central__learning_rate": 0.2}
-_TENTH = {
+_SMOOTH: dict[str, Any] = {"central__decay_smooth": True}
+_LOW: dict[str, Any] = {"central__learning_rate": 0.2}
+_TENTH: dict[str, Any] = {
     **_SMOOTH,
     "central__decay_steps": 25_000,
     "central__batch_seconds": 8 * 216.0,
@@ -622,14 +622,36 @@ _NEURAL = (
     Item("CORP's release", "tfrecords", "no reader", DIFFERS, _LATER),
 )  # fmt: skip
 _FUSION = (
-    Item("specialists", "one pair, of key 42, for all runs", "a pair for each seed", DIFFERS,
-         _LATER),
-    Item("parents of MAP-Elites", "by quality, without replacement", "uniform, with replacement",
-         DIFFERS, _LATER),
-    Item("order of leaves", "by depth", "by name: block_10 before block_2", DIFFERS, _LATER),
-    Item("checkpoints of others", "language and diffusion models merged",
-         "by `fedasr.fusion.host`, no command", DIFFERS, _LATER),
-)  # fmt: skip
+    Item(
+        "specialists",
+        "one pair, of key 42, for all runs",
+        "the same; a pair for each seed by `--pair_per_seed`",
+        SAME,
+        test="fusion/test_digits.py::test_the_published_pair_is_that_of_the_public_code",
+    ),
+    Item(
+        "parents of MAP-Elites",
+        "by quality, without replacement",
+        "the same",
+        SAME,
+        test="fusion/test_methods.py::test_map_elites_draws_parents_by_quality_without_replacement",
+    ),
+    Item(
+        "order of leaves",
+        "by depth",
+        "numbers in names are compared as numbers: block_2 before block_10",
+        SAME,
+        test="fusion/test_crossover.py::test_blocks_are_in_order_of_their_numbers",
+    ),
+    Item(
+        "checkpoints of others",
+        "language and diffusion models merged, with scores of their own",
+        "any, `fedasr fuse --task=checkpoints`, with a score of the user's; not measured on models "
+        "of that size",
+        DIFFERS,
+        "no such models are at hand",
+    ),
+)
 
 SECTIONS: dict[str, tuple[Item, ...]] = {
     "Federated recognition with privacy: the model": _MODEL,
