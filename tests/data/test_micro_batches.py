@@ -314,7 +314,7 @@ def test_parts_of_a_batch_share_its_key():
     batcher = ClientBatcher(CORPUS, LocalBatches(4, epochs=1), GRID, 1, seed=3, micro_batch=1)
 
     def loss(params, batch, key):
-        of_batch = jax.random.key_data(batch["batch_key"]).astype(jnp.float32) / 2**32
+        of_batch = jax.random.key_data(batch["batch_key"]).astype(jnp.float32) / 2.0**32
         return jnp.sum(of_batch) + 0 * jnp.sum(params["a"]), {}
 
     store = jax.tree.map(lambda x: x[0], next(batcher.chunks([0], 0))[0].batches)
