@@ -208,7 +208,7 @@ class Chaos:
             ["fedasr.training.loop", "orbax.checkpoint", "tensorboardX"]
         )
         self._fork_with_faults()
-        impossible = () if self._mounted else _NEED_ROOT
+        impossible: tuple[str, ...] = () if self._mounted else _NEED_ROOT
         impossible += () if self._preloaded else tuple(_NEED_COMPILER)
         if left := [kind for kind in kinds if kind in impossible]:
             say(f"left out, which needs root and a C compiler: {', '.join(left)}")

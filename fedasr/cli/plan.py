@@ -34,8 +34,9 @@ from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.sampling import PoissonSampler
 from fedasr.privacy.secure_aggregation import SecureAggregation
 from fedasr.training.builders.mechanisms import make_correlation, make_sampler
-from fedasr.training.config import Config, Privacy
+from fedasr.training.config import Config
 from fedasr.training.logging import from_json
+from fedasr.training.sections import Privacy
 
 # Beyond the number of people there are, an answer is none.
 _MOST_USERS = 10_000_000_000

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from fedasr.training.config import Checkpoint
+from fedasr.training.sections import Checkpoint
 
 _WAITING = 0.05  # share of a run's time that may go by waiting for checkpoints before it is said
 _WORTH_SAYING = 5.0  # seconds of it, at least

@@ -26,8 +26,9 @@ from fedasr.training.builders import (
     whole,
 )
 from fedasr.training.builders.splits import check_splits
-from fedasr.training.config import Config, Data
+from fedasr.training.config import Config
 from fedasr.training.logging import to_json
+from fedasr.training.sections import Data
 from fedasr.training.workdir import (
     check_same,
     disk_errors,

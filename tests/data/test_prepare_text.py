@@ -12,8 +12,9 @@ from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.text import FROM_DATA, alphabet_of, learned_vocabulary, tokenizer_for
 from fedasr.training.builders.corpora import fitting_tokenizer
-from fedasr.training.config import Config, Model
+from fedasr.training.config import Config
 from fedasr.training.describe import not_covered
+from fedasr.training.sections import Model
 
 
 def sound():

@@ -43,6 +43,7 @@ SMALL = {
 }
 # Other programs than ours, as a contributor starts them.
 TOOLS = {
+    "python -m fedasr.recipes.fidelity",  # its page is compared in test_fidelity.py
     "ruff check . && ruff format .",
     "mkdocs build --strict",
     "pre-commit install",

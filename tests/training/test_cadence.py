@@ -3,7 +3,7 @@
 import pytest
 
 from fedasr.training.cadence import Cadence
-from fedasr.training.config import Checkpoint
+from fedasr.training.sections import Checkpoint
 
 
 class Clock:

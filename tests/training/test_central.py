@@ -9,7 +9,7 @@ from fedasr.data.corpus import InMemoryCorpus
 from fedasr.streams import Stream, seed_key
 from fedasr.training.builders.optimizers import central_optimizer, central_schedule
 from fedasr.training.central import CentralTraining
-from fedasr.training.config import Central
+from fedasr.training.sections import Central
 
 PARAMS = {"w": np.float32([0.5, -1.0])}
 BATCH, SEED = 3, 9  # three does not divide among two devices

@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from fedasr.errors import UserError
 from fedasr.fields import flatten
 from fedasr.privacy.secure_aggregation import MAX_BITS, MIN_BITS
-from fedasr.training.config import (
-    Compression,
-    Config,
-    Local,
-    Privacy,
-    default_config,
-    fields,
-    fingerprint,
-    resolve,
-)
+from fedasr.training.config import Config, default_config, fields, fingerprint, resolve
 from fedasr.training.logging import to_json
+from fedasr.training.sections import Compression, Local, Privacy
 from fedasr.training.workdir import ADDED, recorded_config
 
 pytest.importorskip("ml_collections")

@@ -17,8 +17,9 @@ from fedasr.models.recogniser import Recogniser, recogniser
 from fedasr.text import CharTokenizer, tokenizer_for
 from fedasr.training import describe
 from fedasr.training.builders import decoders
-from fedasr.training.config import Config, Decoding, SeedTraining
+from fedasr.training.config import Config
 from fedasr.training.evaluation import Evaluator
+from fedasr.training.sections import Decoding, SeedTraining
 
 TEXTS = {"seed": ["go"], "train": ["one two", "two six", "one"], "dev": ["six"], "test": ["two"]}
 

@@ -62,6 +62,8 @@ SENSIBLE = {
     ("model.options", "empty mapping"),
     ("augment.options", "empty mapping"),
     ("server.options", "empty mapping"),
+    ("central.options", "empty mapping"),
+    ("seed_training.options", "empty mapping"),
 }
 # What does not fit the rest of this configuration.
 MISFITS = {("compression.measure", "True")}
@@ -154,6 +156,7 @@ def test_options_are_checked_by_their_classes(options):
     for field in fields.dataclasses.fields(default):
         for label, value in HOSTILE.items():
             sensible = field.type in (bool, "bool") and label == "True"
+            sensible |= value == "" and getattr(default, field.name) == ""
             try:
                 options(**{field.name: value})
             except UserError as error:

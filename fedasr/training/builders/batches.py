@@ -10,7 +10,8 @@ from fedasr.audio.features import LogMelConfig
 from fedasr.data.batching import Batching, Bucket, Grid, Resident
 from fedasr.errors import UserError
 from fedasr.models.recogniser import ARRAYS
-from fedasr.training.config import Central, Client, Config
+from fedasr.training.config import Config
+from fedasr.training.sections import Central, Client
 
 _HOP_SECONDS = LogMelConfig().hop_ms / 1000
 

@@ -20,7 +20,8 @@ from fedasr.decoding.ngram import NGram, estimate, read_arpa
 from fedasr.decoding.registry import GREEDY, Decoder, make_decoder
 from fedasr.errors import UserError
 from fedasr.text import Tokenizer
-from fedasr.training.config import Config, Decoding
+from fedasr.training.config import Config
+from fedasr.training.sections import Decoding
 
 FROM = "from_"  # how what is made from a split begins
 

@@ -9,7 +9,8 @@ from fedasr.privacy.correlated import BandedNoise, BufferedNoise, Correlation
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 from fedasr.privacy.secure_aggregation import SecureAggregation
-from fedasr.training.config import Adaptive, Config
+from fedasr.training.config import Config
+from fedasr.training.sections import Adaptive
 
 
 def make_sampler(config: Config, population: int) -> Sampler:

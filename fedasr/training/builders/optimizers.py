@@ -10,7 +10,8 @@ import optax
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Loss, local_training
 from fedasr.federated.server import constant_then_exponential, make_optimizer
-from fedasr.training.config import Central, Config
+from fedasr.training.config import Config
+from fedasr.training.sections import Central
 
 # (least, most) of what optax's optimisers take; what is not here has to be 0 or more.
 _OPTION_RANGES = {"eta": (0, 1e3), "trust_coefficient": (0, 1e3), "eps": (0, 1.0)}
