@@ -3,7 +3,7 @@
     python -m experiments.brain_to_text [--seeds=0,1,2] [--workdir=DIR] [--plot=FILE.png]
         [--config.section.field=value ...] [--json]
 
-Each seed makes recordings of its own (`fedasr.data.neural_synthetic`: nothing was recorded), writes
+Each seed makes recordings of its own (`fedasr.data.neural.synthetic`: nothing was recorded), writes
 them as MATLAB files and prepares a corpus from these. Then
 
 * days, shared: a decoder with a layer for each training day, and one with a single layer for all;
@@ -27,19 +27,16 @@ directory: the same command goes on.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from absl import flags
-
-from fedasr.cli import common
+from experiments import study
+from experiments.study import in_words, once, spread
 from fedasr.errors import UserError
 from fedasr.streams import Stream, seed_key
 
@@ -50,9 +47,6 @@ if TYPE_CHECKING:
     from fedasr.text import CharTokenizer
     from fedasr.training.days import DayData, Scorer
 
-_DEFAULT = str(Path(__file__).parent / "configs" / "brain_to_text.py")
-
-Log = Callable[[str], None]
 STREAMS = ("init", "training")
 
 
@@ -70,7 +64,7 @@ class Bench(NamedTuple):
     test: Mapping[int, DayData]
     holdout: Mapping[int, DayData]
     scorer: Scorer
-    log: Log
+    log: study.Log
 
     @property
     def known(self) -> range:
@@ -83,20 +77,18 @@ class Bench(NamedTuple):
         return range(self.config["train_days"], len(self.names))
 
 
-def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: Log) -> Bench:
+def open_bench(config: Mapping[str, Any], seed: int, folder: Path, log: study.Log) -> Bench:
     """Makes the recordings and the corpus of a seed, unless they are there."""
-    from fedasr.data import neural, neural_synthetic
+    from fedasr.data import neural
     from fedasr.data.batching import make_buckets
-    from fedasr.data.corpus import open_corpus, read_metadata
+    from fedasr.data.neural import synthetic as neural_synthetic
+    from fedasr.data.records import open_corpus, read_metadata
     from fedasr.models.recurrent import RecurrentConfig
     from fedasr.text import tokenizer_for
     from fedasr.training.config import fingerprint
     from fedasr.training.days import Scorer, days_of
 
-    fields = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config["recordings"].items()
-    }
+    fields = study.with_tuples(config["recordings"])
     if not 0 < config["train_days"] < fields["days"]:
         raise UserError("train_days must leave days of the recordings for later")
     most = min(config["train_days"], fields["days"] - config["train_days"])
@@ -173,7 +165,7 @@ def make_decoder(
     Args:
       lm_weight, word_bonus: of the search. model: False for the search alone.
     """
-    from fedasr.data import neural_synthetic
+    from fedasr.data.neural import synthetic as neural_synthetic
     from fedasr.decoding.beam import BeamConfig, BeamDecoder
     from fedasr.decoding.ngram import estimate, read_arpa, write_arpa
     from fedasr.training.config import fingerprint
@@ -232,15 +224,6 @@ def trained(
         are trained on in place of as many of the first. noise: fields of the model's configuration
         in place of its own.
     """
-    import dataclasses
-
-    import jax
-
-    from fedasr.federated.server import ServerState
-    from fedasr.models.recogniser import recurrent_recogniser
-    from fedasr.training import days as lib
-    from fedasr.training.checkpoint import Checkpointer, restore_params
-
     training, kind = dict(bench.config["training"]), "days" if own_layers else "shared"
     days = [bench.train[day + later] for day in bench.known]
     settings = {"model": bench.config["model"], "training": training, "days": len(days)}
@@ -248,12 +231,27 @@ def trained(
         settings["later"] = later
     if noise:
         settings["noise"] = dict(noise)
-    folder = _folder(bench, kind, settings)
-    if folder.is_dir():
-        try:
-            return restore_params(folder)
-        except UserError:
-            pass  # of a run that was killed before it had saved
+    return study.trained_once(
+        _folder(bench, kind, settings), settings, lambda: _train(bench, own_layers, days, noise)
+    )
+
+
+def _train(
+    bench: Bench,
+    own_layers: bool,
+    days: Sequence[DayData],
+    noise: Mapping[str, float] | None,
+) -> tuple[int, Any]:
+    """See `trained`; returns the number of steps and the state."""
+    import dataclasses
+
+    import jax
+
+    from fedasr.federated.server import ServerState
+    from fedasr.models.recogniser import recurrent_recogniser
+    from fedasr.training import days as lib
+
+    training, kind = bench.config["training"], "days" if own_layers else "shared"
     recogniser = recurrent_recogniser(dataclasses.replace(bench.model, **noise or {}))
     optimizer = lib.published_optimizer(training["learning_rate"], training["steps"])
     params = recogniser.init(_key(bench, "init"))
@@ -281,10 +279,7 @@ def trained(
     params, losses = lib.train(
         step, params, optimizer.init(params), items, _key(bench, "training"), told
     )
-    state = ServerState(params, (), jax.numpy.int32(len(losses)))
-    with Checkpointer(folder, 1) as checkpointer:
-        checkpointer.save(len(losses), state, settings)
-    return jax.device_get(params)
+    return len(losses), ServerState(params, (), jax.numpy.int32(len(losses)))
 
 
 def federated(bench: Bench) -> Any:
@@ -298,15 +293,15 @@ def federated(bench: Bench) -> Any:
     import optax
 
     from fedasr.data.batching import Batching
-    from fedasr.data.corpus import open_corpus
-    from fedasr.data.sampling import ShuffledSampler
-    from fedasr.data.splits import UserSubset
+    from fedasr.data.records import open_corpus
+    from fedasr.data.views import UserSubset
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.local import LocalStore, make_layout
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, recurrent_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import ShuffledSampler
 
     settings = bench.config["federated"]
     recogniser = recurrent_recogniser(bench.model)
@@ -424,8 +419,8 @@ def calibrated(bench: Bench, decoder: BeamDecoder) -> dict[str, Any]:
         labels = trained_on(lib.set_day(labels, day, day - 1), day, few, 0)
         both = trained_on(lib.set_day(both, day, day - 1), day, few, 0)
         for part in range(1, settings["passes"] + 1) if rest else ():
-            own = [*few, *corrected(bench, both, day, rest, decoder)]
-            both = trained_on(both, day, own, part)
+            labelled = [*few, *corrected(bench, both, day, rest, decoder)]
+            both = trained_on(both, day, labelled, part)
     days = [bench.test[day] for day in new]
     full = trained(bench, own_layers=True, later=len(new), noise=settings["noise"])
     arms = {"before": fresh, "labels": labels, "calibrated": both, "trained": full}
@@ -507,65 +502,77 @@ def drifted(bench: Bench, params: Any, decoder: BeamDecoder) -> dict[str, Any]:
             f"seed {bench.seed}, day {day}: "
             + ", ".join(f"{name} {found[-1]['cer']:.1f}" for name, found in rows.items())
         )
-    result: dict[str, Any] = {"steps": sum(taken), "as decoded": statistics.fmean(first_seen)}
-    known, later = ([bench.test[day] for day in days] for days in (bench.known, bench.later))
-    for name, rates in rows.items():
+    known = [bench.test[day] for day in bench.known]
+    return {
+        "steps": sum(taken),
+        "as decoded": statistics.fmean(first_seen),
         # A recalibrated model has a layer for every day, which has gone on changing: by day.
-        result[name] = {
-            measure: {
-                "mean": statistics.fmean(row[measure] for row in rates),
-                "by_day": [row[measure] for row in rates],
-            }
-            for measure in ("cer", "wer")
+        **{
+            name: _over_days(rates)
+            | {"training days": error_rates(bench, models[name], known, None)["cer"]}
+            for name, rates in rows.items()
+        },
+        "unknown_words": _unknown_words(bench, decoder),
+    }
+
+
+def _over_days(rates: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Error rates of single days: their mean, and each."""
+    return {
+        measure: {
+            "mean": statistics.fmean(row[measure] for row in rates),
+            "by_day": [row[measure] for row in rates],
         }
-        result[name]["training days"] = error_rates(bench, models[name], known, None)["cer"]
-    unknown = [
+        for measure in ("cer", "wer")
+    }
+
+
+def _unknown_words(bench: Bench, decoder: BeamDecoder) -> float:
+    """Percent of the later days' test words that the language model does not know."""
+    known = [
         word in decoder.model.vocabulary
-        for day in later
-        for example in day.examples
+        for day in bench.later
+        for example in bench.test[day].examples
         for word in bench.tokenizer.decode(example["labels"]).split()
     ]
-    result["unknown_words"] = 100 * (1 - statistics.fmean(unknown))
-    return result
+    return 100 * (1 - statistics.fmean(known))
 
 
-def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: Log) -> dict[str, Any]:
+def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: study.Log) -> dict[str, Any]:
     """All stages of a seed; those that are done are read again."""
-    from fedasr.training.logging import to_json, write_json_atomic
+    from fedasr.training.logging import to_json
 
     bench = open_bench(config, seed, workdir / f"seed-{seed}", log)
     params = trained(bench, own_layers=True)
 
-    def once(name: str, sections: Sequence[str], make: Callable[[], Any]) -> Any:
+    def stage(name: str, sections: Sequence[str], make: Callable[[], Any]) -> Any:
         base = ("recordings", "areas", "model", "training", "train_days")  # of every stage
-        settings = to_json({section: config[section] for section in (*base, *sections)})
-        path = bench.folder / f"{name}.json"
-        if path.is_file() and (kept := json.loads(path.read_text()))["settings"] == settings:
-            return kept["result"]
-        began = time.monotonic()
-        result = to_json(make())
-        result["seconds"] = time.monotonic() - began
-        write_json_atomic(path, {"settings": settings, "result": result})
-        return result
+        settings = {section: config[section] for section in (*base, *sections)}
 
-    weights = once("weights", ["language"], lambda: chosen_weights(bench, params))
+        def timed() -> dict[str, Any]:
+            began = time.monotonic()
+            return to_json(make()) | {"seconds": time.monotonic() - began}
+
+        return once(bench.folder / f"{name}.json", settings, timed)
+
+    weights = stage("weights", ["language"], lambda: chosen_weights(bench, params))
     decoder = make_decoder(bench, weights["lm_weight"], weights["word_bonus"])
     results = {
         "weights": weights,
-        "days": once("days-rates", ["language"], lambda: by_training_day(bench, params, decoder)),
-        "beam": once("beam-rates", ["language"], lambda: beam_only(bench, params)),
-        "shared": once(
+        "days": stage("days-rates", ["language"], lambda: by_training_day(bench, params, decoder)),
+        "beam": stage("beam-rates", ["language"], lambda: beam_only(bench, params)),
+        "shared": stage(
             "shared-rates", [], lambda: by_training_day(bench, trained(bench, False), None)
         ),
-        "federated": once(
+        "federated": stage(
             "federated-rates",
             ["federated"],
             lambda: by_training_day(bench, federated(bench), None),
         ),
-        "calibration": once(
+        "calibration": stage(
             "calibration", ["language", "calibration"], lambda: calibrated(bench, decoder)
         ),
-        "drift": once(
+        "drift": stage(
             "drift", ["language", "recalibration"], lambda: drifted(bench, params, decoder)
         ),
     }
@@ -636,7 +643,7 @@ def summarize(results: Mapping[int, Mapping[str, Any]], config: Mapping[str, Any
             "central": training["steps"] * training["batch_size"],
             "federated": federated["rounds"] * federated["epochs"] * sentences,
         },
-        "rows": {name: _spread(values) for name, values in rows.items()},
+        "rows": {name: spread(values) for name, values in rows.items()},
         "cer_by_day": {
             name: [statistics.fmean(column) for column in zip(*values, strict=True)]
             for name, values in by_day.items()
@@ -644,28 +651,19 @@ def summarize(results: Mapping[int, Mapping[str, Any]], config: Mapping[str, Any
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
-
-
 def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """The summary for people."""
     counts = summary["sentences"]
     yield f"sentences trained on: central {counts['central']}, federated {counts['federated']}"
-    for name, spread in summary["rows"].items():
-        yield f"{name}: {spread['mean']:.2f} ({spread['std']:.2f})"
+    for name, value in summary["rows"].items():
+        yield f"{name}: {in_words(value, 2)}"
     for name, values in summary["cer_by_day"].items():
         yield f"cer by day, {name}: " + " ".join(f"{value:.1f}" for value in values)
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """The character error rate by day, with and without recalibration."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(7.5, 3.9), layout="constrained")
+    figure = study.new_figure(7.5, 3.9)
     axes = figure.subplots()
     before = summary["cer_by_day"]["training days"]
     axes.plot(range(1 - len(before), 1), before, "o-", color="gray", label="training days")
@@ -676,44 +674,27 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("character error rate, percent")
     axes.set_ylim(bottom=0)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    study.save_figure(figure, path)
 
 
-def run() -> None:
-    """Runs what the flags ask for."""
-    common.configure_devices()
-    common.keep_memory()
-    from fedasr.training.config import resolve
-    from fedasr.training.logging import to_json
-
-    config = resolve(_CONFIG.value.to_dict(), None)
-    seeds = common.seeds(flags.FLAGS.seeds)
-    workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
-    common.configure_compilation(workdir.parent)
-
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    summary = to_json(
-        summarize({seed: run_seed(config, seed, workdir, log) for seed in seeds}, config)
-    )
-    if flags.FLAGS.plot:
-        draw(summary, Path(flags.FLAGS.plot))
-    if common.JSON.value:
-        common.show(summary)
-    else:
-        print("\n".join(_lines(summary)))
-
-
-def _define_flags() -> None:
-    # Not when this is imported: other programs have flags of the same names.
-    flags.DEFINE_list("seeds", ["0", "1", "2"], "Of recordings and of training.")
-    flags.DEFINE_string("workdir", None, "Where all is kept; default runs/NAME.")
-    flags.DEFINE_string("plot", None, "Draws the error rate by day into this PNG file.")
+def _summarize(
+    config: dict[str, Any], seeds: Sequence[int], workdir: Path, log: study.Log
+) -> dict[str, Any]:
+    return summarize({seed: run_seed(config, seed, workdir, log) for seed in seeds}, config)
 
 
 if __name__ == "__main__":
-    _define_flags()
-    _CONFIG = common.define_config(_DEFAULT)
-    common.main(run)
+    study.main(
+        study.Study(
+            "brain_to_text",
+            None,
+            _summarize,
+            _lines,
+            draw,
+            help={
+                "seeds": "Of recordings and of training.",
+                "workdir": "Where all is kept; default runs/NAME.",
+                "plot": "Draws the error rate by day into this PNG file.",
+            },
+        )
+    )

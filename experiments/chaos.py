@@ -8,14 +8,20 @@ line that names a file and what to do about it; the script then does that and go
 
     kill         kill -9 at a random moment
     stop         SIGTERM, which has to end in a checkpoint and status 3
-    full         no room on the disk from a random moment on (as root, on a small tmpfs)
-    read_only    the same with a disk that becomes read-only
-    clock        the clock jumps by up to a day, forwards or backwards, before the process starts
+    full         no room on the disk from a random moment on
+    read_only    the disk takes nothing any more, not even in files that are open
+    broken       it answers with errors of the device (EIO)
+    slow         every call that writes takes 20 ms longer; half of the runs are killed in it
+    clock        the clock jumps by up to a day, forwards or backwards
+    memory       there is less memory than a run takes: the kernel kills it, or, half of the time, a
+                 limit (as of ulimit -v) has its allocations fail from a random moment on
     garble       some bytes of a file in the work directory change while nothing runs
     cut          a file is cut off
     lose         a file is deleted
 
-Exit status: 0 if there was no failure, 1 otherwise, 2 for a mistake that the user can mend.
+Those of disks are for root, who may mount a small tmpfs, and a C compiler: see `chaos_disk.c`.
+What cannot be is left out and said so. Exit status: 0 if there was no failure, 1 otherwise, 2 for a
+mistake that the user can mend.
 """
 
 import contextlib
@@ -24,15 +30,16 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +48,16 @@ from absl import flags
 from fedasr.cli import common
 from fedasr.errors import UserError
 
-KINDS = ("kill", "stop", "full", "read_only", "clock", "garble", "cut", "lose")
-_NEED_ROOT = ("full", "read_only")
+KINDS = (
+    *("kill", "stop", "full", "read_only", "broken", "slow"),
+    *("clock", "memory", "garble", "cut", "lose"),
+)
+_OF_FILES = ("garble", "cut", "lose")
+_NEED_ROOT = ("full",)
+_NEED_COMPILER = {"read_only": "r", "broken": "i", "slow": "s"}  # what `chaos_disk.c` is told
+# What passes by itself: the refusal names no file, and the same command goes on.
+_PASSING = ("full", *_NEED_COMPILER, "memory")
+_REMEDIES = ("disk", "room", "mend", "memory")
 LONGEST = 600.0  # seconds that a process may take: then it hangs
 _SIZE = "64m"  # of the small disk
 
@@ -51,7 +66,8 @@ def tiny_corpus(folder: Path) -> Path:
     """Half a second of noise for each of 4 training users and one other."""
     import numpy as np
 
-    from fedasr.data.prepare import Utterance, prepare
+    from fedasr.data.preparation.prepare import prepare
+    from fedasr.data.utterances import Utterance
 
     noise = 0.1 * np.random.default_rng(0).standard_normal(8_000, np.float32), 16_000
     utterances = [
@@ -80,31 +96,86 @@ def tiny_config(corpus: Path) -> dict[str, Any]:
     return to_json(config.to_dict())
 
 
-def _child(config: Mapping[str, Any], workdir: str, log: str, shift: float) -> None:
-    """A run in a process of its own, as `experiments.train` would end it."""
+def _child(
+    config: Mapping[str, Any], workdir: str, log: str, jump: tuple[float, float], disk: str
+) -> None:
+    """A run in a process of its own, as `experiments.train` would end it.
+
+    Args:
+      config, workdir: of the run.
+      log: file for stdout and stderr.
+      jump: of the clock: (seconds from now, seconds that it jumps by).
+      disk: that must be known to what was preloaded; "" for nothing preloaded.
+    """
     with open(log, "ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    if shift:
-        told = time.time
-        time.time = lambda: told() + shift
+    told, then = time.time, time.monotonic() + jump[0]
+    time.time = lambda: told() + (jump[1] if time.monotonic() >= then else 0.0)
     from fedasr.training import loop
 
-    try:
-        summary = loop.run(config, workdir)
-        status = 0 if summary["status"] == "completed" else common.FAILED
-    except UserError as error:
-        status = common.fail(error)
-    except loop.Interrupted as error:
-        status = common.fail(error, common.STOPPED)
-    except KeyboardInterrupt:
-        status = common.fail("interrupted", common.STOPPED)
-    except BaseException:
-        traceback.print_exc()
-        status = common.FAILED
+    def program() -> int | None:
+        if os.environ.get("CHAOS_DISK", "") != disk:
+            raise RuntimeError("processes are forked from one that knows of no faults")
+        try:
+            summary = loop.run(config, workdir)
+        except loop.Interrupted as error:
+            return common.fail(error, common.STOPPED)
+        return None if summary["status"] == "completed" else common.FAILED
+
+    status = common.status_of(program)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class _MemoryGroup:
+    """A control group of the kernel that bounds the memory of a process, if one can be made.
+
+    What it had before it joins is not counted, so what it is forked from does not matter.
+    """
+
+    _LIMITS = ("memory.max", "memory.limit_in_bytes")
+    _PEAKS = ("memory.peak", "memory.max_usage_in_bytes")
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+            folder = root / f"fedasr-chaos-{os.getpid()}"
+            with contextlib.suppress(OSError):
+                folder.mkdir(exist_ok=True)
+                if self._file(folder, self._LIMITS) and self._file(folder, self._PEAKS):
+                    self.folder = folder
+                    return
+                folder.rmdir()
+
+    @staticmethod
+    def _file(folder: Path, names: tuple[str, ...]) -> Path | None:
+        return next((folder / name for name in names if (folder / name).exists()), None)
+
+    def join(self, pid: int, limit: int | None) -> bool:
+        """Moves a process in, with so many bytes; None for all there are. Whether that worked."""
+        if self.folder is None:
+            return False
+        path = self._file(self.folder, self._LIMITS)
+        everything = "max" if path and path.name == "memory.max" else "-1"
+        try:
+            path.write_text(everything if limit is None else str(limit))  # type: ignore[union-attr]
+            (self.folder / "cgroup.procs").write_text(str(pid))
+        except (OSError, AttributeError):
+            return False
+        return True
+
+    def peak(self) -> int:
+        """The most that its processes have had; 0 if that is not known."""
+        path = self.folder and self._file(self.folder, self._PEAKS)
+        return int(path.read_text()) if path else 0
+
+    def close(self) -> None:
+        """Removes the group, which is empty by now."""
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
 
 class Chaos:
@@ -113,7 +184,7 @@ class Chaos:
     Args:
       folder: for the corpus, the reference and the runs.
       seed: of the faults.
-      kinds: of the faults; what needs root is left out without it.
+      kinds: of the faults; what cannot be here is left out.
       say: told of every fault and of failures.
     """
 
@@ -128,17 +199,24 @@ class Chaos:
 
         self._random = random.Random(seed)
         self._folder, self._say = folder, say
+        self._disk, self._told = folder / "disk", folder / "fault"
+        self._disk.mkdir(parents=True, exist_ok=True)
+        self._mounted, self._memory = self._mount(), _MemoryGroup()
+        self._preloaded = self._preload(folder) if self._mounted else ""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
             ["fedasr.training.loop", "orbax.checkpoint", "tensorboardX"]
         )
-        self._disk = folder / "disk"
-        self._disk.mkdir(parents=True, exist_ok=True)
-        self._mounted = self._mount()
-        usable = kinds if self._mounted else [kind for kind in kinds if kind not in _NEED_ROOT]
-        self.kinds = tuple(usable)
+        self._fork_with_faults()
+        impossible = () if self._mounted else _NEED_ROOT
+        impossible += () if self._preloaded else tuple(_NEED_COMPILER)
+        if left := [kind for kind in kinds if kind in impossible]:
+            say(f"left out, which needs root and a C compiler: {', '.join(left)}")
+        self.kinds = tuple(kind for kind in kinds if kind not in impossible)
         self.results: Counter[tuple[str, str]] = Counter()
         self.failures: list[str] = []
+        self._story: list[str] = []  # faults of the run under way, and how each ended
+        self._workdir: Path | None = None
         self._config = tiny_config(tiny_corpus(folder / "corpus"))
         self._seconds = LONGEST
         for name in ("compiled", "whole"):
@@ -147,8 +225,30 @@ class Chaos:
             raise UserError(f"the run without faults failed: {errors[-300:]}")
         self._whole = restore_params(folder / "whole")
 
+    def _preload(self, folder: Path) -> str:
+        """The library with the faults of disks; "" if it cannot be made."""
+        source, made = Path(__file__).with_name("chaos_disk.c"), folder / "chaos_disk.so"
+        command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(made), str(source), "-ldl"]
+        try:
+            subprocess.run(command, capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return str(made)
+
+    def _fork_with_faults(self) -> None:
+        """Starts what all processes are forked from, where the library is preloaded."""
+        ours = {}
+        if self._preloaded:
+            ours = {"LD_PRELOAD": self._preloaded, "CHAOS_DISK": str(self._disk)}
+            ours["CHAOS_FAULT"] = str(self._told)
+        os.environ.update(ours)
+        forkserver.ensure_running()
+        for name in ours:
+            del os.environ[name]
+
     def close(self) -> None:
-        """Gives the small disk back."""
+        """Gives the small disk and the group of memory back."""
+        self._memory.close()
         if self._mounted:
             subprocess.run(["umount", str(self._disk)], check=False)
 
@@ -169,6 +269,7 @@ class Chaos:
         number = 0
         while sum(self.results.values()) < faults:
             workdir = self._disk / f"run [{number}]"  # a path that has to be taken literally
+            self._workdir, self._story = workdir, []
             number += 1
             finished = False
             for _ in range(12):
@@ -183,7 +284,7 @@ class Chaos:
     def _fault(self, workdir: Path, kind: str) -> bool:
         """One fault; whether the run has got to its end."""
         before = len(self.failures)
-        if kind in ("garble", "cut", "lose"):
+        if kind in _OF_FILES:
             if not workdir.exists():  # half of a run to hurt
                 process, log = self._start(workdir)
                 process.join(0.6 * self._seconds)
@@ -195,24 +296,49 @@ class Chaos:
             else:
                 status, errors = self._run(workdir)
                 outcome = self._judge(workdir, kind, hurt, status, errors)
+                self._story.append(f"{kind} {hurt}: {outcome}")
                 self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
                 return outcome != "resumed"
-        shift = self._random.uniform(-86_400, 86_400) if kind == "clock" else 0.0
-        process, log = self._start(workdir, shift)
-        process.join(self._random.uniform(0, self._seconds))
+        moment, jump = self._random.uniform(0, self._seconds), (0.0, 0.0)
+        if kind == "clock":
+            jump = (moment, self._random.uniform(-86_400, 86_400))
+        process, log = self._start(workdir, jump)
+        if kind != "clock":
+            self._during(kind, process, moment)
+        status, errors = self._end(process, log)
+        self._mend()
+        outcome = self._judge(workdir, kind, "", status, errors)
+        self._story.append(f"{kind}: {outcome}")
+        self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
+        return outcome == "identical"
+
+    def _during(self, kind: str, process: Any, moment: float) -> None:
+        """Does to a process what a fault does, so many seconds after its start."""
+        if kind == "memory" and self._random.random() < 0.5:
+            limit = int(self._random.uniform(0.1, 1.0) * self._memory.peak())
+            if limit and self._memory.join(process.pid, limit):
+                return
+        process.join(moment)
         if kind == "kill":
             process.kill()
         elif kind == "stop" and process.is_alive():
             os.kill(process.pid, signal.SIGTERM)
         elif kind == "full":
             self._fill()
-        elif kind == "read_only":
-            self._remount("ro")
-        status, errors = self._end(process, log)
-        self._mend()
-        outcome = self._judge(workdir, kind, "", status, errors)
-        self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
-        return outcome == "identical"
+        elif kind == "memory":
+            self._bound(process.pid, self._random.randrange(64 << 20))
+        elif kind in _NEED_COMPILER:
+            self._told.write_text(_NEED_COMPILER[kind])
+            if kind == "slow" and self._random.random() < 0.5:
+                process.join(self._random.uniform(0, self._seconds))
+                process.kill()
+
+    def _bound(self, pid: int, more: int) -> None:
+        """A process gets so many more bytes of addresses, and no others."""
+        with contextlib.suppress(OSError, ValueError):
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+            has = pages * resource.getpagesize()
+            resource.prlimit(pid, resource.RLIMIT_AS, (has + more, has + more))
 
     def _judge(self, workdir: Path, kind: str, hurt: str, status: int | None, errors: str) -> str:
         """ "identical", "resumed" (to be gone on with) or "refused", after doing what was said."""
@@ -228,13 +354,15 @@ class Chaos:
             lines = [line for line in errors.splitlines() if line.startswith("error: ")]
             if len(lines) != 1:
                 self._fail(f"{where}: {len(lines)} lines of errors: {errors[-500:]}")
-            elif kind in _NEED_ROOT:
-                if "disk" not in lines[0] and "room" not in lines[0] and "mend" not in lines[0]:
+            elif kind in _PASSING:
+                if not any(word in lines[0] for word in _REMEDIES):
                     self._fail(f"{where}: no remedy in: {lines[0]}")
             else:
                 self._obey(workdir, where, lines[0])
                 self._finish(workdir, where)
             return "refused"
+        elif status == -signal.SIGABRT and kind == "memory":
+            pass  # C++ libraries end the process when there is no memory
         elif status not in (common.STOPPED, -signal.SIGKILL, -signal.SIGTERM):
             self._fail(f"{where}: status {status}: {errors[-500:]}")
         return "resumed"
@@ -273,7 +401,12 @@ class Chaos:
             return
         same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, self._whole)
         if not all(jax.tree.leaves(same)):
-            self._fail(f"{where}: other parameters")
+            names = [p for p, x in jax.tree_util.tree_leaves_with_path(same) if not x]
+            most = max(
+                float(np.abs(np.float64(a) - b).max())
+                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(self._whole), strict=True)
+            )
+            self._fail(f"{where}: other parameters, in {len(names)} arrays, by up to {most:g}")
         rounds = [r.get("round") for r in read_metrics(workdir) if "round" in r]
         if len(rounds) != len(set(rounds)) and "metrics.jsonl" not in where:
             self._fail(f"{where}: a round is logged twice")
@@ -283,6 +416,12 @@ class Chaos:
                 self._fail(f"{where}: no error rate")
 
     def _fail(self, what: str) -> None:
+        """Counts a failure; what led to it is told, and the run kept to look at."""
+        what = f"{what} (before: {', '.join(self._story) or 'nothing'})"
+        if self._workdir is not None and self._workdir.exists():
+            kept = self._folder / f"failed-{len(self.failures)}"
+            with contextlib.suppress(OSError, shutil.Error):
+                shutil.copytree(self._workdir, kept)
         self.failures.append(what)
         self._say(f"FAILED: {what}")
 
@@ -302,13 +441,16 @@ class Chaos:
             path.write_bytes(data)
         return str(path.relative_to(workdir))
 
-    def _start(self, workdir: Path, shift: float = 0.0) -> tuple[Any, Path]:
+    def _start(self, workdir: Path, jump: tuple[float, float] = (0.0, 0.0)) -> tuple[Any, Path]:
         log = self._folder / "log.txt"
         log.write_bytes(b"")
+        disk = str(self._disk) if self._preloaded else ""
         process = self._context.Process(
-            target=_child, args=(self._config, str(workdir), str(log), shift)
+            target=_child,
+            args=(self._config, str(workdir), str(log), jump, disk),
         )
         process.start()
+        self._memory.join(process.pid, None)
         return process, log
 
     def _end(self, process: Any, log: Path) -> tuple[int | None, str]:
@@ -331,14 +473,8 @@ class Chaos:
             while True:
                 file.write(bytes(1 << 14))
 
-    def _remount(self, how: str) -> None:
-        """Files that are open for writing keep a disk writable: then nothing happens."""
-        command = ["mount", "-o", f"remount,{how}", str(self._disk)]
-        subprocess.run(command, capture_output=True, check=False)
-
     def _mend(self) -> None:
-        if self._mounted:
-            self._remount("rw")
+        self._told.unlink(missing_ok=True)
         (self._disk / "filler").unlink(missing_ok=True)
 
 
@@ -362,6 +498,7 @@ def program() -> int | None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "compile-cache"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # a process's start is all
         chaos = stack.enter_context(
             Chaos(Path(folder), values.seed, say=lambda text: print(text, file=sys.stderr))
         )

@@ -26,9 +26,6 @@ Results of each seed and system are kept in the work directory: the same command
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -37,7 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from fedasr.cli import common
+from experiments import study
+from experiments.study import in_words, once, spread
 from fedasr.errors import UserError
 from fedasr.streams import Stream, make_root, seed_key, sub_seed
 
@@ -50,15 +48,9 @@ if TYPE_CHECKING:
     from fedasr.text import CharTokenizer
     from fedasr.training.evaluation import Evaluator
 
-_DEFAULT = str(Path(__file__).parent / "configs" / "corrections.py")
 SYSTEMS = ("unfiltered", "uniform", "words", "quality", "federated", "private")
 WEIGHTED = ("words", "federated", "private")  # by their words
 MEASURES = ("fresh", "rare", "general", "rare_missed")
-
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
-_SYSTEMS = flags.DEFINE_list("systems", list(SYSTEMS), f"Which of {', '.join(SYSTEMS)}.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results are kept; default runs/NAME.")
-_PLOT = flags.DEFINE_string("plot", None, "Draws the error rates into this PNG file.")
 
 
 class Bench(NamedTuple):
@@ -76,18 +68,14 @@ class Bench(NamedTuple):
 def open_bench(config: Mapping[str, Any]) -> Bench:
     """Opens the corpus, which is made when first needed (or is `data.dir`)."""
     from fedasr.data.batching import make_buckets
-    from fedasr.data.corpus import open_corpus, read_metadata
-    from fedasr.data.prepare import prepare_synthetic
-    from fedasr.data.synthetic import SyntheticConfig
+    from fedasr.data.records import open_corpus, read_metadata
+    from fedasr.data.synthetic import SyntheticConfig, prepare_synthetic
     from fedasr.training.builders.corpora import fitting_tokenizer
     from fedasr.training.builders.models import build_recogniser
     from fedasr.training.config import Config
     from fedasr.training.evaluation import Evaluator
 
-    fields = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config["corrections"]["corpus"].items()
-    }
+    fields = study.with_tuples(config["corrections"]["corpus"])
     directory = config["data"]["dir"] or prepare_synthetic(SyntheticConfig("fresh", **fields))
     metadata = read_metadata(directory)
     corpora = {split: open_corpus(directory, split) for split in ("seed", "train", "dev", "test")}
@@ -180,38 +168,20 @@ def central_training(bench: Bench, section: str, seed: int, batch_size: int) -> 
     )
 
 
-def stale_model(bench: Bench, seed: int, folder: Path, log: Callable[[str], None]) -> Any:
+def stale_model(bench: Bench, seed: int, folder: Path, log: study.Log) -> Any:
     """The recogniser that has never met a fresh word; trained once and kept in `folder`."""
-    import jax
 
-    from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
+    def train_stale() -> tuple[int, Any]:
+        settings = bench.config["seed_training"]
+        trainer = central_training(bench, "seed_training", seed, settings["batch_size"])
+        state = trainer.init(bench.recogniser.init(seed_key(seed, Stream.INIT)))
+        steps = settings["steps"]
+        for state, done, loss in trainer.run(state, steps):  # noqa: B007
+            if done % 100 == 0:
+                log(f"seed {seed}, stale recogniser: step {done} of {steps}, loss {loss:.2f}")
+        return steps, state
 
-    settings = _settings(bench.config, "stale")
-    params = bench.recogniser.init(seed_key(seed, Stream.INIT))
-    if folder.is_dir():
-        try:
-            if read_metadata(folder) == settings:
-                return restore_params(folder)
-        except UserError:
-            pass  # of a run that was killed while it saved
-    steps = bench.config["seed_training"]["steps"]
-    trainer = central_training(
-        bench, "seed_training", seed, bench.config["seed_training"]["batch_size"]
-    )
-    state = start = trainer.init(params)
-    for state, done, loss in trainer.run(start, steps):  # noqa: B007
-        if done % 100 == 0:
-            log(f"seed {seed}, stale recogniser: step {done} of {steps}, loss {loss:.2f}")
-    _remove(folder)
-    with Checkpointer(folder, 1) as checkpointer:
-        checkpointer.save(steps, state, settings)
-    return jax.device_get(state.params)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+    return study.trained_once(folder, _settings(bench.config, "stale"), train_stale)
 
 
 def _histogram_seed(bench: Bench, seed: int, name: str) -> int:
@@ -287,36 +257,23 @@ def make_sampler(bench: Bench, corrected: Any, seed: int) -> Any:
 
     How many have some left is as private as the corrections: nothing may follow from it.
     """
-    from fedasr.data.sampling import PoissonSampler, SilentSampler
+    from fedasr.privacy.sampling import PoissonSampler, SilentSampler
 
     population = len(corrected.users)
     everybody = PoissonSampler(population, min(bench.config["cohort"], population), seed)
     return SilentSampler(everybody, tuple(corrected.sizes.nonzero()[0].tolist()))
 
 
-def train(
-    bench: Bench, system: str, params: Any, seed: int, log: Callable[[str], None]
-) -> dict[str, Any]:
+def train(bench: Bench, system: str, params: Any, seed: int, log: study.Log) -> dict[str, Any]:
     """Runs one system from the stale recogniser; its result."""
     import numpy as np
 
-    from fedasr.data.batching import Batching
-    from fedasr.federated.algorithms.fedavg import FedAvg
-    from fedasr.federated.client import local_training
-    from fedasr.federated.hardware import Hardware
-    from fedasr.federated.server import constant_then_exponential, make_optimizer
-    from fedasr.federated.simulation import Simulation
     from fedasr.feedback import corrections as lib
     from fedasr.feedback import weighting
     from fedasr.feedback.histograms import client_histogram
     from fedasr.feedback.joint import JointTraining, average_params
-    from fedasr.models.recogniser import ARRAYS
-    from fedasr.privacy.mechanism import Mechanism
-    from fedasr.training.builders import corpora
-    from fedasr.training.config import Config, fingerprint
 
     config, settings = bench.config, bench.config["corrections"]
-    client, server, privacy = config["client"], config["server"], config["privacy"]
     private = system == "private"
     noise = settings["histogram_noise"] if private else 0.0
     found = make_corrections(bench, params, seed, noise)
@@ -341,24 +298,83 @@ def train(
         options = {k: v for k, v in settings["quality"].items() if k != "utterances"}
         held_out = held_out_batch(bench)
         weigh = weighting.quality_weight(bench.recogniser.evaluate, held_out, **options)
-    weighted = weights is not None or weigh is not None
 
     sampler = make_sampler(bench, corpus, seed)
-    mechanism = Mechanism(
-        privacy["clip_norm"] if private else float("inf"),
-        privacy["budget"] if private else "global",
-        privacy["sigma"] * sampler.expected_cohort if private else 0.0,
+    weighted = weights is not None or weigh is not None
+    mechanism = make_mechanism(bench, sampler, noise if private else None, weighted)
+    trainer = make_simulation(bench, system, corpus, mechanism, weights, weigh, seed)
+    if system != "federated":
+        central = central_training(bench, "central", seed, config["central"]["batch_size"])
+        trainer = JointTraining(trainer, central, settings["central_steps"])
+    rounds, last = config["rounds"], []
+    state = trainer.init(params)
+    began = time.monotonic()
+    for state, metrics in trainer.run(state, rounds):
+        last = [*last, state.params][-settings["averaged"] :]
+        if metrics.round % 10 == 0:
+            log(f"seed {seed}, {system}: round {metrics.round} of {rounds}, {metrics.loss:.2f}")
+    result: dict[str, Any] = {"seconds": time.monotonic() - began}
+    speaking = corpus.sizes > 0
+    result |= {"users": int(speaking.sum()), "utterances": int(corpus.sizes.sum())}
+    result["wer"] = evaluate(bench, state.params)
+    result |= _averaged(bench, params, average_params(last))
+    if weights is not None:
+        weights = weights[speaking]
+        result["weights"] = {"mean": float(weights.mean()), "max": float(weights.max())}
+        result["share_at_floor"] = float(np.mean(weights <= weights.min() + 1e-6))
+    if private:
+        trusted = {name: settings[name]["trusted"] for name in ("filters", "words")}
+        result["privacy"] = _privacy(mechanism, config["privacy"], rounds, trusted)
+    return result
+
+
+def make_mechanism(bench: Bench, sampler: Any, noise: float | None, weighted: bool) -> Any:
+    """Clipping and noise by the configuration; none of both where `noise` is None.
+
+    Args:
+      sampler: of the users.
+      noise: noise multiplier of each of the two histograms that were published.
+      weighted: whether users have weights.
+    """
+    from fedasr.privacy.mechanism import Mechanism
+
+    weighting = "bounded" if weighted else "uniform"
+    if noise is None:
+        return Mechanism(float("inf"), "global", 0.0, sampler, weighting=weighting)
+    privacy = bench.config["privacy"]
+    return Mechanism(
+        privacy["clip_norm"],
+        privacy["budget"],
+        privacy["sigma"] * sampler.expected_cohort,
         sampler,
-        weighting="bounded" if weighted else "uniform",
-        released=(noise, noise) if private else (),
+        weighting=weighting,
+        released=(noise, noise),
     )
+
+
+def make_simulation(
+    bench: Bench, system: str, corpus: Any, mechanism: Any, weights: Any, weigh: Any, seed: int
+) -> Any:
+    """The federated rounds of a system; see `FedAvg` for weights and weigh."""
+    from fedasr.data.batching import Batching
+    from fedasr.federated.algorithms.fedavg import FedAvg
+    from fedasr.federated.client import local_training
+    from fedasr.federated.hardware import Hardware
+    from fedasr.federated.server import constant_then_exponential, make_optimizer
+    from fedasr.federated.simulation import Simulation
+    from fedasr.models.recogniser import ARRAYS
+    from fedasr.training.builders import corpora
+    from fedasr.training.config import Config, fingerprint
+
+    config = bench.config
+    client, server = config["client"], config["server"]
     schedule = constant_then_exponential(
         server["learning_rate"],
         server["decay_start"],
         server["decay_rounds"],
         server["decay_rate"],
     )
-    simulation = Simulation(
+    return Simulation(
         corpus,
         mechanism,
         FedAvg(
@@ -381,30 +397,6 @@ def train(
         seed=seed,
         identity=f"corrections {system} {fingerprint(_settings(config, system))}",
     )
-    trainer: Any = simulation
-    if system != "federated":
-        central = central_training(bench, "central", seed, config["central"]["batch_size"])
-        trainer = JointTraining(simulation, central, settings["central_steps"])
-    rounds, last = config["rounds"], []
-    state = trainer.init(params)
-    began = time.monotonic()
-    for state, metrics in trainer.run(state, rounds):
-        last = [*last, state.params][-settings["averaged"] :]
-        if metrics.round % 10 == 0:
-            log(f"seed {seed}, {system}: round {metrics.round} of {rounds}, {metrics.loss:.2f}")
-    result: dict[str, Any] = {"seconds": time.monotonic() - began}
-    speaking = corpus.sizes > 0
-    result |= {"users": int(speaking.sum()), "utterances": int(corpus.sizes.sum())}
-    result["wer"] = evaluate(bench, state.params)
-    result |= _averaged(bench, params, average_params(last))
-    if weights is not None:
-        weights = weights[speaking]
-        result["weights"] = {"mean": float(weights.mean()), "max": float(weights.max())}
-        result["share_at_floor"] = float(np.mean(weights <= weights.min() + 1e-6))
-    if private:
-        trusted = {name: settings[name]["trusted"] for name in ("filters", "words")}
-        result["privacy"] = _privacy(mechanism, privacy, rounds, trusted)
-    return result
 
 
 def _averaged(bench: Bench, stale: Any, new: Any) -> dict[str, Any]:
@@ -462,47 +454,42 @@ def _settings(config: Mapping[str, Any], system: str) -> dict[str, Any]:
         return {name: config[name] for name in names} | {"corpus": config["corrections"]["corpus"]}
     others = {"words": WEIGHTED, "quality": ("quality",), "histogram_noise": ("private",)}
     unused = {name for name, systems in others.items() if system not in systems}
-    own = {name: value for name, value in config["corrections"].items() if name not in unused}
-    return {name: value for name, value in config.items() if name != "seed"} | {"corrections": own}
+    used = {name: value for name, value in config["corrections"].items() if name not in unused}
+    return {name: value for name, value in config.items() if name != "seed"} | {"corrections": used}
+
+
+def filtered(bench: Bench, params: Any, seed: int) -> dict[str, Any]:
+    """What the filters make of the users' edits."""
+    from fedasr.feedback.corrections import filter_quality
+
+    found = make_corrections(bench, params, seed, 0.0)
+    dropped = Counter(review.reason for review in found.reviews if review.label is None)
+    spans = Counter(r for review in found.reviews for r in review.reasons if r)
+    return {
+        "edited": len(found.feedback),
+        "kept": sum(review.label is not None for review in found.reviews),
+        "dropped": dict(dropped),
+        "rejected_spans": dict(spans),
+        "planted": filter_quality(found.feedback, found.reviews),
+    }
 
 
 def run_seed(
-    bench: Bench, seed: int, systems: Sequence[str], workdir: Path, log: Callable[[str], None]
+    bench: Bench, seed: int, systems: Sequence[str], workdir: Path, log: study.Log
 ) -> dict[str, Any]:
     """{"stale", "filters" and each system: result} of a seed; what is done is read again."""
-    from fedasr.training.logging import to_json, write_json_atomic
-
     folder = workdir / f"seed-{seed}"
     params = stale_model(bench, seed, folder / "stale", log)
 
-    def once(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path, settings = folder / f"{name}.json", to_json(_settings(bench.config, name))
-        if path.is_file() and (kept := json.loads(path.read_text()))["settings"] == settings:
-            return kept["result"]
-        result = to_json(make())
-        write_json_atomic(path, {"settings": settings, "result": result})
-        return result
-
-    def filters() -> dict[str, Any]:
-        from fedasr.feedback.corrections import filter_quality
-
-        found = make_corrections(bench, params, seed, 0.0)
-        dropped = Counter(review.reason for review in found.reviews if review.label is None)
-        spans = Counter(r for review in found.reviews for r in review.reasons if r)
-        return {
-            "edited": len(found.feedback),
-            "kept": sum(review.label is not None for review in found.reviews),
-            "dropped": dict(dropped),
-            "rejected_spans": dict(spans),
-            "planted": filter_quality(found.feedback, found.reviews),
-        }
+    def stage(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return once(folder / f"{name}.json", _settings(bench.config, name), make)
 
     results = {
-        "stale": once("stale", lambda: {"wer": evaluate(bench, params)}),
-        "filters": once("filters", filters),
+        "stale": stage("stale", lambda: {"wer": evaluate(bench, params)}),
+        "filters": stage("filters", lambda: filtered(bench, params, seed)),
     }
     for system in systems:
-        results[system] = once(system, lambda s=system: train(bench, s, params, seed, log))
+        results[system] = stage(system, lambda s=system: train(bench, s, params, seed, log))
         rates = results[system]["wer"]["test"]
         log(f"seed {seed}, {system}: " + ", ".join(f"{k} {rates[k]:.1f}" for k in MEASURES))
     return results
@@ -516,68 +503,72 @@ def summarize(results: Mapping[int, Mapping[str, Any]], systems: Sequence[str]) 
             by_model.setdefault(name, []).append(found[name]["wer"]["test"])
             if name != "stale":
                 by_model.setdefault(f"{name}+", []).append(found[name]["averaged"]["test"])
-    test = {
-        name: {measure: _spread([rates[measure] for rates in rows]) for measure in MEASURES}
-        for name, rows in by_model.items()
-    }
-    planted = [found["filters"]["planted"] for found in results.values()]
-    wrong = [sum(p[kind]["edits"] for kind in p if kind != "right") for p in planted]
-    passed = [sum(p[kind]["kept"] for kind in p if kind != "right") for p in planted]
     summary: dict[str, Any] = {
         "seeds": sorted(results),
-        "test": test,
-        "filters": {
-            "right_kept": _spread([p["right"]["kept"] / p["right"]["edits"] for p in planted]),
-            "wrong_removed": _spread([1 - k / n for k, n in zip(passed, wrong, strict=True)]),
-            "by_kind": [found["filters"] for found in results.values()],
+        "test": {
+            name: {measure: spread([rates[measure] for rates in rows]) for measure in MEASURES}
+            for name, rows in by_model.items()
         },
+        "filters": _filters_over_seeds([found["filters"] for found in results.values()]),
+        **_beside_stale(by_model),
+        **_beside_uniform(by_model),
     }
-    stale = by_model["stale"]
+    if "private" in systems:
+        summary["privacy"] = [found["private"]["privacy"] for found in results.values()]
+    return summary
+
+
+def _filters_over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Shares of right edits that were kept and of wrong ones that were removed."""
+    planted = [one["planted"] for one in found]
+    wrong = [sum(p[kind]["edits"] for kind in p if kind != "right") for p in planted]
+    passed = [sum(p[kind]["kept"] for kind in p if kind != "right") for p in planted]
+    return {
+        "right_kept": spread([p["right"]["kept"] / p["right"]["edits"] for p in planted]),
+        "wrong_removed": spread([1 - k / n for k, n in zip(passed, wrong, strict=True)]),
+        "by_kind": list(found),
+    }
+
+
+def _beside_stale(by_model: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """What fresh words gain, in percent, and what general sentences cost, in points."""
+    gains, costs = {}, {}
     for name, rows in by_model.items():
         if name != "stale":
-            gains = [
-                100 * (1 - new["fresh"] / old["fresh"])
-                for new, old in zip(rows, stale, strict=True)
-            ]
-            costs = [new["general"] - old["general"] for new, old in zip(rows, stale, strict=True)]
-            summary.setdefault("fresh_relative_reduction", {})[name] = _spread(gains)
-            summary.setdefault("general_points_worse", {})[name] = _spread(costs)
+            pairs = list(zip(rows, by_model["stale"], strict=True))
+            gains[name] = spread([100 * (1 - new["fresh"] / old["fresh"]) for new, old in pairs])
+            costs[name] = spread([new["general"] - old["general"] for new, old in pairs])
+    return {"fresh_relative_reduction": gains, "general_points_worse": costs} if gains else {}
+
+
+def _beside_uniform(by_model: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """What weights gain where words are rare, in points."""
+    better = {}
     for name in ("words", "words+", "quality", "quality+"):
         base = "uniform" + "+" * name.endswith("+")
         if name in by_model and base in by_model:
             pairs = list(zip(by_model[base], by_model[name], strict=True))
             for measure in ("rare", "rare_missed"):
                 gain = [uniform[measure] - weighted[measure] for uniform, weighted in pairs]
-                summary.setdefault("better_than_uniform", {})[f"{name} {measure}"] = _spread(gain)
-    if "private" in systems:
-        summary["privacy"] = [found["private"]["privacy"] for found in results.values()]
-    return summary
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
+                better[f"{name} {measure}"] = spread(gain)
+    return {"better_than_uniform": better} if better else {}
 
 
 def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """The summary for people: mean (standard deviation over the seeds)."""
-
-    def text(spread: Mapping[str, Any], scale: float = 1.0) -> str:
-        return f"{scale * spread['mean']:.1f} ({scale * spread['std']:.1f})"
-
     from fedasr.privacy.accounting import epsilon_in_words
 
     yield f"test, percent, mean (std) over seeds {summary['seeds']}: {', '.join(MEASURES)}"
     for name, row in summary["test"].items():
-        yield f"  {name}: " + ", ".join(text(row[measure]) for measure in MEASURES)
+        yield f"  {name}: " + ", ".join(in_words(row[measure]) for measure in MEASURES)
     filters = summary["filters"]
-    yield f"right edits kept: {text(filters['right_kept'], 100)}%"
-    yield f"wrong edits removed: {text(filters['wrong_removed'], 100)}%"
-    for name, spread in summary.get("fresh_relative_reduction", {}).items():
-        worse = summary["general_points_worse"][name]
-        yield f"{name}: fresh WER reduced by {text(spread)}%, general worse by {text(worse)} points"
-    for name, spread in summary.get("better_than_uniform", {}).items():
-        yield f"{name} better than uniform by {text(spread)} points"
+    yield f"right edits kept: {in_words(filters['right_kept'], scale=100)}%"
+    yield f"wrong edits removed: {in_words(filters['wrong_removed'], scale=100)}%"
+    for name, gain in summary.get("fresh_relative_reduction", {}).items():
+        worse = in_words(summary["general_points_worse"][name])
+        yield f"{name}: fresh WER reduced by {in_words(gain)}%, general worse by {worse} points"
+    for name, gain in summary.get("better_than_uniform", {}).items():
+        yield f"{name} better than uniform by {in_words(gain)} points"
     for found in summary.get("privacy", ())[:1]:
         yield f"privacy compares: {found['neighbours']}"
         for case in found["deployed"]:
@@ -591,61 +582,47 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """Bars of every model's error rates, with the standard deviation over the seeds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    figure = study.new_figure(10.5, 3.9)
     axes = figure.subplots()
-    models, width = list(summary["test"]), 0.8 / len(summary["test"])
-    for number, name in enumerate(models):
-        rows = [summary["test"][name][measure] for measure in MEASURES]
-        axes.bar(
-            [place + (number - (len(models) - 1) / 2) * width for place in range(len(MEASURES))],
-            [row["mean"] for row in rows],
-            width,
-            yerr=[row["std"] for row in rows],
-            label=name,
-        )
+    rows = {name: [row[measure] for measure in MEASURES] for name, row in summary["test"].items()}
     labels = ("WER, fresh word", "WER, rare word", "WER, general", "rare words missed")
-    axes.set_xticks(range(len(MEASURES)), labels)
+    study.draw_bars(axes, rows, labels)
     axes.set_ylabel("percent")
     axes.legend(fontsize=8, ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    study.save_figure(figure, path)
 
 
-def run() -> None:
-    """Runs what the flags ask for."""
-    common.configure_devices()
-    common.keep_memory()
-    from fedasr.training.config import resolve
-    from fedasr.training.logging import from_json, to_json
+# ------------------------------------------------------------------------------------- program
 
-    config = resolve(_CONFIG.value.to_dict(), ("corrections",))
-    systems = _SYSTEMS.value
-    if unknown := sorted(set(systems) - set(SYSTEMS)):
-        raise UserError(f"--systems: {unknown} is not among {', '.join(SYSTEMS)}")
-    seeds = common.seeds(_SEEDS.value)
+
+def _define_flags() -> None:
+    flags.DEFINE_list("systems", list(SYSTEMS), f"Which of {', '.join(SYSTEMS)}.")
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    study.check_names("systems", flags.FLAGS.systems, SYSTEMS)
     if config["chunk"] == "auto":
         raise UserError("chunk must be a number here")
-    workdir = Path(_WORKDIR.value or Path("runs") / config["name"])
-    common.configure_compilation(workdir.parent)
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
-    bench = open_bench(config)
-    results = {seed: run_seed(bench, seed, systems, workdir, log) for seed in seeds}
-    summary = to_json(summarize(results, systems))
-    if _PLOT.value:
-        draw(summary, Path(_PLOT.value))
-    if common.JSON.value:
-        common.show(summary)
-    else:
-        print("\n".join(_lines(from_json(summary))))
+def _summarize(
+    config: dict[str, Any], seeds: Sequence[int], workdir: Path, log: study.Log
+) -> dict[str, Any]:
+    bench, systems = open_bench(config), flags.FLAGS.systems
+    return summarize(
+        {seed: run_seed(bench, seed, systems, workdir, log) for seed in seeds}, systems
+    )
 
 
 if __name__ == "__main__":
-    _CONFIG = common.define_config(_DEFAULT)
-    common.main(run)
+    study.main(
+        study.Study(
+            "corrections",
+            ("corrections",),
+            _summarize,
+            _lines,
+            draw,
+            _check,
+            define_flags=_define_flags,
+        )
+    )

@@ -24,23 +24,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from absl import flags
 
-from fedasr.cli import common
+from experiments import study
+from experiments.study import in_words, spread
 from fedasr.errors import UserError
 from fedasr.fusion import METHODS
 
 if TYPE_CHECKING:
-    from fedasr.data.prepare import Utterance
     from fedasr.data.synthetic import SyntheticConfig
+    from fedasr.data.utterances import Utterance
 
-_DEFAULT = str(Path(__file__).parent / "configs" / "accents.py")
 PRIVACY = ("none", "private")
 ALL = "all"  # the groups' test users together
 SEED, UNION, AVERAGE = "seed", "union", "average"
@@ -72,7 +70,7 @@ def by_group(
     Users of accents that no group has are left out. About `seed_share` of the training users, by a
     hash of their names, go to "seed".
     """
-    from fedasr.data.splits import user_hash
+    from fedasr.data.corpus import user_hash
     from fedasr.data.synthetic import speaker_voice
 
     names = {accent: group for group, accents in groups.items() for accent in accents}
@@ -98,13 +96,11 @@ def prepare_groups(settings: Mapping[str, Any]) -> Path:
       settings: "accents" of the configuration.
     """
     from fedasr.data import synthetic
-    from fedasr.data.prepare import cache_dir, prepare, progress_bar
+    from fedasr.data.preparation.folder import cache_dir
+    from fedasr.data.preparation.prepare import prepare
+    from fedasr.data.preparation.progress import progress_bar
 
-    fields = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in settings["corpus"].items()
-    }
-    config = synthetic.SyntheticConfig(**fields)
+    config = synthetic.SyntheticConfig(**study.with_tuples(settings["corpus"]))
     made_of = (sorted(settings["groups"].items()), settings["seed_share"])
     described = f"{synthetic.fingerprint(config)} {made_of}"
     name = hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -170,7 +166,7 @@ def run_config(
 
 
 def fused_between(
-    bench: Bench, seed: int, privacy: str, start: Path, method: str, folder: Path, log: Any
+    bench: Bench, seed: int, privacy: str, start: Path, method: str, folder: Path, log: study.Log
 ) -> Any:
     """The model of groups that train side by side and are fused every few rounds."""
     import jax
@@ -232,7 +228,7 @@ def run_seed(
     methods: Sequence[str],
     between: Sequence[str],
     workdir: Path,
-    log: Callable[[str], None],
+    log: study.Log,
 ) -> dict[str, Any]:
     """{"wer": {model: {group or `ALL`: percent}}, "privacy", "search"} of a seed."""
     import jax
@@ -304,11 +300,6 @@ def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], bench: Ben
     Args:
       results: {privacy: {seed: of `run_seed`}}.
     """
-    from fedasr.fusion.tasks import spread
-
-    def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-        return spread(np.array(values)) | {"values": list(values)}
-
     summary: dict[str, Any] = {}
     for privacy, by_seed in results.items():
         rows = [found["wer"] for found in by_seed.values()]
@@ -316,7 +307,7 @@ def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], bench: Ben
         found: dict[str, Any] = {
             "seeds": list(by_seed),
             "wer": {
-                model: {g: over_seeds([row[model][g] for row in rows]) for g in groups}
+                model: {g: spread([row[model][g] for row in rows]) for g in groups}
                 for model in rows[0]
             },
         }
@@ -324,10 +315,10 @@ def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], bench: Ben
             if model in (SEED, UNION, AVERAGE, *bench.groups):
                 continue
             gain = [row[AVERAGE][ALL] - row[model][ALL] for row in rows]
-            found.setdefault("better_than_average", {})[model] = over_seeds(gain)
+            found.setdefault("better_than_average", {})[model] = spread(gain)
             worse = {g: [row[model][g] - row[g][g] for row in rows] for g in bench.groups}
             found.setdefault("worse_than_specialist", {})[model] = {
-                g: over_seeds(values) for g, values in worse.items()
+                g: spread(values) for g, values in worse.items()
             }
         found["privacy"] = [found["privacy"] for found in by_seed.values()]
         found["search"] = [found["search"] for found in by_seed.values()]
@@ -337,23 +328,18 @@ def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], bench: Ben
 
 def lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """The summary for people: mean (standard deviation over the seeds)."""
-
     from fedasr.privacy.accounting import epsilon_in_words
-    from fedasr.training.logging import from_json
-
-    def text(value: Mapping[str, Any]) -> str:
-        return f"{value['mean']:.1f} ({value['std']:.1f})"
 
     for privacy, found in summary.items():
         yield f"privacy: {privacy}; test WER in percent, mean (std) over seeds {found['seeds']}"
         for model, row in found["wer"].items():
-            yield f"  {model}: " + ", ".join(f"{g} {text(value)}" for g, value in row.items())
+            yield f"  {model}: " + ", ".join(f"{g} {in_words(value)}" for g, value in row.items())
         for model, gain in found.get("better_than_average", {}).items():
             worse = found["worse_than_specialist"][model]
-            yield f"  {model}: {text(gain)} points better than the average, worse than specialists "
-            yield "    by " + ", ".join(f"{g} {text(value)}" for g, value in worse.items())
+            better = f"{in_words(gain)} points better than the average"
+            yield f"  {model}: {better}, worse than specialists "
+            yield "    by " + ", ".join(f"{g} {in_words(value)}" for g, value in worse.items())
         for case in (found["privacy"][0] or {}).values():
-            case = from_json(case)
             deployed = [
                 f"{epsilon_in_words(x['epsilon'])} ({x['cohort']:,} of {x['population']:,} users)"
                 for x in case["extrapolations"]
@@ -366,89 +352,63 @@ def lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """Bars of every model's error rates by group, with the standard deviation over the seeds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10.5, 3.6 * len(summary)), layout="constrained")
+    figure = study.new_figure(10.5, 3.6 * len(summary))
     panels = figure.subplots(len(summary), 1, squeeze=False)[:, 0]
     for axes, (privacy, found) in zip(panels, summary.items(), strict=True):
-        models = [model for model in found["wer"] if model != SEED]
         groups = list(next(iter(found["wer"].values())))
-        width = 0.8 / len(models)
-        for number, model in enumerate(models):
-            rows = [found["wer"][model][group] for group in groups]
-            axes.bar(
-                [i + (number - (len(models) - 1) / 2) * width for i in range(len(groups))],
-                [row["mean"] for row in rows],
-                width,
-                yerr=[row["std"] for row in rows],
-                label=f"specialist: {model}" if model in groups else model,
-            )
-        axes.set_xticks(range(len(groups)), [f"test users: {group}" for group in groups])
+        rows = {
+            f"specialist: {model}" if model in groups else model: [row[group] for group in groups]
+            for model, row in found["wer"].items()
+            if model != SEED
+        }
+        study.draw_bars(axes, rows, [f"test users: {group}" for group in groups])
         axes.set(ylabel="WER, %", title=f"privacy: {privacy}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, ncols=2, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    study.save_figure(figure, path, dpi=130)
 
 
-def program() -> None:
-    """Runs what the flags ask for."""
-    common.configure_devices()
-    common.keep_memory()
-    from fedasr.training.config import resolve
-    from fedasr.training.logging import to_json
-
-    config = resolve(_CONFIG.value.to_dict(), ("accents",))
-    between = [name for name in flags.FLAGS.between if name]
-    for flag, names, known in (
-        ("privacy", flags.FLAGS.privacy, PRIVACY),
-        ("methods", flags.FLAGS.methods, METHODS),
-        ("between", between, METHODS),
-    ):
-        if unknown := sorted(set(names) - set(known)):
-            raise UserError(f"--{flag}: {unknown} is not among {', '.join(known)}")
-    groups = tuple(config["accents"]["groups"])
-    if taken := sorted(set(groups) & {SEED, UNION, AVERAGE, ALL, *METHODS}):
-        raise UserError(f"accents.groups: {taken} would be confused with models of that name")
-    seeds = common.seeds(flags.FLAGS.seeds)
-    if not flags.FLAGS.privacy:
-        raise UserError("--privacy names none")
-    workdir = Path(flags.FLAGS.workdir or Path("runs") / config["name"])
-    common.configure_compilation(workdir.parent)
-
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    bench = Bench(config, prepare_groups(config["accents"]), groups)
-    results = {
-        privacy: {
-            seed: run_seed(bench, seed, privacy, flags.FLAGS.methods, between, workdir, log)
-            for seed in seeds
-        }
-        for privacy in flags.FLAGS.privacy
-    }
-    summary = to_json(summarize(results, bench))
-    if flags.FLAGS.plot:
-        draw(summary, Path(flags.FLAGS.plot))
-    if common.JSON.value:
-        common.show(summary)
-    else:
-        print("\n".join(lines(summary)))
+# ---------------------------------------------------------------------------------------- program
 
 
 def _define_flags() -> None:
-    # Not when this is imported: other programs have flags of the same names.
-    flags.DEFINE_list("seeds", ["0", "1", "2"], "Training seeds.")
     flags.DEFINE_list("privacy", ["none"], f"Which of {', '.join(PRIVACY)}.")
     flags.DEFINE_list("methods", ["m2n2", "mixing_ratio"], "As of experiments.fuse.")
     flags.DEFINE_list("between", ["m2n2", "average"], "Fusions between rounds; may be ''.")
-    flags.DEFINE_string("workdir", None, "Where results are kept; default runs/NAME.")
-    flags.DEFINE_string("plot", None, "Draws the error rates into this PNG file.")
+
+
+def _between() -> list[str]:
+    return [name for name in flags.FLAGS.between if name]
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    study.check_names("privacy", flags.FLAGS.privacy, PRIVACY)
+    study.check_names("methods", flags.FLAGS.methods, METHODS)
+    study.check_names("between", _between(), METHODS)
+    if taken := sorted(set(config["accents"]["groups"]) & {SEED, UNION, AVERAGE, ALL, *METHODS}):
+        raise UserError(f"accents.groups: {taken} would be confused with models of that name")
+    if not flags.FLAGS.privacy:
+        raise UserError("--privacy names none")
+
+
+def _summarize(
+    config: dict[str, Any], seeds: Sequence[int], workdir: Path, log: study.Log
+) -> dict[str, Any]:
+    settings = config["accents"]
+    bench = Bench(config, prepare_groups(settings), tuple(settings["groups"]))
+    methods, between = flags.FLAGS.methods, _between()
+    results = {
+        privacy: {
+            seed: run_seed(bench, seed, privacy, methods, between, workdir, log) for seed in seeds
+        }
+        for privacy in flags.FLAGS.privacy
+    }
+    return summarize(results, bench)
 
 
 if __name__ == "__main__":
-    _define_flags()
-    _CONFIG = common.define_config(_DEFAULT)
-    common.main(program)
+    study.main(
+        study.Study(
+            "accents", ("accents",), _summarize, lines, draw, _check, define_flags=_define_flags
+        )
+    )

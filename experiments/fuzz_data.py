@@ -28,10 +28,10 @@ import numpy as np
 from absl import flags
 
 from fedasr.cli import common
-from fedasr.data.conversion import Rejected, Utterance
-from fedasr.data.layouts import find_layout
-from fedasr.data.manifest import read_manifest
 from fedasr.data.recordings import read_audio
+from fedasr.data.sources import find_layout
+from fedasr.data.sources.manifest import read_manifest
+from fedasr.data.utterances import Rejected, Utterance
 from fedasr.errors import UserError
 
 _INPUTS = flags.DEFINE_integer("inputs", 1000, "How many malformed inputs to make.")

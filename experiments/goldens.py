@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.fusion import methods
 from fedasr.fusion.run import run as fuse
 from fedasr.models.conformer import ConformerConfig

@@ -18,16 +18,12 @@ if TYPE_CHECKING:
     from fedasr.data.batching import Grid as Grid
     from fedasr.data.batching import LocalBatches as LocalBatches
     from fedasr.data.batching import make_resident as make_resident
-    from fedasr.data.conversion import Utterance as Utterance
     from fedasr.data.corpus import Corpus as Corpus
     from fedasr.data.corpus import InMemoryCorpus as InMemoryCorpus
-    from fedasr.data.corpus import open_corpus as open_corpus
-    from fedasr.data.corpus import write_corpus as write_corpus
-    from fedasr.data.prepare import prepare as prepare
-    from fedasr.data.sampling import FixedSizeSampler as FixedSizeSampler
-    from fedasr.data.sampling import PoissonSampler as PoissonSampler
-    from fedasr.data.sampling import Sampler as Sampler
-    from fedasr.data.sampling import ShuffledSampler as ShuffledSampler
+    from fedasr.data.preparation.prepare import prepare as prepare
+    from fedasr.data.records import open_corpus as open_corpus
+    from fedasr.data.utterances import Utterance as Utterance
+    from fedasr.data.writing import write_corpus as write_corpus
     from fedasr.errors import UserError as UserError
     from fedasr.federated.algorithms import Algorithm as Algorithm
     from fedasr.federated.algorithms.fedavg import FedAvg as FedAvg
@@ -54,6 +50,10 @@ if TYPE_CHECKING:
     from fedasr.privacy.correlated import BandedNoise as BandedNoise
     from fedasr.privacy.correlated import BufferedNoise as BufferedNoise
     from fedasr.privacy.mechanism import Mechanism as Mechanism
+    from fedasr.privacy.sampling import FixedSizeSampler as FixedSizeSampler
+    from fedasr.privacy.sampling import PoissonSampler as PoissonSampler
+    from fedasr.privacy.sampling import Sampler as Sampler
+    from fedasr.privacy.sampling import ShuffledSampler as ShuffledSampler
     from fedasr.privacy.secure_aggregation import SecureAggregation as SecureAggregation
     from fedasr.streams import secret_root as secret_root
     from fedasr.text import CharTokenizer as CharTokenizer
@@ -72,10 +72,11 @@ _HOMES = {
     "audio.augment": ("SpecAugmentConfig",),
     "audio.features": ("LogMelConfig", "log_mel"),
     "data.batching": ("Batching", "Grid", "LocalBatches", "make_resident"),
-    "data.corpus": ("Corpus", "InMemoryCorpus", "open_corpus", "write_corpus"),
-    "data.conversion": ("Utterance",),
-    "data.prepare": ("prepare",),
-    "data.sampling": ("FixedSizeSampler", "PoissonSampler", "Sampler", "ShuffledSampler"),
+    "data.corpus": ("Corpus", "InMemoryCorpus"),
+    "data.preparation.prepare": ("prepare",),
+    "data.records": ("open_corpus",),
+    "data.utterances": ("Utterance",),
+    "data.writing": ("write_corpus",),
     "errors": ("UserError",),
     "federated.algorithms": ("Algorithm",),
     "federated.algorithms.fedavg": ("FedAvg",),
@@ -100,6 +101,7 @@ _HOMES = {
     "privacy.clipping": ("clip_by_layer", "clip_global"),
     "privacy.correlated": ("BandedNoise", "BufferedNoise"),
     "privacy.mechanism": ("Mechanism",),
+    "privacy.sampling": ("FixedSizeSampler", "PoissonSampler", "Sampler", "ShuffledSampler"),
     "privacy.secure_aggregation": ("SecureAggregation",),
     "streams": ("secret_root",),
     "text": ("CharTokenizer", "SubwordTokenizer"),

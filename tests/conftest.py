@@ -13,6 +13,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, _folder, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Compiling takes a third of the time and gives the same operations in slower code, here and in
+# programs: see `optimized` for where it is not so.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import numpy as np
@@ -21,8 +24,6 @@ import pytest
 from fedasr.data.batching import Store
 
 jax.config.update("jax_num_cpu_devices", 2)
-# XLA reads its flags once, when it first compiles: now, not under the flags of `quick_compilation`.
-jax.jit(lambda: 1)()
 
 
 def dense_batches(batches):
@@ -54,16 +55,15 @@ def dense_batches(batches):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """The files with slow tests come first, so that parallel workers finish together.
-
-    Planted faults, which run parts of the suite again and again, and studies and benchmarks that
-    take minutes are for who asks: -m planted, -m long.
+    """Slow tests, planted faults (parts of the suite, again and again) and long studies are for who
+    asks: -m slow, -m planted, -m long. Files with the longest tests come first, so that parallel
+    workers finish together.
     """
-    for name in ("planted", "long"):
-        if name not in (config.option.markexpr or ""):
+    asked = config.option.markexpr or ""
+    for name in ("slow", "planted", "long"):
+        if not (name in asked or (name == "slow" and "planted" in asked)):
             items[:] = [item for item in items if not item.get_closest_marker(name)]
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -78,21 +78,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiling takes half as long or less, and gives slower code, here and in programs.
-
-    For tests of what a program does: what it computes is tested with the code that users get.
-    """
-    before = jax.config.values["jax_disable_most_optimizations"]
+def optimized():
+    """Compiles as users do, here and in programs: for numerics of kernels, and for long loops."""
     _forget_compilations()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        if jax.__version__.startswith("0.10."):  # XLA aborts if it does not know a flag
-            quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-            patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip())
-        jax.config.update("jax_disable_most_optimizations", True)
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        jax.config.update("jax_disable_most_optimizations", False)
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
     _forget_compilations()
 
 

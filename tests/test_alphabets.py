@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from fedasr.data.conversion import Skip, labels_of
+from fedasr.data.preparation.conversion import Skip, labels_of
 from fedasr.errors import UserError
 from fedasr.text import (
     SCRIPTS,

@@ -8,18 +8,18 @@ import pytest
 
 import fedasr as fa
 from fedasr import auditing
-from fedasr.data import batching, splits
-from fedasr.data.corpus import ArrayRecordCorpus
-from fedasr.data.sampling import SilentSampler
+from fedasr.data import batching
+from fedasr.data.corpus import all_lengths, find_users, shared_users
+from fedasr.data.records import ArrayRecordCorpus
+from fedasr.data.views import ReshuffledCorpus, UnionCorpus, UserSubset
 from fedasr.federated.simulation import corpus_digest
 from fedasr.feedback.weighting import words_of_users
 from fedasr.fusion.recognisers import utterance_scores
 from fedasr.models.recogniser import ARRAYS
 from fedasr.privacy import ledger
 from fedasr.privacy.correlated import Correlation
+from fedasr.privacy.sampling import SilentSampler
 from fedasr.training.central import CentralTraining
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 USERS = 6
 SMALL = {"dim": 16, "blocks": 1, "heads": 2, "mlp": 16}
@@ -129,9 +129,9 @@ def test_our_classes_and_others_are_instances():
     for corpus in (Recordings(), fa.InMemoryCorpus({"a": [{"x": np.zeros(2)}]})):
         assert isinstance(corpus, fa.Corpus)
     for views in (
-        splits.UserSubset(Recordings(), [0, 2]),
-        splits.UnionCorpus([Recordings()]),
-        splits.ReshuffledCorpus(Recordings(), 0),
+        UserSubset(Recordings(), [0, 2]),
+        UnionCorpus([Recordings()]),
+        ReshuffledCorpus(Recordings(), 0),
         auditing.CanaryCorpus(np.ones((1, 2)), 3),
     ):
         assert isinstance(views, fa.Corpus)
@@ -231,21 +231,21 @@ def test_central_training_and_evaluation():
 
 def test_views_and_what_is_asked_of_all_users(tmp_path):
     mine, other = Recordings(), Recordings()
-    assert splits.shared_users(mine, other) == tuple(mine.users)
-    assert splits.find_users(mine, other).tolist() == list(range(USERS))
+    assert shared_users(mine, other) == tuple(mine.users)
+    assert find_users(mine, other).tolist() == list(range(USERS))
     assert corpus_digest(mine) == corpus_digest(other)
-    lengths = splits.all_lengths(mine)["features"]
+    lengths = all_lengths(mine)["features"]
     assert len(lengths) == mine.sizes.sum()
     assert len(words_of_users(mine, fa.CharTokenizer())) == USERS
     views = (
-        splits.UserSubset(mine, [4, 1]),
-        splits.UnionCorpus([mine, Recordings("voice")]),
-        splits.ReshuffledCorpus(mine, 3),
+        UserSubset(mine, [4, 1]),
+        UnionCorpus([mine, Recordings("voice")]),
+        ReshuffledCorpus(mine, 3),
     )
     for view in views:
         examples = [example for user, size in enumerate(view.sizes)
                     for example in view.get(user, range(size))]  # fmt: skip
-        told = splits.all_lengths(view)["features"]
+        told = all_lengths(view)["features"]
         assert told.tolist() == [len(example["features"]) for example in examples]
     fa.write_corpus(tmp_path / "corpus", {"train": mine, "both": views[1]})
     stored = ArrayRecordCorpus(tmp_path / "corpus", "train")

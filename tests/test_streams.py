@@ -19,7 +19,6 @@ import pytest
 from fedasr import streams
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
@@ -28,6 +27,7 @@ from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.streams import Stream
 from fedasr.training.builders.identities import run_identity
 from fedasr.training.config import Config

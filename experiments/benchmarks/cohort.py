@@ -41,13 +41,13 @@ def run() -> None:
     import optax
 
     from fedasr.data.batching import Batching, make_buckets
-    from fedasr.data.sampling import FixedSizeSampler
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.hardware import Hardware
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import FixedSizeSampler
 
     recogniser = make_recogniser(
         "transformer", {"dim": _DIM.value, "mlp": 4 * _DIM.value, "blocks": _BLOCKS.value}

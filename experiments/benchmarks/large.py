@@ -73,7 +73,6 @@ def run() -> None:
     import optax
 
     from fedasr.data.batching import Batching, make_buckets
-    from fedasr.data.sampling import FixedSizeSampler
     from fedasr.errors import UserError
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
@@ -81,6 +80,7 @@ def run() -> None:
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import FixedSizeSampler
     from fedasr.recipes.shared import MODELS
 
     if _MODEL.value not in MODELS:

@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 
 from fedasr.cli import common
-from fedasr.data import corpus as corpus_lib
+from fedasr.data import records, writing
 from fedasr.errors import UserError
 
 MELS, SHORTEST, LONGEST, LABELS, KINDS = 80, 8, 24, 2, 512
@@ -45,7 +45,7 @@ _OPEN = """
 import json, sys, time
 from pathlib import Path
 from fedasr.data.batching import make_buckets
-from fedasr.data.corpus import open_corpus
+from fedasr.data.records import open_corpus
 began = time.perf_counter()
 corpus = open_corpus(sys.argv[1], "train")
 seconds = time.perf_counter() - began
@@ -87,7 +87,7 @@ class TinyPopulation:
         return {key: values[user : user + 1] for key, values in self._lengths.items()}
 
     def all_lengths(self) -> dict[str, np.ndarray]:
-        """See `fedasr.data.splits.all_lengths`."""
+        """See `fedasr.data.corpus.all_lengths`."""
         return self._lengths
 
     def get(self, user: int, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
@@ -101,12 +101,12 @@ def write(folder: Path, users: int) -> float:
     Raises:
       UserError: the folder holds another corpus.
     """
-    if (folder / corpus_lib.METADATA_FILE).exists():
-        if corpus_lib.read_metadata(folder).get("population") != users:
+    if (folder / records.METADATA_FILE).exists():
+        if records.read_metadata(folder).get("population") != users:
             raise UserError(f"{folder} holds another corpus: choose another --dir")
         return 0.0
     began = time.perf_counter()
-    corpus_lib.write_corpus(folder, {"train": TinyPopulation(users)}, {"population": users})
+    writing.write_corpus(folder, {"train": TinyPopulation(users)}, {"population": users})
     return time.perf_counter() - began
 
 
@@ -123,7 +123,6 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     import jax
 
     from fedasr.data.batching import Batching, ClientBatcher, make_buckets
-    from fedasr.data.sampling import FixedSizeSampler
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.hardware import Hardware
@@ -131,13 +130,14 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import FixedSizeSampler
     from fedasr.recipes import quickstart
 
     config = quickstart.get_config()
     config.model.options.input_layer = flags.FLAGS.local
     recogniser = make_recogniser(config.model.name, config.model.options.to_dict())
     params = recogniser.init(jax.random.key(0))
-    corpus = corpus_lib.open_corpus(folder, "train")
+    corpus = records.open_corpus(folder, "train")
     sampler = FixedSizeSampler(
         len(corpus.users), min(flags.FLAGS.cohort, len(corpus.users)), seed=0
     )

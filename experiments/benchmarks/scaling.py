@@ -26,7 +26,7 @@ from absl import flags
 
 from experiments.benchmarks import plots, population
 from fedasr.cli import common
-from fedasr.data import corpus as corpus_lib
+from fedasr.data.records import open_corpus
 from fedasr.errors import UserError
 
 _MODEL = {"dim": 32, "mlp": 64, "blocks": 1, "heads": 2, "dropout": 0.0, "layer_drop": 0.0}
@@ -49,7 +49,6 @@ def measure(folder: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]
     import jax
 
     from fedasr.data.batching import Batching, make_buckets
-    from fedasr.data.sampling import FixedSizeSampler
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.hardware import Hardware
@@ -57,9 +56,10 @@ def measure(folder: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import FixedSizeSampler
 
     recogniser = make_recogniser("transformer", _MODEL)
-    corpus = corpus_lib.open_corpus(folder, "train")
+    corpus = open_corpus(folder, "train")
     simulation = Simulation(
         corpus,
         Mechanism(0.1, "uniform", 0.01, FixedSizeSampler(len(corpus.users), cohort, seed=0)),

@@ -19,6 +19,9 @@ class SpecAugmentConfig:
       time_masks: number of spans of frames masked.
       time_width: greatest width of a span, in frames ("T").
       time_fraction: greatest width of a span as a fraction of the utterance ("p").
+      inclusive: whether a mask may have the greatest width and end with the utterance, as in the
+        SpecAugment paper; False as the programs of arXiv 2310.00098 draw: widths below the
+        greatest, and at least one position after the mask.
 
     Raises:
       UserError: a value is out of range.
@@ -29,6 +32,7 @@ class SpecAugmentConfig:
     time_masks: int = 10
     time_width: int = 50
     time_fraction: float = 0.1
+    inclusive: bool = True
 
     def __post_init__(self):
         check_dataclass(self, "SpecAugment's")
@@ -41,17 +45,22 @@ class SpecAugmentConfig:
 
 
 def _spans(
-    draws: jax.Array, max_width: jax.Array | int, extent: jax.Array | int, size: int
+    draws: jax.Array,
+    max_width: jax.Array | int,
+    extent: jax.Array | int,
+    size: int,
+    inclusive: bool,
 ) -> jax.Array:
     """Which of `size` positions lie in any of several random spans within the first `extent`.
 
-    Widths are uniform on 0..max_width and starts uniform on 0..extent - width, both inclusive.
+    Widths are uniform on 0..max_width and starts uniform on 0..extent - width, both inclusive or,
+    but for a width of 0, both exclusive.
 
     Args:
       draws: float32 [2, spans], uniform on [0, 1): one row each for widths and starts.
     """
-    width = jnp.floor(draws[0] * (max_width + 1)).astype(jnp.int32)
-    start = jnp.floor(draws[1] * (extent - width + 1)).astype(jnp.int32)
+    width = jnp.floor(draws[0] * (max_width + inclusive)).astype(jnp.int32)
+    start = jnp.floor(draws[1] * (extent - width + inclusive)).astype(jnp.int32)
     position = jnp.arange(size)[:, None]
     return ((position >= start) & (position < start + width)).any(axis=1)
 
@@ -83,8 +92,8 @@ def spec_augment(
     band = min(config.frequency_width, mels)
     longest = jnp.floor(config.time_fraction * length).astype(jnp.int32)
     span = jnp.minimum(longest, config.time_width)
-    channels = _spans(draws[:, : config.frequency_masks], band, mels, mels)
-    times = _spans(draws[:, config.frequency_masks :], span, length, frames)
+    channels = _spans(draws[:, : config.frequency_masks], band, mels, mels, config.inclusive)
+    times = _spans(draws[:, config.frequency_masks :], span, length, frames, config.inclusive)
     inside = jnp.arange(frames) < length
     masked = inside[:, None] & (times[:, None] | channels)
     return jnp.where(masked, 0, features)

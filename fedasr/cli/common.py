@@ -20,11 +20,12 @@ from typing import Any
 from absl import app, flags
 
 from fedasr import recipes
-from fedasr.errors import UserError
+from fedasr.cli import aborts
+from fedasr.errors import UserError, lacks_memory
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
-_TOGETHER: list[int | None] = []  # not empty: this is one of several processes
+_TOGETHER: list[aborts.Abort] = []  # not empty: this is one of several processes
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 FAILED, MISTAKE, STOPPED = 1, 2, 3  # exit statuses, beside 0 for work done
 
@@ -48,30 +49,53 @@ def main(program: Callable[[], int | None], module: str = "__main__") -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     app.define_help_flags()
     _adopt(module)
-    try:
+
+    def parsed() -> int | None:
         try:
             rest = flags.FLAGS(sys.argv)
         except (AttributeError, KeyError) as error:
             raise UserError(f"no such field in the configuration: {error}") from error
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: options are given as --name=value")
-        status = program() or 0
+        return program()
+
+    status = status_of(parsed)
+    status = _flush() or status
+    if _TOGETHER:
+        if status not in (0, STOPPED):
+            # The usual end waits for the other processes, which may wait for this one.
+            os._exit(status)
+        # Whoever does not come to the usual end changes nothing any more.
+        _TOGETHER[0].status, _TOGETHER[0].message = status, None
+    sys.exit(status)
+
+
+def status_of(program: Callable[[], int | None]) -> int:
+    """Runs a program; what it raises becomes a line on stderr and an exit status.
+
+    Returns:
+      0 done, 2 a user's mistake or too little memory, 1 anything else. KeyboardInterrupt ends the
+      process here.
+    """
+    try:
+        return program() or 0
     except (UserError, flags.Error) as error:
-        status = fail(error)
+        return fail(error)
     except KeyboardInterrupt:
         # At once: the usual end waits for threads, which may wait for a disk that hangs.
         status = fail("interrupted", STOPPED)
         _flush()
         os._exit(status)
     except BrokenPipeError:  # whoever read the result has gone
-        status = FAILED
-    except Exception:
+        return FAILED
+    except Exception as error:
+        if lacks_memory(error):
+            return fail(
+                "out of memory: give the process more, or take smaller batches; what was saved "
+                f"is intact, and the same command goes on ({error})"
+            )
         traceback.print_exc()
-        status = FAILED
-    status = _flush() or status
-    if status not in (0, STOPPED) and _TOGETHER:
-        os._exit(status)  # the usual end waits for the other processes, which may wait for this one
-    sys.exit(status)
+        return FAILED
 
 
 def _adopt(module: str) -> None:
@@ -141,6 +165,18 @@ def define_config(default: str) -> Any:
         sys.exit(fail(f"no such field in the configuration: {error}"))
     except UserError as error:
         sys.exit(fail(error))
+
+
+def plain_config() -> dict[str, Any]:
+    """What --config and the flags of its fields say.
+
+    Raises:
+      UserError: the file cannot be read; in one line what ml_collections says in many.
+    """
+    try:
+        return flags.FLAGS.config.to_dict()
+    except OSError as error:
+        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
 
 
 def seeds(texts: Sequence[str]) -> list[int]:
@@ -256,19 +292,18 @@ def in_step(
     from fedasr.federated import hosts
     from fedasr.federated.chunks import is_out_of_memory
 
-    _TOGETHER.append(process)
+    abort = aborts.Abort(FAILED, hosts.NOT_FOUND)
+    abort.install()
+    _TOGETHER.append(abort)
     hosts.initialize(None if coordinator == "auto" else coordinator, processes, process)
+    abort.message = aborts.LOST
     import jax
 
     try:
         return program()
     except jax.errors.JaxRuntimeError as error:
-        traceback.print_exc()
         if is_out_of_memory(error):
-            fail("out of memory: set a smaller chunk")
-            return FAILED
-        fail(
-            "another process of this run has ended, or cannot be reached; start the same commands "
-            f"again to go on ({error})"
-        )
-        return FAILED
+            return fail("out of memory: set a smaller chunk", FAILED)
+        if not aborts.is_of_partners(error):
+            raise
+        return fail(aborts.lost(error), FAILED)

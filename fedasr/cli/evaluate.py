@@ -1,13 +1,19 @@
 """Word and character error rates of a trained recogniser on a prepared corpus.
 
     fedasr evaluate --checkpoint=DIR --data=DIR [--split=test] [--json]
+                    [--decoder=beam|lexicon --lm=FILE.arpa|from_train --lexicon=FILE|from_train]
 
 The checkpoint is a work directory of `fedasr train` (its last checkpoint), or one checkpoint's
 folder. If the run had local parameters and they are still beside it, users who have trained are
-evaluated with their own. Exit status: 0 when done, 2 for a mistake that the user can mend.
+evaluated with their own. How texts are found in the scores is as the run was told
+(`config.decoding`), unless flags say otherwise; a language model in an ARPA file may come from
+KenLM, one "from_train" is made from the transcripts of that split of the data. Exit status: 0 when
+done, 2 for a mistake that the user can mend.
 """
 
+import dataclasses
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -20,9 +26,10 @@ def run() -> None:
     if not flags.FLAGS.checkpoint or not flags.FLAGS.data:
         raise UserError("--checkpoint and --data are needed: give both folders")
     common.configure_devices()
-    from fedasr.data.corpus import open_corpus
-    from fedasr.data.corpus import read_metadata as read_corpus_metadata
+    from fedasr.data.records import open_corpus
+    from fedasr.data.records import read_metadata as read_corpus_metadata
     from fedasr.training.builders.corpora import fitting_tokenizer
+    from fedasr.training.builders.decoders import make_run_decoder
     from fedasr.training.builders.models import build_recogniser
     from fedasr.training.checkpoint import read_metadata, restore_params
     from fedasr.training.evaluation import Evaluator, evaluation_buckets
@@ -40,15 +47,24 @@ def run() -> None:
     if rows is None and config.local.patterns:
         text = "warning: users' own parameters are not beside the checkpoint, or of other data"
         print(text, file=sys.stderr)
+    decoding = _decoding(config.decoding)
+    decoder = make_run_decoder(decoding, flags.FLAGS.data, tokenizer, [flags.FLAGS.split])
     evaluator = Evaluator(
-        recogniser, buckets, flags.FLAGS.batch_size, tokenizer=tokenizer, layout=layout
+        recogniser,
+        buckets,
+        flags.FLAGS.batch_size,
+        tokenizer=tokenizer,
+        layout=layout,
+        published=config.evaluation.published,
+        decoder=decoder,
     )
     rates = evaluator(params, corpus, rows)
     common.show(
         {
             **rates,
             "split": flags.FLAGS.split,
-            "decoder": flags.FLAGS.decoder,
+            "decoder": decoding.name,
+            **{name: value for name in ("lm", "lexicon") if (value := getattr(decoding, name))},
             "utterances": int(corpus.sizes.sum()),
             "users": len(corpus.users),
             "stage": metadata["stage"],
@@ -57,11 +73,42 @@ def run() -> None:
     )
 
 
+def _decoding(of_run: Any) -> Any:
+    """The run's settings of decoding (`fedasr.training.config.Decoding`), with the flags' changes.
+
+    Raises:
+      UserError: a flag's value that such a setting cannot have.
+    """
+    from fedasr.fields import check
+    from fedasr.training.config import fields
+
+    given: dict[str, Any] = {
+        name: value
+        for name in ("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus")
+        if (value := flags.FLAGS["lm_order" if name == "order" else name].value) is not None
+    }
+    if flags.FLAGS.decoder is not None:
+        given["name"] = flags.FLAGS.decoder
+    elif of_run.name == "greedy" and (given.get("lm") or given.get("lexicon")):
+        given["name"] = "beam"
+    if given.get("name") == "greedy":  # of which these are of no use
+        given = {"lm": "", "lexicon": ""} | given
+    changed = dataclasses.replace(of_run, **given)
+    check({"decoding": dataclasses.asdict(changed)}, {"decoding": fields()["decoding"]})
+    return changed
+
+
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A work directory or one checkpoint.")
     flags.DEFINE_string("data", None, "A folder written by `fedasr prepare`.")
     flags.DEFINE_string("split", "test", "Which split of it.")
-    flags.DEFINE_enum("decoder", "greedy", ["greedy"], "How tokens are chosen.")
+    flags.DEFINE_string("decoder", None, "greedy, beam or lexicon; default as the run was told.")
+    flags.DEFINE_string("lm", None, "ARPA file of words, or from_SPLIT of the data; '' for none.")
+    flags.DEFINE_string("lexicon", None, "File, a word a line, or from_SPLIT; '' for none.")
+    flags.DEFINE_integer("lm_order", None, "Words in the longest n-grams of a model from_SPLIT.")
+    flags.DEFINE_float("lm_weight", None, "Times the words' log probability.")
+    flags.DEFINE_float("word_bonus", None, "For every word, in nats.")
+    flags.DEFINE_integer("beam", None, "Hypotheses kept after each frame.")
     flags.DEFINE_integer("batch_size", 32, "Utterances at a time.")
 
 

@@ -136,7 +136,7 @@ def run_asr() -> dict[str, Any]:
     """{method: summary} of merged recognisers."""
     import jax
 
-    from fedasr.data.corpus import open_corpus
+    from fedasr.data.records import open_corpus
     from fedasr.fusion import recognisers
     from fedasr.fusion.tasks import recognisers_task, spread
 
@@ -367,10 +367,12 @@ def program() -> None:
     import jax
 
     outside = flags.FLAGS.task == "checkpoints"
-    if flags.FLAGS.seeds is None:
-        flags.FLAGS.seeds = 1 if outside else 3
-    if flags.FLAGS.evaluations is None:
-        flags.FLAGS.evaluations = 1_000 if outside else 10_000
+    for name, value in (
+        ("seeds", 1 if outside else 3),
+        ("evaluations", 1000 if outside else 10_000),
+    ):
+        if flags.FLAGS[name].value is None:
+            flags.FLAGS[name].value = value
     tasks = {"digits": run_digits, "asr": run_asr, "checkpoints": run_checkpoints}
     summaries = tasks[flags.FLAGS.task]()
     devices = jax.local_devices()

@@ -28,10 +28,10 @@ from typing import Any, cast
 from absl import flags
 
 from fedasr.cli import common
-from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import PoissonSampler
 from fedasr.privacy.secure_aggregation import SecureAggregation
 from fedasr.training.builders.mechanisms import make_correlation, make_sampler
 from fedasr.training.config import Config, Privacy
@@ -221,15 +221,7 @@ def _inputs() -> dict[str, Any]:
     """
     run = read_run(flags.FLAGS.workdir) if flags.FLAGS.workdir else {}
     if run:
-        given = ("rounds", "sigma", "noise_multiplier")
-        if taken := [name for name in given if flags.FLAGS[name].value is not None]:
-            raise UserError(f"--workdir gives the rounds and the noise: leave out --{taken[0]}")
-        plain = all(flags.FLAGS[name].using_default_value for name in _kind())
-        if flags.FLAGS.target_epsilon is not None and (flags.FLAGS.population or not plain):
-            raise UserError(
-                "--workdir with --target_epsilon looks for the population, under Poisson sampling "
-                "with independent noise: leave out --population and the flags of other kinds"
-            )
+        _check_beside_run()
     rounds = flags.FLAGS.rounds or run.get("rounds")
     delta = flags.FLAGS.delta or run.get("delta")
     if delta is not None and not 0 < delta < 1:
@@ -237,6 +229,19 @@ def _inputs() -> dict[str, Any]:
     if rounds is None or delta is None:
         raise UserError("--rounds and --delta are needed")
     return {"run": run, "rounds": rounds, "delta": delta}
+
+
+def _check_beside_run() -> None:
+    """Refuses flags that contradict the run of --workdir."""
+    given = ("rounds", "sigma", "noise_multiplier")
+    if taken := [name for name in given if flags.FLAGS[name].value is not None]:
+        raise UserError(f"--workdir gives the rounds and the noise: leave out --{taken[0]}")
+    plain = all(flags.FLAGS[name].using_default_value for name in _kind())
+    if flags.FLAGS.target_epsilon is not None and (flags.FLAGS.population or not plain):
+        raise UserError(
+            "--workdir with --target_epsilon looks for the population, under Poisson sampling "
+            "with independent noise: leave out --population and the flags of other kinds"
+        )
 
 
 def _kind() -> dict[str, Any]:
@@ -252,15 +257,9 @@ def run() -> dict[str, Any]:
     cohorts = _numbers(flags.FLAGS.cohort, "cohort")
     populations = _numbers(flags.FLAGS.population, "population")
     sigma = run["sigma"] if run else flags.FLAGS.sigma
-    if run and flags.FLAGS.target_epsilon is not None:
-        rows = []
-        for cohort in cohorts or _COHORTS:
-            found = smallest_population(cohort, rounds, delta, sigma, flags.FLAGS.target_epsilon)
-            if found is None:
-                rows.append({"cohort": cohort, "population": None, "rounds": rounds})
-            else:
-                rows.append(plan(cohort, found, rounds, delta, sigma=sigma))
-        target = flags.FLAGS.target_epsilon
+    target = flags.FLAGS.target_epsilon
+    if run and target is not None:
+        rows = [_enough(cohort, rounds, delta, sigma, target) for cohort in cohorts or _COHORTS]
         return {"target_epsilon": target, **_of_run(run), "rows": rows}
     if not cohorts or not populations:
         raise UserError("--cohort and --population are needed")
@@ -272,7 +271,7 @@ def run() -> dict[str, Any]:
             delta,
             sigma=sigma,
             noise_multiplier=flags.FLAGS.noise_multiplier,
-            target_epsilon=flags.FLAGS.target_epsilon,
+            target_epsilon=target,
             **_kind(),
         )
         for cohort in cohorts
@@ -282,6 +281,16 @@ def run() -> dict[str, Any]:
     if not rows:
         raise UserError("every cohort is larger than every population")
     return {**_of_run(run), "rows": rows} if run else {"rows": rows}
+
+
+def _enough(
+    cohort: float, rounds: int, delta: float, sigma: float, target_epsilon: float
+) -> dict[str, Any]:
+    """A line with the smallest population, None where none is enough."""
+    found = smallest_population(cohort, rounds, delta, sigma, target_epsilon)
+    if found is None:
+        return {"cohort": cohort, "population": None, "rounds": rounds}
+    return plan(cohort, found, rounds, delta, sigma=sigma)
 
 
 def _of_run(run: Mapping[str, Any]) -> dict[str, Any]:

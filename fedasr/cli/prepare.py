@@ -10,7 +10,7 @@
 `--inspect` says what would be prepared, and with which command, and stores nothing. A manifest
 lists recordings with `audio_filepath`, `text` and `user`: JSON lines, a JSON array, CSV or TSV.
 LibriSpeech, Common Voice, TED-LIUM, Kaldi data directories, lhotse manifests and audio datasets of
-Hugging Face are read as they lie on disk (see `fedasr.data.layouts`). Neural recordings are a
+Hugging Face are read as they lie on disk (see `fedasr.data.sources`). Neural recordings are a
 folder of MATLAB files or a manifest of arrays, see `fedasr.data.neural`. The same command goes on
 with a preparation that was interrupted. `--verify` decodes again what is stored, and its sources.
 The summary goes to stdout, everything else to stderr.
@@ -20,21 +20,26 @@ the user can mend.
 
 import dataclasses
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
 
 from fedasr import text
 from fedasr.cli import common
-from fedasr.data import corpus, layouts, prepare
-from fedasr.data.conversion import STORES, Utterance
+from fedasr.data import records, sources
+from fedasr.data.preparation.conversion import STORES
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.preparation.progress import progress_bar
+from fedasr.data.preparation.summary import SKIPPED_FILE, describe_unknown
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 
-_DATASETS = ["synthetic", "neural", *(layout.name for layout in layouts.LAYOUTS)]
+_DATASETS = ["synthetic", "neural", *(layout.name for layout in sources.LAYOUTS)]
 
 
 def run() -> dict[str, Any]:
-    """Prepares what the flags ask for and returns the summary of `prepare.prepare`."""
+    """Prepares what the flags ask for and returns the summary of `prepare`."""
     if not flags.FLAGS.dataset:
         raise UserError(f"--dataset is missing: give one of {', '.join(_DATASETS)}")
     if not flags.FLAGS.out:
@@ -47,8 +52,8 @@ def run() -> dict[str, Any]:
         return _neural(flags.FLAGS.source)
     source, facts = _opened(flags.FLAGS.dataset, flags.FLAGS.source)
     written = _written(facts["language"])
-    with prepare.progress_bar("preparing speech") as progress:
-        return prepare.prepare(
+    with progress_bar("preparing speech") as progress:
+        return prepare(
             source,
             flags.FLAGS.out,
             keep_letters=flags.FLAGS.keep_letters,
@@ -70,7 +75,7 @@ def run() -> dict[str, Any]:
 
 
 def _written(language: str) -> dict[str, Any]:
-    """What labels are written in, as arguments of `prepare.prepare`."""
+    """What labels are written in, as arguments of `prepare`."""
     if flags.FLAGS.tokenizer:
         return {"tokenizer": flags.FLAGS.tokenizer, "alphabet": flags.FLAGS.alphabet or ""}
     if flags.FLAGS.alphabet != text.FROM_DATA:
@@ -86,14 +91,14 @@ def _written(language: str) -> dict[str, Any]:
 
 
 def _opened(dataset: str, path: str) -> tuple[Any, dict[str, Any]]:
-    """Utterances of a data set, and what is known of them as arguments of `prepare.prepare`."""
-    source = layouts.find_layout(dataset).open(path, _options())
+    """Utterances of a data set, and what is known of them as arguments of `prepare`."""
+    source = sources.find_layout(dataset).open(path, _options())
     facts = {name: getattr(source, name) for name in ("name", "fingerprint", "total", "notes")}
     return source, {**facts, "language": source.language or flags.FLAGS.language or "en"}
 
 
-def _options() -> layouts.SourceOptions:
-    return layouts.SourceOptions(
+def _options() -> sources.SourceOptions:
+    return sources.SourceOptions(
         language=flags.FLAGS.language,
         user_key=flags.FLAGS.user_key,
         text_key=flags.FLAGS.text_key,
@@ -107,7 +112,7 @@ def _neural(path: str) -> dict[str, Any]:
     from fedasr.data import neural
 
     areas = neural.parse_areas(flags.FLAGS.areas) if flags.FLAGS.areas else None
-    with prepare.progress_bar("preparing recordings") as progress:
+    with progress_bar("preparing recordings") as progress:
         return neural.prepare_sessions(
             neural.NeuralSessions(path, areas),
             flags.FLAGS.out,
@@ -129,10 +134,10 @@ def _synthetic() -> dict[str, Any]:
     if flags.FLAGS.alphabet or flags.FLAGS.tokenizer:
         raise UserError("the synthetic speech is English: leave --alphabet and --tokenizer out")
     config = synthetic.SyntheticConfig(task=flags.FLAGS.task, seed=flags.FLAGS.seed)
-    prepare.prepare_synthetic(
+    synthetic.prepare_synthetic(
         config, flags.FLAGS.out, overwrite=flags.FLAGS.overwrite, store=flags.FLAGS.store
     )
-    return corpus.read_metadata(flags.FLAGS.out)["summary"]
+    return records.read_metadata(flags.FLAGS.out)["summary"]
 
 
 def _inspect() -> None:
@@ -183,42 +188,51 @@ def _inspect() -> None:
 
 
 def _verify() -> int:
-    """Prints what `fedasr.data.inspection.verify` finds; returns the exit status."""
-    from fedasr.data import inspection
+    """Prints what `fedasr.data.verification.verify` finds; returns the exit status."""
+    from fedasr.data import verification
 
     if not flags.FLAGS.out:
         raise UserError("--out is missing: give the folder of the corpus to verify")
-    known = dict(corpus.read_metadata(flags.FLAGS.out).get("source") or {})
-    dataset = flags.FLAGS.dataset or known.pop("dataset", None)
-    path = flags.FLAGS.source or known.pop("path", None)
-    known.pop("dataset", None)
-    known.pop("path", None)
-    source = None
-    if dataset in {layout.name for layout in layouts.LAYOUTS} and path:
-        options = layouts.SourceOptions(**known) if not flags.FLAGS.source else _options()
-        options = dataclasses.replace(options, metadata=tuple(options.metadata))
-        source = layouts.find_layout(dataset).open(path, options)
-    report = inspection.verify(flags.FLAGS.out, source)
+    path, source = _source_to_compare()
+    report = verification.verify(flags.FLAGS.out, source)
     if common.JSON.value:
         common.show(report)
     else:
-        print(
-            f"{flags.FLAGS.out}: {report['stored']} utterances stored, "
-            f"{len(report['damaged'])} damaged"
-        )
-        if source is None:
-            print(
-                "  what it was prepared from is not known: give --dataset and --source to compare"
-            )
-        else:
-            print(f"  {report['compared']} compared with {path}: {report['same']} the same")
-        for key in ("damaged", "different", "no_longer_there", "new"):
-            for item in report.get(key, [])[:10]:
-                shown = f"{item['id']}: {item['why']}" if isinstance(item, dict) else item
-                print(f"  {key.replace('_', ' ')}: {shown}")
-            if (more := len(report.get(key, [])) - 10) > 0:
-                print(f"  {key.replace('_', ' ')}: {more} more (all with --json)")
-    return 0 if inspection.is_same(report) else common.FAILED
+        compared_with = "" if source is None else path
+        print("\n".join(_verified_in_words(report, compared_with)))
+    return 0 if verification.is_same(report) else common.FAILED
+
+
+def _source_to_compare() -> tuple[str, Any]:
+    """What --out was prepared from, by the flags or by what is stored with it: path and source.
+
+    The source is None where that is not known.
+    """
+    known = dict(records.read_metadata(flags.FLAGS.out).get("source") or {})
+    stored_dataset, stored_path = known.pop("dataset", None), known.pop("path", None)
+    dataset, path = flags.FLAGS.dataset or stored_dataset, flags.FLAGS.source or stored_path
+    if dataset not in {layout.name for layout in sources.LAYOUTS} or not path:
+        return path or "", None
+    options = sources.SourceOptions(**known) if not flags.FLAGS.source else _options()
+    options = dataclasses.replace(options, metadata=tuple(options.metadata))
+    return path, sources.find_layout(dataset).open(path, options)
+
+
+def _verified_in_words(report: Mapping[str, Any], path: str) -> Iterator[str]:
+    """For people; `path` is what the corpus was compared with, "" for nothing."""
+    damaged = len(report["damaged"])
+    yield f"{flags.FLAGS.out}: {report['stored']} utterances stored, {damaged} damaged"
+    if path:
+        yield f"  {report['compared']} compared with {path}: {report['same']} the same"
+    else:
+        yield "  what it was prepared from is not known: give --dataset and --source to compare"
+    for key in ("damaged", "different", "no_longer_there", "new"):
+        items = report.get(key, [])
+        for item in items[:10]:
+            shown = f"{item['id']}: {item['why']}" if isinstance(item, dict) else item
+            yield f"  {key.replace('_', ' ')}: {shown}"
+        if (more := len(items) - 10) > 0:
+            yield f"  {key.replace('_', ' ')}: {more} more (all with --json)"
 
 
 def program() -> int | None:
@@ -238,12 +252,9 @@ def program() -> int | None:
     for reason, count in summary["skipped"].items():
         example = summary.get("skipped_examples", {}).get(reason)
         shown = f"; for example {example[:200]}" if example else ""
-        print(
-            f"  skipped, {reason}: {count} (listed in "
-            f"{flags.FLAGS.out}/{prepare.SKIPPED_FILE}{shown})"
-        )
+        print(f"  skipped, {reason}: {count} (listed in {flags.FLAGS.out}/{SKIPPED_FILE}{shown})")
         if reason == "unknown_characters":
-            print(f"    {prepare.describe_unknown(summary['unknown_characters'])}")
+            print(f"    {describe_unknown(summary['unknown_characters'])}")
     others = {key: summary[key] for key in ("users_without_utterances", "users_in_several_splits")}
     for key, count in (others | summary["notes"]).items():
         if count:

@@ -1,13 +1,16 @@
 """Trains a recogniser by federated learning, privately or not, or centrally.
 
     fedasr train [--config=NAME|FILE.py] [--workdir=DIR] [--config.section.field=value ...]
-                 [--dry_run] [--json] [--coordinator=HOST:PORT --processes=N --process=I]
+                 [--action=train|seed_only] [--dry_run] [--json]
+                 [--coordinator=HOST:PORT --processes=N --process=I]
 
 With --coordinator the same command runs on several hosts, --process=0 on HOST; the work directory
 and the data must be the same folders everywhere. --coordinator=auto: where JAX knows the cluster.
 
 Without --config it is the quickstart. Running the same command again resumes; with --extend=ROUNDS
-a run that is there, finished or not, goes on to more rounds. Exit status: 0 when
+a run that is there, finished or not, goes on to more rounds. --action=seed_only trains the seed
+alone and keeps it in .seeds beside the work directory, where runs with
+--config.seed_training.reuse=True find it by its settings and data. Exit status: 0 when
 the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
 """
 
@@ -41,21 +44,26 @@ def train() -> int | None:
     from fedasr.training.logging import say
     from fedasr.training.workdir import local_path
 
-    config = config_lib.resolve(flags.FLAGS.config.to_dict())
+    config = config_lib.resolve(common.plain_config())
     if flags.FLAGS.dry_run:
         summary = loop.dry_run(config, flags.FLAGS.workdir, flags.FLAGS.extend)
         if hosts.is_leader():
             common.show(summary)
         return None
-    name = f"{config['name']}-{config_lib.fingerprint(config)}"
+    name = f"{config['name']}-{config_lib.fingerprint(config_lib.what(config))}"
     workdir = local_path(flags.FLAGS.workdir or Path("runs") / name)
     if hosts.is_leader():
         say(f"work directory: {workdir}")
     common.configure_compilation(workdir.parent)
+    only_seed = flags.FLAGS.action == "seed_only"
     try:
-        summary = loop.run(config, workdir, flags.FLAGS.extend)
+        summary = loop.run(config, workdir, flags.FLAGS.extend, only_seed)
     except loop.Interrupted as stopped:
         return common.fail(stopped, common.STOPPED)
+    if only_seed:
+        if hosts.is_leader():
+            common.show(summary)
+        return None
     if hosts.is_leader():
         if common.JSON.value:
             common.show(summary)
@@ -75,6 +83,13 @@ def _describe(summary: dict) -> Iterator[str]:
     yield f"{summary['name']}: {summary['status']}, {summary['parameters']:,} parameters"
     for split, wer in summary["wer"].items():
         yield f"{split} word error rate: {summary['initial_wer'][split]:.1f}% -> {wer:.1f}%"
+    if selected := summary.get("selection"):
+        yield (
+            f"kept: {selected['units']} of {selected['of']} rounds or steps, the lowest error rate "
+            f"on {selected['split']}" + (" (stopped early)" if selected["stopped_early"] else "")
+        )
+    for text in summary.get("warnings") or []:
+        yield f"warning: {text}"
     privacy = summary["privacy"]
     if not privacy["enabled"]:
         yield "privacy: none (no clipping of client updates, no noise)"
@@ -120,11 +135,8 @@ def _otherwise(theirs: str, ours: str) -> str:
 
 
 def program() -> int | None:
-    """Turns what ml_collections raises for a mistaken --config into one line."""
-    try:
-        flags.FLAGS.config.to_dict()
-    except OSError as error:
-        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+    """Reads --config, then runs: a mistake in it is said before anything starts."""
+    common.plain_config()
     return run()
 
 
@@ -133,6 +145,7 @@ def _define_flags() -> None:
         "workdir", None, "Where the run lives; default runs/NAME-FINGERPRINT of the configuration."
     )
     flags.DEFINE_integer("extend", None, "Rounds that the run in --workdir goes on to.")
+    flags.DEFINE_enum("action", "train", ["train", "seed_only"], "All of the run, or its seed.")
     flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or 'auto'.")
     flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)

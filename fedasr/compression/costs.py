@@ -44,22 +44,16 @@ def describe_client(
       Rows with `method`, `down_bytes` and `up_bytes` per client and round, `parameter_bytes` (as
       they lie on the device) and `peak_bytes`, the last two None where not measured.
     """
-    sent = params if local is None else keep(params, [not own for own in local])
+    sent = params if local is None else keep(params, [not stays for stays in local])
     plain = transport_bytes(sent)
     rows: list[tuple[str, Any, Any, Subset | None]]
     rows = [("float32, all variables", plain, None, None)]
-    down, up = formats
-    words = [f"{fmt} {way}" for fmt, way in ((down, "download"), (up, "upload")) if fmt is not None]
-    if subset is not None:
-        words.append(f"trains by {subset.mode}")
-    if secure is not None:
-        words.append(f"{secure.bits} bits a coordinate under secure aggregation")
-    if words:
+    if words := _in_words(formats, subset, secure):
         uploaded = None if subset is None else subset.uploaded(params)
         if uploaded is not None and local is not None:
-            uploaded = [p for p, own in zip(uploaded, local, strict=True) if not own]
-        cost = transport_bytes(sent, down, up, share, uploaded=uploaded, secure=secure)
-        rows.append((", ".join(words), cost, (down, up), subset))
+            uploaded = [p for p, stays in zip(uploaded, local, strict=True) if not stays]
+        cost = transport_bytes(sent, *formats, share, uploaded=uploaded, secure=secure)
+        rows.append((words, cost, formats, subset))
     described = []
     for method, cost, used_formats, used in rows:
         memory = None
@@ -85,6 +79,21 @@ def describe_client(
     return described
 
 
+def _in_words(
+    formats: tuple[FloatFormat | None, FloatFormat | None],
+    subset: Subset | None,
+    secure: SecureAggregation | None,
+) -> str:
+    """What makes a client's round unlike one of float32 and all variables; "" for nothing."""
+    ways = zip(formats, ("download", "upload"), strict=True)
+    words = [f"{fmt} {way}" for fmt, way in ways if fmt is not None]
+    if subset is not None:
+        words.append(f"trains by {subset.mode}")
+    if secure is not None:
+        words.append(f"{secure.bits} bits a coordinate under secure aggregation")
+    return ", ".join(words)
+
+
 def sent_size(
     params: Any, trained: Sequence[bool] | None = None, local: Sequence[bool] | None = None
 ) -> int:
@@ -100,8 +109,8 @@ def sent_size(
     local = [False] * len(leaves) if local is None else local
     return sum(
         math.prod(leaf.shape)
-        for leaf, known, own in zip(leaves, trained, local, strict=True)
-        if known and not own
+        for leaf, known, stays in zip(leaves, trained, local, strict=True)
+        if known and not stays
     )
 
 

@@ -176,9 +176,9 @@ def choose(key: chex.PRNGKey, count: int, share: float) -> chex.Array:
     whole = math.floor(share * count)
     draws = jax.random.uniform(key, (count + 1,))
     size = whole + (draws[count] < share * count - whole)
-    # Ranks by comparison, equal draws by their place: compiled faster than sorting.
-    a, b, place = draws[:count], draws[:count, None], jnp.arange(count)
-    rank = jnp.sum((b < a) | ((b == a) & (place[:, None] < place)), axis=0)
+    # Ranks by comparison, equal draws by their position: compiled faster than sorting.
+    a, b, position = draws[:count], draws[:count, None], jnp.arange(count)
+    rank = jnp.sum((b < a) | ((b == a) & (position[:, None] < position)), axis=0)
     return rank < size
 
 

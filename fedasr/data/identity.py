@@ -78,3 +78,12 @@ def file_part(file: str | os.PathLike[str] | bytes, *part: float | int | str | N
     except (OSError, ValueError):
         named = os.fspath(file)
     return hashlib.blake2b(f"{named} {part}".encode("utf-8", "replace"), digest_size=12).hexdigest()
+
+
+def file_state(path: Path) -> list[int]:
+    """[size, time of change in ns] of a file; [] where there is none."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return []
+    return [stat.st_size, stat.st_mtime_ns]

@@ -1,28 +1,24 @@
-"""What would be prepared from a path, found out without preparing it; and whether what is stored
-still is what its source gives."""
+"""What would be prepared from a path, found out without preparing it."""
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
-import json
 import os
 import random
 import shlex
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedasr import text as text_lib
-from fedasr.data import corpus as corpus_lib
-from fedasr.data import identity, layouts
-from fedasr.data.conversion import Converter, Rejected, Skip, Utterance
-from fedasr.data.prepare import UTTERANCES_FILE
+from fedasr.data import identity, sources
 from fedasr.data.recordings import Recording
+from fedasr.data.utterances import Rejected, Utterance
 from fedasr.errors import UserError
 
 SUSPICIOUS = 10
@@ -61,6 +57,60 @@ class _Texts:
         return not lost
 
 
+@dataclasses.dataclass
+class _Survey:
+    """What the items of a source say, and a random sample of them to listen to.
+
+    language: of the alphabets to try. recordings: size of the sample. choice: of the sample.
+    suspects: (how much, id, why). files: the first input of each part of a file.
+    """
+
+    language: str
+    recordings: int
+    choice: random.Random
+    inputs: int = 0
+    texts: _Texts = dataclasses.field(default_factory=_Texts)
+    users: Counter[str] = dataclasses.field(default_factory=Counter)
+    splits: Counter[str] = dataclasses.field(default_factory=Counter)
+    rejected: Counter[str] = dataclasses.field(default_factory=Counter)
+    spellings: set[str] = dataclasses.field(default_factory=set)
+    suspects: list[tuple[float, str, str]] = dataclasses.field(default_factory=list)
+    sample: list[Utterance] = dataclasses.field(default_factory=list)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, item: Utterance | Rejected) -> None:
+        """Takes an item in."""
+        self.inputs += 1
+        if isinstance(item, Rejected):
+            self.rejected[item.reason] += 1
+            self.suspects.append((50.0, item.id, f"{item.reason}: {item.detail}"))
+            return
+        self.spellings.add(item.user)
+        self.users[identity.normalised_user(item.user)] += 1
+        self.splits[item.split or ""] += 1
+        if not self.texts.add(item.text, self.language):
+            outside = f"characters outside the alphabet: {item.text!r}"
+            self.suspects.append((20.0, item.id, outside))
+        elif not item.text.strip():
+            self.suspects.append((60.0, item.id, "no transcript"))
+        self.suspects += _seen_before(item, self.files)
+        # Reservoir sampling: each is kept with the same chance, however many there are.
+        if len(self.sample) < self.recordings:
+            self.sample.append(item)
+        elif (place := self.choice.randrange(self.texts.count)) < self.recordings:
+            self.sample[place] = item
+        self.suspects = heapq.nlargest(20 * SUSPICIOUS, self.suspects)
+
+    def notes(self) -> dict[str, int]:
+        """Counts of users who may be meant to be others."""
+        notes = {}
+        if variants := len(self.spellings) - len(self.users):
+            notes["user_ids_in_several_spellings"] = variants
+        if similar := identity.case_variants(set(self.users)):
+            notes["users_differing_by_case_only"] = similar
+        return notes
+
+
 def _alphabets(language: str) -> dict[str, tuple[str, bool]]:
     """Alphabets to try, by the flags that choose them: (language, keep_letters)."""
     found = {f"--language={language}": (language, False)}
@@ -76,7 +126,7 @@ def _unknown(text: str, language: str) -> Counter[str]:
 
 def inspect(
     path: str | os.PathLike[str],
-    options: layouts.SourceOptions | None = None,
+    options: sources.SourceOptions | None = None,
     *,
     layout: str | None = None,
     recordings: int = 500,
@@ -102,72 +152,40 @@ def inspect(
     Raises:
       UserError: nothing is there, or it is no layout that is known.
     """
-    options = options or layouts.SourceOptions()
-    found = layouts.find_layout(layout) if layout else layouts.detect_layout(path)
+    options = options or sources.SourceOptions()
+    found = sources.find_layout(layout) if layout else sources.detect_layout(path)
     if found is None:
         raise UserError(_no_layout(Path(path)))
     source = found.open(path, options)
     language = source.language or options.language or "en"
     known = language if language in text_lib.LANGUAGES else "en"
-    texts = _Texts()
-    users: Counter[str] = Counter()
-    splits: Counter[str] = Counter()
-    rejected: Counter[str] = Counter()
-    spellings: set[str] = set()
-    suspects: list[tuple[float, str, str]] = []  # (how much, id, why)
-    sample: list[Utterance] = []
-    choice = random.Random(f"{_SAMPLE_TAG} {seed}")
-    files: dict[str, str] = {}
-    inputs = 0
+    survey = _Survey(known, recordings, random.Random(f"{_SAMPLE_TAG} {seed}"))
     for item in source:
-        inputs += 1
-        if isinstance(item, Rejected):
-            rejected[item.reason] += 1
-            suspects.append((50.0, item.id, f"{item.reason}: {item.detail}"))
-            continue
-        user = identity.normalised_user(item.user)
-        spellings.add(item.user)
-        users[user] += 1
-        splits[item.split or ""] += 1
-        if not texts.add(item.text, known):
-            suspects.append((20.0, item.id, f"characters outside the alphabet: {item.text!r}"))
-        elif not item.text.strip():
-            suspects.append((60.0, item.id, "no transcript"))
-        suspects += _seen_before(item, files)
-        # Reservoir sampling: each is kept with the same chance, however many there are.
-        if len(sample) < recordings:
-            sample.append(item)
-        elif (place := choice.randrange(texts.count)) < recordings:
-            sample[place] = item
-        suspects = heapq.nlargest(20 * SUSPICIOUS, suspects)
+        survey.add(item)
+    texts, sample = survey.texts, survey.sample
     seconds, unreadable, heard = _listened(sample, known)
-    suspects += heard
+    suspects = survey.suspects + heard
     good = len(sample) - unreadable
     hours = seconds / 3600 * (texts.count / len(sample)) if sample else 0.0
-    notes = dict(source.notes)
-    if variants := len(spellings) - len(users):
-        notes["user_ids_in_several_spellings"] = variants
-    if similar := identity.case_variants(set(users)):
-        notes["users_differing_by_case_only"] = similar
-    counts = list(users.values()) or [0]
+    counts = list(survey.users.values()) or [0]
     spoken = seconds * texts.count / len(sample) if sample else 0.0
     return {
         "layout": found.name,
         "title": found.title,
         "name": source.name,
         "language": language,
-        "inputs": inputs,
+        "inputs": survey.inputs,
         "utterances": texts.count,
-        "users": len(users),
+        "users": len(survey.users),
         "utterances_per_user": {
             "mean": round(float(np.mean(counts)), 2),
             "min": min(counts),
             "max": max(counts),
         },
-        "splits": {name: count for name, count in sorted(splits.items()) if name},
-        "without_split": splits[""],
-        "rejected": dict(sorted(rejected.items())),
-        "notes": notes,
+        "splits": {name: count for name, count in sorted(survey.splits.items()) if name},
+        "without_split": survey.splits[""],
+        "rejected": dict(sorted(survey.rejected.items())),
+        "notes": {**source.notes, **survey.notes()},
         "decoded": good,
         "unreadable": unreadable,
         "hours": round(hours, 4),
@@ -188,7 +206,7 @@ def inspect(
 def _no_layout(path: Path) -> str:
     if not path.exists():
         return f"{path} does not exist: give the file or folder of your speech"
-    kinds = ", ".join(layout.title for layout in layouts.LAYOUTS)
+    kinds = ", ".join(layout.title for layout in sources.LAYOUTS)
     return (
         f"{path} is none of the layouts that are known ({kinds}): list your recordings in a "
         "manifest, see docs/guides/own_speech.md"
@@ -261,9 +279,9 @@ def _worst(suspects: list[tuple[float, str, str]]) -> list[dict[str, str]]:
 
 
 def _command(
-    layout: layouts.Layout,
+    layout: sources.Layout,
     path: str | os.PathLike[str],
-    options: layouts.SourceOptions,
+    options: sources.SourceOptions,
     language: str,
     texts: _Texts,
     known: str,
@@ -286,133 +304,3 @@ def _command(
     elif texts.writable[own] > plain:
         flags.append("--keep_letters")
     return shlex.join(["fedasr", "prepare", *flags])
-
-
-# --------------------------------------------------------------------------------- verification
-
-
-def verify(
-    directory: str | os.PathLike[str], source: Iterable[Utterance | Rejected] | None
-) -> dict[str, Any]:
-    """Reads all of a prepared corpus, and converts its source again to compare.
-
-    Args:
-      directory: the corpus.
-      source: what it was prepared from; None where that can only be read, such as synthetic speech.
-
-    Returns:
-      {"stored": utterances, "damaged": [message], "compared", "same", "different": [{"id", "why"}],
-      "no_longer_there": ids that are stored and that the source does not give, "new": ids that the
-      source gives and that are neither stored nor were skipped}; the corpus is what its source
-      gives if all but the numbers are empty.
-
-    Raises:
-      UserError: the folder is no prepared corpus, or does not list its utterances.
-    """
-    directory = Path(directory)
-    metadata = corpus_lib.read_metadata(directory)
-    opened = {split: corpus_lib.ArrayRecordCorpus(directory, split) for split in metadata["splits"]}
-    report: dict[str, Any] = {"stored": 0, "damaged": []}
-    for corpus in opened.values():
-        for user in range(len(corpus.sizes)):
-            for index in range(int(corpus.sizes[user])):
-                report["stored"] += 1
-                try:
-                    corpus.get(user, [index])
-                except UserError as error:
-                    report["damaged"].append(str(error))
-    if source is None:
-        return report
-    places = _places(directory, opened)
-    known = {line["id"] for line in _lines(directory / "skipped.jsonl")}
-    converter = _converter(metadata)
-    report |= {"compared": 0, "same": 0, "different": [], "no_longer_there": [], "new": []}
-    seen: set[str] = set()
-    for item in source:
-        if isinstance(item, Rejected) or item.id in seen:
-            continue
-        place = places.get(item.id)
-        if place is None:
-            if item.id not in known:
-                report["new"].append(item.id)
-            continue
-        seen.add(item.id)
-        report["compared"] += 1
-        problem = _difference(item, converter, opened, place)
-        if problem is None:
-            report["same"] += 1
-        else:
-            report["different"].append({"id": item.id, "why": problem})
-    report["no_longer_there"] = sorted(set(places) - seen)
-    return report
-
-
-def is_same(report: dict[str, Any]) -> bool:
-    """Whether a report of `verify` holds no difference."""
-    return not any(isinstance(value, list) and value for value in report.values())
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
-def _places(
-    directory: Path, opened: dict[str, corpus_lib.ArrayRecordCorpus]
-) -> dict[str, tuple[str, int, int]]:
-    """{id: (split, user, index)} of what is stored, by the list that `prepare` wrote."""
-    path = directory / UTTERANCES_FILE
-    if not path.is_file():
-        raise UserError(f"{directory} was prepared without {UTTERANCES_FILE}: prepare it again")
-    users = {split: {u: i for i, u in enumerate(c.users)} for split, c in opened.items()}
-    next_index: Counter[tuple[str, int]] = Counter()
-    places = {}
-    for line in _lines(path):
-        user = users[line["split"]][line["user"]]
-        places[line["id"]] = line["split"], user, next_index[line["split"], user]
-        next_index[line["split"], user] += 1
-    return places
-
-
-def _converter(metadata: dict[str, Any]) -> Converter:
-    """What converted the utterances of a corpus."""
-    from fedasr.audio.features import LogMelConfig
-
-    options = metadata["options"]
-    names = {field.name for field in dataclasses.fields(Converter)}
-    chosen = {name: value for name, value in options.items() if name in names}
-    try:
-        return Converter(**{**chosen, "features": LogMelConfig(**options["features"])})
-    except (TypeError, KeyError) as error:
-        raise UserError(f"the corpus's options are of another version ({error})") from error
-
-
-def _difference(
-    item: Utterance,
-    converter: Converter,
-    opened: dict[str, corpus_lib.ArrayRecordCorpus],
-    place: tuple[str, int, int],
-) -> str | None:
-    """How an utterance differs from what is stored; None where it does not."""
-    split, user, index = place
-    try:
-        converted = converter(item)
-    except Skip as skip:
-        reason, detail = skip.args
-        return f"{reason}: {detail}"
-    try:
-        stored = opened[split].get(user, [index])[0]
-    except UserError as error:
-        return f"damaged: {error}"
-    if opened[split].users[user] != identity.normalised_user(item.user):
-        return f"the user is {item.user!r} now"
-    if not np.array_equal(stored["labels"], converted.labels):
-        return "another transcript"
-    signal = stored[converter.store]
-    if signal.shape != converted.signal.shape:
-        return f"{len(converted.signal)} {converter.store} instead of {len(signal)}"
-    if signal.tobytes() != converted.signal.tobytes():
-        apart = np.abs(signal.astype(np.float64) - converted.signal.astype(np.float64)).max()
-        return f"the {converter.store} differ by up to {apart:.6g}"
-    return None

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gzip
 import hashlib
 import io
 import os
 import subprocess
-import tarfile
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fedasr.data import containers
+from fedasr.data.identity import file_state
 from fedasr.errors import UserError
 
 if TYPE_CHECKING:
     from fedasr.audio.features import LogMelConfig
 
-ARCHIVES = (".tar.gz", ".tgz", ".tar")
 # Of what looks like a recording among other files; what it really is, its content says.
 AUDIO_ENDINGS = (
     *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".sph", ".caf"),
@@ -126,46 +123,65 @@ def read_audio(file: str | os.PathLike[str] | bytes) -> Decoded:
         raise UserError(
             f"reading audio needs soundfile ({error}): install it (pip install soundfile)"
         ) from error
-    if isinstance(file, Command):
-        file = _output(file)
-    elif not isinstance(file, bytes):
-        if not os.path.exists(file):
-            raise soundfile.SoundFileRuntimeError(f"no such file: {os.fspath(file)}")
-        file = Path(file).read_bytes()
-    contents = containers.examine(file)
+    contents = containers.examine(_content(file, soundfile))
     pieces: list[np.ndarray] = []
     rate, complaints = 0, 0
     for part in contents.parts:
-        catching: contextlib.AbstractContextManager[list[str]] = (
-            _caught_stderr() if contents.mpeg else contextlib.nullcontext([])
-        )
-        with catching as caught:
-            try:
-                with soundfile.SoundFile(io.BytesIO(part)) as opened:
-                    form = opened.samplerate, opened.channels
-                    if pieces and form != (rate, _channels(pieces[0])):
-                        raise containers.Unusable("several rates or channels in one file")
-                    rate = opened.samplerate
-                    pieces.append(_samples(opened, contents))
-            except soundfile.LibsndfileError as error:
-                # Its prefix would name where the content lies in memory.
-                detail = error.error_string.removeprefix("Error : ")
-                raise containers.Unusable(f"truncated or damaged: {detail}") from error
+        form = (rate, _channels(pieces[0])) if pieces else None
+        piece, rate, caught = _decoded_part(part, contents, form, soundfile)
+        pieces.append(piece)
         complaints += len(caught)
         if broken := [line for line in caught if "error" in line.lower()]:
             raise containers.Unusable(f"damaged: the decoder says {broken[0].strip()!r}")
     if not _RATES[0] <= rate <= _RATES[1]:
         raise containers.Unusable(f"damaged: no recording has a rate of {rate} Hz")
     audio = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    expected = contents.frames
-    if expected is not None and abs(len(audio) - expected) > contents.slack:
-        what = "truncated" if len(audio) < expected else "damaged"
-        raise containers.Unusable(f"{what}: {len(audio)} of {expected} samples decoded")
-    if contents.seconds is not None and abs(len(audio) / rate - contents.seconds) > _TOLERANCE / 4:
-        raise containers.Unusable(
-            f"damaged: {len(audio) / rate:.3f} of {contents.seconds:.3f} s decoded"
-        )
+    _check_whole(len(audio), rate, contents)
     return Decoded(audio, rate, complaints)
+
+
+def _content(file: str | os.PathLike[str] | bytes, soundfile: Any) -> bytes:
+    """All of a file; an error of soundfile's where there is none."""
+    if isinstance(file, Command):
+        return _output(file)
+    if isinstance(file, bytes):
+        return file
+    if not os.path.exists(file):
+        raise soundfile.SoundFileRuntimeError(f"no such file: {os.fspath(file)}")
+    return Path(file).read_bytes()
+
+
+def _decoded_part(
+    part: bytes, contents: containers.Contents, form: tuple[int, int] | None, soundfile: Any
+) -> tuple[np.ndarray, int, list[str]]:
+    """(samples, rate, what the decoder complained of); `form`: rate and channels, once known."""
+    catching: contextlib.AbstractContextManager[list[str]] = (
+        _caught_stderr() if contents.mpeg else contextlib.nullcontext([])
+    )
+    with catching as caught:
+        try:
+            with soundfile.SoundFile(io.BytesIO(part)) as opened:
+                rate = opened.samplerate
+                if form is not None and form != (rate, opened.channels):
+                    raise containers.Unusable("several rates or channels in one file")
+                samples = _samples(opened, contents)
+        except soundfile.LibsndfileError as error:
+            # Its prefix would name where the content lies in memory.
+            detail = error.error_string.removeprefix("Error : ")
+            raise containers.Unusable(f"truncated or damaged: {detail}") from error
+    return samples, rate, caught
+
+
+def _check_whole(samples: int, rate: int, contents: containers.Contents) -> None:
+    """Raises where more or fewer samples were decoded than the file holds."""
+    expected = contents.frames
+    if expected is not None and abs(samples - expected) > contents.slack:
+        what = "truncated" if samples < expected else "damaged"
+        raise containers.Unusable(f"{what}: {samples} of {expected} samples decoded")
+    if contents.seconds is not None and abs(samples / rate - contents.seconds) > _TOLERANCE / 4:
+        raise containers.Unusable(
+            f"damaged: {samples / rate:.3f} of {contents.seconds:.3f} s decoded"
+        )
 
 
 def _output(command: Command) -> bytes:
@@ -266,76 +282,3 @@ def log_mel_on_cpu(waveform: np.ndarray, config: LogMelConfig) -> np.ndarray:
         raise UserError("features are computed on the CPU: add cpu to JAX_PLATFORMS") from error
     with jax.default_device(device):
         return np.asarray(features.extract(waveform, config))
-
-
-def is_archive(path: Path) -> bool:
-    """Whether this is a file that is named like a tar archive."""
-    return path.name.endswith(ARCHIVES) and path.is_file()
-
-
-def archive_files(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
-    """(name, content) of each file in a tar archive, in its order and read as a stream.
-
-    Hidden files (such as the "._" files that macOS adds) are left out.
-
-    Args:
-      path: the archive.
-      wanted: of which names to read the content; it is None for others.
-
-    Raises:
-      UserError: the archive cannot be read to its end.
-    """
-    opened = open if path.name.endswith(".tar") else gzip.open
-    try:
-        with opened(path, "rb") as raw:
-            stream = _Remembering(raw)
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    # Tarfile would keep a million of them, in a list that its types do not name.
-                    archive.members.clear()  # type: ignore[attr-defined]
-                    name = member.name
-                    if member.isfile() and not os.path.basename(name).startswith("."):
-                        content = archive.extractfile(member) if wanted(name) else None
-                        yield name, None if content is None else content.read()
-                # tarfile takes a damaged header, and the end of the file, for the archive's end.
-                if stream.last != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.TarError("its end is missing, or a header is damaged")
-                while rest := stream.read(1 << 20):  # gzip checks its sum at the very end
-                    if rest.strip(b"\0"):
-                        raise tarfile.TarError("something follows its end")
-    except (OSError, EOFError, zlib.error, ValueError, tarfile.TarError) as error:
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the archive {path} is damaged or incomplete ({detail})") from error
-
-
-class _Remembering(io.RawIOBase):
-    """A stream that knows what it gave last."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.last = b""
-
-    def read(self, size: int = -1) -> bytes:
-        self.last = self._stream.read(size)
-        return self.last
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-
-def file_state(path: Path) -> list[int]:
-    """[size, time of change in ns] of a file; [] where there is none."""
-    try:
-        stat = path.stat()
-    except (OSError, ValueError):
-        return []
-    return [stat.st_size, stat.st_mtime_ns]

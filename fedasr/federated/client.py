@@ -136,8 +136,15 @@ def _gather(store: Store, index: jax.Array, frames: Mapping[str, int]) -> dict[s
     return jax.lax.optimization_barrier(batch)
 
 
-def batch_gradient(loss: Loss) -> Callable[..., tuple[tuple[jax.Array, Any], Params]]:
+def batch_gradient(
+    loss: Loss, batch_keys: bool = False
+) -> Callable[..., tuple[tuple[jax.Array, Any], Params]]:
     """`jax.value_and_grad(loss, has_aux=True)` of a client's batch, part by part.
+
+    Args:
+      loss: see `Loss`.
+      batch_keys: whether a part of a batch also holds "batch_key", the key of the whole batch, for
+        what its parts have to draw alike.
 
     Returns:
       gradient(params, batches, step, key) -> ((loss, aux), gradients) of batch number `step`. The
@@ -158,7 +165,10 @@ def batch_gradient(loss: Loss) -> Callable[..., tuple[tuple[jax.Array, Any], Par
             frames = {name: x.shape[0] for name, x in batches.spans[kind].items()}
             index = batches.index[step, part, : frames[""]]
             batch = _gather(batches, index, frames)
-            (value, aux), grads = value_and_grad(params, batch, jax.random.fold_in(key, part))
+            more = {"batch_key": key} if batch_keys else {}
+            (value, aux), grads = value_and_grad(
+                params, batch | more, jax.random.fold_in(key, part)
+            )
             count = jnp.float32(aux.get("utterances", jnp.sum(batch["mask"])))
             (value, grads) = jax.tree.map(lambda x: (x * count).astype(x.dtype), (value, grads))
             return count, value, aux, grads
@@ -187,6 +197,7 @@ def local_training(
     grad_clip: float | None = 1.0,
     proximal: float = 0.0,
     schedule: optax.Schedule | None = None,
+    batch_keys: bool = False,
 ) -> ClientUpdate:
     """Local minibatch training with any optax optimiser, started afresh every round.
 
@@ -201,10 +212,11 @@ def local_training(
       proximal: FedProx's mu (Li et al., 2020): adds mu/2 ||theta_local - theta||^2 to the loss.
       schedule: rounds done -> factor of every local update of that round, that is of the learning
         rate; None for 1. (A schedule within a round belongs to `optimizer`.)
+      batch_keys: see `batch_gradient`.
     """
     if grad_clip is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), optimizer)
-    gradient = batch_gradient(loss)
+    gradient = batch_gradient(loss, batch_keys)
 
     def update(params, batches, num_steps, key, max_steps=None, round=0):
         factor = None if schedule is None else schedule(round)

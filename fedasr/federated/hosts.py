@@ -17,6 +17,10 @@ from fedasr.errors import UserError
 # Seconds after which the others give up on a process that says nothing any more.
 HEARTBEAT_SECONDS = 20
 _JOIN_SECONDS = 300
+NOT_FOUND = (
+    f"the processes did not find each other within {_JOIN_SECONDS} s: start all of them, with the "
+    "same coordinator, whose port every host can reach"
+)
 _WAIT_SECONDS = 24 * 3600  # while the leader prepares data
 
 
@@ -50,7 +54,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes did not find each other: {error}") from error
+        raise UserError(f"{NOT_FOUND} ({error})") from error
 
 
 def is_leader() -> bool:

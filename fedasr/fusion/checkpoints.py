@@ -40,9 +40,10 @@ class Parents(NamedTuple):
 
     def average(self) -> Model:
         """The mean of the models."""
-        count = len(self.models)
         return {
-            name: (sum(m[name].astype(np.float32) for m in self.models) / count).astype(value.dtype)
+            name: np.mean([m[name] for m in self.models], axis=0, dtype=np.float32).astype(
+                value.dtype
+            )
             for name, value in self.models[0].items()
         }
 

@@ -53,7 +53,7 @@ class Method(NamedTuple):
     best: Callable[[Any], PyTree]
     scores: Callable[[Any], tuple[jax.Array, jax.Array]]
     batch: int = 1
-    lowest: Callable[[Any], jax.Array] = lambda state: getattr(state, "lowest", 0.0)
+    lowest: Callable[[Any], jax.Array] = lambda state: getattr(state, "lowest", jnp.zeros(()))
     start: Callable[[PyTree, jax.Array, jax.Array], Any] | None = None
     propose: Callable[[Any, jax.Array, jax.Array], PyTree] | None = None
     accept: Callable[..., Any] | None = None
@@ -162,10 +162,10 @@ def _cut(
     evolution: Evolution, uniform: jax.Array, sizes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """Mixing ratios and split points from uniform [2 chromosomes]."""
-    ratio, place = jnp.split(uniform, 2)
+    ratio, position = jnp.split(uniform, 2)
     points = jnp.array([split_points(size) for size in sizes], jnp.int32)
     if evolution.split:
-        return ratio, jnp.minimum((place * points).astype(jnp.int32), points - 1)
+        return ratio, jnp.minimum((position * points).astype(jnp.int32), points - 1)
     return ratio, points
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedasr.data.batching import eval_batches, make_buckets
-from fedasr.data.corpus import Corpus, open_corpus, read_metadata
+from fedasr.data.corpus import Corpus
+from fedasr.data.records import open_corpus, read_metadata
 from fedasr.errors import UserError
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.privacy import ledger

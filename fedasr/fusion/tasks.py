@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedasr.data.corpus import open_corpus
+from fedasr.data.records import open_corpus
 from fedasr.errors import UserError
 from fedasr.fusion import METHODS, digits, methods, recognisers
 from fedasr.training.checkpoint import restore_params

@@ -12,19 +12,20 @@ from fedasr.kernels.dense import by_input, by_kernel, product
 _NEAR_ZERO = 0.1  # of a scale, to divide by
 
 
-def patches(x: jax.Array, width: int, stride: int) -> jax.Array:
+def patches(x: jax.Array, width: int, stride: int, left: int | None = None) -> jax.Array:
     """Windows of frames, so that a dense layer acts as a strided 1-D convolution.
 
     A convolution with per-client kernels would lower to a slow grouped convolution under vmap.
 
     Args:
       x: [b, t, f], zero beyond each utterance's length.
+      left: frames of window i before frame i * stride; None for those that centre it there.
 
     Returns:
-      [b, ceil(t / stride), width * f]; window i is centred on frame i * stride ("same" padding).
+      [b, ceil(t / stride), width * f].
     """
     b, t, f = x.shape
-    out, left = -(-t // stride), (width - 1) // 2
+    out, left = -(-t // stride), (width - 1) // 2 if left is None else left
     rows = out + -(-width // stride) - 1  # of `stride` frames side by side
     right = rows * stride - left - t
     padded = jnp.pad(x[:, : t + min(right, 0)], ((0, 0), (left, max(right, 0)), (0, 0)))

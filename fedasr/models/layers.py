@@ -139,6 +139,16 @@ def uniform_fan_in(scale: float = 1.0 / 3.0) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(scale, "fan_in", "uniform")
 
 
+def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
+    """U(-a, a), a = 1 / sqrt(fan_in)."""
+    most = fan_in**-0.5
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -most, most)
+
+    return init
+
+
 def split_keys(keys: jax.Array | None, count: int) -> list[jax.Array | None]:
     """Derives `count` independent keys from each of the batch's keys [b]; None stays None."""
     if keys is None:
@@ -226,23 +236,30 @@ class MaskedNorm(nn.Module):
 class WindowedDense(nn.Module):
     """A dense layer on windows of frames: a strided 1-D convolution.
 
-    features: its units. width, stride: of the windows, in frames (see `patches`). dtype: of the
-    compute.
+    features: its units. width, stride, left: of the windows, in frames (see `patches`). dtype: of
+    the compute. kernel_scale: see `uniform_fan_in`. bias_drawn: whether the bias begins as
+    `uniform_bias`, not as zeros.
     """
 
     features: int
     width: int
     stride: int
     dtype: jnp.dtype = jnp.dtype("float32")
+    left: int | None = None
+    kernel_scale: float = 1.0 / 3.0
+    bias_drawn: bool = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [b, t, f], zeros at padding -> [b, ceil(t / stride), features]."""
         kernel, bias = self.parameters(x.shape[2])
-        windows = patches(x, self.width, self.stride).astype(self.dtype)
+        windows = patches(x, self.width, self.stride, self.left).astype(self.dtype)
         return product(windows, kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
     def of_normed(self, x: Affine) -> jax.Array:
-        """The same of `MaskedNorm.affine`, in float32: cheaper where only parameters learn."""
+        """The same of `MaskedNorm.affine`, in float32: cheaper where only parameters learn.
+
+        Windows are centred (`left` None).
+        """
         kernel, bias = self.parameters(x.normed.shape[2])
         return affine_product(x, kernel, self.stride) + bias
 
@@ -250,8 +267,9 @@ class WindowedDense(nn.Module):
     def parameters(self, inputs: int) -> tuple[jax.Array, jax.Array]:
         """Kernel [width * inputs, features] and bias [features]."""
         shape = (self.width * inputs, self.features)
-        kernel = self.param("kernel", uniform_fan_in(), shape, jnp.float32)
-        return kernel, self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
+        bias = uniform_bias(shape[0]) if self.bias_drawn else nn.initializers.zeros
+        kernel = self.param("kernel", uniform_fan_in(self.kernel_scale), shape, jnp.float32)
+        return kernel, self.param("bias", bias, shape[1:], jnp.float32)
 
 
 class InputLayer(nn.Module):

@@ -18,6 +18,7 @@ from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.layers import split_keys
 from fedasr.models.transducer import Transducer
 from fedasr.models.transformer import Transformer, TransformerConfig
+from fedasr.streams import Stream, fold
 
 ARRAYS = ("features", "labels")  # what a speech example must hold
 _TRANSDUCER = "transducer"  # its parameters, beside an encoder's
@@ -29,7 +30,9 @@ class Recogniser(NamedTuple):
     init(key) -> params. loss(params, batch, key) -> (loss, aux): training, with augmentation and
     dropout. evaluate(params, batch) -> (tokens int32 [b, t], token counts int32 [b], loss float32
     [b], valid bool [b]): greedy decoding without randomness; `valid` is False for padding and for
-    utterances whose transcript cannot be aligned with their frames.
+    utterances whose transcript cannot be aligned with their frames. scores(params, batch) -> (log
+    probabilities of the tokens in each frame, float32 [b, t, vocab], frame counts int32 [b], loss,
+    valid): what the decoders of `fedasr.decoding` search; None where there are none (RNN-T).
 
     A batch holds "features" [b, t, f], "features_length" [b], "labels" [b, u], "labels_length" [b]
     and "mask" [b].
@@ -38,6 +41,7 @@ class Recogniser(NamedTuple):
     init: Callable[[jax.Array], Any]
     loss: Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict]]
     evaluate: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, ...]]
+    scores: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, ...]] | None = None
 
 
 def ctc_recogniser(
@@ -54,15 +58,31 @@ def ctc_recogniser(
     init = _encoder_init(module, features)
 
     def forward(params, batch, features, keys):
-        logits, lengths = module.apply({"params": params}, features, batch["features_length"], keys)
+        logits, lengths = module.apply(
+            {"params": params}, features, batch["features_length"], keys, **_shared(batch)
+        )
         labels = batch["labels"], batch["labels_length"]
         values, feasible = ctc_loss(logits, lengths, *labels, _streamed(logits, labels[0], keys))
         return values, values, feasible, (logits, lengths)
 
+    return _ctc(init, forward, augment, _draws_alike(module))
+
+
+def _ctc(
+    init: Callable, forward: Callable, augment: SpecAugmentConfig | None, alike: bool = False
+) -> Recogniser:
+    """What models with scores in each frame share; see `_recogniser`."""
+
     def decode(params, outputs):
         return greedy_decode(*outputs)
 
-    return _recogniser(init, forward, decode, augment)
+    def scores(params, batch):
+        features = batch["features"].astype(jnp.float32)
+        _, values, feasible, (logits, lengths) = forward(params, batch, features, None)
+        valid = batch["mask"] & feasible
+        return jax.nn.log_softmax(logits), lengths, jnp.where(valid, values, 0.0), valid
+
+    return _recogniser(init, forward, decode, augment, alike)._replace(scores=scores)
 
 
 def rnnt_recogniser(
@@ -92,7 +112,7 @@ def rnnt_recogniser(
     def forward(params, batch, features, keys):
         encoder = {name: value for name, value in params.items() if name != _TRANSDUCER}
         encoded, lengths = module.apply(
-            {"params": encoder}, features, batch["features_length"], keys
+            {"params": encoder}, features, batch["features_length"], keys, **_shared(batch)
         )
         labels = batch["labels"], batch["labels_length"]
         scores = apply(params, encoded, batch["labels"])
@@ -109,7 +129,7 @@ def rnnt_recogniser(
 
         return rnnt_greedy_decode(score, *outputs, config.context, config.max_symbols)
 
-    return _recogniser(init, forward, decode, augment)
+    return _recogniser(init, forward, decode, augment, _draws_alike(module))
 
 
 def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
@@ -125,10 +145,7 @@ def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
         values, feasible = ctc_loss(*outputs, *labels, _streamed(outputs[0], labels[0], keys))
         return values + recurrent.penalty(params, config), values, feasible, outputs
 
-    def decode(params, outputs):
-        return greedy_decode(*outputs)
-
-    return _recogniser(lambda key: recurrent.init(key, config), forward, decode, None)
+    return _ctc(lambda key: recurrent.init(key, config), forward, None)
 
 
 _STREAMED = 1 << 24  # scores of all states in all frames, beyond which they are not kept
@@ -137,6 +154,16 @@ _STREAMED = 1 << 24  # scores of all states in all frames, beyond which they are
 def _streamed(logits: jax.Array, labels: jax.Array, keys: jax.Array | None) -> bool:
     """Whether a loss should be computed without them: of long recordings, without a gradient."""
     return keys is None and 2 * math.prod(logits.shape[:2]) * labels.shape[1] > _STREAMED
+
+
+def _draws_alike(module: Any) -> bool:
+    """Whether all parts of a batch drop the same blocks."""
+    return getattr(getattr(module, "config", None), "layer_drop_per", "part") == "batch"
+
+
+def _shared(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a module takes of a whole batch, where it is so."""
+    return {"batch_key": batch["batch_key"]} if "batch_key" in batch else {}
 
 
 def _encoder_init(module: Any, features: int) -> Callable[[jax.Array], Any]:
@@ -148,18 +175,26 @@ def _encoder_init(module: Any, features: int) -> Callable[[jax.Array], Any]:
 
 
 def _recogniser(
-    init: Callable, forward: Callable, decode: Callable, augment: SpecAugmentConfig | None
+    init: Callable,
+    forward: Callable,
+    decode: Callable,
+    augment: SpecAugmentConfig | None,
+    alike: bool = False,
 ) -> Recogniser:
     """What all objectives share.
 
     forward(params, batch, features, keys or None) -> (losses to train with [b], losses to report
-    [b], feasible [b], outputs). decode(params, outputs) -> (tokens, counts).
+    [b], feasible [b], outputs). decode(params, outputs) -> (tokens, counts). alike: whether
+    `forward` finds a "batch_key" in training batches, the same for all parts of one.
     """
 
     def loss(params, batch, key):
         slots = jnp.arange(batch["mask"].shape[0])
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(slots)
         keys, masks = split_keys(keys, 2)
+        if alike:
+            shared = fold(batch.get("batch_key", key), Stream.BATCH)
+            batch = {**batch, "batch_key": shared}
         features = batch["features"].astype(jnp.float32)
         if augment is not None:
             features = jax.vmap(lambda x, n, k: spec_augment(x, n, k, augment))(

@@ -29,7 +29,9 @@ DAY_LAYERS = ("affine", "softsign")
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """Defaults are the published seed configuration (two GRU layers of 512).
+    """Default sizes are those of the published seed configuration (two GRU layers of 512).
+
+    Not all of it is as published: see docs/fidelity.md.
 
     vocab: tokens with the blank. features: channels. units, layers: of the GRU stack.
     bidirectional: a second stack sees the future, too. smoothing: standard deviation of a Gaussian

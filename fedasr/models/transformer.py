@@ -10,15 +10,23 @@ from fedasr.errors import UserError
 from fedasr.models import layers
 from fedasr.models.transducer import ObjectiveConfig
 
+_CHOICES = {
+    "front_end": ("centred", "same"),
+    "init": ("third", "lecun"),
+    "layer_drop_per": ("part", "batch"),
+    "stream_dtype": ("", "float32"),
+}
+
 
 @dataclass(frozen=True)
 class TransformerConfig(ObjectiveConfig):
     """Sizes of a Transformer; the defaults are the quickstart's (CTC, 0.9M parameters).
 
     kernel, stride: the front end's window and hop in feature frames. dropout: on attention
-    weights, hidden units and residual branches. layer_drop: probability that a training step skips
-    a block, one draw per block and batch, without rescaling. cape_shift: largest global shift of
-    the positions in training, seconds (CAPE, Likhomanenko et al., 2021); 0 for none.
+    weights, hidden units and, as `branch_dropout` says, elsewhere. layer_drop: probability that a
+    training step skips a block, one draw per block and batch, without rescaling. cape_shift:
+    largest global shift of the positions in training, seconds (CAPE, Likhomanenko et al., 2021); 0
+    for none.
     frame_seconds: duration of an encoder frame. position_scale: multiplies positions in seconds.
     norm: "pre" for layer norms before each branch and at the end (the paper's), "post" for one
     after each residual sum.
@@ -26,6 +34,18 @@ class TransformerConfig(ObjectiveConfig):
     `layers.InputLayer`. dtype: of the compute; parameters are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `kernels.checkpoint`;
     "none" to keep everything. attention: "plain", or "fused" for `kernels.attention`.
+
+    The following are what the authors' programs do in another way, for the published recipes
+    (docs/fidelity.md). branch_dropout: True also drops on the sum of the front end's output and the
+    positions, and on the residual branches; False as published, on the front end's output alone.
+    front_end: "centred" windows, of which ceil(frames / stride) count; "same" as published: window
+    i begins (kernel - stride) // 2 frames before frame i * stride, and floor(frames / stride)
+    count. init: "third", front end and output begin as the blocks' matrices, without biases;
+    "lecun" as published: a variance of 1 / fan-in, biases uniform within 1 / sqrt(fan-in).
+    layer_drop_per: what a draw is for where `client.micro_batch` divides batches: the "part", or
+    the whole "batch" as published. stream_dtype: of the front end and of the sum to which blocks
+    add; "" for dtype, "float32" as published.
+
     The objective's fields: see `ObjectiveConfig`.
 
     Raises:
@@ -51,12 +71,20 @@ class TransformerConfig(ObjectiveConfig):
     remat: str = "none"
     attention: str = "plain"
     input_layer: bool = False
+    branch_dropout: bool = True
+    front_end: str = "centred"
+    init: str = "third"
+    layer_drop_per: str = "part"
+    stream_dtype: str = ""
 
     def __post_init__(self) -> None:
         layers.check_options(self, ("vocab", "features", "dim", "heads", "mlp", "kernel", "stride"))
         self.check_objective()
         if self.norm not in ("pre", "post"):
             raise UserError(f"the model's norm must be 'pre' or 'post': {self.norm!r}")
+        for name, options in _CHOICES.items():
+            if (found := getattr(self, name)) not in options:
+                raise UserError(f"the model's {name} must be one of {options}: {found!r}")
         if self.dim % self.heads or self.dim % 2:
             raise UserError(
                 f"the model's dim must be even and a multiple of its heads, not {self.dim} with "
@@ -81,11 +109,12 @@ class Block(nn.Module):
         feed = layers.FeedForward(c.mlp, c.dropout, dtype, name="mlp")
         attention_norm = nn.LayerNorm(1e-5, dtype=dtype, name="attention_norm")
         mlp_norm = nn.LayerNorm(1e-5, dtype=dtype, name="mlp_norm")
+        rate = c.dropout if c.branch_dropout else 0.0
         if c.norm == "post":
-            x = attention_norm(x + layers.dropout(attend(x, mask, k[0]), c.dropout, k[1]))
-            return mlp_norm(x + layers.dropout(feed(x, k[2]), c.dropout, k[3]))
-        x = x + layers.dropout(attend(attention_norm(x), mask, k[0]), c.dropout, k[1])
-        return x + layers.dropout(feed(mlp_norm(x), k[2]), c.dropout, k[3])
+            x = attention_norm(x + layers.dropout(attend(x, mask, k[0]), rate, k[1]))
+            return mlp_norm(x + layers.dropout(feed(x, k[2]), rate, k[3]))
+        x = x + layers.dropout(attend(attention_norm(x), mask, k[0]), rate, k[1])
+        return x + layers.dropout(feed(mlp_norm(x), k[2]), rate, k[3])
 
 
 class Transformer(nn.Module):
@@ -95,7 +124,11 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+        self,
+        features: jax.Array,
+        lengths: jax.Array,
+        keys: jax.Array | None = None,
+        batch_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Encodes utterances.
 
@@ -104,6 +137,7 @@ class Transformer(nn.Module):
           lengths: int32 [b], true frames.
           keys: PRNG keys [b], one per utterance, for dropout, layer drop and position shifts;
             None for evaluation.
+          batch_key: of the layer drop, with keys; None to draw from the first utterance's.
 
         Returns:
           Logits float32 [b, ceil(frames / stride), vocab], or with the objective "rnnt" projections
@@ -112,33 +146,62 @@ class Transformer(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         k_input, k_shift, *k_blocks = layers.split_keys(keys, 2 + c.blocks)
-        norm = layers.MaskedNorm(name="input_norm")
-        front_end = layers.WindowedDense(2 * c.dim, c.kernel, c.stride, dtype, name="front_end")
-        features = features.astype(jnp.float32)
-        if c.input_layer:
-            x = layers.InputLayer(name="input_layer")(norm(features, lengths), lengths)
-            x = front_end(x)
-        elif dtype == jnp.float32:
-            x = front_end.of_normed(norm.affine(features, lengths))
-        else:  # rounded after the norm
-            x = front_end(norm(features, lengths))
-        x = jax.nn.glu(x)
-        out_lengths = -(-lengths // c.stride)
+        same, lecun = c.front_end == "same", c.init == "lecun"
+        x = jax.nn.glu(_windows(c, features.astype(jnp.float32), lengths))
+        if not c.branch_dropout:
+            x = layers.dropout(x, c.dropout, k_input)
+        out_lengths = lengths // c.stride if same else -(-lengths // c.stride)
         frames = jnp.arange(x.shape[1])
-        positions = (frames - (out_lengths[:, None] - 1) / 2) * c.frame_seconds
-        if c.cape_shift and k_shift is not None:
-            draw = jax.vmap(
-                lambda k: jax.random.uniform(k, minval=-c.cape_shift, maxval=c.cape_shift)
-            )
-            positions = positions + draw(k_shift)[:, None]
+        positions = _positions(c, frames, out_lengths, k_shift)
         x = x + layers.sinusoidal_positions(positions * c.position_scale, c.dim).astype(dtype)
-        x = layers.dropout(x, c.dropout, k_input)
+        if c.branch_dropout:
+            x = layers.dropout(x, c.dropout, k_input)
         mask = frames < out_lengths[:, None]
         for i, k in enumerate(k_blocks):
             y = layers.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k)
+            if keys is not None and batch_key is not None:
+                k = jax.random.fold_in(batch_key, i)[None]
             x = layers.drop_block(y, x, c.layer_drop, k, 4)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
-        init = layers.uniform_fan_in()
-        out = layers.Dense(c.outputs(c.vocab), kernel_init=init, dtype=dtype, name="output")(x)
+        out = layers.Dense(
+            c.outputs(c.vocab),
+            kernel_init=layers.uniform_fan_in(1.0 if lecun else 1.0 / 3.0),
+            bias_init=layers.uniform_bias(c.dim) if lecun else nn.initializers.zeros,
+            dtype=dtype,
+            name="output",
+        )(x)
         return out.astype(jnp.float32), out_lengths
+
+
+def _windows(c: TransformerConfig, features: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Normed features by windows, [b, t, 2 dim]; makes the modules before the first block."""
+    dtype = jnp.dtype(c.dtype)
+    same, lecun = c.front_end == "same", c.init == "lecun"
+    norm = layers.MaskedNorm(name="input_norm")
+    front_end = layers.WindowedDense(
+        2 * c.dim,
+        c.kernel,
+        c.stride,
+        jnp.dtype(c.stream_dtype or dtype),
+        max(c.kernel - c.stride, 0) // 2 if same else None,
+        1.0 if lecun else 1.0 / 3.0,
+        lecun,
+        name="front_end",
+    )
+    if c.input_layer:
+        return front_end(layers.InputLayer(name="input_layer")(norm(features, lengths), lengths))
+    if dtype == jnp.float32 and not same:
+        return front_end.of_normed(norm.affine(features, lengths))
+    return front_end(norm(features, lengths).astype(dtype))  # rounded after the norm
+
+
+def _positions(
+    c: TransformerConfig, frames: jax.Array, lengths: jax.Array, keys: jax.Array | None
+) -> jax.Array:
+    """Seconds from the middle of each utterance, float32 [b, t]; shifted with keys [b]."""
+    positions = (frames - (lengths[:, None] - 1) / 2) * c.frame_seconds
+    if not c.cape_shift or keys is None:
+        return positions
+    draw = jax.vmap(lambda k: jax.random.uniform(k, minval=-c.cape_shift, maxval=c.cape_shift))
+    return positions + draw(keys)[:, None]

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -322,24 +322,37 @@ def smallest(
         if low is not None and low >= highest:
             return None
         if low is None or high is None:  # further out, if need be by more every time
-            if abs(excess(at)) < math.inf and len(seen) < 4:
-                if len(seen) > 1:
-                    (x0, y0), (x1, y1) = list(seen.items())[-2:]
-                    slope = (y1 - y0) / (x1 - x0)
-                stride = abs(excess(at) / min(slope, -0.5)) + step
-            else:
-                stride = min(4 * stride, 3.0)
+            stride, slope = _outwards(list(seen.items()), excess(at), stride, slope, step)
             at = max(at - stride, lowest) if low is None else min(at + stride, highest)
-            continue
-        over, under = excess(low), excess(high)
-        root = (low + high) / 2
-        if over < math.inf and len(seen) < 12:
-            root = low + (high - low) * over / (over - under)
-        # A little above the root; or, where that is known to be enough, a last step below it.
-        at = root + 0.3 * step
-        if at > high - 0.3 * step:
-            at = high - 0.95 * step
-        at = max(at, low + 0.3 * step)
+        else:
+            at = _inwards((low, excess(low)), (high, excess(high)), step, secant=len(seen) < 12)
+
+
+def _outwards(
+    seen: Sequence[tuple[float, float]], over: float, stride: float, slope: float, step: float
+) -> tuple[float, float]:
+    """How far `smallest` goes on to find a bracket, and the slope that it now believes in."""
+    if abs(over) < math.inf and len(seen) < 4:
+        if len(seen) > 1:
+            (x0, y0), (x1, y1) = seen[-2:]
+            slope = (y1 - y0) / (x1 - x0)
+        return abs(over / min(slope, -0.5)) + step, slope
+    return min(4 * stride, 3.0), slope
+
+
+def _inwards(
+    low: tuple[float, float], high: tuple[float, float], step: float, secant: bool
+) -> float:
+    """Where `smallest` looks within a bracket of points (log x, excess)."""
+    (left, over), (right, under) = low, high
+    root = (left + right) / 2
+    if over < math.inf and secant:
+        root = left + (right - left) * over / (over - under)
+    # A little above the root; or, where that is known to be enough, a last step below it.
+    at = root + 0.3 * step
+    if at > right - 0.3 * step:
+        at = right - 0.95 * step
+    return max(at, left + 0.3 * step)
 
 
 def _check_delta(delta: float) -> None:

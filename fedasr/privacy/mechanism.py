@@ -8,19 +8,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedasr.data.sampling import Sampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting, clipping, noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales, clip_scaled
 from fedasr.privacy.correlated import Correlation, sensitivity
+from fedasr.privacy.gaussian import add_gaussian_noise
+from fedasr.privacy.sampling import Sampler
 from fedasr.privacy.secure_aggregation import (
     Encoding,
     SecureAggregation,
@@ -33,69 +33,6 @@ from fedasr.privacy.secure_aggregation import (
 _TAIL_SHARE = 0.01
 _NEVER = 1e-15  # a probability that no number of rounds makes visible
 _MOST_PARAMETERS = 10**10  # on which the loss at the tails hardly depends
-
-
-class NoiseState(NamedTuple):
-    """count: int32 scalar, updates noised so far. buffers: of correlated noise, else empty."""
-
-    count: chex.Array
-    buffers: Any = ()
-
-
-def add_gaussian_noise(
-    std: float,
-    key: chex.PRNGKey,
-    correlation: Correlation | None = None,
-    reach: float = noise.reach_for(8.0),
-) -> optax.GradientTransformation:
-    """Adds Gaussian noise to every element, once per update, fresh for every update.
-
-    The fresh noise of update t, N(0, std^2), is one vector over all leaves with key
-    fold_in(key, t): it depends on nothing but the key and the state, so a run resumed from a saved
-    state draws what it would have drawn. It is drawn and added in float32.
-
-    Args:
-      std: standard deviation of the fresh noise z; 0 adds nothing.
-      key: a JAX random key, used for nothing else.
-      correlation: None adds z itself, otherwise the rows of C^-1 z (see `Correlation`).
-      reach: how far the tails of z go at least, in standard deviations (see `noise.reach_for`).
-
-    Returns:
-      A transformation whose state is `NoiseState`.
-    """
-    if not (math.isfinite(std) and std >= 0):
-        raise UserError(f"The noise's standard deviation must be finite and >= 0, not {std}.")
-    # One band is no correlation, and orbax does not save its empty buffers.
-    correlated = correlation if correlation is None or correlation.bands != 1 else None
-    inverse = correlated.inverse() if correlated is not None and std > 0 else None
-
-    def init(params):
-        buffers = ()
-        if inverse is not None:
-            like = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in jax.tree.leaves(params)]
-            buffers = inverse.init_multiply(like)
-        return NoiseState(jnp.zeros((), jnp.int32), buffers)
-
-    def update(updates, state, params=None):
-        del params
-        buffers = state.buffers
-        if std > 0:
-            leaves, treedef = jax.tree.flatten(updates)
-            drawn = noise.normal_like(jax.random.fold_in(key, state.count), leaves, reach)
-            drawn = [std * z for z in drawn]
-            if inverse is not None:
-                # The accelerators' faster products are not exact enough to take noise back.
-                with jax.default_matmul_precision("highest"):
-                    drawn, buffers = inverse.multiply_next(drawn, buffers)
-            updates = treedef.unflatten(
-                [
-                    (leaf.astype(jnp.float32) + z).astype(leaf.dtype)
-                    for leaf, z in zip(leaves, drawn, strict=True)
-                ]
-            )
-        return updates, NoiseState(optax.safe_increment(state.count), buffers)
-
-    return optax.GradientTransformation(init, update)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +82,13 @@ class Mechanism:
     secure: SecureAggregation | None = None
 
     def __post_init__(self):
+        self._check_noise()
+        self._check_clipping()
+        self._check_correlation()
+        self._check_secure()
+        self.client_transform()  # raises for an unusable clip_norm or budget
+
+    def _check_noise(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise UserError(
                 f"noise_multiplier must be finite and 0 or more, not {self.noise_multiplier}."
@@ -162,6 +106,8 @@ class Mechanism:
             )
         if not all(z >= 0 for z in self.released):
             raise UserError(f"released noise multipliers must be 0 or more: {self.released}.")
+
+    def _check_clipping(self) -> None:
         if self.normalise and (self.budget == "global" or self.clip_norm == math.inf):
             raise UserError("normalise needs a per-layer budget and a finite clip_norm.")
         if self.adaptive is not None and (self.normalise or self.clip_norm == math.inf):
@@ -172,9 +118,6 @@ class Mechanism:
             and not (self.adaptive.noise_multiplier)
         ):
             raise UserError("The counts that adapt the clipping need noise of their own.")
-        self._check_correlation()
-        self._check_secure()
-        self.client_transform()  # raises for an unusable clip_norm or budget
 
     def _check_correlation(self) -> None:
         """Amplification by sampling is known for bands no wider than the users' separation."""

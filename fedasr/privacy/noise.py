@@ -123,11 +123,11 @@ def standard_normal(key: jax.Array, size: int, reach: float) -> jax.Array:
     draws = _draws(reach)
 
     def block(number, size):
-        own = jax.random.fold_in(key, number)
+        block_key = jax.random.fold_in(key, number)
         half = -(-size // 2)
-        words = jax.random.bits(jax.random.fold_in(own, 0), (2, half), jnp.uint32)
+        words = jax.random.bits(jax.random.fold_in(block_key, 0), (2, half), jnp.uint32)
         first, more = exponential(words)
-        drawn = pairs(first, more, words[1], jax.random.fold_in(own, 1), draws)
+        drawn = pairs(first, more, words[1], jax.random.fold_in(block_key, 1), draws)
         return jnp.concatenate(drawn)[:size]
 
     whole, rest = divmod(size, _BLOCK)

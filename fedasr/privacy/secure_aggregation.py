@@ -25,9 +25,7 @@ of arXiv 2110.04995 (corollary 3.6); sampling multiplies it out exactly (`skella
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +34,8 @@ import numpy as np
 import optax
 
 from fedasr.errors import UserError
+from fedasr.privacy.rotation import flatness, padded, rotate, unrotate
+from fedasr.privacy.skellam_draws import MOST_VARIANCE, draw, skellam_table
 
 MIN_BITS, MAX_BITS = 6, 20
 # Updates are scaled to this much below their bound, norms of integers compared with this much less
@@ -44,10 +44,6 @@ _SCALE_MARGIN, _NORM_MARGIN = 1e-4, 5e-5
 # beta of arXiv 2102.06387: roundings longer than the bound have at most this probability each.
 _LOG_BETA = -0.5
 _ATTEMPTS = 32  # then towards zero: that lengthens nothing, and happens once in e^16 at most
-_FACTOR = 16  # order of the Hadamard matrices that are multiplied out, at most
-_LEVELS = 4  # pairs of words that a probability has: 256 bits
-_LEAST = 2.0 ** (-64 * _LEVELS)
-_MOST_VARIANCE = 2.0**28  # of a draw: its table then has 2^20 entries
 _BLOCK_RATIO = 4
 _ROUNDING, _NOISE = 0, 1  # streams of a client's key
 
@@ -168,7 +164,7 @@ class Encoding:
         """
         share, found = self.variance / self.shares, [1]
         while (size := found[-1] * _BLOCK_RATIO) * _BLOCK_RATIO <= self.shares:
-            if share * size > _MOST_VARIANCE:
+            if share * size > MOST_VARIANCE:
                 break
             found.append(size)
         return found
@@ -195,7 +191,7 @@ def make_encoding(
     size = padded(secure.dimension)
     reach = 2 ** (secure.bits - 1) / secure.deviations
     # A coordinate of the rotated sum: at most `slots` clip norms, spread over all coordinates.
-    flat = _flatness(secure.dimension) / size
+    flat = flatness(secure.dimension) / size
     signal = slots**2 * min(1.0, flat)
     room = reach**2 - slots / 4
     if room <= 0:
@@ -205,7 +201,7 @@ def make_encoding(
             "fewer clients."
         )
     clip = math.sqrt(room / (noise_multiplier**2 + signal))  # the clip norm on the grid
-    if (noise_multiplier * clip) ** 2 / slots > _MOST_VARIANCE:
+    if (noise_multiplier * clip) ** 2 / slots > MOST_VARIANCE:
         raise UserError(
             f"{secure.bits} bits make shares of noise that are too wide to draw for {slots} "
             f"clients: set privacy.bits to {secure.bits - 1} or fewer."
@@ -236,83 +232,6 @@ def rounded_norm(norm: float, dimension: int) -> float:
     root = math.sqrt(dimension)
     likely = norm**2 + dimension / 4 + math.sqrt(-2 * _LOG_BETA) * (norm + root / 2)
     return min(norm + root, math.sqrt(likely))
-
-
-# -------------------------------------------------------------------------------------- rotation
-
-
-def padded(dimension: int) -> int:
-    """The least m 2^k that is not below `dimension`, with m at most 16: at most an eighth more."""
-    power = max(0, math.ceil(math.log2(dimension)) - 4)
-    return -(-dimension // 2**power) * 2**power
-
-
-def _factors(size: int) -> list[int]:
-    """Orders of the orthogonal matrices whose Kronecker product is the rotation's."""
-    power = size & -size
-    factors = [] if size == power else [size // power]
-    while power > 1:
-        factors.append(min(power, _FACTOR))
-        power //= factors[-1]
-    return factors or [1]
-
-
-def _flatness(dimension: int) -> float:
-    """Largest squared entry of the rotation's matrix, times its order."""
-    size = padded(dimension)
-    odd = size // (size & -size)
-    return float(odd * np.max(_orthogonal(odd) ** 2))
-
-
-def _orthogonal(order: int) -> np.ndarray:
-    """A flat, symmetric matrix that is its own inverse, float64 [order, order].
-
-    Hadamard's for powers of two, otherwise Hartley's, whose entries are up to sqrt(2) larger.
-    """
-    grid = np.outer(np.arange(order), np.arange(order))
-    if order & (order - 1):
-        angle = 2 * np.pi * (grid % order) / order
-        return (np.cos(angle) + np.sin(angle)) / math.sqrt(order)
-    bits = np.arange(order)[:, None] & np.arange(order)
-    parity = np.array([[int(x).bit_count() % 2 for x in row] for row in bits]).reshape(order, order)
-    return (1 - 2.0 * parity) / math.sqrt(order)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """The rotation's matrix times x, float32 [size]; its own inverse."""
-    for order in _factors(x.shape[0]):
-        matrix = jnp.asarray(_orthogonal(order), jnp.float32)
-        # Transposed, the next axis comes first; after the last factor all are where they were.
-        x = jnp.matmul(matrix, x.reshape(order, -1), precision="highest").T.reshape(-1)
-    return x
-
-
-def rotate(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Random signs, then a Hadamard matrix: float32 [dimension] to [padded(dimension)].
-
-    It keeps the L2 norm; every coordinate is sub-Gaussian with at most twice the mean square.
-
-    Args:
-      x: any dimension.
-      key: public, the same for all clients of a round.
-    """
-    size = padded(x.shape[0])
-    x = jnp.pad(x.astype(jnp.float32), (0, size - x.shape[0]))
-    return _mix(x * _signs(key, size))
-
-
-def unrotate(x: jax.Array, key: jax.Array, dimension: int) -> jax.Array:
-    """The inverse of `rotate`: float32 [padded(dimension)] to [dimension]."""
-    return (_mix(x.astype(jnp.float32)) * _signs(key, x.shape[0]))[:dimension]
-
-
-def _signs(key: jax.Array, size: int) -> jax.Array:
-    words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
-    bits = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return 1 - 2 * bits.reshape(-1)[:size].astype(jnp.float32)
-
-
-# -------------------------------------------------------------------------------------- rounding
 
 
 def _squares(x: jax.Array) -> jax.Array:
@@ -362,127 +281,6 @@ def wrap(x: jax.Array, bits: int) -> jax.Array:
     return jnp.left_shift(x.astype(jnp.int32), 32 - bits) >> (32 - bits)
 
 
-# ----------------------------------------------------------------------------------------- noise
-
-
-class Table(NamedTuple):
-    """An integer law for the alias method: all entries are equally likely, each for two values.
-
-    own: uint32 [levels, 2^t, 2]: probability of the entry's own value, in units of 2^-(256 - t), as
-      words from the highest down. other: uint32 [2^t]: the entry whose value it has otherwise.
-    first: value of entry 0.
-    """
-
-    own: np.ndarray
-    other: np.ndarray
-    first: int
-
-
-def skellam_pmf(variance: float, least: float = _LEAST) -> np.ndarray:
-    """Probabilities of 0, 1, 2, ... under the symmetric Skellam law, as long as above `least`.
-
-    By the ratios of Bessel functions I_{k+1} / I_k, downwards, which loses no digits.
-
-    Args:
-      variance: above 0. least: the probability at which the tail is left out.
-
-    Returns:
-      float64 [k]; the first and twice the others add up to 1.
-    """
-    if not (math.isfinite(variance) and variance > 0):
-        raise UserError(f"The noise's variance must be finite and above 0, not {variance}.")
-    # Where a Gaussian's tail ends, and a Poisson variable's where that is longer.
-    deviations = math.sqrt(-2 * math.log(least))
-    top = math.ceil(deviations * math.sqrt(variance) + deviations**2)
-    ratios = np.empty(top)
-    above = variance / (top + 1 + math.hypot(top + 1, variance))
-    for k in range(top, 0, -1):
-        above = 1 / (2 * k / variance + above)
-        ratios[k - 1] = above
-    with np.errstate(divide="ignore"):
-        mass = np.exp(np.concatenate([[0.0], np.cumsum(np.log(ratios))]))
-    mass /= mass[0] + 2 * mass[1:].sum()
-    return mass[: max(2, int(np.searchsorted(-mass, -least)))]
-
-
-@functools.lru_cache(maxsize=32)
-def skellam_table(variance: float) -> Table:
-    """The symmetric Skellam law of this variance: float64's probabilities, to 2^-256.
-
-    Raises:
-      UserError: for a variance whose table would be too large.
-    """
-    if variance > _MOST_VARIANCE:
-        raise UserError(f"A share of variance {variance:.3g} is too wide: use fewer bits.")
-    half = skellam_pmf(variance)
-    mass = np.concatenate([half[:0:-1], half])
-    bits = max(1, math.ceil(math.log2(len(mass))))
-    count, resolved = 1 << bits, 64 * _LEVELS
-    whole = 1 << (resolved - bits)  # of an entry
-    # In whole numbers, so that the law is that of the table to the last bit.
-    fractions = (p.as_integer_ratio() for p in mass.tolist())
-    units = [(n << resolved) // d for n, d in fractions] + [0] * (count - len(mass))
-    units[len(half) - 1] += (1 << resolved) - sum(units)
-    own, other = [0] * count, np.arange(count, dtype=np.uint32)
-    small = [i for i, u in enumerate(units) if u < whole]
-    large = [i for i, u in enumerate(units) if u >= whole]
-    while small:
-        i, j = small.pop(), large[-1]
-        own[i], other[i] = units[i], j
-        units[j] -= whole - units[i]
-        if units[j] < whole:
-            small.append(large.pop())
-    for j in large:
-        own[j] = whole
-    data = b"".join(u.to_bytes(8 * _LEVELS, "big") for u in own)
-    words = np.frombuffer(data, ">u4").astype(np.uint32).reshape(count, _LEVELS, 2)
-    table = Table(np.ascontiguousarray(words.transpose(1, 0, 2)), other, 1 - len(half))
-    table.own.setflags(write=False)
-    table.other.setflags(write=False)
-    return table
-
-
-def draw(
-    table: Table, key: jax.Array, size: int, bits: Callable[..., jax.Array] = jax.random.bits
-) -> jax.Array:
-    """Independent draws from a table's law: int32 [size].
-
-    64 random bits decide nearly always; where they do not, 64 more do, and so on to 256.
-
-    Args:
-      table: the law. key: used for nothing else. size: how many.
-      bits: makes random words.
-    """
-    entry_bits = (len(table.other) - 1).bit_length()
-
-    def words(level):
-        return bits(jax.random.fold_in(key, level), (2, size), jnp.uint32)
-
-    high, low = words(0)
-    index = high >> (32 - entry_bits)
-
-    def compare(level, high, low):
-        """Whether a number is below the entry's, and whether it may be."""
-        entries = jnp.asarray(table.own)[level, index]
-        equal = high == entries[:, 0]
-        below = (high < entries[:, 0]) | (equal & (low < entries[:, 1]))
-        return below, equal & (low == entries[:, 1])
-
-    def undecided(state):
-        level, _, tied = state
-        return jnp.any(tied) & (level < _LEVELS)
-
-    def decide(state):
-        level, own, tied = state
-        below, equal = compare(level, *words(level))
-        return level + 1, own | (tied & below), tied & equal
-
-    first = compare(0, high & np.uint32((1 << (32 - entry_bits)) - 1), low)
-    _, own, _ = jax.lax.while_loop(undecided, decide, (jnp.int32(1), *first))
-    chosen = jnp.where(own, index, jnp.asarray(table.other)[index])
-    return chosen.astype(jnp.int32) + table.first
-
-
 def missing_noise(encoding: Encoding, key: jax.Array, missing: jax.Array) -> jax.Array:
     """The sum of so many shares, int32 [dimension]; `missing`, an int32 scalar, may be traced.
 
@@ -496,16 +294,13 @@ def missing_noise(encoding: Encoding, key: jax.Array, missing: jax.Array) -> jax
         if count != encoding.blocks[-1]:
             times %= _BLOCK_RATIO
         table = skellam_table(share * count)
-        own = jax.random.fold_in(key, level)
+        level_key = jax.random.fold_in(key, level)
 
-        def add(i, total, own=own, table=table):
-            return total + draw(table, jax.random.fold_in(own, i), encoding.dimension)
+        def add(i, total, level_key=level_key, table=table):
+            return total + draw(table, jax.random.fold_in(level_key, i), encoding.dimension)
 
         total = jax.lax.fori_loop(0, times, add, total)
     return total
-
-
-# ------------------------------------------------------------------------------- client and server
 
 
 def flatten(tree: Any) -> jax.Array:

@@ -12,6 +12,7 @@ from fedasr.errors import UserError
 
 NAMES = (
     "quickstart",
+    "own_speech",
     "rnnt",
     "librispeech",
     "common_voice",

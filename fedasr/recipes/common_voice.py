@@ -34,6 +34,19 @@ DEPLOYMENTS = {
 }
 
 
+# Of the published federated configurations without clipping; a larger one has few local steps.
+LARGEST_COHORT = 256
+
+
+def _baseline(language: str, seed: str, split: str) -> str:
+    """The published central training of a language's split from a seed, or the nearest one."""
+    if split in ("cv10", "cv05"):  # of the latter there is none
+        return f"cv_{language}_10"
+    if seed in ("cv10", "cv05"):
+        return f"cv_{language}_10_to_90"
+    return {"ls100": "ls_100_to_cv", "ls960": "ls_to_cv"}.get(seed, f"cv_{language}")
+
+
 def get_config(arguments: str = "") -> ConfigDict:
     """The published setting that `arguments` select."""
     known = {**shared.ARGUMENTS, "language": "en", "split": ""}
@@ -42,7 +55,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     split = args["split"] or shared.choose(args, "seed", _TRAINS_ON)
     population = shared.choose({"split": split}, "split", users)
     name = f"common-voice-{args['language']}-{args['seed']}"
-    config = shared.base_config(name, args, batch_seconds=120.0)
+    baseline = _baseline(args["language"], args["seed"], split)
+    config = shared.base_config(name, args, batch_seconds=120.0, baseline=baseline)
     config.data.dir = args["data"] or f"data/common_voice/{args['language']}"
     config.data.train, config.data.population = SPLITS[split], population
     config.data.eval = ("dev", "test")
@@ -52,6 +66,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         config.rounds = args["rounds"] or 2006
         deployments = DEPLOYMENTS.get(args["sigma"], ((204_800, 69_506_000),))
         config.privacy.deployments = deployments if args["language"] == "en" else ()
+    elif config.algorithm != "central" and args["cohort"] > LARGEST_COHORT:
+        shared.clip_without_noise(config)
     if args["seed"] == "none" and not config.privacy.enabled:
         shared.set_rates(config, client=0.4, server=0.006, decay_start=1000, decay_rounds=500)
     else:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fedasr.recipes.shared import parameter_count, parse
+from fedasr.recipes.shared import SERVER_OPTIONS, choose, parameter_count, parse
 from fedasr.recipes.tables import Row, Table
 from fedasr.training.config import default_config
 
@@ -22,13 +22,15 @@ _PARAMETERS = 172_704
 # that of the published 255M-parameter model.
 SIGMA_SCALE = math.sqrt(parameter_count("base") / _PARAMETERS)
 _FILE = "mini"
+_ADAGRAD: dict[str, dict[str, float]] = {"optax": {}, "published": SERVER_OPTIONS["adagrad"]}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
     """Without privacy, 60 rounds of 8 users from scratch; the tables change what they compare."""
-    parse(arguments, {})
+    args = parse(arguments, {"adagrad": "optax"})
     config = default_config()
     config.name = "mini"
+    config.server.options = choose(args, "adagrad", _ADAGRAD)
     config.rounds = 60
     config.cohort = 8
     config.model.options.update({"dim": 64, "mlp": 256, "blocks": 2})
@@ -59,7 +61,12 @@ def _optimizers() -> Table:
         title="Server optimisers from scratch (published: Common Voice, 8 users a round, dev)",
         config=_FILE,
         rows=tuple(
-            Row(name, {"server.optimizer": name.lower()}, {"dev": cv})
+            Row(
+                name,
+                {"server.optimizer": name.lower()},
+                {"dev": cv},
+                arguments="adagrad=published" if name == "AdaGrad" else "",
+            )
             for name, (_, cv) in published.items()
         ),
         # Half decades from LAMB's published rate past federated averaging's 1 to where LARS, whose
@@ -331,14 +338,14 @@ def _local() -> Table:
     layer: dict[str, Any] = {"model.options.input_layer": True}
     base = layer | {"data.train": "train[:16][:75%]", "data.eval": (_KNOWN, "dev", "test")}
     base |= {"rounds": 60}
-    own = {"local.patterns": ("^input_layer/",)}
+    local = {"local.patterns": ("^input_layer/",)}
     return Table(
         name="mini_local",
         title="An input layer for each user or one for all: users who train, unseen utterances",
         config=_FILE,
         rows=(
             Row("shared input layer", base, start="seed model"),
-            Row("local input layers", base | own, start="seed model"),
+            Row("local input layers", base | local, start="seed model"),
         ),
         seeds=_SEEDS,
         report=("dev", "test", _KNOWN),

@@ -371,6 +371,24 @@ def _fold(c: str, characters: str | None) -> tuple[str, str | None]:
     """(what is written for a lower-case character, why it is a loss or None)."""
     if c == " " or (characters is not None and c in characters):
         return c, None
+    if (listed := _listed(c, characters)) is not None:
+        return listed
+    category = unicodedata.category(c)
+    if c.isspace() or category[0] == "Z" or c in tables.SEPARATORS:
+        return " ", None
+    if category[0] == "P":
+        return _STOP if c in tables.STOPS else " ", None
+    if category[0] == "L":
+        return _folded_letter(c, characters)
+    if category[0] == "M":
+        return _folded_mark(c, category, characters), None
+    if category[0] == "N":
+        return " ", DIGIT
+    return " ", CONTROL if category in ("Cc", "Cf") else SYMBOL
+
+
+def _listed(c: str, characters: str | None) -> tuple[str, str | None] | None:
+    """As `_fold`, of what `fedasr.text.tables` lists; None for anything else."""
     if characters is None and c in tables.JOINERS:
         return c, None
     if c in tables.INVISIBLE or c in tables.INSIDE_WORDS:
@@ -384,21 +402,13 @@ def _fold(c: str, characters: str | None) -> tuple[str, str | None]:
         if characters is None or plain in characters:
             return plain, None
         return (" ", None) if plain == "-" else (" ", LETTER)
-    category = unicodedata.category(c)
-    if c.isspace() or category[0] == "Z" or c in tables.SEPARATORS:
-        return " ", None
-    if category[0] == "P":
-        return _STOP if c in tables.STOPS else " ", None
-    if category[0] == "L":
-        return _folded_letter(c, characters)
-    if category[0] == "M":
-        if characters is not None:
-            return "", None
-        drawn = category == "Me" or "VARIATION SELECTOR" in unicodedata.name(c, "")
-        return "" if drawn else c, None
-    if category[0] == "N":
-        return " ", DIGIT
-    return " ", CONTROL if category in ("Cc", "Cf") else SYMBOL
+    return None
+
+
+def _folded_mark(c: str, category: str, characters: str | None) -> str:
+    """A mark by itself: nothing, but in an alphabet that is yet to be found it is part of it."""
+    drawn = category == "Me" or "VARIATION SELECTOR" in unicodedata.name(c, "")
+    return "" if drawn or characters is not None else c
 
 
 def _folded_letter(c: str, characters: str | None) -> tuple[str, str | None]:
@@ -413,12 +423,18 @@ def _folded_letter(c: str, characters: str | None) -> tuple[str, str | None]:
         return "".join(piece for piece, _ in folded), reason
     if "a" in characters and (letters := _transliterated(c)):
         return letters, None
-    base = "".join(x for x in unicodedata.normalize("NFD", c) if unicodedata.category(x)[0] != "M")
-    if all(x in characters for x in unicodedata.normalize("NFD", c)):
-        return unicodedata.normalize("NFD", c), None  # Hangul by its letters
-    if base != c and base and all(x in characters for x in base) and "a" not in characters:
-        return base, None
-    return " ", SCRIPT
+    written = _by_its_parts(c, characters)
+    return (" ", SCRIPT) if written is None else (written, None)
+
+
+def _by_its_parts(c: str, characters: str) -> str | None:
+    """A letter by the letters and marks that it is made of; None where they are not written."""
+    parts = unicodedata.normalize("NFD", c)
+    if all(x in characters for x in parts):
+        return parts  # Hangul by its letters
+    base = "".join(x for x in parts if unicodedata.category(x)[0] != "M")
+    without_marks = base != c and base and "a" not in characters
+    return base if without_marks and all(x in characters for x in base) else None
 
 
 # --------------------------------------------------------------------------------------- reports

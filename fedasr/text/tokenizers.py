@@ -303,7 +303,7 @@ def tokenizer_for(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that wrote a prepared corpus's labels.
 
     Args:
-      metadata: of `fedasr.data.corpus.read_metadata`; `options.characters` is the alphabet, a list
+      metadata: of `fedasr.data.records.read_metadata`; `options.characters` is the alphabet, a list
         for phonemes; `options.subwords` a subword tokenizer.
 
     Raises:

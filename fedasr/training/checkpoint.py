@@ -14,6 +14,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, lacks_memory
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.stored import (
     CHECKSUMS,
@@ -53,10 +54,11 @@ DAMAGED = "damaged-"
 class Checkpointer:
     """Saves and restores the states of one run.
 
-    Saving copies the state to host memory, writes it in the background and reads it back: the copy
-    is all that training waits for. At most one save is in flight. Opening a directory removes what
-    an interrupted save left behind and sets aside (renames) what cannot be read, so only the
-    process that trains may open it; others read with `restore_params` and `read_metadata`.
+    Saving copies the state to host memory; a thread writes that and reads it back. The copy is all
+    that training waits for, unless the save before is still in flight: there is at most one.
+    Opening a directory removes what an interrupted save left behind and sets aside (renames) what
+    cannot be read, so only the process that trains may open it; others read with `restore_params`
+    and `read_metadata`.
 
     Args:
         directory: folder of the checkpoints, created if missing; any path that the file system
@@ -66,6 +68,8 @@ class Checkpointer:
 
     Attributes:
         damaged: {folder as it is called now: why it cannot be read} of what was set aside.
+        seconds: the longest that a save took until it was on the disk, as yet not read back; 0.0
+            before the first.
 
     Raises:
         UserError: if `keep` is below 1, the folder cannot be made, or there are checkpoints and
@@ -91,8 +95,8 @@ class Checkpointer:
                 shutil.rmtree(folder)
         _quieten()
         self.damaged = _set_aside(self.directory)
-        self._keep = keep
-        self._reading: threading.Thread | None = None
+        self._keep, self.seconds = keep, 0.0
+        self._writing: threading.Thread | None = None
         self._problem: Exception | None = None
         self._stack = contextlib.ExitStack()
         self._manager = ocp.CheckpointManager(
@@ -130,8 +134,6 @@ class Checkpointer:
             UserError: the checkpoint cannot be written, such as on a full disk; all older ones are
                 as they were.
         """
-        import orbax.checkpoint as ocp
-
         metadata = json.loads(json.dumps(dict(metadata)))
         latest = self.latest_step()
         if latest is not None and step <= latest:
@@ -141,9 +143,24 @@ class Checkpointer:
         # numpy leaves are about twice as quick to write as jax arrays (which carry their
         # shardings), and a copy is needed anyway: the next round may donate these buffers.
         host_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+        self._writing = threading.Thread(
+            target=self._write, args=(int(step), host_state, metadata), daemon=True
+        )
+        self._writing.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight, for which the next one would wait."""
+        return self._writing is not None and self._writing.is_alive()
+
+    def _write(self, step: int, host_state: PyTree, metadata: Mapping[str, Any]) -> None:
+        """Writes a checkpoint, reads it back and deletes what it makes superfluous."""
+        import orbax.checkpoint as ocp
+
+        began = time.monotonic()
         try:
             self._manager.save(
-                int(step),
+                step,
                 args=ocp.args.Composite(
                     **{
                         STATE: ocp.args.PyTreeSave(host_state),
@@ -152,15 +169,8 @@ class Checkpointer:
                     }
                 ),
             )
-        except Exception as error:
-            raise self._unwritten(step, error) from error
-        self._reading = threading.Thread(target=self._read_back, args=(int(step),), daemon=True)
-        self._reading.start()
-
-    def _read_back(self, step: int) -> None:
-        """Waits for a save, reads it and deletes what it makes superfluous."""
-        try:
             self._manager.wait_until_finished()
+            self.seconds = max(self.seconds, time.monotonic() - began)
             folder = self.directory / str(step)
             if not is_step(folder):
                 raise OSError("it is not there")
@@ -179,9 +189,10 @@ class Checkpointer:
         for folder in self.directory.glob(f"{step}{_TEMPORARY_MARK}*"):
             shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
         older = max((x for x in saved_steps(self.directory) if x != step), default=None)
+        remedy = "give the process more memory" if lacks_memory(error) else "make room there"
         return UserError(
             f"the checkpoint {step} cannot be written to {self.directory} ({reason_of(error)}): "
-            "make room there; the same command goes on "
+            f"{remedy}; the same command goes on "
             + ("from the beginning" if older is None else f"from checkpoint {older}")
         )
 
@@ -191,9 +202,9 @@ class Checkpointer:
         Raises:
             UserError: it was not written, or cannot be read.
         """
-        if self._reading is not None:
-            self._reading.join()
-            self._reading = None
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
         if self._problem is not None:
             problem, self._problem = self._problem, None
             raise problem
@@ -230,8 +241,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for the save in flight and frees the resources."""
-        if self._reading is not None:
-            self._reading.join()
+        if self._writing is not None:
+            self._writing.join()
         with self._stack:
             # What went wrong with the last save was raised by `wait`, or something else was.
             with contextlib.suppress(Exception):
@@ -250,6 +261,8 @@ class CheckpointReader:
     Args:
         directory: folder of the checkpoints; it may be missing.
     """
+
+    busy, seconds = False, 0.0
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory).absolute()

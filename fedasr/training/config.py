@@ -43,6 +43,8 @@ _MOST_RATE = 1e4  # of learning: two decades more than any optimiser here has be
 # What a run adds to its configuration: the data's content hash and its alphabet, and the hash of
 # the parameters that it started from.
 RECORDED = {"data": ("identity", "characters"), "": ("start",)}
+# How a run is kept, and not what it computes: it may change from one start of a run to the next.
+HOW = ("checkpoint.every_seconds", "checkpoint.deadline")
 _RECORDED = (*RECORDED["data"], "vocabulary")
 
 
@@ -68,7 +70,10 @@ class Data:
         for what is not known.
     """
 
-    dir: str = setting(text(""), 'a prepared corpus; "": the synthetic one, made when first needed')
+    dir: str = setting(
+        checked("", values.check_place, "path"),
+        'a prepared corpus; "": the synthetic one, made when first needed',
+    )
     task: str = setting(choice("digits", values.tasks), "the synthetic corpus's")
     train: str = setting(checked("train", values.check_split, "split"))
     eval: tuple[str, ...] = setting(several(("dev", "test"), values.check_split, what="splits"))
@@ -129,11 +134,23 @@ class Central:
         "audio in a batch; above 0 it replaces batch_size",
     )
     optimizer: str = setting(choice("adamw", values.optimizers))
+    options: Mapping[str, Any] = setting(
+        checked(dict, values.check_options, "options"),
+        "optax's own for this optimiser, such as eps; set in a file, as those of the server",
+    )
     learning_rate: float = setting(real(1e-3, most=_MOST_RATE))
+    decay_start: int = setting(
+        whole(0, unit="steps"),
+        "at the constant rate; the first decay is then, the others every decay_steps; 0: it is "
+        "after decay_steps, too",
+    )
     decay_steps: int = setting(
         whole(0, unit="steps"), "every so many times decay_rate; 0: constant"
     )
     decay_rate: float = setting(real(0.5, above=0, most=1))
+    decay_smooth: bool = setting(
+        flag(False), "from decay_start on a little in every step, decay_rate in decay_steps of them"
+    )
     grad_clip: float = setting(real(1.0, above=0, most=1e12))
 
 
@@ -143,6 +160,11 @@ class SeedTraining(Central):
 
     steps: int = setting(whole(0, most=100_000_000, unit="steps"), "0: none")
     split: str = setting(checked("seed", values.check_split, "split"))
+    reuse: bool = setting(
+        flag(False),
+        "keep the seed in .seeds beside the work directory, and take the one there if all that "
+        "makes it is the same",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +184,11 @@ class Client:
     steps: int = setting(whole(4, most=1_000_000, unit="steps"), "0: use epochs")
     epochs: int = setting(whole(0, most=1_000_000, unit="passes"), "0: use steps")
     max_steps: int = setting(whole(0, unit="steps"), "with epochs, at most so many; 0: no limit")
+    batch_buffer: int = setting(
+        whole(0, most=1_000_000, unit="utterances"),
+        "with batch_seconds; above 0 so many utterances at a time are put in the order of their "
+        "lengths before batches are cut, and batch_seconds bounds the padded audio, as published",
+    )
     micro_batch: int = setting(
         whole(0, most=65_536, unit="utterances"),
         "utterances computed together; above 0 a batch's gradient is summed over parts of at most "
@@ -321,8 +348,55 @@ class Evaluation:
     """When and on what error rates are measured."""
 
     every: int = setting(whole(10, unit="rounds"), "0: only before and after")
+    every_steps: int = setting(
+        whole(100, unit="steps"), "of the central baseline; 0: only before and after"
+    )
     batch_size: int = setting(whole(32, 1, 65_536, "utterances"))
     while_training: tuple[str, ...] = setting(several(("dev",), values.check_split, what="splits"))
+    published: bool = setting(
+        flag(False),
+        "also report wer_published, the rate as arXiv 2310.00098 computes it: of utterances up to "
+        "30 s, each one's own rate weighted by its words and two more",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How texts are found in the scores, while training and by `fedasr evaluate`."""
+
+    name: str = setting(
+        choice("greedy", values.decoders),
+        'each frame\'s likeliest token; or "beam", with a language model, or "lexicon", words of '
+        "a list alone",
+    )
+    lm: str = setting(
+        text(""),
+        'ARPA file of words (KenLM); or made from transcripts: "from_train", "from_seed", or of '
+        'any split; "": none',
+    )
+    lexicon: str = setting(
+        text(""), 'file, a word a line; or "from_train" and so on; "": the language model\'s words'
+    )
+    order: int = setting(whole(3, 1, 10, "words"), "of a language model that is made")
+    beam: int = setting(whole(32, 1, 100_000, "hypotheses"), "kept after each frame")
+    lm_weight: float = setting(real(1.0, most=1000), "times the words' log probability")
+    word_bonus: float = setting(real(0.0, -1000, 1000, unit="nats"), "for every word")
+    unknown_penalty: float = setting(
+        real(6.0, unit="nats"), 'taken by "beam" for every word that the lexicon lacks'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which state of the main training is kept and reported, and when there will be no better."""
+
+    split: str = setting(
+        checked("", values.check_optional_split, "split"),
+        'the state with the lowest word error rate on it, of those evaluated; "": the last',
+    )
+    patience: int = setting(
+        whole(0, unit="evaluations"), "training ends after so many without a lower one; 0: never"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +404,16 @@ class Checkpoint:
     """How often a run is saved."""
 
     every: int = setting(whole(10, 1, unit="rounds"))
+    every_seconds: float = setting(
+        real(0.0, most=1e7, unit="seconds"),
+        "above 0: also after a round or step by which the last checkpoint is so old, unless it is "
+        "still being written; no round waits for these",
+    )
+    deadline: float = setting(
+        real(30.0, most=1e7, unit="seconds"),
+        "that the machine gives a process between SIGTERM and its end, as spot machines do: where "
+        "a round and a checkpoint take longer, the run says so; 0: it does not matter",
+    )
     seed_every: int = setting(whole(100, unit="steps"), "of central training")
     keep: int = setting(whole(2, 1, 100_000))
 
@@ -368,7 +452,8 @@ class Config:
         "so many train a client together, for models too large for one",
     )
     init_from: str = setting(
-        text(""), "work directory or checkpoint to start from; it replaces the seed"
+        checked("", values.check_place, "path"),
+        "work directory or checkpoint to start from; it replaces the seed",
     )
     data: Data = section(Data)
     model: Model = section(Model)
@@ -382,6 +467,8 @@ class Config:
     server: Server = section(Server)
     privacy: Privacy = section(Privacy)
     evaluation: Evaluation = section(Evaluation)
+    decoding: Decoding = section(Decoding)
+    selection: Selection = section(Selection)
     checkpoint: Checkpoint = section(Checkpoint)
     start: str | None = None
 
@@ -431,7 +518,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict(defaults(fields()))
     config.chunk = FieldReference("auto", field_type=object)
     config.lock()  # a misspelt field in a file is then an error
-    config.server.options.unlock()
+    for part in (config.server, config.central, config.seed_training):
+        part.options.unlock()
     return config
 
 
@@ -481,6 +569,21 @@ def _check_finite(value: Any, name: str) -> None:
             _check_finite(item, name)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}={value} must be a finite number")
+
+
+def what(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without `HOW`: two that differ there alone are the same run.
+
+    Args:
+      config: a tree.
+    """
+    sections = {name.split(".")[0] for name in HOW}
+    return {
+        name: {key: leaf for key, leaf in value.items() if f"{name}.{key}" not in HOW}
+        if name in sections and isinstance(value, Mapping)
+        else value
+        for name, value in config.items()
+    }
 
 
 def fingerprint(config: dict[str, Any]) -> str:

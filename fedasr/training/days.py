@@ -131,6 +131,9 @@ def published_optimizer(
 ) -> optax.GradientTransformation:
     """Adam with epsilon 0.1 after a clip of the gradient's norm.
 
+    As in PyTorch; the TensorFlow baseline's Adam applies epsilon elsewhere, and its rate falls over
+    more steps than it trains (docs/fidelity.md).
+
     Args:
       learning_rate: at the first step. steps: after which it has fallen to 0, linearly; None for a
         constant rate. grad_clip: largest norm.

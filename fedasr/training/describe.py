@@ -9,6 +9,8 @@ import jax
 
 from fedasr.privacy import accounting, clipping, ledger
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.training import selection
+from fedasr.training.builders import decoders
 from fedasr.training.config import Config
 
 
@@ -140,6 +142,8 @@ def not_covered(config: Config, ledger_known: bool) -> list[str]:
         )
     if vocabulary := config.data.vocabulary:
         limits.append(vocabulary)
+    limits += decoders.not_covered(config)
+    limits += selection.not_covered(config)
     if config.data.iid:
         limits.append("anybody (data.iid: utterances were dealt out over users that do not exist)")
     if config.init_from and not ledger_known:

@@ -7,17 +7,14 @@ from typing import Any
 
 import jax
 
-from fedasr.data.corpus import (
-    open_corpus,
-    read_metadata,
-)
+from fedasr.data.records import open_corpus, read_metadata
 from fedasr.federated.local import (
     LocalStore,
 )
 from fedasr.federated.subset import keep
 from fedasr.privacy.ledger import UNKNOWN_USERS, Users
 from fedasr.text import CharTokenizer, learned_vocabulary, tokenizer_for
-from fedasr.training import describe, ledgers, starts
+from fedasr.training import describe, ledgers, selection, starts
 from fedasr.training.builders import (
     clients,
     corpora,
@@ -59,6 +56,7 @@ def dry_run(
       UserError: as the run itself would.
     """
     checked = whole.checked(config)
+    selection.check(checked)
     with disk_errors(workdir):
         checked = _rehearse_place(checked, workdir, extend)
     return _rehearsed(checked, workdir)
@@ -167,6 +165,7 @@ def _rehearse(config: Config, directory: Path) -> int:
     data = corpora.Data(directory, small, lambda text: None)
     used = devices.run_devices(config)
     pooled.check_central(config, data, used)
+    selection.check(config, data)
     if config.has_rounds:
         with tempfile.TemporaryDirectory() as folder:
             store = None

@@ -6,18 +6,28 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedasr.audio.features import LogMelConfig, num_frames
 from fedasr.data.batching import Bucket, eval_batches, fewest_buckets
 from fedasr.data.corpus import Corpus
+from fedasr.decoding.registry import Decoder
+from fedasr.errors import UserError
 from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
 from fedasr.federated.local import Layout
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.text import CharTokenizer, Tokenizer, tokenizer_for
-from fedasr.training.metrics import ErrorRate, char_errors, word_errors
+from fedasr.training.metrics import (
+    ErrorRate,
+    char_errors,
+    published_word_error_rate,
+    word_errors,
+)
 
 MULTIPLES = {"features": 24, "labels": 4}  # of padded lengths; the features' comes first
 # Frames of a batch: long utterances come few at a time, the longest alone. 5.5 minutes.
 BATCH_FRAMES = 1 << 15
 _PADDING, _MOST_BUCKETS = 0.3, 6
+PUBLISHED_SECONDS = 30.0  # longer utterances are left out of the published rate
+_PUBLISHED_FRAMES = num_frames(round(PUBLISHED_SECONDS * LogMelConfig().sample_rate))
 
 
 def evaluation_buckets(
@@ -28,7 +38,7 @@ def evaluation_buckets(
 
 
 class Evaluator:
-    """Greedy decoding of every utterance of a corpus, in batches of one compiled shape a bucket.
+    """Decodes every utterance of a corpus, in batches of one compiled shape a bucket.
 
     Memory is bounded by `BATCH_FRAMES` or by the longest utterance, whichever is more, not by their
     number: an utterance too long to come once for each device is computed on one.
@@ -42,6 +52,12 @@ class Evaluator:
       tokenizer: that wrote the labels; default that of the 29 characters.
       layout: of local parameters, to evaluate users with their own.
       model_devices: devices that hold the model together, see `client_mesh`.
+      published: whether "wer_published" is reported, too (see `published_word_error_rate`), of
+        utterances of at most 30 s.
+      decoder: of the scores, on the host; None for greedy decoding on the devices.
+
+    Raises:
+      UserError: a decoder for a model that has no scores of tokens in each frame.
     """
 
     def __init__(
@@ -53,7 +69,17 @@ class Evaluator:
         tokenizer: Tokenizer | None = None,
         layout: Layout | None = None,
         model_devices: int = 1,
+        published: bool = False,
+        decoder: Decoder | None = None,
     ) -> None:
+        self._published = published
+        compute: Any = recogniser.evaluate if decoder is None else recogniser.scores
+        if compute is None:
+            raise UserError(
+                "this model has no scores that a beam could search (objective 'rnnt'): choose the "
+                "decoder 'greedy'"
+            )
+        self._decoder = decoder
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
         lanes = self._mesh.shape[AXIS]
         self._one = client_mesh((devices or jax.local_devices())[:model_devices], model_devices)
@@ -63,12 +89,12 @@ class Evaluator:
             fitting = BATCH_FRAMES // max(next(iter(bucket.values()), 1), 1)
             whole = min(-(-batch_size // lanes), fitting // lanes) * lanes
             self._sizes.append(whole or max(1, min(batch_size, fitting)))
-        self._evaluate: Any = jax.jit(recogniser.evaluate)
+        self._evaluate: Any = jax.jit(compute)
         self._tokenizer = tokenizer or CharTokenizer()
 
         def one(params, row, example):
             batch = jax.tree.map(lambda x: x[None], example)
-            outputs = recogniser.evaluate(layout.insert(params, row), batch)
+            outputs = compute(layout.insert(params, row), batch)
             return jax.tree.map(lambda x: x[0], outputs)
 
         self._evaluate_own: Any = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
@@ -84,7 +110,14 @@ class Evaluator:
           rows: from the corpus's users (int32 [b], -1 for padding) to their local parameters
             (float32 [b, n]); None for those in `params`.
         """
+        return self._decoded(params, corpus, rows)[:3]
+
+    def _decoded(
+        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None
+    ) -> tuple[list[str], list[str], float, list[int]]:
+        """What `transcripts` returns, and the utterances' frames if they are asked for."""
         references, hypotheses, losses, count = [], [], 0.0, 0
+        frames: list[int] = []
         placed: dict[Any, Any] = {}
         for batch in eval_batches(corpus, self._buckets, self._sizes, ARRAYS, owners=True):
             users = batch.pop("user")
@@ -98,14 +131,17 @@ class Evaluator:
             else:
                 own = jax.device_put(rows(users), sharding)
                 outputs = self._evaluate_own(placed[mesh], own, on_device)
-            tokens, lengths, loss, valid = jax.device_get(outputs)
+            found, lengths, loss, valid = jax.device_get(outputs)
             losses += float(loss.sum())
             count += int(valid.sum())
             for i in np.flatnonzero(batch["mask"]):
                 labels = batch["labels"][i, : batch["labels_length"][i]]
                 references.append(self._tokenizer.decode(labels))
-                hypotheses.append(self._tokenizer.decode(tokens[i, : lengths[i]]))
-        return references, hypotheses, losses / max(count, 1)
+                decode = self._decoder or self._tokenizer.decode
+                hypotheses.append(decode(found[i, : lengths[i]]))
+                if self._published:
+                    frames.append(int(batch["features_length"][i]))
+        return references, hypotheses, losses / max(count, 1), frames
 
     def compilations(self) -> int:
         """How many programs were compiled: one for each bucket."""
@@ -116,14 +152,21 @@ class Evaluator:
     ) -> dict[str, float]:
         """{"wer": percent, "cer": percent, "loss": nats per utterance}; see `transcripts`.
 
-        Of labels that are phonemes "wer" is the phoneme error rate, and "cer" says nothing.
+        "wer" is that of the corpus: all its word errors over all its words. Of labels that are
+        phonemes it is the phoneme error rate, and "cer" says nothing.
         """
-        references, hypotheses, loss = self.transcripts(params, corpus, rows)
+        references, hypotheses, loss, frames = self._decoded(params, corpus, rows)
         rates: tuple[ErrorRate, ErrorRate] = (
             word_errors(references, hypotheses),
             char_errors(references, hypotheses),
         )
-        return {"wer": rates[0].percent, "cer": rates[1].percent, "loss": loss}
+        found = {"wer": rates[0].percent, "cer": rates[1].percent, "loss": loss}
+        if self._published:
+            kept = [i for i, count in enumerate(frames) if count <= _PUBLISHED_FRAMES]
+            found["wer_published"] = published_word_error_rate(
+                [references[i] for i in kept], [hypotheses[i] for i in kept]
+            )
+        return found
 
 
 def evaluate(
@@ -133,8 +176,9 @@ def evaluate(
     *,
     tokenizer: Tokenizer | None = None,
     batch_size: int = 32,
+    decoder: Decoder | None = None,
 ) -> dict[str, float]:
-    """Error rates of a recogniser on a corpus, by greedy decoding.
+    """Error rates of a recogniser on a corpus.
 
     Compiles anew in every call: to evaluate again and again keep an `Evaluator`.
 
@@ -144,12 +188,13 @@ def evaluate(
       corpus: of speech, with "features" and "labels".
       tokenizer: that wrote the labels. None for the one that the corpus names in its `metadata`
         or, where it has none, that of the 29 characters.
-      batch_size: see `Evaluator`.
+      batch_size, decoder: see `Evaluator`.
 
     Returns:
       {"wer": percent, "cer": percent, "loss": nats per utterance}; see `Evaluator`.
     """
     if tokenizer is None and hasattr(corpus, "metadata"):
         tokenizer = tokenizer_for(corpus.metadata)
-    evaluator = Evaluator(recogniser, evaluation_buckets([corpus]), batch_size, tokenizer=tokenizer)
+    buckets = evaluation_buckets([corpus])
+    evaluator = Evaluator(recogniser, buckets, batch_size, tokenizer=tokenizer, decoder=decoder)
     return evaluator(params, corpus)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedasr.data.corpus import read_metadata
+from fedasr.data.records import read_metadata
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.federated.local import remove_rows
@@ -52,7 +52,10 @@ REPORT_FILE = "report.html"
 
 
 def run(
-    config: Mapping[str, Any] | Config, workdir: str | Path, extend: int | None = None
+    config: Mapping[str, Any] | Config,
+    workdir: str | Path,
+    extend: int | None = None,
+    only_seed: bool = False,
 ) -> dict[str, Any]:
     """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
 
@@ -60,31 +63,28 @@ def run(
       config: a plain mapping with the fields of `default_config`, or a `Config`.
       workdir: made if missing.
       extend: rounds to go on to instead of the configuration's, in a directory that holds a run.
+      only_seed: end with the seed, which is kept for later runs (`seed_training.reuse`).
 
     Returns:
-      The summary, also in `workdir/summary.json`.
+      The summary, also in `workdir/summary.json`; of a seed, `fedasr.training.summaries.of_seed`.
 
     Raises:
-      UserError: for a mistake in the configuration or data, a `workdir` of another configuration,
-        or a disk that does not take what must not be lost.
+      UserError: for a mistake in the configuration or data, no seed where only that is wanted, a
+        `workdir` of another configuration, or a disk that does not take what must not be lost.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
     workdir, config = local_path(workdir), whole.checked(config)
+    if only_seed:
+        config = _for_seed_only(config)
     with disk_errors(workdir), contextlib.ExitStack() as stack:
+        starts.check_there(config, workdir)
         config, directory = _record_data(config)
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
-        if hosts.is_leader():
-            lock = stack.enter_context(lock_directory(workdir))
-            if lock.warning:
-                say(lock.warning)
+        _occupy(workdir, stack)
         stop = stack.enter_context(graceful_stop())
         hosts.wait_for_all("locked")
         config, start, is_new = _claim(config, workdir, extend)
         before = read_json(workdir / SUMMARY_FILE)
-        if before and _is_done(before, config):
+        if before and _is_done(before, config) and not only_seed:
             if hosts.is_leader() and not (workdir / REPORT_FILE).exists():  # killed between the two
                 stages.make_report(workdir)
             return before
@@ -94,6 +94,8 @@ def run(
         if not hosts.is_leader():
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         session = _begin(config, directory, workdir, logs, stop)
+        if only_seed:
+            _check_seed(session)
         session.history = history(before, config.rounds)
         # Before anything is written all have read, and the same.
         hosts.wait_for_all("begun")
@@ -102,9 +104,47 @@ def run(
         # Not before: a mistake must not claim the directory.
         if hosts.is_leader() and read_json(workdir / CONFIG_FILE) != config.tree():
             write_json_atomic(workdir / CONFIG_FILE, config.tree())
-        summary = stages.run_stages(session, start)
+        summary = stages.run_stages(session, start, only_seed)
         hosts.wait_for_all("ended")  # who leaves before would end the others
         return summary
+
+
+def _occupy(workdir: Path, stack: contextlib.ExitStack) -> None:
+    """Makes a work directory and keeps others out of it, as long as the stack lasts."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --workdir={workdir}: {error.strerror}") from error
+    if hosts.is_leader():
+        lock = stack.enter_context(lock_directory(workdir))
+        if lock.warning:
+            say(lock.warning)
+
+
+def _for_seed_only(config: Config) -> Config:
+    """Raises UserError for a configuration that trains no seed."""
+    if config.init_from or not config.seed_training.steps:
+        raise UserError(
+            "--action=seed_only: this configuration trains no seed: set seed_training.steps, and "
+            "no init_from"
+        )
+    return dataclasses.replace(
+        config, seed_training=dataclasses.replace(config.seed_training, reuse=True)
+    )
+
+
+def _check_seed(session: Session) -> None:
+    """Raises UserError for data without a seed's split, or a run that is beyond its seed."""
+    if not session.parts.seed_steps:
+        raise UserError(
+            f"--action=seed_only: {session.parts.data.directory} has no split "
+            f"{session.parts.config.seed_training.split!r}: give some users that split"
+        )
+    if session.latest is not None and session.latest >= session.parts.seed_steps:
+        raise UserError(
+            f"--action=seed_only: the run in {session.workdir} is beyond its seed: choose another "
+            "--workdir"
+        )
 
 
 def _record_data(config: Config) -> tuple[Config, Path]:
@@ -159,4 +199,6 @@ def _is_done(summary: Mapping[str, Any], config: Config) -> bool:
     ours = identity(config.tree())
     if summary.get("configuration", ours) != ours:
         return False
+    if (summary.get("selection") or {}).get("stopped_early"):
+        return True
     return not config.has_rounds or summary.get("rounds") == config.rounds

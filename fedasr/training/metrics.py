@@ -44,6 +44,27 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRa
     return _errors([r.split() for r in references], [h.split() for h in hypotheses])
 
 
+def published_word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """The word error rate as the programs of arXiv 2310.00098 compute it, in percent.
+
+    The mean of the utterances' own rates, weighted by their number of words and 2: what separates
+    words is counted where a reference begins and ends with a space, as targets do there. Short
+    utterances so count for more than in the rate of the corpus (`word_errors`). A reference without
+    words is left out.
+
+    Args:
+      references, hypotheses: see `word_errors`.
+
+    Raises:
+      ValueError, UserError: see `word_errors`.
+    """
+    pairs = [(r, h) for r, h in zip(references, hypotheses, strict=True) if r.split()]
+    rates = [word_errors([r], [h]) for r, h in pairs]
+    weights = sum(rate.total + 2 for rate in rates)
+    weighted = sum(rate.errors / rate.total * (rate.total + 2) for rate in rates)
+    return 100.0 * weighted / max(weights, 1)
+
+
 def char_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRate:
     """Character edits over a corpus: its `percent` is the character error rate.
 

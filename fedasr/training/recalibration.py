@@ -26,7 +26,7 @@ from fedasr.training.days import DayData, Step, random_batch, train
 
 @dataclass(frozen=True)
 class RecalibrationConfig:
-    """Defaults are the published ones.
+    """How a decoder is trained for a new day; the published way is another (docs/fidelity.md).
 
     steps: at most so many. today: probability that a batch is of today, otherwise of an earlier
     day, each alike (0: of earlier days only). batch_size: sentences. threshold, window: training

@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from fedasr.data.corpus import (
-    Corpus,
-    find_users,
-    open_corpus,
-)
+from fedasr.data.corpus import Corpus, find_users
+from fedasr.data.records import open_corpus
 from fedasr.errors import UserError
 from fedasr.federated.local import (
     SLOTS_FILE,

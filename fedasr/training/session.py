@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
 from fedasr.streams import make_root, public_name
-from fedasr.training import ledgers
+from fedasr.training import ledgers, selection
 from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
+from fedasr.training.cadence import Cadence
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader
 from fedasr.training.config import Config
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag
-from fedasr.training.logging import RunLogger, say, to_json
+from fedasr.training.logging import RunLogger, read_metrics, say, to_json
+from fedasr.training.overfitting import Watch
 from fedasr.training.rows import LOCAL_FOLDER
+from fedasr.training.selection import Selection
 from fedasr.training.totals import Totals
 from fedasr.training.trainer import Trainer
 
@@ -82,6 +85,7 @@ def make_parts(config: Config, directory: Path, workdir: Path) -> Parts:
     own = [device for device in used if device.process_index == jax.process_index()]
     data = corpora.Data(directory, config, message)
     pooled.check_central(config, data, own)
+    selection.check(config, data)
     layout = models.local_layout(config)
     evaluator = evaluators.make_evaluator(config, recogniser, data, own, layout)
     store = None
@@ -99,22 +103,27 @@ class Session:
 
     Attributes:
       parts: see there. trainer: of the main stage.
-      logs: where this process writes: the work directory in the leader; what others write is for
-        nobody.
+      workdir: of the run. logs: where this process writes: the work directory in the leader; what
+        others write is for nobody.
       checkpointer: writes them in the leader, reads them in others.
       latest: number of the newest checkpoint at the start; None if there was none.
       past: (entries, whether known) of the ledger that the run started with.
       totals: what it adds up. initial, final: error rates by split, as soon as they are known.
+      cadence: when checkpoints are due.
+      selection: of the main stage's states, once it begins. watch: of its losses, likewise.
       name: of the run, which its root makes. history: of earlier ends.
     """
 
     logger: RunLogger
+    selection: Selection
+    watch: Watch | None = None
 
     def __init__(
         self, parts: Parts, trainer: Trainer, workdir: Path, logs: Path, stop: StopFlag
     ) -> None:
-        self.parts, self.trainer, self.logs = parts, trainer, logs
+        self.parts, self.trainer, self.logs, self.workdir = parts, trainer, logs, workdir
         self._stop, self._began = stop, time.monotonic()
+        self.cadence = Cadence(parts.config.checkpoint)
         self._known: dict[str, np.ndarray] = {}
         self.totals = Totals()
         self.initial: dict[str, Any] = {}
@@ -144,11 +153,25 @@ class Session:
 
     def save(self, stage: str, units: int, state: ServerState) -> None:
         """Writes a checkpoint."""
-        seed_steps, store = self.parts.seed_steps, self.parts.store
+        jax.block_until_ready(state)  # what is still computed is not waited for on account of this
+        began = time.monotonic()
+        self._save(stage, units, state)
+        self.cadence.saved(time.monotonic() - began)
+
+    def is_old(self) -> bool:
+        """Whether the last checkpoint is so old that the run is to be saved; alike in all."""
+        if not self.parts.config.checkpoint.every_seconds:
+            return False
+        leader = hosts.is_leader()  # the others have none to be busy with
+        return hosts.any_process(leader and self.cadence.is_old(self.checkpointer.busy))
+
+    def _metadata(self, stage: str, units: int) -> dict[str, Any]:
+        """Of a checkpoint."""
         earlier, known = self.past
-        metadata = {
+        return {
             "stage": stage,
             "units": units,
+            "devices": devices.described(self.parts.devices),
             "config": self.parts.config.tree(),
             "ledger": {
                 "known": known,
@@ -158,6 +181,10 @@ class Session:
             "totals": dataclasses.asdict(self.totals) | {"wall_seconds": self.wall_seconds()},
             "initial": to_json(self.initial),
         }
+
+    def _save(self, stage: str, units: int, state: ServerState) -> None:
+        seed_steps, store = self.parts.seed_steps, self.parts.store
+        metadata = self._metadata(stage, units)
         if store is not None:
             metadata["local_users"] = int(store.known.sum())
             store.flush()
@@ -177,11 +204,48 @@ class Session:
 
     def check_stop(self, stage: str, units: int, state: ServerState) -> None:
         """Raises Interrupted, after a checkpoint, if the run was asked to stop."""
+        self.cadence.unit()
+        for text in self.cadence.warnings(self.checkpointer.seconds):
+            self.message(text)
         if hosts.any_process(self._stop.requested):
             self.save(stage, units, state)
             self.checkpointer.wait()
             hosts.wait_for_all("stopped")
             raise Interrupted(f"stopped in {stage} at {units}: run the same command to go on")
+
+    def begin_main(self, begun: bool, unit: str) -> None:
+        """Before the main stage.
+
+        Args:
+          begun: whether it goes on from a checkpoint of its own.
+          unit: "round" or "step", what it counts.
+        """
+        config = self.parts.config
+        self.selection = Selection(config, self.workdir, begun)
+        named = (config.selection.split, *config.evaluation.while_training)
+        split = next((name for name in named if name in self.parts.data.evaluation), None)
+        if split is not None:
+            self.watch = Watch(unit, split, self.selection.wanted, read_metrics(self.logs))
+
+    def evaluated(self, units: int, record: Mapping[str, Any], state: ServerState) -> bool:
+        """After each record of the main stage: keeps what is best, and warns.
+
+        Args:
+          units: rounds or steps done.
+          record: as it was logged, with "eval" if it was evaluated.
+          state: of the training.
+
+        Returns:
+          Whether there will be nothing better, as far as the configuration is patient.
+        """
+        if self.watch is not None and (text := self.watch.add(record)):
+            self.message(f"warning: {text}")
+        if not self.selection.wanted or not record.get("eval"):
+            return False
+        self.selection.offer(units, record["eval"], state, self._metadata("main", units))
+        if over := self.selection.is_over(units):
+            self.message(f"no better error rate for long, training ends at {units}")
+        return over
 
     def evaluate(
         self, params: Any, splits: Sequence[str] | None = None

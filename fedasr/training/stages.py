@@ -6,7 +6,7 @@ from typing import Any
 
 from fedasr.federated import hosts
 from fedasr.training import rows, summaries
-from fedasr.training.builders import models
+from fedasr.training.builders import devices, models
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.logging import RunLogger, say, write_json_atomic
 from fedasr.training.report import write_report
@@ -19,21 +19,24 @@ from fedasr.training.workdir import SUMMARY_FILE
 _REPORT_SECONDS = 300.0  # that the run waits for its plots
 
 
-def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
+def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> dict[str, Any]:
     """All that is left to do of a run.
 
     Args:
       session: of the run.
       start: parameters in place of the seed's; None if there are none, or the run has begun.
+      only_seed: train the seed, keep it for later runs, and end there.
 
     Returns:
-      The summary, also in the session's folder.
+      The summary, also in the session's folder; of a seed alone, what `seed_summary` says.
 
     Raises:
+      UserError: only a seed is wanted, and there is none to be trained.
       Interrupted: the run was asked to stop; a checkpoint has all of it.
     """
     latest = session.latest
     stage, units = "seed", 0
+    metadata: dict[str, Any] = {}
     if latest is not None:
         metadata = checkpoint_metadata(session.checkpointer.directory / str(latest))
         stage, units = metadata["stage"], metadata["units"]
@@ -44,10 +47,13 @@ def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
     try:
         with session.logger, session.checkpointer:
             if latest is not None:
-                session.message(f"resuming in stage {stage!r} at {units}")
+                order = _order_of_sums(session, metadata.get("devices"), latest)
+                session.message(f"resuming in stage {stage!r} at {units}{order}")
             params = None
             if stage == "seed":
                 params = train_seed(session, latest, units) if start is None else start
+                if only_seed:
+                    return summaries.of_seed(session, params)
                 latest, units = None, 0
             summary = _main(session, params, latest, units, start)
     except Interrupted:
@@ -58,6 +64,26 @@ def run_stages(session: Session, start: Any = None) -> dict[str, Any]:
         summary["side_channel_failures"]["report"] = problem
         write_json_atomic(session.logs / SUMMARY_FILE, summary)
     return summary
+
+
+def _order_of_sums(session: Session, theirs: str | None, number: int) -> str:
+    """Whether a resumed run is the same bit for bit; "" for a checkpoint that does not say.
+
+    Args:
+      session: of the run; a change is kept in its totals.
+      theirs: devices that the checkpoint was made on.
+      number: of the checkpoint.
+    """
+    ours = devices.described(session.parts.devices)
+    if theirs is None:
+        return ""
+    if theirs == ours:
+        return f", exactly: on {ours} as before"
+    session.totals.device_changes.append(f"{theirs} -> {ours} at {number}")
+    return (
+        f" on {ours} after {theirs}: sums are in another order, so that parameters agree to about "
+        "1e-5 with those of a run that stays, and not bit for bit"
+    )
 
 
 def _logged(session: Session, stage: str, units: int) -> tuple[int | None, int | None]:
@@ -80,11 +106,15 @@ def _main(
             rows.check_rows(parts.store, session.checkpointer.directory / str(latest))
     if params is None:
         params = models.initial_params(parts.recogniser, parts.config)
+    unit = "round" if parts.config.has_rounds else "step"
+    session.begin_main(latest is not None, unit)
     if latest is None:
         session.initial = session.evaluate(params)
         session.message("before: " + summaries.wer_line(session.initial))
     state = session.trainer.train(session, params, latest, units)
     session.checkpointer.wait()
+    state = session.selection.chosen(state)
+    session.selection.close()
     return summaries.of_run(session, state, seeded=parts.seed_steps > 0 and start is None)
 
 

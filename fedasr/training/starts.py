@@ -15,6 +15,13 @@ from fedasr.training.checkpoint import (
 )
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.config import Config
+from fedasr.training.stored import find_step
+
+
+def check_there(config: Config, workdir: Path) -> None:
+    """Raises UserError if a run would have nothing to start from; before data is made for it."""
+    if config.init_from and not has_checkpoint(workdir):
+        find_step(config.init_from)
 
 
 def read_start(

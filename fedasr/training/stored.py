@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, lacks_memory
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
+from fedasr.training.values import bucket
 
 PyTree = Any
 
+BEST_FOLDER = "best"  # of a work directory whose run keeps the best state on a split
 STATE, METADATA, CHECKSUMS = "state", "metadata", "checksums"
 # Written by orbax inside every complete step folder.
 _STEP_MARKER = "_CHECKPOINT_METADATA"
@@ -34,7 +36,8 @@ def restore_params(path: str | Path) -> PyTree:
 
     Args:
         path: a work directory, its `checkpoints/` folder (both stand for the latest checkpoint in
-            them) or the folder of one checkpoint.
+            them; a work directory for the best, if its run keeps that: see
+            `fedasr.training.selection`) or the folder of one checkpoint.
 
     Returns:
         The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.
@@ -142,10 +145,12 @@ def has_checkpoint(path: str | Path) -> bool:
 
 def find_step(path: str | Path) -> Path:
     """The folder of a checkpoint, by a path as `restore_params` takes it."""
+    if wrong := bucket(str(path)):
+        raise UserError(f"{path} {wrong}")
     path = Path(path).absolute()
     if is_step(path):
         return path
-    for parent in (path / "checkpoints", path):
+    for parent in (path / BEST_FOLDER, path / "checkpoints", path):
         if found := saved_steps(parent):
             return parent / str(max(found))
     raise UserError(
@@ -164,7 +169,9 @@ def reason_of(error: Exception) -> str:
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:
-    """Says so, and how to go on."""
+    """Says so, and how to go on; raises MemoryError where the checkpoint may be as good as ever."""
+    if lacks_memory(error):
+        raise MemoryError(f"reading {folder}: {reason_of(error)}") from error
     return UserError(
         f"the checkpoint {folder} cannot be read ({reason_of(error)}): remove that "
         "folder to use an earlier checkpoint"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.federated.server import ServerState
+from fedasr.training import seeds
 from fedasr.training.builders.devices import device_name
 from fedasr.training.logging import to_json
 from fedasr.training.session import Session
@@ -35,6 +36,13 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
     """
     totals, parts, config = session.totals, session.parts, session.parts.config
     final = session.final or session.evaluate(state.params)
+    planned = config.rounds if config.has_rounds else config.central.steps
+    selected = session.selection.summary(int(state.round), planned)
+    if selected is not None:
+        session.message(
+            f"kept: {selected['units']} of {selected['of']}, with the lowest error rate on "
+            f"{selected['split']}"
+        )
     session.message("after: " + wer_line(final))
     if problem := _problem(session, state, final):
         session.message(f"the result is worth nothing: {problem}")
@@ -57,7 +65,10 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
             "wer": {split: rates["wer"] for split, rates in final.items()},
             "cer": {split: rates["cer"] for split, rates in final.items()},
+            **_published(final),
             "initial_wer": {split: rates["wer"] for split, rates in session.initial.items()},
+            "selection": selected,
+            "warnings": session.watch.told if session.watch else [],
             "privacy": own["privacy"],
             "local": parts.store.summary() if parts.store is not None else None,
             "clients": own["clients"],
@@ -73,6 +84,31 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "wall_seconds": session.wall_seconds(),
             "chunk": own["chunk"],
             "device": device_name(parts.devices),
+            "device_changes": totals.device_changes,
+        }
+    )
+
+
+def _published(final: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The rates as published, where the run asks for them."""
+    name = "wer_published"
+    found = {split: rates[name] for split, rates in final.items() if name in rates}
+    return {name: found} if found else {}
+
+
+def of_seed(session: Session, params: Any) -> dict[str, Any]:
+    """Of a seed that was trained, or found, by itself: where it lies, and its error rates."""
+    parts = session.parts
+    folder = seeds.place(session, session.workdir)
+    rates = session.evaluate(params, parts.config.evaluation.while_training)
+    return to_json(
+        {
+            "status": "seed",
+            "name": parts.config.name,
+            "seed": str(folder),
+            "steps": parts.seed_steps,
+            "wer": {split: value["wer"] for split, value in rates.items()},
+            "wall_seconds": session.wall_seconds(),
         }
     )
 

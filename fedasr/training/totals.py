@@ -23,6 +23,8 @@ class Totals:
     timed_seconds: float = 0.0
     client_updates: int = 0
     loss_is_finite: bool = True  # in the last round with anybody in it, or the last steps
+    # "2 x cpu -> 1 x cpu at 40": where the run went on with sums in another order.
+    device_changes: list[str] = dataclasses.field(default_factory=list)
     bad_rounds: int = 0  # in a row, up to the last, in which most updates were invalid
 
     def add(self, metrics: RoundMetrics, compiled: bool) -> None:

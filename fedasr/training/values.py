@@ -36,6 +36,13 @@ def models() -> list[str]:
     return list(model_configs())
 
 
+def decoders() -> list[str]:
+    """Names of decoders."""
+    from fedasr.decoding.registry import DECODERS
+
+    return list(DECODERS)
+
+
 def tasks() -> list[str]:
     """Names of synthetic corpora."""
     from fedasr.data import synthetic
@@ -48,6 +55,23 @@ def prototypes() -> list[str]:
     from fedasr.federated.local import PROTOTYPES
 
     return list(PROTOTYPES)
+
+
+def bucket(place: str) -> str | None:
+    """What is to be done instead of naming a bucket ("gs://..."), or None for a path."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place) is None:
+        return None
+    return (
+        "is not on a file system: mount the bucket (such as by gcsfuse or s3fs), or work in a "
+        "local folder and copy that (gcloud storage rsync, aws s3 sync)"
+    )
+
+
+def check_place(value: Any) -> str | None:
+    """Of a path of what is read."""
+    if not isinstance(value, str) or re.fullmatch(r"[^\x00-\x1f]*", value) is None:
+        return "must be text on one line"
+    return bucket(value)
 
 
 def check_chunk(value: Any) -> str | None:
@@ -67,6 +91,11 @@ def check_split(value: Any) -> str | None:
     except UserError as error:
         return f"is no split: {error}"
     return None
+
+
+def check_optional_split(value: Any) -> str | None:
+    """Of the name of a split, or "" for none."""
+    return None if value == "" else check_split(value)
 
 
 def check_format(value: Any) -> str | None:

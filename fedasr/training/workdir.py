@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,48 @@ from typing import Any
 from fedasr.digests import START, params_digest
 from fedasr.errors import UserError
 from fedasr.training.checkpoint import read_metadata, step_folders
-from fedasr.training.config import Config, fingerprint
+from fedasr.training.config import HOW, Config, fingerprint
 from fedasr.training.logging import from_json, to_json
+from fedasr.training.values import bucket
 
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
 # Where things lie; beside each, what they are.
 PLACES = {"data.dir": "data.identity", "init_from": "start"}
-# Fields that releases added, the newest first, with what older ones did: a directory that lacks
-# one was made by such a release. Whatever is added to the declaration, or to a model's options, is
-# to be added here.
+# Fields that releases added, with what older ones did: what lacks one is of such a release.
+# Whatever is added to the declaration, or to a model's options, is to be added to these.
+# A run's identity leaves them out while they hold what is said here: all that is random in it
+# follows from its identity, which a field that is new must not change.
+LATER: dict[str, Any] = {
+    "central.options": {},
+    "central.decay_start": 0,
+    "central.decay_smooth": False,
+    "seed_training.options": {},
+    "seed_training.decay_start": 0,
+    "seed_training.decay_smooth": False,
+    "client.batch_buffer": 0,
+    "evaluation.published": False,
+    "augment.options.inclusive": True,
+    "model.options.branch_dropout": True,
+    "model.options.front_end": "centred",
+    "model.options.init": "third",
+    "model.options.layer_drop_per": "part",
+    "model.options.stream_dtype": "",
+}
+# Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {
+    **LATER,
+    "decoding.name": "greedy",
+    "decoding.lm": "",
+    "decoding.lexicon": "",
+    "decoding.order": 3,
+    "decoding.beam": 32,
+    "decoding.lm_weight": 1.0,
+    "decoding.word_bonus": 0.0,
+    "decoding.unknown_penalty": 6.0,
+    "selection.split": "",
+    "selection.patience": 0,
+    "evaluation.every_steps": 100,
+    "seed_training.reuse": False,
     "start": "",  # what init_from was, where a release did not note it
     "privacy.noise_seed": "run",
     "privacy.bits": 16,
@@ -64,11 +95,8 @@ def local_path(workdir: str | Path) -> Path:
       UserError: it is a bucket: `Path` would make a local folder of its name, which nobody looks
         for. The users' rows, locks and logs need files that can be changed in place.
     """
-    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(workdir)):
-        raise UserError(
-            f"--workdir={workdir} is not on a file system: mount the bucket (such as by gcsfuse or "
-            f"s3fs) and give that folder, or ./{found[1]}: for a folder of this name"
-        )
+    if wrong := bucket(str(workdir)):
+        raise UserError(f"--workdir={workdir} {wrong}; a local folder of that name begins with ./")
     return Path(workdir)
 
 
@@ -117,7 +145,8 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     for name, value in ADDED.items():
         if name in new:
             old.setdefault(name, value)
-    found = {name for name in old.keys() | new.keys() if old.get(name, _MISSING) != new.get(name)}
+    names = (old.keys() | new.keys()) - set(HOW)
+    found = {name for name in names if old.get(name, _MISSING) != new.get(name)}
     if "data.characters" not in flatten(theirs):
         found.discard("data.characters")
     if "data.labels_per_frame" not in flatten(theirs):
@@ -158,7 +187,8 @@ def recorded_config(tree: Mapping[str, Any]) -> Config:
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that name a configuration wherever its data lies."""
     flat = flatten(to_json(config))
-    return fingerprint({name: value for name, value in flat.items() if name not in PLACES})
+    left_out = (*PLACES, *HOW)
+    return fingerprint({name: value for name, value in flat.items() if name not in left_out})
 
 
 def start_hash(params: Any) -> str:

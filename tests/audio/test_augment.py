@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.audio.augment import SpecAugmentConfig, spec_augment
+from fedasr.audio.augment import SpecAugmentConfig, _spans, spec_augment
 from fedasr.errors import UserError
 
 CONFIG = SpecAugmentConfig()
@@ -109,3 +109,19 @@ def test_no_masks_change_nothing():
 def test_bad_config_is_refused(fields):
     with pytest.raises(UserError):
         SpecAugmentConfig(**fields)
+
+
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_published_masks_are_narrower_and_never_at_the_end(inclusive):
+    """The extreme draws, and a NumPy count of what each pair of draws masks."""
+    almost = np.float32(1 - 2**-24)
+    for extent, widest in ((20, 5), (3, 3), (1, 0)):
+        for a in (0.0, 0.3, 0.5, almost):
+            for b in (0.0, 0.5, almost):
+                draws = jnp.float32([[a], [b]])
+                masked = np.flatnonzero(_spans(draws, widest, extent, 24, inclusive))
+                width = int(np.float32(a) * np.float32(widest + inclusive))
+                start = int(np.float32(b) * np.float32(extent - width + inclusive))
+                assert masked.tolist() == list(range(start, start + width))
+                assert width <= widest - (not inclusive) or width == 0
+                assert not width or start + width <= extent - (not inclusive)

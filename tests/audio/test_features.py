@@ -19,6 +19,8 @@ from fedasr.audio.features import (
 )
 from fedasr.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 CONFIG = LogMelConfig()
 RNG = np.random.default_rng(0)
 # About a third of a second: noise whose loudness rises, plus two tones.

@@ -11,8 +11,6 @@ from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.layers import is_lazy, realise
 from fedasr.models.transformer import Transformer, TransformerConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 S1E3M7 = FloatFormat(3, 7)
 TINY = {
     "transformer": {"dim": 16, "blocks": 1, "heads": 2, "mlp": 24, "features": 8},

@@ -308,7 +308,7 @@ def received(fmt):
     return PARAMS | {"w": both(PARAMS["w"], fmt)[2]}
 
 
-def test_a_client_trains_from_what_it_received(quick_compilation):
+def test_a_client_trains_from_what_it_received():
     update = jax.jit(online.as_client_update(LOCAL, S1E2M3, 1.0))
     key = jax.random.key(3)
     assert squares(received(S1E2M3)["w"] - PARAMS["w"]) > 1e-3
@@ -324,7 +324,7 @@ def test_a_client_trains_from_what_it_received(quick_compilation):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(idle))
 
 
-def test_the_delta_can_be_compressed_too(quick_compilation):
+def test_the_delta_can_be_compressed_too():
     key = jax.random.key(4)
     update = jax.jit(online.as_client_update(LOCAL, S1E2M3, 1.0, upload=S1E4M3))
     exact, _ = local(received(S1E2M3), batches(0), STEPS, key)
@@ -338,7 +338,7 @@ def test_the_delta_can_be_compressed_too(quick_compilation):
     assert np.all(np.isnan(update(PARAMS, bad, STEPS, key)[0]["w"]))
 
 
-def test_clipping_bounds_what_a_cohort_adds(quick_compilation):
+def test_clipping_bounds_what_a_cohort_adds():
     bound = 1e-4
     update = online.as_client_update(LOCAL, S1E2M3, 0.5, align=True, upload=S1E4M3)
     cohort = make_cohort(update, clip_by_layer(bound), client_mesh(jax.devices()[:1]))

@@ -12,8 +12,6 @@ from fedasr.errors import UserError
 from fedasr.federated.client import local_training
 from fedasr.federated.subset import keep, merge
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LAYERS, WIDTH, STEPS, BATCH = 6, 8, 3, 4
 
 

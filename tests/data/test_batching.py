@@ -22,6 +22,7 @@ from fedasr.data.batching import (
     fitting_bucket,
     make_buckets,
     pack,
+    pack_sorted,
     round_up,
     rounded_slots,
 )
@@ -678,3 +679,58 @@ def test_epochs_cost_no_memory():
     assert once.shape == often.shape
     longest = max(int(corpus.lengths(user)["features"].sum()) for user in range(2))
     assert once.shape[1] < 2 * (longest + buckets[0]["features"])
+
+
+def test_batches_of_padded_seconds_of_a_fixed_list_of_lengths():
+    """By hand: buffers of 4 in the order of lengths, cut where padding would exceed 20 frames."""
+    lengths = np.array([10, 3, 7, 2, 9, 4, 25, 1])
+    (first, second) = pack_sorted(lengths, frames=20, buffer=4)
+    # 2, 3 take 6; with 7 it would be 21. 7, 10 take 20.
+    assert [x.tolist() for x in first] == [[3, 1], [2, 0]]
+    # 1, 4 take 8; with 9 it would be 27; 25 is alone, however long.
+    assert [x.tolist() for x in second] == [[7, 5], [4], [6]]
+    assert pack_sorted(np.array([5, 5, 5, 5]), 20, 64)[0][0].tolist() == [0, 1, 2, 3]
+    local = LocalBatches(epochs=2, frames=20, buffer=64)
+    plan = local.plan(8, 0, 0, 0, lengths)
+    # In one buffer: 1, 2, 3, 4 take 16; 7, 9 take 18; 10 and 25 are alone.
+    composed = Counter(tuple(sorted(lengths[batch].tolist())) for batch in plan)
+    assert composed == {(1, 2, 3, 4): 2, (7, 9): 2, (10,): 2, (25,): 2}
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    frames=st.integers(1, 90),
+    buffer=st.integers(1, 20),
+)
+@settings(deadline=None, max_examples=60)
+def test_batches_of_padded_seconds_are_as_full_as_may_be(lengths, frames, buffer):
+    lengths = np.array(lengths)
+    found = pack_sorted(lengths, frames, buffer)
+    assert sorted(np.concatenate([x for part in found for x in part])) == list(range(len(lengths)))
+    for number, part in enumerate(found):
+        assert {int(i) // buffer for batch in part for i in batch} == {number}
+        for batch, after in itertools.zip_longest(part, part[1:]):
+            assert len(batch) == 1 or len(batch) * lengths[batch].max() <= frames
+            if after is not None:
+                assert lengths[batch].max() <= lengths[after[0]]
+                assert (len(batch) + 1) * lengths[after[0]] > frames
+
+
+def test_a_published_user_makes_the_published_number_of_steps():
+    """Utterances like LibriSpeech's, 24 minutes of them, batches of 360 s, ten epochs: 60 steps."""
+    rng = np.random.default_rng(0)
+    long = rng.random(118) < 0.75
+    lengths = np.where(long, rng.uniform(1200, 1650, 118), rng.uniform(200, 1200, 118)).astype(int)
+    assert 23.5 < lengths.sum() / 6000 < 24.5
+    counts = []
+    for buffer in (None, 64):
+        local = LocalBatches(epochs=10, frames=36_000, buffer=buffer)
+        counts.append(len(local.plan(len(lengths), 0, 0, 0, lengths)))
+    assert counts[0] <= 50 and counts[1] == 60
+    limited = LocalBatches(steps=10, frames=36_000, buffer=64).plan(118, 0, 0, 0, lengths)
+    assert len(limited) == 10
+
+
+def test_a_buffer_is_for_batches_measured_in_seconds():
+    with pytest.raises(UserError, match="batch_seconds"):
+        LocalBatches(4, steps=1, buffer=64)

@@ -5,9 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedasr.data.common_voice import CommonVoice
-from fedasr.data.corpus import open_corpus, read_metadata
-from fedasr.data.prepare import Rejected, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus, read_metadata
+from fedasr.data.sources.common_voice import CommonVoice
+from fedasr.data.utterances import Rejected
 from fedasr.errors import UserError
 from fedasr.text import tokenizer_for
 

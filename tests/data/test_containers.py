@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.data import containers
-from fedasr.data.containers import Unusable, examine
+from fedasr.data.containers import Unusable, examine, mpeg
 from fedasr.data.recordings import Mismatch, Recording, read_audio
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is needed to write recordings")
@@ -228,10 +227,19 @@ def test_what_is_no_recording_is_named(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 28])
+def test_sound_that_begins_behind_its_end_is_refused(size):
+    common = struct.pack(">hIh10s", 1, 10, 16, bytes.fromhex("400cfa00000000000000"))
+    content = b"FORM" + struct.pack(">I", 0) + b"AIFFCOMM" + struct.pack(">I", 18) + common
+    content += b"SSND" + struct.pack(">III", size, 1000, 0) + bytes(20)
+    with pytest.raises(Unusable, match="AIFF: its sound begins behind its end"):
+        examine(content)
+
+
 def mpeg_frames(number, rate_bits=0x50, fill=0):
     """Frames of silence: MPEG 2 layer III, 24 kbit/s, 24 kHz by default."""
     head = bytes((0xFF, 0xF3, 0x30 | (rate_bits >> 4 & 0x0C), 0xC4))
-    size = containers._mpeg_header(head, 0).size
+    size = mpeg.frame_header(head, 0).size
     return (head + bytes(size - 4)) * number
 
 

@@ -11,16 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.data.batching import make_buckets
-from fedasr.data.corpus import (
-    ArrayRecordCorpus,
-    InMemoryCorpus,
-    all_lengths,
-    open_corpus,
-    read_metadata,
-    shared_users,
-    user_hashes,
-    write_corpus,
-)
+from fedasr.data.corpus import InMemoryCorpus, all_lengths, shared_users, user_hashes
+from fedasr.data.records import ArrayRecordCorpus, open_corpus, read_metadata
+from fedasr.data.writing import write_corpus
 from fedasr.errors import UserError
 
 
@@ -196,8 +189,8 @@ def test_a_million_users_open_quickly(tmp_path, stored):
 
 def test_no_tensorflow_and_no_jax():
     code = (
-        "import sys, fedasr.data.corpus, fedasr.data.prepare, fedasr.data.manifest\n"
-        "import fedasr.data.librispeech, fedasr.data.common_voice, fedasr.data.splits\n"
+        "import sys, fedasr.data.corpus, fedasr.data.preparation.prepare, fedasr.data.splits\n"
+        "from fedasr.data.sources import common_voice, librispeech, manifest\n"
         "bad = {'tensorflow', 'tensorflow_datasets', 'jax', 'soundfile', 'rich'}\n"
         "assert not bad & set(sys.modules), sys.modules"
     )

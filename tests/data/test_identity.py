@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedasr.data import inspection
-from fedasr.data.corpus import open_corpus
+from fedasr.data import inspection, verification
 from fedasr.data.identity import case_variants, normalised_user, resolved
-from fedasr.data.layouts import SourceOptions, find_layout
-from fedasr.data.manifest import Manifest, read_manifest
-from fedasr.data.prepare import Rejected, Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus
+from fedasr.data.sources import SourceOptions, find_layout
+from fedasr.data.sources.manifest import Manifest, read_manifest
+from fedasr.data.utterances import Rejected, Utterance
 from fedasr.errors import UserError
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is needed to write recordings")
@@ -291,8 +292,8 @@ def test_verification_finds_every_difference(tmp_path, odd):
         return find_layout("manifest").open(odd)
 
     prepare(again(), tmp_path / "out", name="x")
-    report = inspection.verify(tmp_path / "out", again())
-    assert inspection.is_same(report) and report["stored"] == report["same"] == 15
+    report = verification.verify(tmp_path / "out", again())
+    assert verification.is_same(report) and report["stored"] == report["same"] == 15
     tone(tmp_path / "0.wav", 1.0, seed=99)
     tone(tmp_path / "1.wav", 0.9)
     (tmp_path / "2.wav").unlink()
@@ -301,7 +302,7 @@ def test_verification_finds_every_difference(tmp_path, odd):
     del lines[14]
     lines.append(lines[0].replace("0.wav", "new.wav"))
     odd.write_text("\n".join(lines))
-    report = inspection.verify(tmp_path / "out", again())
+    report = verification.verify(tmp_path / "out", again())
     why = {item["id"]: item["why"] for item in report["different"]}
     assert set(why) == {"0.wav", "1.wav", "2.wav", "4.wav"}
     assert "differ by up to" in why["0.wav"] and "instead of" in why["1.wav"]
@@ -311,4 +312,4 @@ def test_verification_finds_every_difference(tmp_path, odd):
     content = bytearray(records.read_bytes())
     content[len(content) // 2] ^= 0xFF
     records.write_bytes(content)
-    assert inspection.verify(tmp_path / "out", None)["damaged"]
+    assert verification.verify(tmp_path / "out", None)["damaged"]

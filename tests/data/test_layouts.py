@@ -9,9 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from fedasr.data.corpus import open_corpus, read_metadata
-from fedasr.data.layouts import LAYOUTS, SourceOptions, detect_layout, find_layout
-from fedasr.data.prepare import Rejected, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus, read_metadata
+from fedasr.data.sources import LAYOUTS, SourceOptions, detect_layout, find_layout
+from fedasr.data.utterances import Rejected
 from fedasr.errors import UserError
 from fedasr.text import tokenizer_for
 

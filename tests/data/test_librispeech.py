@@ -5,9 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedasr.data.corpus import open_corpus, read_metadata
-from fedasr.data.librispeech import LibriSpeech
-from fedasr.data.prepare import Rejected, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus, read_metadata
+from fedasr.data.sources.librispeech import LibriSpeech
+from fedasr.data.utterances import Rejected
 from fedasr.errors import UserError
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is needed to write recordings")

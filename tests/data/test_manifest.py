@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedasr.data.corpus import open_corpus
-from fedasr.data.manifest import manifest_fingerprint, read_manifest
-from fedasr.data.prepare import Rejected, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus
+from fedasr.data.sources.manifest import manifest_fingerprint, read_manifest
+from fedasr.data.utterances import Rejected
 from fedasr.errors import UserError
 from fedasr.text import CharTokenizer, normalize_text
 

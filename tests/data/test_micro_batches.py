@@ -24,13 +24,13 @@ from fedasr.data.batching import (
 )
 from fedasr.data.batching.parts import cheapest
 from fedasr.data.corpus import InMemoryCorpus, all_lengths
-from fedasr.data.sampling import ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import batch_gradient, local_training
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import ShuffledSampler
 
 GRID = Grid(2, {"x": 2, "y": 1}, {"y": 0.5})
 
@@ -308,3 +308,17 @@ def test_padding_of_the_published_corpora(name, seconds, most):
         int(np.sum(corpus.lengths(int(user))["features"])) for user in itertools.chain(*cohorts)
     )
     assert total.real == 10 * expected
+
+
+def test_parts_of_a_batch_share_its_key():
+    batcher = ClientBatcher(CORPUS, LocalBatches(4, epochs=1), GRID, 1, seed=3, micro_batch=1)
+
+    def loss(params, batch, key):
+        of_batch = jax.random.key_data(batch["batch_key"]).astype(jnp.float32) / 2**32
+        return jnp.sum(of_batch) + 0 * jnp.sum(params["a"]), {}
+
+    store = jax.tree.map(lambda x: x[0], next(batcher.chunks([0], 0))[0].batches)
+    key = jax.random.key(5)
+    (value, _), _ = jax.jit(batch_gradient(loss, True))({"a": jnp.zeros(3)}, store, 0, key)
+    expected = np.asarray(jax.random.key_data(key), np.float64).sum() / 2**32
+    np.testing.assert_allclose(value, expected, rtol=1e-6)

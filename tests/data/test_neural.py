@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from fedasr.data import neural_synthetic
-from fedasr.data.corpus import open_corpus, read_metadata
 from fedasr.data.neural import (
     Area,
     NeuralSessions,
@@ -16,7 +14,9 @@ from fedasr.data.neural import (
     prepare_sessions,
     z_score_block,
 )
-from fedasr.data.neural_synthetic import NeuralConfig
+from fedasr.data.neural import synthetic as neural_synthetic
+from fedasr.data.neural.synthetic import NeuralConfig
+from fedasr.data.records import open_corpus, read_metadata
 from fedasr.errors import UserError
 from fedasr.text import CharTokenizer, tokenizer_for
 
@@ -372,9 +372,7 @@ def test_crossings_and_power_have_the_rates_that_the_trajectory_asks_for():
 
 
 @pytest.mark.slow
-def test_the_program_prepares_days_that_a_simulation_trains_on(
-    recordings, tmp_path, quick_compilation
-):
+def test_the_program_prepares_days_that_a_simulation_trains_on(recordings, tmp_path):
     command = [sys.executable, "-m", "experiments.prepare_data", "--dataset=neural", "--json"]
     command += [f"--source={recordings}", f"--out={tmp_path / 'out'}", "--stride=4"]
     narrow = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -388,12 +386,12 @@ def test_the_program_prepares_days_that_a_simulation_trains_on(
     import optax
 
     from fedasr.data.batching import Batching
-    from fedasr.data.sampling import PoissonSampler
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import PoissonSampler
 
     options = {"vocab": 30, "features": 12, "units": 4, "layers": 1, "window": 2, "stride": 2}
     recogniser = make_recogniser("recurrent", options)

@@ -15,17 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.audio.features import extract
-from fedasr.data import conversion
-from fedasr.data.corpus import open_corpus, read_metadata
-from fedasr.data.prepare import (
-    Rejected,
-    Utterance,
-    cache_dir,
-    held_out,
-    prepare,
-    prepare_synthetic,
-)
+from fedasr.data.preparation import parts
+from fedasr.data.preparation.division import held_out
+from fedasr.data.preparation.folder import cache_dir
+from fedasr.data.preparation.prepare import prepare
 from fedasr.data.recordings import read_audio
+from fedasr.data.records import open_corpus, read_metadata
+from fedasr.data.synthetic import preparation, prepare_synthetic
+from fedasr.data.utterances import Rejected, Utterance
 from fedasr.errors import UserError
 from fedasr.text import CharTokenizer, normalize_text, tokenizer_for
 
@@ -298,7 +295,7 @@ def test_an_interrupted_preparation_of_other_input_is_redone(tmp_path):
 
 @pytest.mark.parametrize("change", [{}, {"fingerprint": "g"}, {"fingerprint": None}, {"stride": 2}])
 def test_an_interrupted_preparation_goes_on_if_it_is_the_same(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(conversion, "PART", 2)
+    monkeypatch.setattr(parts, "PART", 2)
     heard = []
 
     def inputs(stop=None):
@@ -323,7 +320,7 @@ def test_an_interrupted_preparation_goes_on_if_it_is_the_same(tmp_path, monkeypa
 
 
 def test_parts_of_other_input_are_not_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "PART", 2)
+    monkeypatch.setattr(parts, "PART", 2)
 
     def failing(ids):
         yield from (utterance(id, user=id) for id in ids)
@@ -351,7 +348,7 @@ def recorded(folder, number):
 
 
 def test_the_corpus_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "PART", 4)
+    monkeypatch.setattr(parts, "PART", 4)
     (tmp_path / "wav").mkdir()
     inputs = list(recorded(tmp_path / "wav", 22))
     calls = []
@@ -374,13 +371,13 @@ def test_the_corpus_does_not_depend_on_the_number_of_processes(tmp_path, monkeyp
 
 
 def test_what_cannot_be_sent_to_processes_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "PART", 2)
+    monkeypatch.setattr(parts, "PART", 2)
     with pytest.raises(UserError, match="use workers=1"):
         prepare(people(5), tmp_path, name="x", workers=2)
 
 
 def test_a_process_that_dies_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "PART", 2)
+    monkeypatch.setattr(parts, "PART", 2)
     exits = functools.partial(os._exit, 1)
     inputs = [Utterance(str(i), "u", "hi", None, exits) for i in range(5)]
     with pytest.raises(UserError, match="goes on where it was"):
@@ -451,14 +448,15 @@ def test_a_killed_preparation_is_redone(tmp_path):
     code = f"""
         import os
         import numpy as np
-        from fedasr.data import corpus, prepare
+        from fedasr.data import writing
+        from fedasr.data.preparation.prepare import prepare
+        from fedasr.data.utterances import Utterance
         audio = np.random.default_rng(0).uniform(-0.5, 0.5, 6400).astype(np.float32)
-        write = corpus._write_index
         def killed(*args):  # the example files are complete, the index is not
             os.kill(os.getpid(), 9)
-        corpus._write_index = killed
-        prepare.prepare([prepare.Utterance("a", "u", "hi", None, lambda: (audio, 16000))],
-                        {str(tmp_path)!r}, name="x", fingerprint="f")
+        writing._write_index = killed
+        prepare([Utterance("a", "u", "hi", None, lambda: (audio, 16000))],
+                {str(tmp_path)!r}, name="x", fingerprint="f")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
     assert done.returncode == -9, done.stderr
@@ -531,7 +529,7 @@ def test_cache_dir(monkeypatch, tmp_path):
 @pytest.fixture
 def fake_synthetic(monkeypatch, tmp_path):
     """A stand-in for the speech synthesiser, which needs a native library."""
-    module = types.ModuleType("fedasr.data.synthetic")
+    module = types.ModuleType("fedasr.data.synthetic.speech")
     module.made = 0
 
     def synthetic_utterances(config):
@@ -545,10 +543,7 @@ def fake_synthetic(monkeypatch, tmp_path):
     module.synthetic_utterances = synthetic_utterances
     module.total_utterances = lambda config: config.users
     module.fingerprint = lambda config: f"{config.task}{config.users}{config.seed}".ljust(64, "0")
-    monkeypatch.setitem(sys.modules, "fedasr.data.synthetic", module)
-    import fedasr.data
-
-    monkeypatch.setattr(fedasr.data, "synthetic", module, raising=False)
+    monkeypatch.setattr(preparation, "speech", module)
     monkeypatch.setenv("FEDASR_CACHE", str(tmp_path / "cache"))
     return module
 

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from fedasr.data.conversion import Utterance
-from fedasr.data.corpus import open_corpus, read_metadata
-from fedasr.data.prepare import SKIPPED_FILE, describe_unknown, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.preparation.summary import SKIPPED_FILE, describe_unknown
+from fedasr.data.records import open_corpus, read_metadata
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.text import FROM_DATA, alphabet_of, learned_vocabulary, tokenizer_for
 from fedasr.training.builders.corpora import fitting_tokenizer

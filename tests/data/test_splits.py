@@ -10,20 +10,15 @@ from fedasr.data.batching import eval_batches, make_buckets
 from fedasr.data.corpus import (
     InMemoryCorpus,
     all_lengths,
-    has_split,
-    open_corpus,
-    shared_users,
-    user_hashes,
-    write_corpus,
-)
-from fedasr.data.splits import (
-    ReshuffledCorpus,
-    UnionCorpus,
-    UserSubset,
     find_users,
-    resolve,
+    shared_users,
     user_hash,
+    user_hashes,
 )
+from fedasr.data.records import has_split, open_corpus
+from fedasr.data.splits import resolve
+from fedasr.data.views import ReshuffledCorpus, UnionCorpus, UserSubset
+from fedasr.data.writing import write_corpus
 from fedasr.errors import UserError
 
 

@@ -1,5 +1,6 @@
 import collections
 import ctypes.util
+import dataclasses
 import hashlib
 import pickle
 import subprocess
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 from fedasr.data import synthetic
+from fedasr.data.synthetic import config as config_lib
+from fedasr.data.synthetic import espeak, sentences
+from fedasr.data.synthetic import voices as voices_lib
 from fedasr.errors import UserError
 
 TINY = synthetic.SyntheticConfig(
@@ -39,7 +43,7 @@ print(digest.hexdigest())
 def engine():
     pytest.importorskip("soxr", reason="soxr is not installed")
     try:
-        return synthetic._engine()
+        return espeak.engine()
     except UserError as error:
         pytest.skip(f"no speech engine: {error}")
 
@@ -49,9 +53,9 @@ def no_engine(monkeypatch):
     """A machine without espeakng-loader and without a system library."""
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
-    synthetic._engine_of.cache_clear()
+    espeak.engine_of.cache_clear()
     yield
-    synthetic._engine_of.cache_clear()
+    espeak.engine_of.cache_clear()
 
 
 def corpus(config):
@@ -61,8 +65,8 @@ def corpus(config):
 def sentences_by_user(config):
     """Texts alone, which need no engine: {user: (split, [text])}."""
     return {
-        user: (split, synthetic._sentences(config, user, split))
-        for user, split in synthetic._users(config)
+        user: (split, sentences.sentences_of(config, user, split))
+        for user, split in config_lib.users_of(config)
     }
 
 
@@ -89,7 +93,7 @@ def test_audio_does_not_depend_on_what_was_spoken_before(engine):
     config = synthetic.SyntheticConfig()
     voices = [synthetic.speaker_voice(config, f"target-{i:03d}") for i in range(8)]
     voices += [synthetic.speaker_voice(config, f"seed-{i:03d}") for i in range(2)]
-    assert {voice.accent for voice in voices} == set(synthetic._ACCENTS)
+    assert {voice.accent for voice in voices} == set(voices_lib.ACCENTS)
     text = "seven three nine zero four two"
     first = [synthetic.synthesize(text, voice) for voice in voices]
     for other in ("five", "one three", "zero zero zero eight"):
@@ -144,7 +148,7 @@ def test_pitch_of_the_voice_is_heard(engine):
 
 def test_voices_differ(engine):
     config = synthetic.SyntheticConfig()
-    users = [user for user, _ in synthetic._users(config)]
+    users = [user for user, _ in config_lib.users_of(config)]
     voices = [synthetic.speaker_voice(config, user) for user in users]
     assert len(set(voices)) == len(users) == 120
     spoken = {synthetic.synthesize("two five", voice).tobytes() for voice in voices[::12]}
@@ -155,28 +159,28 @@ def test_accents_differ(engine):
     """One voice in each accent; digits hold every phoneme that the accents replace."""
     base = synthetic.speaker_voice(synthetic.SyntheticConfig(), "seed-000")
     spoken = {}
-    for accent in synthetic._ACCENTS:
-        voice = synthetic.dataclasses.replace(base, accent=accent)
-        spoken[synthetic.synthesize(" ".join(synthetic._DIGITS), voice).tobytes()] = accent
-    assert len(spoken) == len(synthetic._ACCENTS)
+    for accent in voices_lib.ACCENTS:
+        voice = dataclasses.replace(base, accent=accent)
+        spoken[synthetic.synthesize(" ".join(sentences.DIGITS), voice).tobytes()] = accent
+    assert len(spoken) == len(voices_lib.ACCENTS)
 
 
 def test_accents_keep_every_phoneme(engine):
     """The engine drops a phoneme that it does not know, so each replacement must sound."""
     base = synthetic.speaker_voice(synthetic.SyntheticConfig(), "seed-000")
-    for accent, rules in synthetic._ACCENTS.items():
+    for accent, rules in voices_lib.ACCENTS.items():
         if isinstance(rules, str):
             continue
-        for word in synthetic._DIGITS:
+        for word in sentences.DIGITS:
             plain = synthetic.synthesize(word, base)
-            spoken = synthetic.synthesize(word, synthetic.dataclasses.replace(base, accent=accent))
+            spoken = synthetic.synthesize(word, dataclasses.replace(base, accent=accent))
             assert 0.6 < len(spoken) / len(plain) < 1.6, (accent, word)
 
 
 def test_domains_differ_in_accent_and_voice():
     config = synthetic.SyntheticConfig()
     voices = collections.defaultdict(list)
-    for user, split in synthetic._users(config):
+    for user, split in config_lib.users_of(config):
         voices[split].append(synthetic.speaker_voice(config, user))
     accents = {split: {voice.accent for voice in voices[split]} for split in synthetic.SPLITS}
     assert accents["seed"] == {"en-us", "en-gb-x-rp"}
@@ -214,7 +218,7 @@ def test_vocabularies():
         )
 
     digits = words("digits")
-    assert set(digits) == set(synthetic._DIGITS)
+    assert set(digits) == set(sentences.DIGITS)
     assert min(digits.values()) > 0.05 * sum(digits.values())
     assert 90 <= len(words("commands")) <= 130
 
@@ -262,9 +266,9 @@ def test_fresh_words_are_fresh_and_rare_ones_rare():
         )
         < 0.4 * 200
     )
-    voices = [synthetic.speaker_voice(config, user) for user, _ in synthetic._users(config)]
+    voices = [synthetic.speaker_voice(config, user) for user, _ in config_lib.users_of(config)]
     for domain in (voices[:24], voices[24:]):
-        assert {voice.accent for voice in domain} == set(synthetic._ACCENTS)
+        assert {voice.accent for voice in domain} == set(voices_lib.ACCENTS)
 
 
 def test_digit_strings_have_three_to_five_words():
@@ -280,7 +284,7 @@ def test_users_differ_in_size_and_in_words():
 
     def spread(groups):
         counts = np.array(
-            [[sum(t.split().count(d) for t in g) for d in synthetic._DIGITS] for g in groups]
+            [[sum(t.split().count(d) for t in g) for d in sentences.DIGITS] for g in groups]
         )
         return (counts / counts.sum(1, keepdims=True)).std(0).mean()
 
@@ -294,18 +298,18 @@ def test_ids_are_stable_and_other_seeds_differ(engine):
     assert utterances[0].id == "seed-000-0000"
     assert utterances[-1].user == "target-006"
     assert len({u.id for u in utterances}) == len(utterances) == synthetic.total_utterances(TINY)
-    other = synthetic.dataclasses.replace(TINY, seed=1)
+    other = dataclasses.replace(TINY, seed=1)
     assert [u.text for u in corpus(other)] != [u.text for u in utterances]
     # More users leave the others as they were.
-    more = synthetic.dataclasses.replace(TINY, test_users=3)
+    more = dataclasses.replace(TINY, test_users=3)
     assert [u.text for u in corpus(more)][: len(utterances)] == [u.text for u in utterances]
 
 
 def test_fingerprint_covers_config_and_engine(engine, monkeypatch):
     first = synthetic.fingerprint(TINY)
-    assert first == synthetic.fingerprint(synthetic.dataclasses.replace(TINY))
+    assert first == synthetic.fingerprint(dataclasses.replace(TINY))
     assert int(first, 16) >= 0
-    assert first != synthetic.fingerprint(synthetic.dataclasses.replace(TINY, seed=1))
+    assert first != synthetic.fingerprint(dataclasses.replace(TINY, seed=1))
     monkeypatch.setattr(engine, "version", "0.0")
     assert first != synthetic.fingerprint(TINY)
 

@@ -15,9 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LONGEST = 500.0  # seconds that a program may take
-COMPILATION = {
-    name: os.environ.get(name) for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
-}
 TINY_MODEL = (
     "--config.model.options.dim=16",
     "--config.model.options.blocks=1",
@@ -165,8 +162,8 @@ def recordings(once):
 @pytest.fixture(scope="session")
 def corpus_dir(recordings, once):
     """The folder of the tiny corpus, prepared: 6 training users, 2 each of seed, dev and test."""
-    from fedasr.data.manifest import manifest_fingerprint, read_manifest
-    from fedasr.data.prepare import prepare
+    from fedasr.data.preparation.prepare import prepare
+    from fedasr.data.sources.manifest import manifest_fingerprint, read_manifest
 
     fingerprint, _ = manifest_fingerprint(recordings)
     return once(
@@ -192,12 +189,7 @@ def finished(tiny_flags, once, program):
     """An uninterrupted run: (work directory, its stdout)."""
 
     def run(folder):
-        with pytest.MonkeyPatch.context() as patch:
-            # Other runs are compared with it bit for bit, which takes the same compilation,
-            # whichever module asks for it first.
-            for name, value in COMPILATION.items():
-                patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
-            done = program("experiments.train", *tiny_flags, f"--workdir={folder}/run", "--json")
+        done = program("experiments.train", *tiny_flags, f"--workdir={folder}/run", "--json")
         assert done.returncode == 0, done.stderr
         (folder / "stdout").write_text(done.stdout)
 

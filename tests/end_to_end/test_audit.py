@@ -10,16 +10,16 @@ import optax
 import pytest
 
 from fedasr.auditing import Audit, Scores
-from fedasr.cli import audit
-from fedasr.cli.audit import Report
-from fedasr.data.prepare import Utterance, prepare
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
+from fedasr.cli.audit import report
+from fedasr.cli.audit.report import Report
+from fedasr.cli.audit.users import audit_users
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.training.config import default_config, resolve
 
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 KEYS = {
@@ -47,6 +47,7 @@ runpy.run_module("experiments.audit_privacy", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_crafted_updates(program, tmp_path):
     plot = tmp_path / "roc.png"
     done = program("experiments.audit_privacy", *NOISY, f"--plot={plot}", "--json")
@@ -61,6 +62,7 @@ def test_crafted_updates(program, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_side_by_side(program):
     """Both kinds of noise by both methods, in one table and one object."""
     options = ("--rounds=2", "--trials=20", "--runs=60", "--delta=1e-3", "--side_by_side")
@@ -102,33 +104,33 @@ def test_the_text_of_a_report():
         audit_of("distributed", "one_run", 1.75, 1.5),
         audit_of("central", "many_runs", 0.5, 1.5),
     ]
-    lines = list(audit._describe(Report(audits, figures, "updates")))
+    lines = list(report.describe(Report(audits, figures, "updates")))
     head, central, distributed = (line.split() for line in lines[-4:-1])
     assert head[-1] == "many_runs" and "one_run" in head
     assert central == ["central", "1.5", "PLD", "2", "0.25", "0.5"]
     assert distributed == [*"distributed 1.5 PLD 2 1.75 (exceeds) not run".split()]
     assert "12 bits" in lines[-1]
-    summary = audit.to_summary(Report(audits, figures, "updates"))
+    summary = report.to_summary(Report(audits, figures, "updates"))
     assert summary["exceeds"] and not summary["audits"][0]["exceeds"]
     assert summary["epsilon_lower"] == 0.25 and summary["figures"] == figures
 
 
 def test_noise_in_shares_that_cannot_be_is_explained():
     fixed = Mechanism(1.0, "global", 2.0, FixedSizeSampler(100, 10, seed=0))
-    noises = audit.both_noises(fixed, 16, 1000)
+    noises = report.both_noises(fixed, 16, 1000)
     assert noises["central"] is fixed and "'shuffled'" in noises["distributed"]
-    figure = audit.figure_of(noises["distributed"], 3, 1e-5)
+    figure = report.figure_of(noises["distributed"], 3, 1e-5)
     assert figure["epsilon"] is None and "'shuffled'" in figure["why_not"]
     lines = list(
-        audit._describe(
+        report.describe(
             Report([audit_of("central", "one_run", 0.1, 1.5)], {"distributed": figure}, "updates")
         )
     )
     assert "'shuffled'" in lines[-1]
     poisson = Mechanism(1.0, "global", 2.0, PoissonSampler(100, 10, seed=0))
-    both = audit.both_noises(poisson, 14, 1000)
+    both = report.both_noises(poisson, 14, 1000)
     assert both["distributed"].secure.bits == 14
-    again = audit.both_noises(both["distributed"], 20, 1)
+    again = report.both_noises(both["distributed"], 20, 1)
     assert again["distributed"] is both["distributed"] and again["central"] == poisson
 
 
@@ -165,9 +167,10 @@ def audit_people(directory, trials, **privacy):
     config.privacy.update(privacy)
     options = {"trials": trials, "canaries": None, "confidence": 0.95, "log": lambda text: None}
     plain = resolve(config.to_dict())
-    return audit.audit_users(plain, 1e-3, method="many_runs", **options)
+    return audit_users(plain, 1e-3, method="many_runs", **options)
 
 
+@pytest.mark.slow
 def test_a_held_out_user_is_recognised_when_there_is_no_noise(few_people, monkeypatch):
     """The attack on real users works: their own utterance, with random words, is learned."""
     monkeypatch.setattr(Mechanism, "noise_std", property(lambda self: 0.0))
@@ -186,6 +189,7 @@ def test_a_held_out_user_is_hidden_by_shares_of_noise(few_people):
     assert np.isfinite(found.scores["loss"].present).all()
 
 
+@pytest.mark.slow
 def test_too_little_noise_is_exit_status_1(program_environment):
     command = [sys.executable, "-c", BROKEN, *NOISY, "--method=one_run"]
     done = subprocess.run(
@@ -235,16 +239,17 @@ def test_mistakes_are_one_line(program, tiny_flags, flags, message):
 @pytest.mark.slow
 def test_canaries(corpus_dir):
     """The inserted transcript is random; a canary's update is exactly zero when it is absent."""
-    from fedasr.cli.audit import inserted_losses, make_canaries
+    from fedasr.cli.audit.users import inserted_losses, make_canaries
     from fedasr.data.batching import Batching
-    from fedasr.data.corpus import InMemoryCorpus, open_corpus
-    from fedasr.data.sampling import ShuffledSampler
+    from fedasr.data.corpus import InMemoryCorpus
+    from fedasr.data.records import open_corpus
     from fedasr.federated.algorithms.fedavg import FedAvg
     from fedasr.federated.client import local_training
     from fedasr.federated.hardware import Hardware
     from fedasr.federated.simulation import Simulation
     from fedasr.models.recogniser import ARRAYS, make_recogniser
     from fedasr.privacy.mechanism import Mechanism
+    from fedasr.privacy.sampling import ShuffledSampler
 
     held_out = open_corpus(corpus_dir, "test")
     canaries = make_canaries(held_out, 2, 30, seed=0)

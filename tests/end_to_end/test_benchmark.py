@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.long
 def test_cohort_benchmark_prints_its_figures(program, tmp_path):
@@ -71,6 +69,7 @@ def test_peers_do_rounds_in_turns(program, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_start_is_named(program, tmp_path):
     (tmp_path / "pfl").mkdir()
     python = tmp_path / "pfl" / "bin" / "python"

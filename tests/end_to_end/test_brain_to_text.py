@@ -9,8 +9,6 @@ from experiments.brain_to_text import open_bench, summarize
 from experiments.configs.brain_to_text import get_config
 from fedasr.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = (
     "--config.train_days=2",
     "--config.recordings.days=4",

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedasr.data.corpus import open_corpus
-from fedasr.data.manifest import read_manifest
-from fedasr.data.prepare import prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus
+from fedasr.data.sources.manifest import read_manifest
 from fedasr.training import loop
 from fedasr.training.config import default_config
 from fedasr.training.logging import read_metrics, to_json

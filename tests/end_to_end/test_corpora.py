@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedasr.data.corpus import open_corpus
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from fedasr.data.records import open_corpus
 
 DEV_CLEAN = ("dev_clean[:4]", "dev_clean[4:]")  # readers
 
@@ -171,8 +169,8 @@ def contents(folder):
 
 KILLED = """
 import os, signal, sys
-from fedasr.data.common_voice import CommonVoice
-from fedasr.data.prepare import prepare
+from fedasr.data.sources.common_voice import CommonVoice
+from fedasr.data.preparation.prepare import prepare
 
 def kill(done, total):  # called when the first part is finished
     os.kill(os.getpid(), signal.SIGKILL)
@@ -184,6 +182,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on(recorded, program, program_environment, tmp_path):
     release = layout(recorded, "common_voice") / "en"
     source = tmp_path / "en"
@@ -216,6 +215,7 @@ def test_scaling_benchmark_prints_its_figures(program, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_population_benchmark_prints_its_figures(program):
     flags = ("--users=500", "--cohort=8", "--rounds=1", "--chunk=1", "--json")
     done = program("experiments.benchmarks.population", *flags)

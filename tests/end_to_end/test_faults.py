@@ -32,6 +32,7 @@ def errors_of(done):
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_events_is_a_warning(program, finished, tiny_flags, tmp_path):
     with small_disk(tmp_path / "run" / "tensorboard", "8k"):
         done = program("experiments.train", *tiny_flags, f"--workdir={tmp_path}/run", "--json")
@@ -71,6 +72,7 @@ def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(
         assert rounds == sorted(set(rounds))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_path_full_of_patterns(program, finished, tiny_flags, corpus_dir, tmp_path):
     workdir = tmp_path / "case[1] \\ ä*"
     shutil.copytree(finished[0], workdir)

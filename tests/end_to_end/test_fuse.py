@@ -12,8 +12,6 @@ import pytest
 
 from fedasr.training.checkpoint import read_metadata, restore_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DIGITS = ("experiments.fuse", "--task=digits", "--json")
 SHORT = ("--evaluations=60", "--every=20", "--seeds=2")
 
@@ -28,6 +26,7 @@ def sklearn():
     return pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
 
+@pytest.mark.slow
 def test_digits(program, sklearn, tmp_path):
     plot = tmp_path / "curves.png"
     found = figures(program(*DIGITS, "--pretrained", *SHORT, f"--plot={plot}"))

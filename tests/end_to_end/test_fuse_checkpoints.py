@@ -16,8 +16,6 @@ pytest.importorskip("safetensors", reason="checkpoints of others need safetensor
 import jax  # noqa: F401  # numpy knows bfloat16 by it
 from safetensors.numpy import load_file, save_file
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MODELS = Path(__file__).with_name("tiny_models.py")
 _spec = importlib.util.spec_from_file_location("tiny_models", MODELS)
 tiny = importlib.util.module_from_spec(_spec)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedasr.data.corpus import open_corpus
+from fedasr.data.records import open_corpus
 from fedasr.federated.local import LocalStore
 from fedasr.training import loop
 from fedasr.training.builders import models

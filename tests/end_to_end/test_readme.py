@@ -18,8 +18,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
@@ -36,6 +34,8 @@ SMALL = {
     "--config.client.batch_size": 2,
     "--config.seed_training.steps": 0,
     "--config.evaluation.every": 0,
+    "--config.selection.split": "",
+    "--config.selection.patience": 0,
     "--config.model.options.dim": 16,
     "--config.model.options.blocks": 1,
     "--config.model.options.heads": 2,

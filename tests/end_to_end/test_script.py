@@ -3,10 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).parents[2]
 TINY = {
     "dim=128, blocks=4": "dim=16, blocks=1, heads=2, mlp=16",

@@ -8,8 +8,6 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TABLES = """
 from fedasr.recipes.tables import Row, Table
 

@@ -130,7 +130,8 @@ def test_another_configuration_is_refused(program, finished, tiny_flags):
         ("--config=no_such_file.py", "no_such_file.py"),
         ("--config.data.dir=no_such_folder", "no_such_folder"),
         ("rounds=3", "--name=value"),
-        ("--config.init_from=gs://bucket/run", "no checkpoint"),
+        ("--config.init_from=gs://bucket/run", "mount the bucket"),
+        ("--config.init_from=no/such/run", "no checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(program, tmp_path, flag, words):

@@ -9,13 +9,12 @@ import importlib
 import numpy as np
 import pytest
 
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.text import CharTokenizer
 from fedasr.training import loop, stages
 from fedasr.training.logging import to_json
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ARGUMENTS = {
     "common_voice": "",
@@ -42,6 +41,7 @@ def corpus(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "write_report", lambda workdir: None)
@@ -65,10 +65,12 @@ def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
     assert summary["clients"][-1]["up_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_neural_recordings(tmp_path):
     """From MATLAB files to a run in which each day has kept a layer of its own."""
     pytest.importorskip("scipy", reason="scipy is not installed")
-    from fedasr.data import neural, neural_synthetic
+    from fedasr.data import neural
+    from fedasr.data.neural import synthetic as neural_synthetic
     from fedasr.recipes import neural as config_file
 
     recordings = neural_synthetic.NeuralConfig(

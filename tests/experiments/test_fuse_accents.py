@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from experiments.fuse_accents import Bench, by_group, draw, lines, own_seed, summarize
-from fedasr.data.prepare import Utterance
-from fedasr.data.synthetic import _TARGET_ACCENTS, SyntheticConfig
+from fedasr.data.synthetic import SyntheticConfig
+from fedasr.data.synthetic.voices import TARGET_ACCENTS
+from fedasr.data.utterances import Utterance
 
 
 def test_users_are_divided_by_accent():
@@ -41,7 +42,7 @@ def test_some_training_users_go_to_the_seed_with_all_they_said():
         for split in ("train" if i % 4 else "test",)
         for k in range(2)
     ]
-    groups = {"all": list(dict.fromkeys(_TARGET_ACCENTS))}
+    groups = {"all": list(dict.fromkeys(TARGET_ACCENTS))}
     found = list(by_group(iter(spoken), config, groups, 0.3))
     assert len(found) == len(spoken)
     splits = {u.user: {v.split for v in found if v.user == u.user} for u in found}

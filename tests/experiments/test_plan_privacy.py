@@ -7,9 +7,9 @@ import pytest
 from scipy.special import gammaln, logsumexp
 
 from fedasr.cli import plan
-from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.privacy import accounting
+from fedasr.privacy.sampling import PoissonSampler
 
 # sigma in 1e-6, cohort, population, rounds, epsilon as printed (delta 1e-9).
 TABLE = [

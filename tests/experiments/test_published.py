@@ -44,6 +44,35 @@ USERS = {
     ("de", "train[:10%]"): 712,
     ("de", "train[10%:]"): 6415,
 }
+# Of central training, by what trains on what: steps at the constant rate, the rate, steps of a
+# halving, whether it is smooth; compute; dropout and layer drop, None for the model's; seconds.
+HALF, SMOOTH = (
+    (0.5, 50_000, False, "bfloat16", None, 240),
+    (0.5, 50_000, True, "bfloat16", None, 240),
+)
+TENTH = (100_000, 0.5, 25_000, True, "bfloat16", 0.4, 216)
+FIFTH = (0.2, 50_000, False, "bfloat16", None, 240)
+CENTRAL = {
+    "ls": (250_000, *SMOOTH),
+    "ls_100": (330_000, *HALF),
+    "cv_en": (330_000, 0.5, 50_000, False, "float32", None, 240),
+    ("librispeech", "en", "none", ""): (250_000, *SMOOTH),
+    ("librispeech", "en", "none", "ls100"): (330_000, *HALF),
+    ("librispeech", "en", "ls100", ""): (150_000, *HALF),
+    ("librispeech", "en", "cv", ""): (100_000, *HALF),
+    ("common_voice", "en", "none", ""): (330_000, 0.5, 50_000, False, "float32", None, 240),
+    ("common_voice", "en", "ls100", ""): (40_000, *HALF),
+    ("common_voice", "en", "ls960", ""): (150_000, *HALF),
+    ("common_voice", "en", "cv10", ""): (150_000, *FIFTH),
+    ("common_voice", "en", "none", "cv10"): TENTH,
+    ("common_voice", "en", "none", "cv05"): TENTH,
+    ("common_voice", "fr", "none", ""): (200_000, *HALF),
+    ("common_voice", "fr", "none", "cv10"): TENTH,
+    ("common_voice", "fr", "cv10", ""): (150_000, *FIFTH),
+    ("common_voice", "de", "none", ""): (150_000, *FIFTH),
+    ("common_voice", "de", "none", "cv10"): TENTH,
+    ("common_voice", "de", "cv10", ""): (200_000, *HALF),
+}
 # blocks, width, heads, layer drop, millions of parameters as published
 SIZES = {
     "base": (36, 768, 0.3, 255),
@@ -80,33 +109,44 @@ def test_a_published_row_has_its_published_setting(table, row):
     model = config["model"]["options"]
     blocks, width, drop, _ = SIZES[argument(row, "model", "base")]
     assert (model["blocks"], model["dim"], model["mlp"]) == (blocks, width, 4 * width)
-    assert model["layer_drop"] == drop and model["dropout"] == 0.3 and model["heads"] == 4
+    language, seed = argument(row, "language", "en"), argument(row, "seed", "none")
+    central, dropout = None, 0.3
+    if config["algorithm"] == "central":
+        key = (corpus, language, seed, argument(row, "split", ""))
+        central = CENTRAL[argument(row, "baseline", "") or key]
+        drop, dropout = (drop, dropout) if central[5] is None else (central[5], central[5])
+    assert model["layer_drop"] == drop and model["dropout"] == dropout and model["heads"] == 4
+    assert (model["front_end"], model["init"]) == ("same", "lecun")
+    assert model["branch_dropout"] is False and model["layer_drop_per"] == "batch"
+    assert model["stream_dtype"] == "float32"
     assert (model["kernel"], model["stride"], model["cape_shift"]) == (7, 3, 30.0)
-    assert model["norm"] == "pre" and model["dtype"] == "bfloat16"
+    assert model["norm"] == "pre" and model["dtype"] == (central[4] if central else "bfloat16")
     assert model["frame_seconds"] == 0.03 and model["position_scale"] == 30.0
     spec = config["augment"]
     assert spec["enabled"] == ("specaugment=false" not in row.arguments)
-    assert spec["start_round"] == 0
+    assert spec["start_round"] == int(spec["enabled"])
     assert spec["options"] == {
         "frequency_masks": 2,
         "frequency_width": 30,
         "time_masks": 10,
         "time_width": 50,
         "time_fraction": 0.1,
+        "inclusive": False,
     }
+    assert config["evaluation"]["published"]
     split = config["data"]["train"]
-    language = argument(row, "language", "en")
     assert config["data"]["population"] == USERS.get(split, USERS.get((language, split)))
-    if config["algorithm"] == "central":
-        central = config["central"]
-        assert (central["optimizer"], central["learning_rate"]) == ("lars", 0.5)
-        assert central["batch_seconds"] == 8 * 240 and central["grad_clip"] == 1.0
-        assert (central["decay_steps"], central["decay_rate"]) == (50_000, 0.5)
-        assert 300_000 <= central["steps"] <= 600_000
+    if central is not None:
+        found = config["central"]
+        names = ("decay_start", "learning_rate", "decay_steps", "decay_smooth")
+        assert tuple(found[name] for name in names) == central[:4]
+        assert found["optimizer"] == "lars" and found["options"] == {"eps": 1e-8}
+        assert found["batch_seconds"] == 8 * central[6] and found["grad_clip"] == 1.0
+        assert found["decay_rate"] == 0.5
+        assert max(300_000, found["decay_start"]) <= found["steps"] <= 600_000
         return
     client, server, privacy = config["client"], config["server"], config["privacy"]
     private = "clipping=" in row.arguments
-    seed = argument(row, "seed", "none")
     kind = "none" if seed == "none" and not private else "seed"
     rates = (
         client["learning_rate"],
@@ -121,15 +161,22 @@ def test_a_published_row_has_its_published_setting(table, row):
     assert client["decay_start"] > config["rounds"]  # a constant rate
     assert client["proximal"] == float(argument(row, "fedprox", 0))
     assert server["optimizer"] == argument(row, "optimizer", "lamb")
-    if server["optimizer"] == "lamb":
-        assert server["options"] == {"eps": 1e-6}
+    assert client["batch_buffer"] == 64
+    nothing = {"initial_accumulator_value": 0.0, "eps": 0.0}
+    options = {"lamb": {"eps": 1e-6}, "lars": {"eps": 1e-6}, "adagrad": nothing}
+    assert server["options"] == options.get(server["optimizer"], {})
     assert config["cohort"] == int(argument(row, "cohort", 16))
     assert config["data"]["iid"] == ("iid=true" in row.arguments)
     assert (row.start != "") == (seed != "none")
-    assert privacy["enabled"] == private
+    large = not private and config["cohort"] > 256  # clipped, but without noise
+    assert privacy["enabled"] == (private or large)
     # Ours: the paper draws a fixed number with privacy too, and accounts as if it were Poisson.
-    assert privacy["sampler"] == ("poisson" if private else "fixed")
-    if private:
+    noisy = private and privacy["sigma"] > 0
+    assert privacy["sampler"] == ("poisson" if noisy else "fixed")
+    if large:
+        assert (client["steps"], client["epochs"]) == (10, 0) and privacy["sigma"] == 0
+        assert (privacy["clip_norm"], privacy["budget"]) == (0.01, "global")
+    elif private:
         assert config["rounds"] == 2006 and (client["steps"], client["epochs"]) == (10, 0)
         assert privacy["clip_norm"] == 0.01 and privacy["delta"] == 1e-9
         assert privacy["budget"] == argument(row, "clipping", "")
@@ -199,6 +246,7 @@ def test_a_dry_run_needs_no_data():
     assert deployed[204_800, 69_506_000] == pytest.approx(7.2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_every_published_row_can_be_tried_dry(monkeypatch):
     """To JSON, those without noise (whose epsilon is infinite) as well.
 

@@ -11,7 +11,9 @@ import sys
 
 import pytest
 
-from fedasr.cli import sweep
+from fedasr.cli.sweep import clusters, definitions, execution
+from fedasr.cli.sweep.results import write_results
+from fedasr.cli.sweep.runs import Place, read_outcome, read_outcomes
 from fedasr.errors import UserError
 from fedasr.recipes import tables
 from fedasr.recipes.tables import Outcome, Row, Table
@@ -47,7 +49,7 @@ sys.exit(do == "diverge")
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
-    return sweep.Place(tmp_path / "out", (sys.executable, str(tmp_path / "fake.py")))
+    return Place(tmp_path / "out", (sys.executable, str(tmp_path / "fake.py")))
 
 
 TABLE = Table(
@@ -165,16 +167,16 @@ def test_ready_runs_have_what_they_start_from():
 @pytest.mark.parametrize("text", ["a", "a=1;=2", "a=1;a=2"])
 def test_mistaken_fields_are_refused(text):
     with pytest.raises(UserError, match="--set"):
-        sweep.parse_fields(text, "--set")
+        definitions.parse_fields(text, "--set")
 
 
 def test_ad_hoc_grid_has_a_row_for_each_point():
-    table = sweep.ad_hoc("a/my-file.py:x=1", "server.lr=0.1, 0.2;sigma=1e-5", (3,))
-    sweep.check(table, {"data.dir": "d"})
+    table = definitions.ad_hoc("a/my-file.py:x=1", "server.lr=0.1, 0.2;sigma=1e-5", (3,))
+    definitions.check(table, {"data.dir": "d"})
     assert (table.name, table.config) == ("my_file", "a/my-file.py:x=1")
     assert [row.name for row in table.rows] == ["lr=0.1, sigma=1e-5", "lr=0.2, sigma=1e-5"]
     assert tables.expand(table)[1].overrides == {"server.lr": "0.2", "sigma": "1e-5", "seed": 3}
-    assert sweep.ad_hoc("a.py", "", (0,)).rows == (Row("a", {}),)
+    assert definitions.ad_hoc("a.py", "", (0,)).rows == (Row("a", {}),)
 
 
 def test_fixed_fields_win_except_over_the_grid(place):
@@ -191,7 +193,7 @@ def test_fixed_fields_win_except_over_the_grid(place):
     ]
     for field in ("seed", "server.learning_rate"):
         with pytest.raises(UserError, match="--set"):
-            sweep.check(TABLE, {field: "1"})
+            definitions.check(TABLE, {field: "1"})
 
 
 def test_arguments_go_to_the_configuration_file(place):
@@ -203,21 +205,21 @@ def test_arguments_go_to_the_configuration_file(place):
 def test_registry_reads_a_file(tmp_path):
     file = tmp_path / "tables.py"
     file.write_text("TABLES = {'t': 1}")
-    assert sweep.registry(str(file)) == {"t": 1}
+    assert definitions.registry(str(file)) == {"t": 1}
     for text in ("", "TABLES = ("):
         file.write_text(text)
         with pytest.raises(UserError, match="TABLES"):
-            sweep.registry(str(file))
-    assert isinstance(sweep.registry(), dict)
+            definitions.registry(str(file))
+    assert isinstance(definitions.registry(), dict)
 
 
 def test_a_saved_table_is_read_back(tmp_path):
     table = replace(better=(("LAMB", "SGD"),), log_x=True)
-    sweep.save_table(table, tmp_path)
-    assert sweep.load_table(tmp_path / "optimizers" / "table.json") == table
+    definitions.save_table(table, tmp_path)
+    assert definitions.load_table(tmp_path / "optimizers" / "table.json") == table
     (tmp_path / "table.json").write_text("{}")
     with pytest.raises(UserError, match="no table"):
-        sweep.load_table(tmp_path / "table.json")
+        definitions.load_table(tmp_path / "table.json")
 
 
 # Running -----------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def order(place, table):
 
 def test_a_whole_table(place):
     seen = []
-    seconds = sweep.execute(
+    seconds = execution.execute(
         [TABLE], place, report=lambda table, run, outcome, _: seen.append((run.name, outcome))
     )
     assert seconds["optimizers"] > 0
@@ -245,10 +247,10 @@ def test_a_whole_table(place):
     log = (place.out / "optimizers" / "seeded__seed-1" / "sweep.log").read_text()
     assert log.startswith("$ ") and f"--config.init_from={place.out}/optimizers/seed__seed-1" in log
 
-    sweep.execute([TABLE], place)
+    execution.execute([TABLE], place)
     assert order(place, TABLE) == []
 
-    results = sweep.write_results(TABLE, place.out)
+    results = write_results(TABLE, place.out)
     assert results["runs"] == {"completed": 15, "failed": 0, "missing": 0}
     lamb = results["rows"][0]
     assert lamb["point"] == {"server.learning_rate": 0.01}
@@ -268,9 +270,9 @@ def test_failures_are_recorded_and_the_sweep_goes_on(place):
         Row("late", {"do": "crash once"}),
         Row("good", {}),
     )
-    sweep.execute([table], place)
+    execution.execute([table], place)
     assert order(place, table) == [f"{name}__seed-0" for name in ("bad", "lost", "late", "good")]
-    results = sweep.write_results(table, place.out)
+    results = write_results(table, place.out)
     assert results["runs"] == {"completed": 1, "failed": 3, "missing": 0}
     notes = [row["notes"] for row in results["rows"]]
     failed = ["seed 0 failed: out of | luck"]
@@ -278,16 +280,16 @@ def test_failures_are_recorded_and_the_sweep_goes_on(place):
     assert "out of \\| luck" in (place.out / "simple.md").read_text()
 
     # What failed is tried again, what diverged would only diverge again.
-    sweep.execute([table], place)
+    execution.execute([table], place)
     assert order(place, table) == ["bad__seed-0", "late__seed-0"]
-    assert sweep.write_results(table, place.out)["runs"]["completed"] == 2
+    assert write_results(table, place.out)["runs"]["completed"] == 2
 
 
 def test_rows_whose_start_failed_are_not_run(place):
     table = simple(Row("a", {}, start="s"), starts=(Row("s", {"do": "crash"}),))
-    sweep.execute([table], place)
+    execution.execute([table], place)
     assert order(place, table) == ["s__seed-0"]
-    results = sweep.write_results(table, place.out)
+    results = write_results(table, place.out)
     assert results["runs"] == {"completed": 0, "failed": 1, "missing": 1}
     assert results["rows"][0]["notes"] == ["seed 0 missing: its start s__seed-0 failed"]
 
@@ -295,58 +297,58 @@ def test_rows_whose_start_failed_are_not_run(place):
 def test_an_unfinished_run_is_resumed(place):
     table = simple(Row("a", {}))
     folder = place.out / "simple" / "a__seed-0"
-    sweep.execute([table], place)
+    execution.execute([table], place)
     (folder / "summary.json").write_text('{"status": "interrupted"}')
     (folder / "sweep.json").unlink()
-    assert sweep.read_outcome(folder).status == "unfinished"
+    assert read_outcome(folder).status == "unfinished"
     order(place, table)
-    sweep.execute([table], place)
+    execution.execute([table], place)
     assert order(place, table) == ["a__seed-0"]
-    assert sweep.read_outcome(folder).status == "completed"
+    assert read_outcome(folder).status == "completed"
 
 
 def test_results_of_another_configuration_are_not_taken_for_these(place):
     table = simple(Row("a", {}))
-    sweep.execute([table], place)
+    execution.execute([table], place)
     other = dataclasses.replace(place, fixed={"base": "3"})
     for _ in range(2):
-        sweep.execute([table], other)
-        (row,) = sweep.write_results(table, place.out)["rows"]
+        execution.execute([table], other)
+        (row,) = write_results(table, place.out)["rows"]
         assert row["notes"] == ["seed 0 failed: belongs to another configuration"]
         assert row["wer"] == {}
-    sweep.execute([table], place)
-    assert sweep.write_results(table, place.out)["runs"]["completed"] == 1
+    execution.execute([table], place)
+    assert write_results(table, place.out)["runs"]["completed"] == 1
 
 
 def test_an_edited_configuration_file_is_seen(place, tmp_path):
     config = tmp_path / "config.py"
     config.write_text("one")
     table = replace(simple(Row("a", {})), config=f"{config}:argument")
-    sweep.execute([table], place)
-    sweep.execute([table], place)
+    execution.execute([table], place)
+    execution.execute([table], place)
     config.write_text("two")
-    sweep.execute([table], place)
+    execution.execute([table], place)
     assert order(place, table) == ["a__seed-0", "a__seed-0"]
 
 
 def test_a_launcher_that_writes_nothing_has_failed(place):
     table = simple(Row("a", {}))
-    sweep.execute([table], dataclasses.replace(place, launcher=(sys.executable, "-c", "")))
-    outcome = sweep.read_outcome(place.out / "simple" / "a__seed-0")
+    execution.execute([table], dataclasses.replace(place, launcher=(sys.executable, "-c", "")))
+    outcome = read_outcome(place.out / "simple" / "a__seed-0")
     assert (outcome.status, outcome.message) == ("failed", "exit status 0 without a result")
     with pytest.raises(UserError, match="--launcher=nowhere"):
-        sweep.execute([table], dataclasses.replace(place, launcher=("nowhere",)))
+        execution.execute([table], dataclasses.replace(place, launcher=("nowhere",)))
 
 
 def test_runs_made_elsewhere_count(place):
     folder = place.out / "simple" / "a__seed-0"
     folder.mkdir(parents=True)
     (folder / "sweep.json").write_text('{"error": "here it failed"}')
-    assert sweep.read_outcome(folder).message == "here it failed"
+    assert read_outcome(folder).message == "here it failed"
     later = (folder / "sweep.json").stat().st_mtime_ns + 1_000_000
     (folder / "summary.json").write_text(json.dumps(done(3.0).summary | {"status": "completed"}))
     os.utime(folder / "summary.json", ns=(later, later))
-    assert sweep.read_outcome(folder).wer("dev") == 3.0
+    assert read_outcome(folder).wer("dev") == 3.0
 
 
 @pytest.mark.parametrize(
@@ -354,7 +356,7 @@ def test_runs_made_elsewhere_count(place):
     [(4, 2, [[0, 1], [2, 3]]), (5, 2, [[0, 1], [2, 3]]), (2, 3, [[0], [1], [0]])],
 )
 def test_shares_of_cores(count, jobs, shares):
-    assert [sweep.share_of_cores(range(count), slot, jobs) for slot in range(jobs)] == shares
+    assert [execution.share_of_cores(range(count), slot, jobs) for slot in range(jobs)] == shares
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
@@ -363,7 +365,7 @@ def test_each_of_several_jobs_sees_its_share(place, monkeypatch):
     before = os.sched_getaffinity(0)
     jobs = len(before)
     table = simple(*(Row(f"row {n}", {}) for n in range(2 * jobs)))
-    sweep.execute([table], place, jobs=jobs)
+    execution.execute([table], place, jobs=jobs)
     assert os.sched_getaffinity(0) == before
     lines = {path.read_text() for path in (place.out / "simple").glob("*/launches")}
     cache = place.out / ".compile-cache"
@@ -501,7 +503,7 @@ def test_slurm_scripts_run_their_line(place):
     again = "python -m experiments.sweep --action=slurm"
     (place.out / "slurm").mkdir(parents=True)
     (place.out / "slurm" / "phase2.sh").touch()
-    scripts = sweep.write_slurm([TABLE], place, "A100:1", 4, again)
+    scripts = clusters.write_slurm([TABLE], place, "A100:1", 4, again)
     assert [script.name for script in scripts] == ["starts.sh", "phase1.sh"]
     assert not (place.out / "slurm" / "phase2.sh").exists()
     text = scripts[1].read_text()
@@ -512,22 +514,22 @@ def test_slurm_scripts_run_their_line(place):
     (place.out / "optimizers" / "SGD__learning_rate-1.0__seed-0").mkdir(parents=True)
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "4"}
     subprocess.run(["bash", str(scripts[1])], env=environment, check=True, capture_output=True)
-    outcomes = sweep.read_outcomes(TABLE, place.out)
+    outcomes = read_outcomes(TABLE, place.out)
     assert [name for name, one in outcomes.items() if one.status == "completed"] == [
         "SGD__learning_rate-1.0__seed-0"
     ]
-    assert len(sweep.plan(TABLE, place)["phase1"]) == 7
+    assert len(clusters.plan(TABLE, place)["phase1"]) == 7
 
 
 @pytest.mark.parametrize(("accelerators", "extra"), [("A100:1", "cuda"), ("tpu-v5e-8", "tpu")])
 def test_skypilot_task_is_valid(place, accelerators, extra):
     yaml = pytest.importorskip("yaml", reason="PyYAML is needed to read the task")
-    (path,) = sweep.write_skypilot([TABLE], place, accelerators, "again")
+    (path,) = clusters.write_skypilot([TABLE], place, accelerators, "again")
     task = yaml.safe_load(path.read_text())
     assert task.keys() == {"name", "resources", "workdir", "setup", "run"}
     assert task["resources"] == {"accelerators": accelerators}
     assert f"[quickstart,{extra}]" in task["setup"]
-    plan = sweep.plan(TABLE, place)
+    plan = clusters.plan(TABLE, place)
     for command in plan["starts"] + plan["phase1"]:
         assert f"{command} || status=1\n" in task["run"]
     subprocess.run(["bash", "-n", "-c", task["run"]], check=True)

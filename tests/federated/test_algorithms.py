@@ -17,8 +17,6 @@ from fedasr.federated.algorithms import ALGORITHMS, algorithm_by_name
 from fedasr.training.builders.simulations import make_simulation
 from fedasr.training.config import Config, check_fields, default_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ONE = jax.devices()[:1]
 USERS, COHORT, STEPS, RATE = 5, 2, 3, 0.2
 RNG = np.random.default_rng(0)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.chunks import device_budget, fit_chunk
@@ -15,8 +14,7 @@ from fedasr.federated.client import local_training
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from fedasr.privacy.sampling import PoissonSampler
 
 SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from fedasr.compression.partial import Subset, partial_training
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.errors import UserError
 from fedasr.federated import local
 from fedasr.federated.algorithms.fedavg import FedAvg
@@ -26,8 +25,7 @@ from fedasr.federated.local import LocalStore, make_layout
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler
 
 SIZE, USERS = 3, 5
 LAYOUT = make_layout(

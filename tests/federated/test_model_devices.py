@@ -7,7 +7,6 @@ import pytest
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
@@ -16,10 +15,9 @@ from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import ARRAYS, make_recogniser
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
 from fedasr.training.central import CentralTraining
 from fedasr.training.evaluation import Evaluator
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BUCKET = {"features": 24, "labels": 4}
 RECOGNISER = make_recogniser("transformer", {"dim": 8, "mlp": 16, "blocks": 1, "heads": 2})

@@ -24,13 +24,13 @@ from fedasr.data.batching import (
     make_resident,
 )
 from fedasr.data.corpus import InMemoryCorpus, all_lengths
-from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import PoissonSampler
 
 GRID = Grid(2, {"x": 4, "y": 2}, {"y": 0.5})
 ROUND, SEED = 3, 7

@@ -16,7 +16,6 @@ from fedasr.data.batching import (
     make_resident,
 )
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import PoissonSampler
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.federated.algorithms.fedavg import FedAvg
@@ -26,6 +25,7 @@ from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import LocalStore, make_layout
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import PoissonSampler
 
 MULTIPLES = {"x": 4, "y": 2}
 KEEP = ("x", "y", "z")

@@ -41,12 +41,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr.data.batching import Chunk
-from fedasr.data.sampling import PoissonSampler
 from fedasr.federated.client import ClientMetrics
 from fedasr.federated.cohort import Cohort, client_mesh, make_cohort
 from fedasr.federated.local import make_layout, with_local
 from fedasr.privacy.clipping import layer_bounds
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import PoissonSampler
 
 SHAPES = {"encoder/bias": (5,), "encoder/kernel": (3, 5), "scale": ()}
 MOST = 12  # users of a cohort: as many as the bound of 1e-5 is proven for

@@ -4,7 +4,6 @@ import numpy as np
 import optax
 import pytest
 
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
 from fedasr.federated.server import (
     SERVER_OPTIMIZERS,
@@ -14,6 +13,8 @@ from fedasr.federated.server import (
     server_step,
 )
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
+from fedasr.recipes.shared import SERVER_OPTIONS
 
 PARAMS = {"w": np.float32([[1.0, -2.0], [0.5, 3.0]]), "b": np.float32([0.1, 0.2])}
 TOTAL = {"w": np.float32([[4.0, 8.0], [-4.0, 2.0]]), "b": np.float32([1.0, -3.0])}
@@ -104,3 +105,64 @@ def test_noise_joins_the_mean_before_the_optimizer():
     std = clip_norm * multiplier / cohort
     assert moved.mean() == pytest.approx(8.0 / cohort, abs=5 * std / np.sqrt(100_000))
     assert moved.std() == pytest.approx(std, rel=0.02)
+
+
+# Formulae of the papers, in float64, with the published recipes' options. Deltas as small as a
+# clipped mean's are the hard case: an epsilon or an accumulator's start may swamp them.
+def lamb(g, state, p, t):
+    """You et al., 2020, algorithm 2, without weight decay."""
+    m = state["m"] = 0.9 * state.get("m", 0) + 0.1 * g
+    v = state["v"] = 0.999 * state.get("v", 0) + 0.001 * g**2
+    u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6)
+    return np.linalg.norm(p) / np.linalg.norm(u) * u
+
+
+def lars(g, state, p, t):
+    """You et al., 2017: trust .001, momentum .9."""
+    local = 0.001 * np.linalg.norm(p) / (np.linalg.norm(g) + 1e-6)
+    state["m"] = 0.9 * state.get("m", 0) + local * g
+    return state["m"]
+
+
+def adagrad(g, state, p, t):
+    """Duchi et al., 2011, from nothing, as the authors' programs add their epsilon."""
+    total = state["sum"] = state.get("sum", 0) + g**2
+    return g * (1 / np.sqrt(total) + 1e-8)
+
+
+def yogi(g, state, p, t):
+    """Zaheer et al., 2018, moments from 1e-6, bias corrected, epsilon .001 (optax's)."""
+    m = state["m"] = 0.9 * state.get("m", 1e-6) + 0.1 * g
+    before = state.get("v", 1e-6)
+    v = state["v"] = before - 0.001 * np.sign(before - g**2) * g**2
+    return m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-3)
+
+
+@pytest.mark.parametrize("oracle", [lamb, lars, adagrad, yogi], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+def test_steps_of_the_published_options_equal_the_formulae(oracle, scale):
+    name, rate = oracle.__name__, 0.006
+    chain = make_optimizer(name, rate, **SERVER_OPTIONS.get(name, {}))
+    state = init_server(PARAMS, chain)
+    params = {k: v.astype(np.float64) for k, v in PARAMS.items()}
+    memory = {k: {} for k in params}
+    step = jax.jit(lambda state, total: server_step(state, total, chain))
+    for t in range(1, 6):
+        total = {k: np.float32(scale * np.cos(3 * t) * v) for k, v in TOTAL.items()}
+        state = step(state, total)
+        for k, p in params.items():
+            params[k] = p - rate * oracle(total[k].astype(np.float64), memory[k], p, t)
+    for k, p in params.items():
+        np.testing.assert_allclose(state.params[k], p, rtol=1e-6, atol=1e-6)
+    moved = max(np.abs(p - PARAMS[k]).max() for k, p in params.items())
+    assert moved > 1e-5 or name == "yogi"  # no bound that nothing would pass, too
+
+
+def test_adagrad_as_published_is_no_sgd():
+    """Its first step has the size of the rate whatever the deltas' is."""
+    ours = make_optimizer("adagrad", 0.1, **SERVER_OPTIONS["adagrad"])
+    for scale in (1.0, 1e-7):
+        total = {k: x * np.float32(scale) for k, x in TOTAL.items()}
+        after = server_step(init_server(PARAMS, ours), total, ours)
+        for k, p in PARAMS.items():
+            np.testing.assert_allclose(after.params[k], p - 0.1 * np.sign(TOTAL[k]), rtol=1e-6)

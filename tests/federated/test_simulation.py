@@ -12,7 +12,6 @@ import pytest
 from fedasr.compression.partial import Subset, partial_training
 from fedasr.data.batching import Batching, ClientBatcher, LocalBatches, Padding, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import ClientMetrics, local_training, take_batch
@@ -20,7 +19,10 @@ from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler
 from fedasr.streams import Stream, key, make_root
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 SIZES = [1, 4, 2, 3, 5, 2]
 PARAMS = {"w": np.float32([[0.5], [-1.0]]), "b": np.float32([0.25])}

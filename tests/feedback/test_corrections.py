@@ -11,6 +11,7 @@ from fedasr.data.batching import ClientBatcher, LocalBatches, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.errors import UserError
 from fedasr.feedback import corrections as lib
+from fedasr.feedback.corrections.spans import apply, differences
 from fedasr.feedback.histograms import client_histogram
 from fedasr.kernels.ctc import is_feasible
 from fedasr.models.recogniser import Recogniser
@@ -65,7 +66,7 @@ def test_a_refined_label_has_the_kept_spans_replaced(hypothesis, edited):
         for s in reversed(chosen):
             expected[s.start : s.stop] = written[s.first : s.last]
         edits = [(s.start, s.stop, written[s.first : s.last]) for s in chosen]
-        assert lib._apply(hypothesis.split(), edits) == expected
+        assert apply(hypothesis.split(), edits) == expected
     reviewed = lib.review(one(hypothesis, edited), 10_000, LOOSE)
     if spans and edited:
         assert reviewed.label == edited and set(reviewed.reasons) <= {""}
@@ -207,7 +208,7 @@ def test_edits_are_a_function_of_the_user_and_the_seed():
     for f in first:
         assert f.hypothesis == HEARD[f.user][f.index] != f.edited
         edits = [(e.start, e.stop, e.words) for e in f.planted]
-        assert lib._apply(f.hypothesis.split(), edits) == f.edited.split()
+        assert apply(f.hypothesis.split(), edits) == f.edited.split()
 
 
 def test_diligent_users_write_what_was_said():
@@ -224,7 +225,7 @@ def test_mistakes_come_as_often_as_asked():
     found = lib.simulate_edits(SAID, HEARD, config, seed=3)
     kinds = collections.Counter(e.kind for f in found for e in f.planted)
     spans = sum(
-        len(lib._differences(h.split(), s.split()))
+        len(differences(h.split(), s.split()))
         for own in zip(HEARD, SAID, strict=True)
         for h, s in zip(*own, strict=True)
     )

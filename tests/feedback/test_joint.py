@@ -6,7 +6,6 @@ import pytest
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
@@ -15,10 +14,9 @@ from fedasr.federated.server import ServerState
 from fedasr.federated.simulation import Simulation
 from fedasr.feedback.joint import JointTraining, average_checkpoints, average_params
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
 from fedasr.training.central import CentralTraining
 from fedasr.training.checkpoint import Checkpointer
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ONE = jax.devices()[:1]
 PARAMS = {"w": np.zeros(3, np.float32)}

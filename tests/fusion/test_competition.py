@@ -13,8 +13,6 @@ from fedasr.errors import UserError
 from fedasr.fusion import archive as archives
 from fedasr.fusion import competition
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KINDS = st.sampled_from(["binary", "continuous", "zero", "constant"])
 
 

@@ -8,8 +8,6 @@ pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
 from fedasr.fusion import digits
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_images_are_centred_by_the_training_part_alone():
     raw, centred = digits.load(raw=True), digits.load()

@@ -8,16 +8,14 @@ import pytest
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.simulation import Simulation
 from fedasr.fusion import groups, methods
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
 from fedasr.training.checkpoint import Checkpointer
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TARGETS = np.float32([[1, -1, 0], [0, 2, 1]])
 PARAMS = {"w": np.zeros(3, np.float32)}
@@ -47,7 +45,7 @@ def simulation(group):
 
 
 @pytest.fixture(scope="module")
-def simulations(quick_compilation):
+def simulations():
     return [simulation(group) for group in range(2)]
 
 

@@ -13,8 +13,6 @@ from fedasr.fusion import host, methods
 from fedasr.fusion.crossover import mutate
 from fedasr.fusion.methods import Evolution
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TASK = np.random.default_rng(0).standard_normal((15, 8)).astype(np.float32)
 
 

@@ -9,8 +9,6 @@ from fedasr.errors import UserError
 from fedasr.fusion import methods, outside
 from fedasr.fusion.run import run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TASK = np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)
 PARENTS = np.random.default_rng(1).standard_normal((2, 6)).astype(np.float32)
 EVOLUTION = methods.Evolution(population=4, mutation=0.2)

@@ -10,8 +10,6 @@ from fedasr.fusion import methods
 from fedasr.fusion.run import run
 from fedasr.training.checkpoint import lock_directory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TASK = np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)
 
 
@@ -28,7 +26,7 @@ measure = {"measure": lambda params: {"first": params[0]}}
 
 
 @pytest.fixture(scope="module")
-def whole(quick_compilation):
+def whole():
     return run(METHOD, parents, [0, 1, 2], 40, every=10, **measure)
 
 

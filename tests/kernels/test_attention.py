@@ -5,6 +5,8 @@ import pytest
 
 from fedasr.kernels.attention import attention
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("dropped", [False, True])

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from fedasr.kernels.ctc import ctc_loss, greedy_decode, is_feasible
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 B, T, U, V = 3, 9, 5, 6
 
 

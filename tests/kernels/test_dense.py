@@ -5,6 +5,8 @@ import pytest
 
 from fedasr.kernels.dense import product
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("clients", [0, 3])

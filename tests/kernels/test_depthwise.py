@@ -5,6 +5,8 @@ import pytest
 
 from fedasr.kernels.depthwise import depthwise_convolution
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 # Compiling is what takes the time here.
 COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

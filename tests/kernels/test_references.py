@@ -8,8 +8,6 @@ import pytest
 from fedasr.kernels import attention, ctc, dense, depthwise, frontend, gru, rnnt
 from fedasr.kernels.checkpoint import checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def compare(found, expected, arguments, tolerance):
     """Values of both functions, and gradients by all float arguments of a weighted sum of them."""

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from fedasr.kernels.rnnt import greedy_decode, rnnt_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, T, U, V = 3, 7, 4, 5
 TORCHAUDIO_LOSS = [12.379673, 9.796044]
 TORCHAUDIO_FIRST = [-0.2750168, -0.2997186, 0.3180187, 0.1475155, 0.0601000, 0.0491015]

@@ -10,8 +10,6 @@ import pytest
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.models.recogniser import make_recogniser, model_configs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ENCODER = dict(vocab=6, features=8, dim=8, blocks=1, heads=2, mlp=8, dropout=0.1)
 RNNT = dict(objective="rnnt", joint_dim=8, prediction_dim=8, ctc_weight=0.3)
 MODELS = {
@@ -70,6 +68,7 @@ def test_input_gradients_are_slopes_of_the_loss(name):
     assert_slopes(jax.jit(functools.partial(loss, params)), features(), gradient, 0.005, 0.02)
 
 
+@pytest.mark.slow
 def test_both_gradients_at_once_under_transformations():
     """By parameters and features: mapped, in a loop, and without a trace; also with masks."""
     loss, params = make_loss("transformer", SpecAugmentConfig())
@@ -91,6 +90,7 @@ def test_both_gradients_at_once_under_transformations():
     np.testing.assert_allclose(outside, expected[1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_accelerators_have_the_same_gradients(monkeypatch):
     """What is compiled for other platforms, run here."""
     loss, params = make_loss("transformer")
@@ -117,6 +117,7 @@ def test_accelerators_have_the_same_gradients(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_gradient_inversion_finds_a_way():
     """The slope, by the input, of the size of the parameters' gradient: what an attacker follows.
 

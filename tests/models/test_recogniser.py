@@ -11,9 +11,6 @@ from fedasr.models import recogniser as recogniser_module
 from fedasr.models.recogniser import ctc_recogniser, make_recogniser
 from fedasr.models.transformer import TransformerConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 OPTIONS = {"vocab": 6, "features": 8, "dim": 16, "blocks": 1, "heads": 2, "mlp": 16}
 # Compiling is what takes the time here.
 COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -131,6 +128,7 @@ def test_unknown_model_and_option():
         make_recogniser("transformer", {"depth": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer", "conformer"])
 def test_gradient_checkpointing_saves_memory_and_changes_nothing_else(name):
     config_type, module = recogniser_module.MODELS[name]

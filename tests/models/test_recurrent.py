@@ -11,8 +11,6 @@ from fedasr.models import recurrent
 from fedasr.models.recogniser import make_recogniser, recurrent_recogniser
 from fedasr.models.recurrent import SPEECH, RecurrentConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = RecurrentConfig(
     vocab=6, features=5, units=4, layers=2, subsample=2, window=3, stride=2, l2=0.0
 )
@@ -157,6 +155,7 @@ def test_initial_parameters():
     )
 
 
+@pytest.mark.slow
 def test_every_parameter_learns_and_clients_can_be_mapped():
     config = dataclasses.replace(BOTH, layers=1, l2=1e-3)
     recogniser = recurrent_recogniser(config)

@@ -15,8 +15,6 @@ from fedasr.models.transducer import Transducer
 from fedasr.models.transformer import TransformerConfig
 from fedasr.recipes import rnnt as rnnt_configuration
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OPTIONS = {
     "vocab": 6,
     "features": 8,
@@ -201,6 +199,7 @@ def test_bfloat16_computes_but_does_not_store(head):
 DTYPES = ("bfloat16", "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_it_learns_to_write_what_it_hears(name):
     """Repeats, more labels than frames, a silent utterance: what CTC could not write in part."""

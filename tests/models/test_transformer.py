@@ -9,9 +9,6 @@ import pytest
 from fedasr.errors import UserError
 from fedasr.models.transformer import Transformer, TransformerConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 TINY = TransformerConfig(vocab=6, features=8, dim=16, blocks=1, heads=2, mlp=16)
 RANDOM = dataclasses.replace(TINY, dropout=0.3, layer_drop=0.2, cape_shift=1.0)
 # Compiling is what takes the time here.

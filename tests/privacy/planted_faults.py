@@ -46,7 +46,7 @@ ADAPTIVE = "fedasr.privacy.adaptive"
 NOISE = "fedasr.privacy.noise"
 SIMULATION = "fedasr.federated.simulation"
 COHORT = "fedasr.federated.cohort:make_cohort"
-SAMPLING = "fedasr.data.sampling"
+SAMPLING = "fedasr.privacy.sampling"
 BUILDERS = "fedasr.training.builders"
 FEDERATED = "fedasr.training.trainers.federated"
 LEDGERS = "fedasr.training.ledgers"
@@ -62,13 +62,13 @@ OF_CLIPPING = "tests/privacy/test_clipping.py"
 OF_LEDGER = "tests/privacy/test_ledger.py"
 OF_SENSITIVITY = "tests/federated/test_sensitivity.py"
 OF_SIMULATION = "tests/federated/test_simulation.py"
-OF_SAMPLING = "tests/data/test_sampling.py"
+OF_SAMPLING = "tests/privacy/test_sampling.py"
 OF_STREAMS = "tests/test_streams.py"
 OF_RUNS = "tests/training/test_run_privacy.py"
 OF_CORRECTIONS = "tests/experiments/test_corrections.py"
 OF_HISTOGRAMS = "tests/feedback/test_histograms.py"
 
-ADD_NOISE = f"{MECHANISM}:add_gaussian_noise"
+ADD_NOISE = "fedasr.privacy.gaussian:add_gaussian_noise"
 ROUNDS_KEY = "jax.random.fold_in(key, state.count)"
 LAW = "tests/federated/test_server.py::test_noise_joins_the_mean_before_the_optimizer"
 STAGES = f"{OF_RUNS}::test_stages_halvings_and_stops_go_on_with_the_noise"
@@ -228,13 +228,13 @@ FAULTS = (
          f"{OF_CORRELATED}::test_the_fresh_noise_comes_back[banded]"),
     # ------------------------------------------------------------------------------------ sampling
     edit("sampling", "cohorts come again after 256 rounds", "rounds are not independent",
-         f"{SAMPLING}:_generator", "seed, round)", "seed, round & 0xFF)",
+         f"{SAMPLING}.draws:round_generator", "seed, round)", "seed, round & 0xFF)",
          f"{OF_SAMPLING}::test_no_round_has_the_cohort_of_another[PoissonSampler]"),
     edit("sampling", "every cohort is used twice", "rounds are not independent",
-         f"{SAMPLING}:_generator", "seed, round)", "seed, round // 2)",
+         f"{SAMPLING}.draws:round_generator", "seed, round)", "seed, round // 2)",
          f"{OF_SAMPLING}::test_rounds_and_seeds_differ[sampler0]"),
     edit("sampling", "seed and round are added up", "the next seed has the next round's cohort",
-         f"{SAMPLING}:_generator", "seed, round)", "seed + round)",
+         f"{SAMPLING}.draws:round_generator", "seed, round)", "seed + round)",
          f"{OF_SAMPLING}::test_no_round_has_the_cohort_of_another[PoissonSampler]"),
     edit("sampling", "cohorts follow from the seed alone", "chained runs meet the same cohorts",
          f"{SIMULATION}:Simulation.draws", "sampler.reseeded(seed)", "sampler",
@@ -294,7 +294,7 @@ FAULTS = (
          f"{SAMPLING}:PoissonSampler.neighboring_relation", "REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE",
          EVENTS),
     Fault("sampling", "one round in a thousand has no slot left", "users displace each other",
-          (Value(f"{SAMPLING}:_FULL_ROUND", 1e-3),),
+          (Value(f"{SAMPLING}.poisson:_FULL_ROUND", 1e-3),),
           (f"{OF_SAMPLING}::test_default_slots_are_the_fewest_that_are_hardly_ever_full",)),
     # ------------------------------------------------------------------------- released histograms
     edit("released histograms", "they are left out of the event", "two queries are free",

@@ -10,7 +10,6 @@ import pytest
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import ClientMetrics
@@ -19,9 +18,7 @@ from fedasr.federated.simulation import Simulation
 from fedasr.privacy import clipping
 from fedasr.privacy.adaptive import AdaptiveClip, ClientView, adapt_scales, clip_scaled, hold
 from fedasr.privacy.mechanism import Mechanism
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
+from fedasr.privacy.sampling import PoissonSampler, ShuffledSampler
 
 PARAMS = {"a": np.zeros(3, np.float32), "b": np.zeros((2, 2), np.float32)}
 USERS = 40

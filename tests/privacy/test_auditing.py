@@ -11,15 +11,13 @@ import pytest
 from scipy import stats
 
 from fedasr import auditing
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 
 pytest.importorskip("jax_privacy", reason="audits need jax-privacy")
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 ONE = jax.devices()[:1]

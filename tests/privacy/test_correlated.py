@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy import correlated
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise, sensitivity
-from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
+from fedasr.privacy.gaussian import add_gaussian_noise
+from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 
 ROUNDS = 9
 BANDED = BandedNoise(3, ROUNDS)

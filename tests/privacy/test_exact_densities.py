@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.privacy import accounting
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 
 RELATION = dp_accounting.NeighboringRelation
 DELTA = 1e-5

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from dp_accounting import pld
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy import ledger
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.ledger import UNKNOWN_USERS, Entry, Users
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 
 ZERO_OUT = dp.NeighboringRelation.REPLACE_SPECIAL
 A, B, C = (Users.of([f"u{i}" for i in span]) for span in (range(10), range(5, 15), range(20, 30)))

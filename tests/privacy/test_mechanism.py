@@ -10,10 +10,11 @@ import pytest
 from dp_accounting import pld
 from scipy import stats
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy import clipping
-from fedasr.privacy.mechanism import Mechanism, NoiseState, add_gaussian_noise
+from fedasr.privacy.gaussian import NoiseState, add_gaussian_noise
+from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 
 SAMPLER = PoissonSampler(100, 20, seed=0)
 KEY = jax.random.key(7)

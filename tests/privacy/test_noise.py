@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy import noise
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
-from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
+from fedasr.privacy.gaussian import add_gaussian_noise
+from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 draw = jax.jit(noise.standard_normal, static_argnums=(1, 2))
 

@@ -15,7 +15,6 @@ import pytest
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training, take_batch
 from fedasr.federated.hardware import Hardware
@@ -23,7 +22,9 @@ from fedasr.federated.simulation import Simulation
 from fedasr.privacy import noise
 from fedasr.privacy.adaptive import AdaptiveClip, adapt_scales
 from fedasr.privacy.correlated import BandedNoise
-from fedasr.privacy.mechanism import Mechanism, add_gaussian_noise
+from fedasr.privacy.gaussian import add_gaussian_noise
+from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
 
 SEED, USERS, STEPS = 5, 4, 3
 

@@ -17,24 +17,22 @@ from scipy import special, stats
 
 from fedasr import auditing
 from fedasr.data.batching import Batching
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import ClientMetrics
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
-from fedasr.privacy import accounting, ledger
+from fedasr.privacy import accounting, ledger, rotation, skellam_draws
 from fedasr.privacy import secure_aggregation as sa
 from fedasr.privacy import skellam as rdp
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise
 from fedasr.privacy.events import SkellamDpEvent
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.training import loop
 from fedasr.training.config import default_config
 from fedasr.training.report import sections
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 REPLACE_ONE = dp_accounting.NeighboringRelation.REPLACE_ONE
@@ -70,7 +68,7 @@ def skellam(variance, width=12):
 @pytest.mark.parametrize("variance", [1e-3, 0.7, 5.0, 400.0, 3e4])
 def test_a_table_is_the_law_to_the_last_bit(variance):
     """What the alias method draws, summed up in whole numbers, against scipy."""
-    table = sa.skellam_table(variance)
+    table = skellam_draws.skellam_table(variance)
     count = len(table.other)
     entry = 1 << (256 - (count - 1).bit_length())
     units = [0] * count
@@ -91,7 +89,7 @@ def test_a_table_is_the_law_to_the_last_bit(variance):
 
 def test_words_that_do_not_decide_are_followed_by_more():
     """Random words that equal the entry's own: what comes next decides, as the law has it."""
-    table = sa.skellam_table(5.0)
+    table = skellam_draws.skellam_table(5.0)
     index = int(np.flatnonzero(table.own[0, :, 1])[3])
     entry_bits = (len(table.other) - 1).bit_length()
     asked = []
@@ -106,7 +104,7 @@ def test_words_that_do_not_decide_are_followed_by_more():
         words[1, 1:] -= 1 if level else 0  # below the entry's: its own value
         return jnp.asarray(words)
 
-    found = np.asarray(sa.draw(table, jax.random.key(0), 3, bits))
+    found = np.asarray(skellam_draws.draw(table, jax.random.key(0), 3, bits))
     assert found[1] == found[2] == table.first + index
     # The first ties once more, and gets the same words again for the next level's.
     below = tuple(table.own[1, index]) < tuple(table.own[2, index])
@@ -116,7 +114,9 @@ def test_words_that_do_not_decide_are_followed_by_more():
 
 @pytest.mark.parametrize("variance", [0.05, 3.0, 5000.0])
 def test_draws_follow_the_law(variance):
-    draws = np.asarray(sa.draw(sa.skellam_table(variance), jax.random.key(3), 400_000))
+    draws = np.asarray(
+        skellam_draws.draw(skellam_draws.skellam_table(variance), jax.random.key(3), 400_000)
+    )
     assert draws.dtype == np.int32
     assert chi_square(draws, *skellam(variance)) > 1e-4
     assert chi_square(draws, *skellam(1.08 * variance)) < 1e-9  # the test can fail
@@ -124,7 +124,9 @@ def test_draws_follow_the_law(variance):
 
 def test_the_tail_is_drawn_as_often_as_it_should_be():
     """Beyond four standard deviations, where a table of too few digits would be off."""
-    draws = np.asarray(sa.draw(sa.skellam_table(90.0), jax.random.key(5), 2_000_000))
+    draws = np.asarray(
+        skellam_draws.draw(skellam_draws.skellam_table(90.0), jax.random.key(5), 2_000_000)
+    )
     far = 37
     expected = 2 * stats.skellam.sf(far - 1, 45, 45) * draws.size
     assert 100 < expected < 1000
@@ -134,9 +136,9 @@ def test_the_tail_is_drawn_as_often_as_it_should_be():
 def test_impossible_variances():
     for variance in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(UserError, match="variance"):
-            sa.skellam_pmf(variance)
+            skellam_draws.skellam_pmf(variance)
     with pytest.raises(UserError, match="fewer bits"):
-        sa.skellam_table(1e11)
+        skellam_draws.skellam_table(1e11)
 
 
 # -------------------------------------------------------------------------------------- rotation
@@ -144,18 +146,18 @@ def test_impossible_variances():
 
 @given(st.integers(1, 10**9))
 def test_padding_is_short(dimension):
-    size = sa.padded(dimension)
+    size = rotation.padded(dimension)
     assert dimension <= size <= dimension * 1.125
-    assert math.prod(sa._factors(size)) == size
+    assert math.prod(rotation._factors(size)) == size
 
 
-rotate = jax.jit(sa.rotate)
-unrotate = jax.jit(sa.unrotate, static_argnums=2)
+rotate = jax.jit(rotation.rotate)
+unrotate = jax.jit(rotation.unrotate, static_argnums=2)
 
 
 @pytest.mark.parametrize("dimension", [1, 3, 48, 1900])
 def test_rotation_is_orthogonal(dimension, seed=3):
-    size = sa.padded(dimension)
+    size = rotation.padded(dimension)
     x = np.random.default_rng(seed).normal(size=dimension).astype(np.float32)
     key = jax.random.key(seed)
     y = rotate(jnp.asarray(x), key)
@@ -166,11 +168,11 @@ def test_rotation_is_orthogonal(dimension, seed=3):
 
 @pytest.mark.parametrize("dimension", [1, 2, 64, 700])
 def test_rotation_spreads_a_single_coordinate(dimension):
-    size = sa.padded(dimension)
+    size = rotation.padded(dimension)
     x = jnp.zeros(dimension).at[dimension // 2].set(1.0)
     y = np.asarray(rotate(x, jax.random.key(1)))
-    assert np.abs(y).max() <= math.sqrt(sa._flatness(dimension) / size) * (1 + 1e-5)
-    assert 1 <= sa._flatness(dimension) <= 2
+    assert np.abs(y).max() <= math.sqrt(rotation.flatness(dimension) / size) * (1 + 1e-5)
+    assert 1 <= rotation.flatness(dimension) <= 2
     other = np.asarray(rotate(jnp.ones(dimension), jax.random.key(1)))
     another = np.asarray(rotate(jnp.ones(dimension), jax.random.key(2)))
     assert dimension < 3 or np.abs(other - another).max() > 1e-3
@@ -348,7 +350,7 @@ def test_coordinates_wrap_as_often_as_predicted(deviations=1.8):
         # The wide sum differs by what wrapped and by nothing else.
         one, _ = noisy_sum(encoding, deltas, *args)
         two, _ = noisy_sum(wide, deltas, *args)
-        turned = (sa.rotate(sa.flatten(x), args[0]) * encoding.scale for x in (one, two))
+        turned = (rotation.rotate(sa.flatten(x), args[0]) * encoding.scale for x in (one, two))
         apart = np.round(np.asarray(next(turned) - next(turned)) / 2**12)
         wrapped += (apart != 0).sum()
         total += apart.size
@@ -703,7 +705,7 @@ def test_a_configuration():
     summary = dry({"privacy.bits": 18})
     count = summary["parameters"]
     plain, ours = summary["clients"]
-    assert ours["up_bytes"] == sa.padded(count) * 18 / 8 < plain["up_bytes"]
+    assert ours["up_bytes"] == rotation.padded(count) * 18 / 8 < plain["up_bytes"]
     assert ours["down_bytes"] == plain["down_bytes"] and "18 bits" in ours["method"]
     assert summary["bytes_per_client"]["up"] == ours["up_bytes"]
     privacy = summary["privacy"]
@@ -711,7 +713,7 @@ def test_a_configuration():
     for row in (privacy, privacy["extrapolations"][0]):
         shares = row["secure_aggregation"]
         assert shares["central"]["epsilon"] <= row["epsilon"]
-        assert shares["coordinates"] == sa.padded(count) and 1 < shares["sensitivity"] < 1.5
+        assert shares["coordinates"] == rotation.padded(count) and 1 < shares["sensitivity"] < 1.5
         assert 0 < shares["wrapped"][0] < shares["wrapped"][1] < 1e-8
     text = sections.privacy_section([], summary)
     assert "shares that clients add" in text and "18 bits" in text

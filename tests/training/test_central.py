@@ -7,10 +7,9 @@ import pytest
 from fedasr.data.batching import PooledBatcher, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.streams import Stream, seed_key
+from fedasr.training.builders.optimizers import central_optimizer, central_schedule
 from fedasr.training.central import CentralTraining
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
+from fedasr.training.config import Central
 
 PARAMS = {"w": np.float32([0.5, -1.0])}
 BATCH, SEED = 3, 9  # three does not divide among two devices
@@ -106,3 +105,33 @@ def test_a_resumed_run_is_bit_identical(corpus, single):
 def test_it_learns(single):
     losses = [loss for _, _, loss in single.run(single.init(PARAMS), 300)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def rates(steps, **settings):
+    schedule = central_schedule(Central(learning_rate=0.5, **settings))
+    if isinstance(schedule, float):
+        return [schedule] * len(steps)
+    return [float(schedule(jnp.int32(step))) for step in steps]
+
+
+def test_schedules_are_constant_until_they_decay():
+    """By hand: the published halving begins with the first step of the decay."""
+    assert rates([0, 9], decay_start=4) == [0.5, 0.5]
+    steps = [0, 39, 40, 49, 50, 59, 60]
+    halved = rates(steps, decay_start=40, decay_steps=10)
+    assert halved == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625])
+    # As before: with no start of its own the decay begins after decay_steps.
+    from_zero = rates([0, 9, 10, 19, 20], decay_steps=10)
+    assert from_zero == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.125])
+    assert rates([0, 9, 10, 19, 20], decay_start=10, decay_steps=10) == pytest.approx(from_zero)
+    smooth = rates([0, 40, 45, 50, 60], decay_start=40, decay_steps=10, decay_smooth=True)
+    assert smooth == pytest.approx([0.5, 0.5, 0.5 * 0.5**0.5, 0.25, 0.125])
+
+
+def test_central_optimisers_take_options():
+    optimizer = central_optimizer(
+        Central(optimizer="lars", options={"eps": 1.0}, learning_rate=1.0, grad_clip=100.0)
+    )
+    p, g = jnp.float32([3.0, 4.0]), jnp.float32([0.6, 0.8])
+    update, _ = optimizer.update(g, optimizer.init(p), p)
+    np.testing.assert_allclose(update, -0.001 * 5 / (1 + 1.0) * g, rtol=1e-6)

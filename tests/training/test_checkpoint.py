@@ -4,6 +4,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,6 @@ from fedasr.errors import UserError
 from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
 
 pytest.importorskip("orbax.checkpoint")
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class State(NamedTuple):
@@ -210,6 +209,7 @@ def test_a_half_deleted_older_checkpoint_does_no_harm(tmp_path):
 
 SAVER = """
 import sys
+import threading
 import numpy as np
 from fedasr.training.checkpoint import Checkpointer
 
@@ -351,3 +351,49 @@ def test_leaves_that_a_release_added_keep_their_first_values(tmp_path):
         np.testing.assert_array_equal(state["params"], np.ones(2))
         with pytest.raises(UserError, match="it has no run/id"):
             checkpoints.restore(1, like=like, added=("ru",))
+
+
+def test_training_waits_for_a_copy_and_not_for_the_disk(tmp_path, monkeypatch):
+    state = {"params": np.ones(1000)}
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        assert checkpoints.seconds > 0 and not checkpoints.busy
+        write = checkpoints._manager.save
+        gate = threading.Event()
+        monkeypatch.setattr(
+            checkpoints._manager,
+            "save",
+            lambda *args, **more: gate.wait(60) and write(*args, **more),
+        )
+        checkpoints.save(2, state, {})  # returns, although nothing is written before the gate opens
+        assert checkpoints.busy and not (tmp_path / "2").exists()
+        state["params"][:] = 0.0
+        gate.set()
+        checkpoints.wait()
+        assert not checkpoints.busy
+        assert checkpoints.restore(2, like=state)[0]["params"].all()
+
+
+def test_too_little_memory_to_read_is_no_damage(tmp_path, monkeypatch):
+    from fedasr.training import stored
+
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": np.ones(2)}, {})
+
+    def fail(*args, **more):
+        raise MemoryError("bad_alloc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "by_path", fail)
+        patch.setattr(stored, "digests", fail)
+        with pytest.raises(MemoryError):
+            Checkpointer(tmp_path)
+    with monkeypatch.context() as patch:
+        import orbax.checkpoint as ocp
+
+        patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+        with pytest.raises(MemoryError, match=r"reading .*bad_alloc"):
+            Checkpointer(tmp_path)
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 1 and not checkpoints.damaged

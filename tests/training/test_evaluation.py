@@ -7,10 +7,8 @@ from fedasr.data.corpus import InMemoryCorpus
 from fedasr.federated.local import make_layout
 from fedasr.models.recogniser import Recogniser
 from fedasr.text import CharTokenizer
+from fedasr.training import evaluation
 from fedasr.training.evaluation import Evaluator
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 ENCODE = CharTokenizer().encode
 # What is said, and what the recogniser below will hear.
@@ -60,6 +58,23 @@ def test_every_utterance_once_with_the_error_rates_by_hand(devices, batch_size):
     characters = sum(len(said) for said, _ in pairs)
     assert scores["cer"] == pytest.approx(100 * (1 + 5 + 1 + 2) / characters)
     assert scores["loss"] == loss
+
+
+def test_the_published_rate_weighs_utterances_and_leaves_long_ones_out(monkeypatch):
+    """By hand: each utterance's rate counts as often as it has words, and two more."""
+    evaluator = Evaluator(RECOGNISER, BUCKETS, 4, jax.devices()[:1], published=True)
+    # 1/4, 0/1, 1/3, 2/1, 1/1 errors to words.
+    parts = [(1 / 4, 6), (0, 3), (1 / 3, 5), (2, 3), (1, 3)]
+    expected = sum(rate * weight for rate, weight in parts) / sum(w for _, w in parts)
+    found = evaluator(jnp.float32(1), corpus())
+    assert found["wer_published"] == pytest.approx(100 * expected)
+    assert found["wer"] == pytest.approx(50)
+    # "turn of the light" and "play music" last longer than what is left.
+    monkeypatch.setattr(evaluation, "_PUBLISHED_FRAMES", 8)
+    expected = sum(rate * weight for rate, weight in parts[1::2] + parts[4:]) / 9
+    found = evaluator(jnp.float32(1), corpus())
+    assert found["wer_published"] == pytest.approx(100 * expected)
+    assert evaluation.num_frames(30 * 16_000) == 2998
 
 
 def test_users_are_evaluated_with_their_own_parameters():

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedasr import fields
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.audio.augment import SpecAugmentConfig
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.models.recogniser import model_configs
 from fedasr.training import config as config_lib
@@ -19,7 +21,6 @@ from fedasr.training.builders import corpora
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SPEC = fields.flatten(config_lib.fields())
 HOSTILE = {
@@ -145,14 +146,16 @@ def test_nonsense_is_refused_and_nothing_else_is(verdicts, section):
                     assert any(word in refusal for word in told), (name, refusal)
 
 
-@pytest.mark.parametrize("model", sorted(model_configs()))
-def test_options_of_models_are_checked_by_their_classes(model):
-    default = model_configs()[model]()
+@pytest.mark.parametrize(
+    "options", [*model_configs().values(), SpecAugmentConfig], ids=lambda options: options.__name__
+)
+def test_options_are_checked_by_their_classes(options):
+    default = options()
     for field in fields.dataclasses.fields(default):
         for label, value in HOSTILE.items():
             sensible = field.type in (bool, "bool") and label == "True"
             try:
-                model_configs()[model](**{field.name: value})
+                options(**{field.name: value})
             except UserError as error:
                 assert "\n" not in str(error) and field.name in str(error)
                 assert not sensible, (field.name, label)
@@ -186,6 +189,8 @@ def test_options_of_models_are_checked_by_their_classes(model):
         ),
         ({"seed_training.steps": 1, "seed_training.batch_seconds": 0.1}, "shorter than"),
         ({"init_from": "no/such/run"}, "no checkpoint"),
+        ({"init_from": "gs://bucket/run"}, r"init_from='gs://bucket/run' is not on a file system"),
+        ({"data.dir": "s3://bucket/data"}, r"dir='s3://bucket/data' is not on a file system"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_alike(verdicts, changes, words):

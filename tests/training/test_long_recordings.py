@@ -16,8 +16,6 @@ from fedasr.text import CharTokenizer
 from fedasr.training import central, evaluation
 from fedasr.training.evaluation import Evaluator, evaluation_buckets
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FRAMES, LABELS = 60_000, 9_000  # of ten minutes of read speech
 SMALL = dict(dim=16, blocks=1, heads=2, mlp=32)
 

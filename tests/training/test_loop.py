@@ -10,8 +10,9 @@ import pytest
 from dp_accounting import pld
 
 from fedasr.data.batching import make_buckets
-from fedasr.data.corpus import open_corpus
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.federated.simulation import Simulation
 from fedasr.training import loop, rows, stages
@@ -25,7 +26,6 @@ from fedasr.training.session import Interrupted
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def noise(number=0):
@@ -223,7 +223,7 @@ def test_dry_run_without_privacy_spends_nothing(configure):
 
 
 @pytest.fixture(scope="module")
-def without_privacy(corpus_dir, tmp_path_factory, quick_compilation):
+def without_privacy(corpus_dir, tmp_path_factory):
     """(work directory, summary) of one round without privacy."""
     workdir = tmp_path_factory.mktemp("runs") / "plain"
     config = make_config(corpus_dir, {"privacy.enabled": False})
@@ -290,6 +290,7 @@ def test_central_training_from_another_run_stopped_and_resumed(
     assert [step for step, _ in steps] == [2, 4]
 
 
+@pytest.mark.slow
 def test_augmentation_begins_at_its_round_whether_or_not_resumed(
     configure, no_report, tmp_path, monkeypatch
 ):
@@ -336,6 +337,7 @@ def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, no_report,
     assert any("data.iid" in limit for limit in summary["privacy"]["not_covered"])
 
 
+@pytest.mark.slow
 def test_batches_in_parts_train_as_whole_ones(configure, no_report, one_identity, tmp_path):
     """Also from a corpus that the devices keep."""
     settings = {"client.steps": 0, "client.epochs": 2, "model.options.dropout": 0.0}
@@ -358,6 +360,7 @@ def test_batches_in_parts_train_as_whole_ones(configure, no_report, one_identity
         loop.run(configure(settings | {"client.micro_batch": 1, "chunk": 2}), tmp_path / "2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["federated", "central"])
 def test_devices_that_hold_the_model_together(
     configure, no_report, one_identity, tmp_path, algorithm
@@ -389,6 +392,7 @@ def test_central_training_in_seconds_with_decay(configure, no_report, tmp_path):
     assert summary["status"] == "completed" and summary["central_steps"] == 4
 
 
+@pytest.mark.slow
 def test_all_kinds_of_state_survive_a_stop(configure, no_report, tmp_path, monkeypatch):
     """Correlated noise, bounds that adapt after a warm-up, optimisers of some variables."""
     changes = {
@@ -461,6 +465,7 @@ LOCAL = {
 }
 
 
+@pytest.mark.slow
 def test_local_parameters_survive_a_crash_and_are_told_apart(configure, tmp_path, monkeypatch):
     config = configure(LOCAL)
     summary = loop.run(config, tmp_path / "whole")
@@ -533,6 +538,7 @@ def test_prototypes_of_other_users_are_refused_with_privacy(configure):
         assert dry["local"] == {"parameters": 80 * 81}
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_chunk_once(configure, tmp_path, monkeypatch, capsys, no_report):
     """And the run that is resumed begins with the half."""
     config = configure({"chunk": 2, "rounds": 3, "privacy.sampler": "fixed", "checkpoint.every": 1})

@@ -17,8 +17,6 @@ from fedasr.training.recalibration import (
     recalibrate,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = RecurrentConfig(
     vocab=4, features=3, units=4, layers=1, subsample=1, window=1, white_noise=0.1, dropout=0.0
 )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from dp_accounting import pld
 
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.privacy import ledger
 from fedasr.training import loop, stages
@@ -18,7 +19,6 @@ from fedasr.training.logging import RunLogger, to_json
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROUNDS, POPULATION, COHORT = 3, 4, 2
 

@@ -15,7 +15,8 @@ import pytest
 from dp_accounting import pld
 
 from fedasr import streams
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import accounting, ledger, noise
@@ -30,7 +31,7 @@ from fedasr.training.trainers import federated
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_model")
+pytestmark = pytest.mark.usefixtures("small_model")
 
 SOUND = 0.1 * np.random.default_rng(0).standard_normal(8_000, np.float32), 16_000
 USERS, SIGMA, DELTA = 4, 0.8, 1e-6

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from fedasr.data.batching import Padding
-from fedasr.data.prepare import Utterance, prepare
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.federated.metrics import RoundMetrics
 from fedasr.training import config as config_lib
 from fedasr.training import loop, stages, workdir
-from fedasr.training.builders import corpora
+from fedasr.training.builders import corpora, devices
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.config import Config
 from fedasr.training.logging import read_metrics, to_json
@@ -27,7 +28,6 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def no_report(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(corpus_dir, tmp_path_factory, quick_compilation):
+def whole(corpus_dir, tmp_path_factory):
     """(work directory, summary) of four rounds, with checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
@@ -114,6 +114,7 @@ def same_params(first, second):
     jax.tree.map(np.testing.assert_array_equal, restore_params(first), restore_params(second))
 
 
+@pytest.mark.slow
 def test_the_same_data_elsewhere_is_the_same_run(
     whole, halfway, configure, accept, corpus_dir, tmp_path
 ):
@@ -140,6 +141,7 @@ def test_other_data_in_the_same_place_is_another_run(
         accept(config, halfway)
 
 
+@pytest.mark.slow
 def test_where_a_run_started_from_may_vanish_once_it_has_started(
     whole, configure, accept, tmp_path
 ):
@@ -221,6 +223,7 @@ def test_a_damaged_chunk_file_is_named(halfway, configure):
     assert federated.read_chunk(path) == whole
 
 
+@pytest.mark.slow
 def test_an_extended_run_is_one_that_was_made_so(whole, configure, accept, tmp_path):
     folder, short = tmp_path / "run", configure({"rounds": 2})
     with pytest.raises(UserError, match="holds no run yet"):
@@ -382,3 +385,37 @@ def test_directories_of_older_releases_go_on(configure, accept, corpus_dir, tmp_
     assert (summary["status"], summary["rounds"]) == ("completed", 4)
     assert [r["round"] for r in read_metrics(folder)] == [0, 1, 2, 3, 4]
     assert summary["initial_wer"] == {"dev": carried["initial"]["dev"]["wer"]}
+
+
+def test_a_run_goes_on_with_other_devices_and_says_that_it_did(
+    configure, monkeypatch, capsys, tmp_path
+):
+    config = configure({"checkpoint.every": 1, "checkpoint.keep": 9, "privacy.sigma": 0.1})
+
+    def run(folder, count, since=None):
+        if since is not None:  # as a kill after that round would have left it
+            (folder / "summary.json").unlink()
+            for later in range(since + 1, 5):
+                shutil.rmtree(folder / "checkpoints" / str(later))
+        with monkeypatch.context() as patch:
+            patch.setattr(devices, "run_devices", lambda config: jax.devices()[:count])
+            summary = loop.run(config, folder)
+        return summary["device_changes"], capsys.readouterr().err
+
+    whole, stays, moves = tmp_path / "whole", tmp_path / "stays", tmp_path / "moves"
+    assert run(whole, 1)[0] == []
+    shutil.copytree(whole, stays)
+    shutil.copytree(whole, moves)
+    changes, said = run(stays, 1, since=2)
+    assert changes == [] and "resuming in stage 'main' at 2, exactly: on 1 x cpu" in said
+    same_params(stays, whole)
+    changes, said = run(moves, 2, since=1)
+    assert changes == ["1 x cpu -> 2 x cpu at 1"]
+    assert "at 1 on 2 x cpu after 1 x cpu: sums are in another order" in said and "1e-5" in said
+    changes, said = run(moves, 1, since=3)
+    assert changes == ["1 x cpu -> 2 x cpu at 1", "2 x cpu -> 1 x cpu at 3"]
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=0),
+        restore_params(moves),
+        restore_params(whole),
+    )

@@ -12,12 +12,12 @@ from experiments.benchmarks.workload import plain_training
 from fedasr.cli import common
 from fedasr.data.batching import Batching, ClientBatcher, LocalBatches, make_buckets, make_resident
 from fedasr.data.corpus import InMemoryCorpus
-from fedasr.data.sampling import FixedSizeSampler
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler
 
 work = parse(sys.argv[1])
 federated = work.mode.startswith("rounds")

@@ -19,7 +19,7 @@ from fedasr.data.batching.buckets import (
 from fedasr.data.batching.clients import ClientBatcher
 from fedasr.data.batching.group import Batching
 from fedasr.data.batching.parts import part_shapes
-from fedasr.data.batching.plan import LocalBatches, pack
+from fedasr.data.batching.plan import LocalBatches, pack, pack_sorted
 from fedasr.data.batching.pooled import PooledBatcher, eval_batches, pooled_buckets
 from fedasr.data.batching.prefetch import Prefetcher
 from fedasr.data.batching.resident import make_resident
@@ -46,6 +46,7 @@ __all__ = [
     "make_buckets",
     "make_resident",
     "pack",
+    "pack_sorted",
     "part_shapes",
     "place",
     "pooled_buckets",

@@ -275,16 +275,8 @@ class Ragged:
             frames = sizes[f"/{name}"] if varies else room * len(value)
             arrays[name] = memory.unfilled(name, (rows, frames, *value.shape[1:]), value.dtype)
             arrays[name][[row for row in range(rows) if row not in read]] = 0
-            offsets[name] = np.zeros((rows, room), np.int32)
-            lengths[name] = np.zeros((rows, room), np.int32)
-            for position, examples in read.items():
-                values = [x[name] for x in examples]
-                size = np.array([len(value) for value in values])
-                ends = np.cumsum(size)
-                np.concatenate(values, out=arrays[name][position, : ends[-1]])
-                arrays[name][position, ends[-1] :] = 0
-                offsets[name][position, : len(size)] = ends - size
-                lengths[name][position, : len(size)] = size
+            of_rows = {position: [x[name] for x in examples] for position, examples in read.items()}
+            offsets[name], lengths[name] = _lay_out(arrays[name], of_rows, room)
         indices = self._indices(form, held, rows, {c.user: c.where for _, c in held})
         spans = self._spans(form, rows, [name for name in first if name in bucket])
         return Store(indices[0], arrays, offsets, lengths, spans, *indices[1:])
@@ -316,6 +308,30 @@ class Ragged:
             }
             for shape in form.shapes
         ]
+
+
+def _lay_out(
+    array: np.ndarray, of_rows: Mapping[int, Sequence[np.ndarray]], room: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes each row's values behind one another, zeros after them.
+
+    Args:
+      array: [rows, frames, ...], written to; rows that are not in `of_rows` stay as they are.
+      of_rows: the values by row, [frames of its own, ...] each.
+      room: most values of a row.
+
+    Returns:
+      where each begins, and how long it is: int32 [rows, room].
+    """
+    offsets, lengths = np.zeros((2, len(array), room), np.int32)
+    for row, values in of_rows.items():
+        size = np.array([len(value) for value in values])
+        ends = np.cumsum(size)
+        np.concatenate(values, out=array[row, : ends[-1]])
+        array[row, ends[-1] :] = 0
+        offsets[row, : len(size)] = ends - size
+        lengths[row, : len(size)] = size
+    return offsets, lengths
 
 
 class OnDevice(Ragged):

@@ -26,6 +26,32 @@ def pack(lengths: np.ndarray, frames: int) -> list[np.ndarray]:
     return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(window)) + 1)
 
 
+def pack_sorted(lengths: np.ndarray, frames: int, buffer: int) -> list[list[np.ndarray]]:
+    """Cuts a sequence of examples into batches of at most `frames` padded frames, as published.
+
+    So many examples at a time (`buffer`) are put in the order of their lengths, and from the
+    shortest on each batch takes as many as fit, all padded to its longest; an example longer than
+    `frames` is alone (arXiv 2310.00098, whose authors' programs batch so).
+
+    Args:
+      lengths: frames of each example, in order.
+      frames: of a padded batch. buffer: examples.
+
+    Returns:
+      Positions in `lengths`, batch by batch, none empty; buffer by buffer.
+    """
+    found = []
+    for start in range(0, len(lengths), buffer):
+        order = start + np.argsort(lengths[start : start + buffer], kind="stable")
+        batches, first = [], 0
+        for i, position in enumerate(order):
+            if i > first and (i - first + 1) * lengths[position] > frames:
+                batches.append(order[first:i])
+                first = i
+        found.append([*batches, order[first:]])
+    return found
+
+
 @dataclass(frozen=True)
 class LocalBatches:
     """How a client cuts its examples into batches in one round.
@@ -40,6 +66,8 @@ class LocalBatches:
     frames: a batch holds about so many frames (see `pack`), counted in the corpus's lengths of the
       array that the buckets name first: batches measured in seconds of audio. The last batch of a
       pass holds the rest.
+    buffer: with frames, the examples that are sorted by length before they are cut (see
+      `pack_sorted`): a batch then holds at most so many frames, padding counted.
     """
 
     batch_size: int | None = None
@@ -47,13 +75,25 @@ class LocalBatches:
     epochs: int | None = None
     max_steps: int | None = None
     frames: int | None = None
+    buffer: int | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise UserError("set exactly one of the client's steps and epochs")
         if (self.batch_size is None) == (self.frames is None):
             raise UserError("set exactly one of the client's batch size and batch frames")
-        counts = (self.batch_size, self.steps, self.epochs, self.max_steps, self.frames)
+        if self.buffer is not None and self.frames is None:
+            raise UserError(
+                "the client's batch_buffer sorts batches measured in seconds: set batch_seconds"
+            )
+        counts = (
+            self.batch_size,
+            self.steps,
+            self.epochs,
+            self.max_steps,
+            self.frames,
+            self.buffer,
+        )
         if any(count is not None and count < 1 for count in counts):
             raise UserError("the client's batch size, steps and epochs must be at least 1")
 
@@ -70,21 +110,31 @@ class LocalBatches:
         rng = generator(Stream.EXAMPLES, seed, round, user)
         if self.frames is not None:
             assert lengths is not None  # where batches are measured in frames
-            batches: list[np.ndarray] = []
-            for _ in range(self.epochs or self.steps or 0):
-                order = rng.permutation(size)
-                batches += [order[part] for part in pack(lengths[order], self.frames)]
-                if self.steps is not None and len(batches) >= self.steps:
-                    break
-            return batches[: self.steps or self.max_steps]
+            return self._of_frames(rng, size, self.frames, lengths)
         assert self.batch_size is not None  # where they are not measured in frames
         if self.steps is not None:
             batch = min(self.batch_size, size)
             passes = -(-self.steps * batch // size)
             stream = np.concatenate([rng.permutation(size) for _ in range(passes)])
             return list(stream[: self.steps * batch].reshape(self.steps, batch))
-        batches = []
+        batches: list[np.ndarray] = []
         for _ in range(self.epochs or 0):
             order = rng.permutation(size)
             batches += [order[i : i + self.batch_size] for i in range(0, size, self.batch_size)]
         return batches[: self.max_steps]
+
+    def _of_frames(
+        self, rng: np.random.Generator, size: int, frames: int, lengths: np.ndarray
+    ) -> list[np.ndarray]:
+        """As `plan`, of batches of about so many frames."""
+        batches: list[np.ndarray] = []
+        for _ in range(self.epochs or self.steps or 0):
+            order = rng.permutation(size)
+            if self.buffer is None:
+                batches += [order[part] for part in pack(lengths[order], frames)]
+            else:
+                for parts in pack_sorted(lengths[order], frames, self.buffer):
+                    batches += [order[parts[i]] for i in rng.permutation(len(parts))]
+            if self.steps is not None and len(batches) >= self.steps:
+                break
+        return batches[: self.steps or self.max_steps]

@@ -44,6 +44,7 @@ def make_batching(
         steps=client.steps or None,
         epochs=client.epochs or None,
         max_steps=client.max_steps or None,
+        buffer=client.batch_buffer or None,
         buckets=buckets,
         micro_batch=client.micro_batch,
         keep=ARRAYS,

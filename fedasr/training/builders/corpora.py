@@ -12,15 +12,9 @@ from fedasr.data.batching import (
     make_buckets,
     make_resident,
 )
-from fedasr.data.corpus import (
-    METADATA_FILE,
-    Corpus,
-    ReshuffledCorpus,
-    has_split,
-    open_corpus,
-    read_metadata,
-    shared_users,
-)
+from fedasr.data.corpus import Corpus, shared_users
+from fedasr.data.records import METADATA_FILE, has_split, open_corpus, read_metadata
+from fedasr.data.views import ReshuffledCorpus
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.models.recogniser import ARRAYS
@@ -39,8 +33,7 @@ def data_directory(config: Config) -> Path:
 
 
 def _synthetic(task: str) -> Path:
-    from fedasr.data.prepare import prepare_synthetic
-    from fedasr.data.synthetic import SyntheticConfig
+    from fedasr.data.synthetic import SyntheticConfig, prepare_synthetic
 
     return prepare_synthetic(SyntheticConfig(task=task))
 
@@ -56,7 +49,7 @@ def fitting_tokenizer(config: Config, metadata: Mapping[str, Any]) -> Tokenizer:
 
     Args:
       config: of the run.
-      metadata: of the corpus, from `fedasr.data.corpus.read_metadata`.
+      metadata: of the corpus, from `fedasr.data.records.read_metadata`.
 
     Raises:
       UserError: the model has another number of tokens, or was trained for other characters.
@@ -80,13 +73,14 @@ def fitting_tokenizer(config: Config, metadata: Mapping[str, Any]) -> Tokenizer:
 class Data:
     """The corpora of a run and the shapes that hold them.
 
-    Attributes: train; seed (None if there is none); evaluation {split: corpus}; grid of clients'
-    padded lengths; buckets, which hold all of `train`; tokenizer;
+    Attributes: directory; train; seed (None if there is none); evaluation {split: corpus}; grid of
+    clients' padded lengths; buckets, which hold all of `train`; tokenizer;
     skipped {reason: count} of the preparation.
     """
 
     def __init__(self, directory: str | Path, config: Config, log: Any = print) -> None:
         settings = config.data
+        self.directory = Path(directory)
         metadata = read_metadata(directory)
         check_splits(config, metadata["splits"], directory, log)
         self.tokenizer = fitting_tokenizer(config, metadata)

@@ -36,6 +36,13 @@ def device_name(devices: Sequence[jax.Device]) -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
+def described(devices: Sequence[jax.Device]) -> str:
+    """Likewise with the processes that they belong to, on which the order of sums depends, too."""
+    processes = len({device.process_index for device in devices})
+    name = device_name(devices)
+    return name if processes == 1 else f"{name} in {processes} processes"
+
+
 def known_chunk(config: Config) -> int | str:
     """Clients vmapped together, as far as it is known without compiling."""
     automatic = config.chunk == chunks.AUTO

@@ -6,7 +6,7 @@ import jax
 
 from fedasr.federated.local import Layout
 from fedasr.models.recogniser import Recogniser
-from fedasr.training.builders import corpora
+from fedasr.training.builders import corpora, decoders
 from fedasr.training.config import Config
 from fedasr.training.evaluation import Evaluator, evaluation_buckets
 
@@ -24,7 +24,13 @@ def make_evaluator(
       config, recogniser, data: of the run.
       devices: of this process.
       layout: of local parameters, to evaluate users with their own.
+
+    Raises:
+      UserError: see `decoders.make_run_decoder`.
     """
+    decoder = decoders.make_run_decoder(
+        config.decoding, data.directory, data.tokenizer, data.evaluation
+    )
     return Evaluator(
         recogniser,
         evaluation_buckets(list(data.evaluation.values())),
@@ -33,4 +39,6 @@ def make_evaluator(
         data.tokenizer,
         layout,
         config.model_devices,
+        config.evaluation.published,
+        decoder,
     )

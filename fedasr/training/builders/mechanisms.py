@@ -3,11 +3,11 @@
 import math
 from typing import cast
 
-from fedasr.data.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 from fedasr.errors import UserError
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise, Correlation
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 from fedasr.privacy.secure_aggregation import SecureAggregation
 from fedasr.training.config import Adaptive, Config
 
@@ -30,7 +30,8 @@ def make_sampler(config: Config, population: int) -> Sampler:
         return ShuffledSampler(population, population, seed)
     if cohort > population:
         raise UserError(
-            f"cohort={cohort} is more than the {population} users of the training split"
+            f"cohort={cohort} is more than the {population} users of the training split: set "
+            f"cohort to {population} or less (--config=own_speech:data=DIR chooses one)"
         )
     if name == "poisson":
         slots = cast(int, privacy.slots or None)  # None: the sampler's own choice

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fedasr.errors import UserError
@@ -74,6 +75,7 @@ def local_update(config: Config) -> Callable[[Loss], ClientUpdate]:
             grad_clip=client.grad_clip,
             proximal=client.proximal,
             schedule=factor if decays else None,
+            batch_keys=config.model.options.get("layer_drop_per") == "batch",
         )
 
     return make_update
@@ -83,13 +85,26 @@ def central_optimizer(settings: Central) -> optax.GradientTransformation:
     """Of the seed's section of a configuration, or the central baseline's."""
     return optax.chain(
         optax.clip_by_global_norm(settings.grad_clip),
-        make_optimizer(settings.optimizer, _central_schedule(settings)),
+        make_optimizer(settings.optimizer, central_schedule(settings), **settings.options),
     )
 
 
-def _central_schedule(settings: Central) -> float | optax.Schedule:
-    if not settings.decay_steps:
-        return settings.learning_rate
-    return optax.exponential_decay(
-        settings.learning_rate, settings.decay_steps, settings.decay_rate, staircase=True
-    )
+def central_schedule(settings: Central) -> float | optax.Schedule:
+    """The learning rate by the number of steps done; a number where it is constant.
+
+    Constant for `decay_start` steps. Then times `decay_rate` at once and again every `decay_steps`,
+    or smoothly: times decay_rate^((steps - decay_start) / decay_steps).
+    """
+    rate, start, every = settings.learning_rate, settings.decay_start, settings.decay_steps
+    if not every:
+        return rate
+    if settings.decay_smooth:
+        return constant_then_exponential(rate, start, every, settings.decay_rate)
+    if not start:
+        return optax.exponential_decay(rate, every, settings.decay_rate, staircase=True)
+
+    def halving(count: jax.Array) -> jax.Array:
+        decays = jnp.maximum((count - start) // every + 1, 0)
+        return rate * settings.decay_rate ** decays.astype(jnp.float32)
+
+    return halving

@@ -34,6 +34,7 @@ def central_training(
     """
     settings = getattr(config, section)
     batch = batches.batch_size(settings)
+    evaluated = config.evaluation.every_steps if section == "central" else 0
     return CentralTraining(
         corpus,
         loss,
@@ -44,7 +45,8 @@ def central_training(
         stream=Stream.SEED_TRAINING if section == "seed_training" else Stream.CENTRAL,
         # Those of its own corpus: others' lengths would say how the seed is rounded.
         multiples=MULTIPLES,
-        steps_per_report=math.gcd(10, config.checkpoint.seed_every),  # saved when reported
+        # Saved and evaluated when reported.
+        steps_per_report=math.gcd(10, config.checkpoint.seed_every, evaluated),
         devices=devices,
         keep=ARRAYS,
         model_devices=config.model_devices,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from fedasr.data.corpus import has_split
+from fedasr.data.records import has_split
 from fedasr.data.splits import ALIASES
 from fedasr.errors import UserError
 from fedasr.training.config import Config

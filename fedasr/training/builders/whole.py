@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fedasr.training.builders import batches, clients, devices, models, optimizers
+from fedasr.training.builders import batches, clients, decoders, devices, models, optimizers
 from fedasr.training.config import Config, check_fields
 from fedasr.training.logging import to_json
 
@@ -24,4 +24,5 @@ def checked(given: Mapping[str, Any] | Config) -> Config:
     batches.check(config)
     models.check(config)
     devices.check(config)
+    decoders.check(config)
     return config

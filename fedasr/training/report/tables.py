@@ -55,7 +55,11 @@ def summary_table(summary: Record) -> str:
             )
         )
         rows.append(("Users with local parameters of their own", local.get("users")))
-    for key, name in (("wer", "Word error rate"), ("cer", "Character error rate")):
+    for key, name in (
+        ("wer", "Word error rate"),
+        ("wer_published", "Word error rate as published, by utterance"),
+        ("cer", "Character error rate"),
+    ):
         for split in mapping_at(summary, key):
             rows.append((f"{name}, {split}", percent_text(number_at(summary, key, split))))
     initial = summary.get("initial_wer")
@@ -99,45 +103,6 @@ def clients_table(summary: Record) -> str:
 
 def privacy_tables(summary: Record, privacy: Record) -> str:
     """The guarantee as simulated and as deployed, and what it rests on."""
-    delta = delta_text(privacy)
-    sampling, accountant = privacy.get("sampling"), privacy.get("accountant")
-    rows: list[tuple[Any, ...]] = [
-        (
-            "as simulated",
-            summary.get("cohort"),
-            summary.get("population"),
-            summary.get("rounds"),
-            epsilon_cell(privacy),
-        )
-    ]
-    extrapolations = privacy.get("extrapolations")
-    for item in extrapolations if isinstance(extrapolations, list) else []:
-        if isinstance(item, Mapping):
-            keys = ("cohort", "population", "rounds")
-            rows.append(("extrapolated", *(item.get(key) for key in keys), epsilon_cell(item)))
-    settings = [
-        (name, privacy[key])
-        for key, name in (
-            ("clip_norm", "Clip norm C of a user's update"),
-            ("budget", "Clipping budget across layers"),
-            ("sigma", "Noise on the mean, in units of C (sigma)"),
-            ("noise_multiplier", "Noise multiplier (noise on the sum, in units of C)"),
-            (
-                "noise_over_sensitivity",
-                "Noise on the sum, in units of what one user can change in it",
-            ),
-        )
-        if privacy.get(key) is not None
-    ]
-    adaptive = mapping_at(privacy, "adaptive")
-    if adaptive:
-        bounds = (
-            f"adaptive: they follow the {as_text(adaptive.get('quantile'))} quantile of the users' "
-            "norms, from C on; noise on the votes, in units of what one user can change: "
-            f"{as_text(adaptive.get('noise_multiplier'))}, part of ε"
-        )
-        settings.append(("Clipping bounds", bounds))
-    header = ("", "users a round", "population", "rounds", f"ε at δ = {delta}")
     explanation = (
         "As simulated: the guarantee to the users whose speech really trained this model. With few "
         "users a round, noise that lets a model learn gives a weak one. Extrapolated: what the "
@@ -147,14 +112,63 @@ def privacy_tables(summary: Record, privacy: Record) -> str:
     )
     if isinstance(privacy.get("not_covered"), list):
         explanation += " Not covered: " + as_text("; ".join(map(str, privacy["not_covered"]))) + "."
+    described = from_json(dict(mapping_at(privacy, "ledger")))
+    return (
+        _guarantees_table(summary, privacy)
+        + f'<p class="note">{escaped(explanation)}</p><p>{escaped(_basis_in_words(privacy))}</p>'
+        + "".join(f"<p>{escaped(line)}</p>" for line in ledger.in_words(described))
+        + _ledger_table(described)
+        + html_table(_mechanism_settings(privacy))
+    )
+
+
+def _extrapolations(privacy: Record) -> list[Record]:
+    found = privacy.get("extrapolations")
+    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+
+
+def _guarantees_table(summary: Record, privacy: Record) -> str:
+    keys = ("cohort", "population", "rounds")
+    rows: list[tuple[Any, ...]]
+    rows = [("as simulated", *(summary.get(key) for key in keys), epsilon_cell(privacy))]
+    for item in _extrapolations(privacy):
+        rows.append(("extrapolated", *(item.get(key) for key in keys), epsilon_cell(item)))
+    header = ("", "users a round", "population", "rounds", f"ε at δ = {delta_text(privacy)}")
+    return html_table(rows, header)
+
+
+def _mechanism_settings(privacy: Record) -> list[tuple[str, Any]]:
+    """Names and values of clipping and noise, as far as they are known."""
+    names = {
+        "clip_norm": "Clip norm C of a user's update",
+        "budget": "Clipping budget across layers",
+        "sigma": "Noise on the mean, in units of C (sigma)",
+        "noise_multiplier": "Noise multiplier (noise on the sum, in units of C)",
+        "noise_over_sensitivity": "Noise on the sum, in units of what one user can change in it",
+    }
+    settings = [(name, privacy[key]) for key, name in names.items() if privacy.get(key) is not None]
+    if adaptive := mapping_at(privacy, "adaptive"):
+        bounds = (
+            f"adaptive: they follow the {as_text(adaptive.get('quantile'))} quantile of the users' "
+            "norms, from C on; noise on the votes, in units of what one user can change: "
+            f"{as_text(adaptive.get('noise_multiplier'))}, part of ε"
+        )
+        settings.append(("Clipping bounds", bounds))
+    return settings
+
+
+def _basis_in_words(privacy: Record) -> str:
+    """What epsilon compares, and what it follows from."""
     compared = as_text(privacy.get("neighbours"))
-    for item in extrapolations if isinstance(extrapolations, list) else []:
-        theirs = as_text(item.get("neighbours")) if isinstance(item, Mapping) else compared
+    for item in _extrapolations(privacy):
+        theirs = as_text(item.get("neighbours"))
         if theirs not in compared:
             compared += f"; extrapolated: {theirs}"
+    sampling, accountant = privacy.get("sampling"), privacy.get("accountant")
     how = (
         f"ε compares: {compared}. "
-        f"Sampling: {as_text(sampling)}. Accountant: {as_text(accountant)}. δ = {delta}."
+        f"Sampling: {as_text(sampling)}. Accountant: {as_text(accountant)}. "
+        f"δ = {delta_text(privacy)}."
     )
     if (tails := number_at(privacy, "delta_at_tails")) is not None:
         how += f" What lies beyond the end of the noise's tails adds at most {tails:.1g} to δ."
@@ -165,14 +179,7 @@ def privacy_tables(summary: Record, privacy: Record) -> str:
             f"{as_text(shares.get('bits'))} bits a coordinate; with Gaussian noise of the same "
             f"variance, added by a trusted server, ε would be {as_text(central)}."
         )
-    described = from_json(dict(mapping_at(privacy, "ledger")))
-    return (
-        html_table(rows, header)
-        + f'<p class="note">{escaped(explanation)}</p><p>{escaped(how)}</p>'
-        + "".join(f"<p>{escaped(line)}</p>" for line in ledger.in_words(described))
-        + _ledger_table(described)
-        + html_table(settings)
-    )
+    return how
 
 
 def _ledger_table(described: Record) -> str:

@@ -10,6 +10,7 @@ from fedasr.federated import hosts
 from fedasr.federated.server import ServerState
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
+from fedasr.training import seeds
 from fedasr.training.builders import models, pooled
 from fedasr.training.central import CentralTraining
 from fedasr.training.session import Parts, Session
@@ -29,8 +30,15 @@ def train_seed(session: Session, latest: int | None, units: int) -> Any:
     params = models.initial_params(parts.recogniser, parts.config)
     if not parts.seed_steps:
         return params
+    kept = seeds.place(session, session.workdir) if parts.config.seed_training.reuse else None
+    if kept is not None and (found := seeds.find(kept, params)) is not None:
+        session.message(f"the seed is that of {kept}, which has the same settings and data")
+        return found
     state = _steps(session, "seed", seed_training(parts), params, latest, units, parts.seed_steps)
-    return hosts.leaders(state.params)
+    params = hosts.leaders(state.params)
+    if kept is not None:
+        seeds.keep(session, kept, params)
+    return params
 
 
 def _steps(
@@ -46,15 +54,33 @@ def _steps(
     if latest is not None:
         state = training.place(session.checkpointer.restore(latest, jax.device_get(state))[0])
     before = 0 if stage == "seed" else session.parts.seed_steps
-    every = session.parts.config.checkpoint.seed_every
+    config, over = session.parts.config, False
+    every = config.checkpoint.seed_every
     session.logger.start(before + total, before + units, "seed")
     for state, done, loss in training.run(state, total - units):
-        session.logger.step(before + done, {"loss": loss})
+        record = {"loss": loss, **(_rates(session, state, done, total) if stage == "main" else {})}
+        session.logger.step(before + done, record)
         session.totals.loss_is_finite = math.isfinite(loss)
-        if every and done % every == 0 and done < total:
+        if stage == "main":
+            over = session.evaluated(done, {"step": before + done, **record}, state)
+        if over and done < total:
+            break
+        due = bool(every) and done % every == 0
+        if done < total and (due or session.is_old()):
             session.save(stage, done, state)
         session.check_stop(stage, done, state)
     return state
+
+
+def _rates(session: Session, state: ServerState, done: int, total: int) -> dict[str, Any]:
+    """Error rates of the baseline while it trains; at its end the summary has them."""
+    config = session.parts.config
+    every = config.evaluation.every_steps
+    if done == total and not session.selection.wanted:
+        return {}
+    if done != total and not (every and done % every == 0):
+        return {}
+    return {"eval": session.evaluate(state.params, config.evaluation.while_training)}
 
 
 class CentralTrainer:
@@ -74,9 +100,12 @@ class CentralTrainer:
         """See `Trainer`."""
         training = self._training()
         if latest is None:
-            session.save("main", 0, training.init(params))
-        state = _steps(session, "main", training, params, latest, units, self._total)
-        session.save("main", self._total, state)
+            start = training.init(params)
+            session.save("main", 0, start)
+            session.evaluated(0, {"step": session.parts.seed_steps, "eval": session.initial}, start)
+        total = units if session.selection.is_over(units) else self._total
+        state = _steps(session, "main", training, params, latest, units, total)
+        session.save("main", int(state.round), state)
         return state
 
     def entry(self, run: str, units: int) -> ledger.Entry:

@@ -83,14 +83,18 @@ class FederatedTrainer:
         names = simulation.layer_names(params)
         session.name = public_name(state.root)
         session.logger.start(total, units)
+        if session.selection.is_over(units):
+            return state
         for state, metrics, compiled in self._rounds(session, state, units):
             session.totals.add(metrics, compiled)
-            last = metrics.round == total
-            session.logger.round(
-                metrics.round, _record(metrics, names) | self._rates(session, state, metrics.round)
-            )
-            if last or metrics.round % config.checkpoint.every == 0:
+            record = _record(metrics, names) | self._rates(session, state, metrics.round)
+            session.logger.round(metrics.round, record)
+            over = session.evaluated(metrics.round, {"round": metrics.round, **record}, state)
+            last = over or metrics.round == total
+            if last or metrics.round % config.checkpoint.every == 0 or session.is_old():
                 session.save("main", metrics.round, state)
+            if over:
+                break
             if not last:
                 session.check_stop("main", metrics.round, state)
         return state
@@ -104,6 +108,7 @@ class FederatedTrainer:
             # In this order: a run that resumes from this checkpoint does not log round 0 again.
             session.logger.round(0, {"eval": session.initial})
             session.save("main", 0, state)
+            session.evaluated(0, {"round": 0, "eval": session.initial}, state)
             return state
         nothing = np.zeros(ROOT_WORDS, np.uint32)
         like = jax.device_get(state)._replace(root=nothing)
@@ -164,9 +169,9 @@ class FederatedTrainer:
         """Error rates and epsilon, of the rounds that have them."""
         config, rates = self._parts.config, None
         every = config.evaluation.every
-        if round == config.rounds:
+        if round == config.rounds and not session.selection.wanted:
             rates = session.final = session.evaluate(state.params)
-        elif every and round % every == 0:
+        elif round == config.rounds or (every and round % every == 0):
             rates = session.evaluate(state.params, config.evaluation.while_training)
         if rates is None:
             return {}
@@ -187,6 +192,8 @@ class FederatedTrainer:
         """See `Trainer`."""
         config, mechanism = self._parts.config, self.simulations[0][1].mechanism
         cases = config.privacy.deployments
+        if config.selection.split and units:  # which state is kept may depend on all rounds
+            units = config.rounds
         return ledgers.run_entry(run, config, mechanism, units, self._users, cases)
 
     def logged(self, units: int, seed_steps: int) -> tuple[int, int]:
@@ -209,7 +216,7 @@ class FederatedTrainer:
             "privacy": describe.describe_privacy(
                 simulation.mechanism,
                 config,
-                rounds,
+                config.rounds if config.selection.split else rounds,
                 keep(state.params, models.shared_variables(config)),
                 [*earlier, self.entry(session.name, rounds)],
                 known,

@@ -1,0 +1,154 @@
+"""Neural recordings as a corpus on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedasr import text as text_lib
+from fedasr.data.neural.sessions import NeuralSessions
+from fedasr.data.preparation.conversion import Converted, Skip, check_feasible, labels_of
+from fedasr.data.preparation.prepare import prepare_with
+from fedasr.data.utterances import Progress, Utterance
+from fedasr.errors import UserError
+
+CHANNELS_FILE = "channels.json"
+
+
+@dataclass(frozen=True)
+class NeuralConverter:
+    """Turns a sentence into what a corpus stores, as `preparation.conversion.Converter` does.
+
+    channels: of every sentence. stride: bins per output frame of the model. min_bins: shorter
+    sentences are left out. language, keep_letters: of the texts. lexicon: a pronouncing dictionary
+    (see `fedasr.text.read_lexicon`) to write phonemes instead of letters, or "". lexicon_digest:
+    of that file.
+    """
+
+    channels: int
+    stride: int = 4
+    min_bins: int = 8
+    language: str = "en"
+    keep_letters: bool = False
+    pad_space: bool = False
+    lexicon: str = ""
+    lexicon_digest: str = ""
+    store: str = "features"
+
+    @property
+    def characters(self) -> str | list[str]:
+        """The alphabet of the labels."""
+        if self.lexicon:
+            return text_lib.PhonemeTokenizer().characters
+        return text_lib.alphabet(self.language, self.keep_letters)
+
+    @property
+    def trailing(self) -> tuple[int, ...]:
+        """Shape of the stored signal after axis 0."""
+        return (self.channels,)
+
+    @property
+    def dtype(self) -> type:
+        """Of the stored signal."""
+        return np.float32
+
+    def __call__(self, utterance: Utterance) -> Converted:
+        """Converts one sentence.
+
+        Raises:
+          Skip: it cannot be used.
+        """
+        text = utterance.text
+        letters = text_lib.alphabet(self.language, self.keep_letters)
+        labels = labels_of(text, self.language, text_lib.CharTokenizer(letters), self.pad_space)
+        if self.lexicon:
+            words, _ = text_lib.normalize_text(text, self.language, self.keep_letters)
+            phonemes, unknown = text_lib.pronounced(
+                words, _lexicon(self.lexicon, self.lexicon_digest)
+            )
+            if unknown:
+                raise Skip("unknown_words", f"{unknown} in {text!r}")
+            labels = text_lib.PhonemeTokenizer().encode(phonemes, self.pad_space)
+        signal, rate = utterance.audio()
+        if len(signal) < self.min_bins:
+            raise Skip("too_short", f"{len(signal)} bins, at least {self.min_bins}")
+        check_feasible(labels, len(signal), self.stride)
+        return Converted(signal.astype(np.float32), labels, len(signal) / rate, False)
+
+
+@functools.lru_cache(maxsize=1)
+def _lexicon(path: str, digest: str) -> dict[str, list[tuple[str, ...]]]:
+    del digest  # a file that has changed is read again
+    return text_lib.read_lexicon(path)
+
+
+def prepare_sessions(
+    source: NeuralSessions,
+    out: str | os.PathLike[str],
+    *,
+    stride: int = 4,
+    language: str = "en",
+    keep_letters: bool = False,
+    pad_space: bool = False,
+    lexicon: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes recordings as a corpus whose users are days; what is wrong is counted.
+
+    The corpus gives "features" float32 [bins, channels], z-scored, and "labels" int32.
+    Which channels were set to zero is listed in `channels.json` of the folder, if any were.
+
+    Args:
+      source: what to read. stride: bins per output frame of the model, all its steps together.
+      lexicon: a pronouncing dictionary, for labels that are phonemes; sentences with a word that it
+        does not have are skipped ("unknown_words").
+      out, language, keep_letters, pad_space, workers, progress, overwrite: see
+        `fedasr.data.preparation.prepare.prepare`.
+
+    Returns:
+      See `fedasr.data.preparation.prepare.prepare`; "notes" counts channels set to zero
+      (`NeuralSessions`).
+    """
+    if stride < 1:
+        raise UserError(f"stride must be at least 1, not {stride}")
+    if lexicon:
+        text_lib.read_lexicon(lexicon)  # a clear error if it is none
+    converter = NeuralConverter(
+        channels=source.channels,
+        stride=stride,
+        language=language,
+        keep_letters=keep_letters,
+        pad_space=pad_space,
+        lexicon=os.fspath(lexicon or ""),
+        lexicon_digest=hashlib.sha256(Path(lexicon).read_bytes()).hexdigest()[:16]
+        if lexicon
+        else "",
+    )
+
+    def write_broken(folder: Path) -> None:
+        if source.broken:
+            text = json.dumps(source.broken, indent=1)
+            (folder / CHANNELS_FILE).write_text(text, encoding="utf-8")
+
+    return prepare_with(
+        converter,
+        source,
+        out,
+        name=source.name,
+        fingerprint=source.fingerprint,
+        workers=workers,
+        notes=source.notes,
+        total=source.total,
+        progress=progress,
+        overwrite=overwrite,
+        write_more=write_broken,
+    )

@@ -1,0 +1,168 @@
+"""One's own speech: a few hours of a few dozen people, by arguments.
+
+    --config=own_speech:data=data/mine[,rounds=300][,seed_share=20][,language=train|seed|none]
+
+Augmentation, dropout, the state that is best on dev, decoding with a lexicon and a language model
+from transcripts; cohort, local steps and rounds follow from the data, and a line on stderr says so.
+The learning rates decay with the rounds, and the noise grows a little with them, so that epsilon as
+deployed stays the same: --config.rounds=300 does that, too.
+
+data: a prepared corpus. rounds: 0 for as many as 20 turns of each user take. seed_share: percent of
+the training users that the seed is trained on, without privacy for them, where the data has no
+split "seed". language: whose transcripts the language model and the lexicon are made from.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict, FieldReference
+
+from fedasr.data.records import has_split, open_corpus, read_metadata
+from fedasr.errors import UserError
+from fedasr.recipes import shared
+from fedasr.text import tokenizer_for
+from fedasr.training.builders.decoders import FROM, transcripts
+from fedasr.training.config import default_config
+
+ARGUMENTS: dict[str, Any] = {"data": "", "rounds": 0, "seed_share": 0, "language": "train"}
+_COHORT, _BATCH = 8, 4
+_TURNS, _FEWEST, _MOST = 20, 120, 600  # of a user; rounds
+_PASSES = 80  # of the seed's training
+_USERS, _UTTERANCES = 50, 12.0  # where the data is not there yet
+# The quickstart's noise, which makes epsilon 7.3 as deployed at 120 rounds, and the power of the
+# rounds that it grows with: fitted to 30 to 1000 rounds of 1024 in a million users, where so few
+# are drawn that rounds cost little (docs/decisions/2026-11-30-own-speech.md).
+_SIGMA, _ROUNDS, _POWER = 4.5e-4, 120, 0.03
+# Shares of held-out words that no training transcript has: up to the first a closed lexicon is
+# worth more than it loses; beyond the second what stands between spaces is hardly words.
+_CLOSED, _OPEN = 0.05, 0.5
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    """The settings for a prepared corpus.
+
+    Raises:
+      UserError: an unknown argument, no data, or a share of users that cannot be.
+    """
+    args = shared.parse(arguments, ARGUMENTS)
+    if not args["data"]:
+        raise UserError(
+            "--config=own_speech needs its data: --config=own_speech:data=DIR, a folder written "
+            "by fedasr prepare"
+        )
+    if not 0 <= args["seed_share"] <= 90:
+        raise UserError(f"--config: seed_share={args['seed_share']} must be percent, 0 to 90")
+    config = default_config()
+    config.name = "own-speech"
+    config.data.dir = args["data"]
+    if Path(args["data"]).exists():
+        _fit(config, args)
+    else:  # whoever runs it is told that there is no such corpus
+        _set_training(config, _USERS, _UTTERANCES, args["rounds"])
+        _say(f"own_speech: {args['data']} is not there: the settings are for {_USERS} users")
+    return config
+
+
+def _fit(config: ConfigDict, args: Mapping[str, Any]) -> None:
+    """Chooses what follows from the data, and says so."""
+    metadata = read_metadata(args["data"])
+    config.data.eval = tuple(s for s in ("dev", "test") if has_split(metadata, s))
+    if "dev" in config.data.eval:
+        config.selection.split = "dev"
+        config.selection.patience = 6
+    config.model.options.vocab = tokenizer_for(metadata).vocab_size
+    seeded = _set_seed(config, metadata, args["seed_share"])
+    train = open_corpus(args["data"], config.data.train)
+    users, usual = len(train.users), float(np.median(train.sizes))
+    _set_training(config, users, usual, args["rounds"])
+    words = _set_language(config, metadata, args["language"])
+    _say(
+        f"own_speech: {users} training users with {usual:g} utterances each (median): cohort "
+        f"{config.cohort}, {config.client.steps} steps of {_BATCH} utterances a round, "
+        f"{config.rounds} rounds; {seeded}; {words}"
+    )
+
+
+def _set_training(config: ConfigDict, users: int, utterances: float, rounds: int) -> None:
+    """Cohort, local steps and rounds for so many users with so many utterances each."""
+    config.cohort = max(1, min(_COHORT, users // 2))
+    config.client.batch_size = _BATCH
+    config.client.steps = int(np.clip(np.ceil(utterances / _BATCH), 1, 8))
+    turns = int(np.clip(_TURNS * users // config.cohort, _FEWEST, _MOST))
+    all_rounds = FieldReference(rounds or turns)
+    config.rounds = all_rounds
+    config.server.learning_rate = 0.01
+    config.server.decay_start = all_rounds * 2 // 3
+    config.server.decay_rounds = (all_rounds + 3) // 4  # at least 1
+    config.client.learning_rate = 0.3
+    config.privacy.clip_norm = 0.4
+    config.privacy.sigma = (all_rounds.to_float() / _ROUNDS) ** _POWER * _SIGMA
+    config.model.options.dropout = 0.1
+    config.augment.enabled = True
+    config.augment.options.update(frequency_width=20, time_masks=4, time_width=20)
+
+
+def _set_seed(config: ConfigDict, metadata: Mapping[str, Any], share: int) -> str:
+    """The seed's split and steps, and what is said of them."""
+    if share:
+        config.seed_training.split = f"train[:{share}%]"
+        config.data.train = f"train[{share}%:]"
+    elif not has_split(metadata, "seed"):
+        return (
+            "no seed, for the data has no split 'seed': from scratch it takes many more rounds "
+            "(seed_share=20 trains one on a fifth of the users, without privacy for them)"
+        )
+    seed = open_corpus(config.data.dir, config.seed_training.split)
+    # So many passes that a small corpus is learned, and no more than a CPU does in minutes.
+    passes = _PASSES * int(seed.sizes.sum()) // config.seed_training.batch_size
+    config.seed_training.steps = int(np.clip(passes, 250, 1500)) // 10 * 10
+    config.seed_training.reuse = True
+    return f"a seed of {config.seed_training.steps} steps on {len(seed.users)} users"
+
+
+def _set_language(config: ConfigDict, metadata: Mapping[str, Any], source: str) -> str:
+    """How texts are decoded, and what is said of it."""
+    splits = {"train": config.data.train, "seed": config.seed_training.split, "none": ""}
+    split = shared.choose({"language": source}, "language", splits)
+    characters = metadata["options"].get("characters")
+    spaced = isinstance(characters, str) and " " in characters
+    if not split or not spaced or not has_split(metadata, split):
+        return "greedy decoding"
+    held_out = next(iter(config.data.eval), None)
+    unknown = _unknown(config.data.dir, split, held_out)
+    if unknown > _OPEN:
+        return f"greedy decoding ({unknown:.0%} of {held_out}'s words are in no transcript)"
+    config.decoding.lm = config.decoding.lexicon = f"{FROM}{split}"
+    config.decoding.name = "lexicon" if unknown <= _CLOSED else "beam"
+    config.decoding.lm_weight, config.decoding.word_bonus = 0.5, 1.0
+    return (
+        f"{config.decoding.name} decoding with the words and a language model of {split} "
+        f"({unknown:.1%} of {held_out}'s words are not among them)"
+    )
+
+
+@functools.cache
+def _unknown(directory: str, split: str, held_out: str | None) -> float:
+    """The share of a split's words, as they are said, that another split's transcripts lack."""
+    if held_out is None:
+        return 0.0
+    tokenizer = tokenizer_for(read_metadata(directory))
+
+    def words(name: str) -> list[str]:
+        texts = transcripts(open_corpus(directory, name), tokenizer)
+        return [word for text in texts for word in text.split()]
+
+    known, said = set(words(split)), words(held_out)
+    return sum(word not in known for word in said) / max(len(said), 1)
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Once: a configuration may be made several times for one command."""
+    print(text, file=sys.stderr)
