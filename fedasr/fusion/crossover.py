@@ -81,7 +81,10 @@ def split_unit(size: int) -> int:
     Args:
       size: parameters of the chromosome.
     """
-    return 1 << max(0, size.bit_length() - 31)
+    unit = 1
+    while -(-size // unit) >= 2**31:
+        unit *= 2
+    return unit
 
 
 def split_points(size: int) -> int:
