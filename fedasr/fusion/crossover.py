@@ -81,7 +81,10 @@ def split_unit(size: int) -> int:
     Args:
       size: parameters of the chromosome.
     """
-    return 1 << max(0, size.bit_length() - 31)
+    unit = 1
+    while -(-size // unit) >= 2**31:
+        unit *= 2
+    return unit
 
 
 def split_points(size: int) -> int:
@@ -267,7 +270,7 @@ def _normal(key: jax.Array, begin: int, shape: tuple[int, ...]) -> jax.Array:
     words = jax.random.key_data(key)
     size = math.prod(shape)
     if begin + size <= 2**32:
-        number = begin + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+        number = np.uint32(begin % 2**32) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
         bits = _mix(_mix(number ^ words[0]) + words[-1])
     else:
         rows, width = _rows(shape, 0)
