@@ -49,6 +49,8 @@ PyTree = Any
 _TEMPORARY_MARK = ".orbax-checkpoint-tmp"
 # What a checkpoint that cannot be read is renamed to, before its number.
 DAMAGED = "damaged-"
+# The library numbers the saves of a process: two at once wait for each other's numbers in vain.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Checkpointer:
@@ -159,17 +161,18 @@ class Checkpointer:
 
         began = time.monotonic()
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    **{
-                        STATE: ocp.args.PyTreeSave(host_state),
-                        METADATA: ocp.args.JsonSave(metadata),
-                        CHECKSUMS: ocp.args.JsonSave(_checksums(host_state, metadata)),
-                    }
-                ),
-            )
-            self._manager.wait_until_finished()
+            with _ONE_AT_A_TIME:
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        **{
+                            STATE: ocp.args.PyTreeSave(host_state),
+                            METADATA: ocp.args.JsonSave(metadata),
+                            CHECKSUMS: ocp.args.JsonSave(_checksums(host_state, metadata)),
+                        }
+                    ),
+                )
+                self._manager.wait_until_finished()
             self.seconds = max(self.seconds, time.monotonic() - began)
             folder = self.directory / str(step)
             if not is_step(folder):
