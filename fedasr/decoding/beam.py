@@ -71,6 +71,20 @@ class _Trie:
         self.words: list[str] = []
 
 
+def _trie_of(lexicon: Mapping[str, Iterable[Sequence[str]]], letters: Mapping[str, int]) -> _Trie:
+    """All spellings; raises UserError for one with another token than `letters` has."""
+    root = _Trie()
+    for word in sorted(lexicon):
+        for spelling in lexicon[word]:
+            if unknown := [token for token in spelling if token not in letters]:
+                raise UserError(f"the spelling of {word!r} uses {unknown}, no such tokens")
+            node = root
+            for token in spelling:
+                node = node.children.setdefault(letters[token], _Trie())
+            node.words.append(word)
+    return root
+
+
 class _Node:
     """A label sequence with a choice of words (homophones differ in nothing else)."""
 
@@ -124,15 +138,8 @@ class BeamDecoder:
                 word: [tuple(word)] for word in model.vocabulary if all(c in ids for c in word)
             }
         if lexicon is not None:
-            self._root = _Trie()
-            for word in sorted(lexicon):
-                for spelling in lexicon[word]:
-                    if unknown := [t for t in spelling if t not in ids or t == separator]:
-                        raise UserError(f"the spelling of {word!r} uses {unknown}, no such tokens")
-                    place = self._root
-                    for token in spelling:
-                        place = place.children.setdefault(ids[token], _Trie())
-                    place.words.append(word)
+            letters = {token: i for token, i in ids.items() if token != separator}
+            self._root = _trie_of(lexicon, letters)
 
     def __call__(self, log_probs: np.ndarray) -> Hypothesis:
         """The best hypothesis; see `best`."""

@@ -217,31 +217,50 @@ def read_arpa(path: str | os.PathLike[str]) -> NGram:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    said: dict[int, int] = {}
-    found: Counter[int] = Counter()
-    grams: dict[Gram, tuple[float, float]] = {}
-    n, ended = 0, False
+    arpa = _Arpa()
     for number, line in enumerate(map(str.strip, lines), start=1):
         try:
-            if ended or not line or line == "\\data\\":
-                continue
-            if line == "\\end\\":
-                ended = True
-            elif line.startswith("ngram ") and not n:
-                order, count = line[6:].split("=")
-                said[int(order)] = int(count)
-            elif line.startswith("\\") and line.endswith("-grams:"):
-                n = int(line[1:-7])
-            elif not n:
-                raise ValueError("text before the first n-grams")
-            else:
-                p, *rest = line.split()
-                if len(rest) not in (n, n + 1):
-                    raise ValueError(f"not a {n}-gram")
-                grams[tuple(rest[:n])] = float(p), float(rest[n]) if len(rest) > n else 0.0
-                found[n] += 1
+            arpa.add(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not ARPA ({error})") from error
-    if not (ended and said) or dict(found) != {k: v for k, v in said.items() if v}:
-        raise UserError(f"{path} is no whole ARPA file: it says {said}, it holds {dict(found)}")
-    return NGram(max(said), grams)
+    said, found = arpa.said, dict(arpa.found)
+    if not (arpa.ended and said) or found != {k: v for k, v in said.items() if v}:
+        raise UserError(f"{path} is no whole ARPA file: it says {said}, it holds {found}")
+    return NGram(max(said), arpa.grams)
+
+
+class _Arpa:
+    """What the lines of an ARPA file say so far.
+
+    said, found: n-grams by order, as the head has them and as they came. grams: see `NGram`.
+    """
+
+    def __init__(self) -> None:
+        self.said: dict[int, int] = {}
+        self.found: Counter[int] = Counter()
+        self.grams: dict[Gram, tuple[float, float]] = {}
+        self.ended = False
+        self._order = 0
+
+    def add(self, line: str) -> None:
+        """Raises ValueError for a line that does not belong there."""
+        if self.ended or not line or line == "\\data\\":
+            return
+        if line == "\\end\\":
+            self.ended = True
+        elif line.startswith("ngram ") and not self._order:
+            order, count = line[6:].split("=")
+            self.said[int(order)] = int(count)
+        elif line.startswith("\\") and line.endswith("-grams:"):
+            self._order = int(line[1:-7])
+        else:
+            self._add_gram(line)
+
+    def _add_gram(self, line: str) -> None:
+        if not (n := self._order):
+            raise ValueError("text before the first n-grams")
+        p, *rest = line.split()
+        if len(rest) not in (n, n + 1):
+            raise ValueError(f"not a {n}-gram")
+        self.grams[tuple(rest[:n])] = float(p), float(rest[n]) if len(rest) > n else 0.0
+        self.found[n] += 1

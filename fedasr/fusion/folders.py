@@ -194,38 +194,53 @@ def compare(folders: Sequence[Folder], say: Callable[[str], None] = lambda text:
         raise UserError("merging needs two models or more: --models=A,B")
     first = folders[0]
     for one in folders:
-        for name, tensor in one.tensors.items():
-            if tensor.dtype not in MERGED and tensor.dtype.startswith(("F", "C")):
-                raise UserError(
-                    f"{one.name}: the tensor {name} is {tensor.dtype}, which cannot be merged: "
-                    f"write the model with one of {', '.join(MERGED)} first"
-                )
+        _check_types(one)
     if not first.merged:
         raise UserError(f"{first.name} has no floating-point tensor: there is nothing to merge")
     for other in folders[1:]:
-        for a, b in ((first, other), (other, first)):
-            if lacks := [name for name in a.tensors if name not in b.tensors]:
-                raise UserError(
-                    f"{b.name} lacks the tensor {lacks[0]} that {a.name} has"
-                    + (f", and {len(lacks) - 1} more" if len(lacks) > 1 else "")
-                    + ": only models of one architecture can be merged"
-                )
-        for name, tensor in first.tensors.items():
-            there = other.tensors[name]
-            if there.shape != tensor.shape:
-                raise UserError(
-                    f"the tensor {name} has shape {list(there.shape)} in {other.name} and "
-                    f"{list(tensor.shape)} in {first.name}: bring them to one size first (such as "
-                    "one vocabulary)"
-                )
-            if (there.dtype in MERGED) != (tensor.dtype in MERGED):
-                raise UserError(
-                    f"the tensor {name} is {there.dtype} in {other.name} and {tensor.dtype} in "
-                    f"{first.name}: they cannot be merged"
-                )
+        _check_names(first, other)
+        _check_names(other, first)
+        _check_tensors(first, other)
         kinds = {n for n, t in first.tensors.items() if other.tensors[n].dtype != t.dtype}
         if kinds:
             say(f"{other.name}: {len(kinds)} tensors are converted to the types of {first.name}")
+
+
+def _check_types(one: Folder) -> None:
+    """Raises UserError for floating-point tensors of a type that is not merged."""
+    for name, tensor in one.tensors.items():
+        if tensor.dtype not in MERGED and tensor.dtype.startswith(("F", "C")):
+            raise UserError(
+                f"{one.name}: the tensor {name} is {tensor.dtype}, which cannot be merged: "
+                f"write the model with one of {', '.join(MERGED)} first"
+            )
+
+
+def _check_names(a: Folder, b: Folder) -> None:
+    """Raises UserError unless `b` has all tensors of `a`."""
+    if lacks := [name for name in a.tensors if name not in b.tensors]:
+        raise UserError(
+            f"{b.name} lacks the tensor {lacks[0]} that {a.name} has"
+            + (f", and {len(lacks) - 1} more" if len(lacks) > 1 else "")
+            + ": only models of one architecture can be merged"
+        )
+
+
+def _check_tensors(first: Folder, other: Folder) -> None:
+    """Raises UserError for a tensor of another shape, or merged in one alone."""
+    for name, tensor in first.tensors.items():
+        there = other.tensors[name]
+        if there.shape != tensor.shape:
+            raise UserError(
+                f"the tensor {name} has shape {list(there.shape)} in {other.name} and "
+                f"{list(tensor.shape)} in {first.name}: bring them to one size first (such as "
+                "one vocabulary)"
+            )
+        if (there.dtype in MERGED) != (tensor.dtype in MERGED):
+            raise UserError(
+                f"the tensor {name} is {there.dtype} in {other.name} and {tensor.dtype} in "
+                f"{first.name}: they cannot be merged"
+            )
 
 
 def read(folder: Folder, like: Folder | None = None) -> tuple[Model, str]:

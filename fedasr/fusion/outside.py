@@ -112,33 +112,30 @@ def search(
       UserError: what `checked` raises, nothing to do, a checkpoint of another run or of a longer
         one, or a work directory that another process works in.
     """
-    if not parents or evaluations < 1 or every < 1:
+    start, proposing, accepting = _parts(method)
+    if min(len(parents), evaluations, every) < 1:
         raise UserError("parents, evaluations and every must be at least one")
-    if method.start is None or method.propose is None or method.accept is None:
-        raise UserError("this method has no `start`, `propose` and `accept`: see methods.Method")
     device = device or jax.local_devices()[0]
     total, every = (-(-n // method.batch) for n in (evaluations, every))
     points, usual = parent_scores.shape[1], jax.config.values["jax_default_device"]
     with jax.default_device(device), Saved(workdir, {**(identity or {}), "seed": seed}) as saved:
-        propose, accept = jax.jit(method.propose), jax.jit(method.accept, donate_argnums=0)
+        propose, accept = jax.jit(proposing), jax.jit(accepting, donate_argnums=0)
         observe = jax.jit(lambda state: observed(method, state))
         root = jax.random.key(seed)
         stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *parents)
         scores = jnp.asarray(parent_scores, jnp.float32)
-        state = jax.jit(method.start)(stacked, scores, jax.random.fold_in(root, INIT))
+        state = jax.jit(start)(stacked, scores, jax.random.fold_in(root, INIT))
         del stacked
         done, curve = 0, [record_of(0, observe(state))]
-        leaves, structure = jax.tree.flatten(state)
-        if found := saved.restore(leaves):
-            state = jax.tree.unflatten(structure, [jax.device_put(x, device) for x in found[0]])
-            done, curve = found[1]
+        if found := _restored(saved, state, device):
+            state, (done, curve) = found
             if done > total:
                 raise UserError(
                     f"{workdir} holds {done * method.batch} evaluations already, more than the "
                     f"{evaluations} asked for: choose another work directory"
                 )
             log(f"going on from {done * method.batch} evaluations")
-        del leaves
+        del found
         keys = jax.random.fold_in(root, STEPS)
         first, began, last_save = done, time.perf_counter(), time.monotonic()
         while done < total:
@@ -166,6 +163,21 @@ def search(
         seconds,
         max(0, total - first - 1) * method.batch,
     )
+
+
+def _restored(saved: Saved, state: PyTree, device: jax.Device) -> tuple[PyTree, Any] | None:
+    """A state like this on the device, with what was saved beside it; None if nothing was."""
+    leaves, structure = jax.tree.flatten(state)
+    if not (found := saved.restore(leaves)):
+        return None
+    return jax.tree.unflatten(structure, [jax.device_put(x, device) for x in found[0]]), found[1]
+
+
+def _parts(method: Method) -> tuple[Callable, Callable, Callable]:
+    """The three functions of a method whose models are scored elsewhere."""
+    if method.start is None or method.propose is None or method.accept is None:
+        raise UserError("this method has no `start`, `propose` and `accept`: see methods.Method")
+    return method.start, method.propose, method.accept
 
 
 def _scored(score: Score, models: PyTree, points: int) -> np.ndarray:

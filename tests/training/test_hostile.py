@@ -63,6 +63,11 @@ SENSIBLE = {
     ("augment.options", "empty mapping"),
     ("server.options", "empty mapping"),
     ("central.options", "empty mapping"),
+    ("decoding.lm", "empty text"),
+    ("decoding.word_bonus", "-1"),
+    ("decoding.word_bonus", "-0.5"),
+    ("decoding.lexicon", "empty text"),
+    ("selection.split", "empty text"),
     ("seed_training.options", "empty mapping"),
 }
 # What does not fit the rest of this configuration.
