@@ -622,13 +622,20 @@ _NEURAL = (
     Item("CORP's release", "tfrecords", "no reader", DIFFERS, _LATER),
 )  # fmt: skip
 _FUSION = (
-    Item("specialists", "one pair, of key 42, for all runs", "a pair for each seed", DIFFERS,
-         _LATER),
-    Item("parents of MAP-Elites", "by quality, without replacement", "uniform, with replacement",
-         DIFFERS, _LATER),
-    Item("order of leaves", "by depth", "by name: block_10 before block_2", DIFFERS, _LATER),
+    Item("specialists", "one pair, of key 42, for all runs, on pixels of 0 to 16",
+         "`--pretrained --raw` of the digits, with the draw of the installed JAX; "
+         "`--pair_per_seed`: a pair for each", SAME,
+         test="fusion/test_digits.py::test_the_published_pair_is_that_of_the_public_code"),
+    Item("parents of MAP-Elites", "by quality; without replacement once qualities sum to 2",
+         "the same on the digits; elsewhere always without replacement", SAME,
+         test="fusion/test_methods.py::"
+         "test_map_elites_draws_as_the_public_code_while_qualities_sum_to_less_than_2"),
+    Item("order of leaves", "by depth", "by name, digits as numbers: block_2 before block_10",
+         DIFFERS, "names say no more of the depth"),
     Item("checkpoints of others", "language and diffusion models merged",
-         "by `fedasr.fusion.host`, no command", DIFFERS, _LATER),
+         "`fuse --task=checkpoints`: safetensors, by a score of the user's", SAME,
+         test="end_to_end/test_fuse_checkpoints.py::"
+         "test_llamas_merge_to_a_score_that_neither_parent_has"),
 )  # fmt: skip
 
 SECTIONS: dict[str, tuple[Item, ...]] = {
