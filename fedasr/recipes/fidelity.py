@@ -622,36 +622,21 @@ _NEURAL = (
     Item("CORP's release", "tfrecords", "no reader", DIFFERS, _LATER),
 )  # fmt: skip
 _FUSION = (
-    Item(
-        "specialists",
-        "one pair, of key 42, for all runs",
-        "the same; a pair for each seed by `--pair_per_seed`",
-        SAME,
-        test="fusion/test_digits.py::test_the_published_pair_is_that_of_the_public_code",
-    ),
-    Item(
-        "parents of MAP-Elites",
-        "by quality, without replacement",
-        "the same",
-        SAME,
-        test="fusion/test_methods.py::test_map_elites_draws_parents_by_quality_without_replacement",
-    ),
-    Item(
-        "order of leaves",
-        "by depth",
-        "numbers in names are compared as numbers: block_2 before block_10",
-        SAME,
-        test="fusion/test_crossover.py::test_blocks_are_in_order_of_their_numbers",
-    ),
-    Item(
-        "checkpoints of others",
-        "language and diffusion models merged, with scores of their own",
-        "any, `fedasr fuse --task=checkpoints`, with a score of the user's; not measured on models "
-        "of that size",
-        DIFFERS,
-        "no such models are at hand",
-    ),
-)
+    Item("specialists", "one pair, of key 42, for all runs, on pixels of 0 to 16",
+         "`--pretrained --raw` of the digits, with the draw of the installed JAX; "
+         "`--pair_per_seed`: a pair for each", SAME,
+         test="fusion/test_digits.py::test_the_published_pair_is_that_of_the_public_code"),
+    Item("parents of MAP-Elites", "by quality; without replacement once qualities sum to 2",
+         "the same on the digits; elsewhere always without replacement", SAME,
+         test="fusion/test_methods.py::"
+         "test_map_elites_draws_as_the_public_code_while_qualities_sum_to_less_than_2"),
+    Item("order of leaves", "by depth", "by name, digits as numbers: block_2 before block_10",
+         DIFFERS, "names say no more of the depth"),
+    Item("checkpoints of others", "language and diffusion models merged",
+         "`fuse --task=checkpoints`: safetensors, by a score of the user's", SAME,
+         test="end_to_end/test_fuse_checkpoints.py::"
+         "test_llamas_merge_to_a_score_that_neither_parent_has"),
+)  # fmt: skip
 
 SECTIONS: dict[str, tuple[Item, ...]] = {
     "Federated recognition with privacy: the model": _MODEL,
