@@ -20,7 +20,8 @@ from fedasr.federated.metrics import RoundMetrics
 from fedasr.federated.server import ServerState
 from fedasr.federated.simulation import Simulation
 from fedasr.fusion import archive as archives
-from fedasr.fusion.methods import Method, combine
+from fedasr.fusion.baselines import combine
+from fedasr.fusion.methods import Method
 from fedasr.streams import Stream, seed_key
 
 PyTree = Any

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedasr.data.records import open_corpus
 from fedasr.errors import UserError
-from fedasr.fusion import METHODS, digits, methods, recognisers
+from fedasr.fusion import METHODS, baselines, digits, methods, recognisers
 from fedasr.training.checkpoint import restore_params
 
 
@@ -125,18 +125,18 @@ def make_method(name: str, task: Task, population: int = 20, alpha: float = 1.0)
             task.score, descriptor, evolution=evolution, again_below=task.again_below
         )
     if name == "cma_es":
-        return methods.cma_es(task.score, task.like, population)
+        return baselines.cma_es(task.score, task.like, population)
     if name == "mixing_ratio":
-        return methods.mixing_ratio(task.score)
+        return baselines.mixing_ratio(task.score)
     if name == "average":
-        return methods.uniform_average(task.score)
+        return baselines.uniform_average(task.score)
     if name == "task_arithmetic":
         if task.base is None:
             raise UserError(
                 "task_arithmetic needs what all models were trained from: recognisers with one "
                 "init_from, or --base=MODEL for checkpoints"
             )
-        return methods.task_arithmetic(task.score, task.base)
+        return baselines.task_arithmetic(task.score, task.base)
     raise UserError(f"--method={name}: choose from {', '.join(METHODS)}")
 
 

@@ -3,7 +3,8 @@
     python -m fedasr.recipes.fidelity > docs/fidelity.md
 
 Each `Item` is checked against the code by tests: by the settings of a recipe, by a test that holds
-the computation against the description, or both. What differs says why.
+the computation against the description, or both. What differs says why. It is one table, so it is
+one file, however long.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ import pytest
 
 from fedasr.errors import UserError
 from fedasr.fusion import archive as archives
-from fedasr.fusion import host, methods
+from fedasr.fusion import baselines, host, methods
 from fedasr.fusion.crossover import mutate
 from fedasr.fusion.methods import Evolution
 
@@ -303,7 +303,7 @@ def test_map_elites_with_few_models(quality):
 
 
 def test_fractions_are_evenly_spread():
-    found = np.sort(jax.vmap(methods.fraction)(jnp.arange(64)))
+    found = np.sort(jax.vmap(baselines.fraction)(jnp.arange(64)))
     np.testing.assert_array_equal(found, np.arange(64) / 64)
 
 
@@ -313,16 +313,16 @@ def vector(*values):
 
 def test_mixing_ratio_finds_the_ratio():
     target = np.array([np.cos(0.3 * np.pi / 2), np.sin(0.3 * np.pi / 2)])
-    method = methods.mixing_ratio(lambda p: jnp.exp(-jnp.sum(jnp.square(p - target)))[None])
+    method = baselines.mixing_ratio(lambda p: jnp.exp(-jnp.sum(jnp.square(p - target)))[None])
     state = evolve(method, jnp.eye(2), 256)
     np.testing.assert_allclose(method.best(state), target, atol=0.005)
     three = np.array([0.2, 0.5, 0.3])
-    method = methods.mixing_ratio(lambda p: jnp.exp(-jnp.sum(jnp.square(p - three)))[None])
+    method = baselines.mixing_ratio(lambda p: jnp.exp(-jnp.sum(jnp.square(p - three)))[None])
     np.testing.assert_allclose(method.best(evolve(method, jnp.eye(3), 500)), three, atol=0.06)
 
 
 def test_the_average_is_the_average():
-    method = methods.uniform_average(smooth)
+    method = baselines.uniform_average(smooth)
     parents = models(3)
     for steps in (0, 2):
         best = method.best(evolve(method, parents, steps))
@@ -334,7 +334,7 @@ def test_task_arithmetic_adds_the_moves():
     base = vector(1, 1)
     parents = jnp.stack([vector(2, 1), vector(1, 3)])
     target = 1 + 0.75 * np.array([1.0, 2.0])
-    method = methods.task_arithmetic(
+    method = baselines.task_arithmetic(
         lambda p: jnp.exp(-jnp.sum(jnp.square(p - target)))[None], np.asarray(base)
     )
     np.testing.assert_allclose(method.best(evolve(method, parents, 64)), target, atol=1e-6)
@@ -343,7 +343,7 @@ def test_task_arithmetic_adds_the_moves():
 def test_cma_es_climbs():
     pytest.importorskip("evosax", reason="CMA-ES needs evosax")
     like = {"a": jnp.zeros(2), "b": jnp.zeros((2, 3))}
-    method = methods.cma_es(smooth, like, population=6, std=0.3)
+    method = baselines.cma_es(smooth, like, population=6, std=0.3)
     state = evolve(method, models(2), 15)
     scores, filled = method.scores(state)
     assert scores.shape == (6, 15) and bool(filled.all())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedasr.errors import UserError
-from fedasr.fusion import methods, outside
+from fedasr.fusion import baselines, methods, outside
 from fedasr.fusion.run import run
 
 TASK = np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)
@@ -30,10 +30,10 @@ def make(name, task=score):
         return methods.map_elites(task, methods.halves(np.arange(12) % 2 == 1), 4, EVOLUTION)
     if name == "cma_es":
         pytest.importorskip("evosax", reason="CMA-ES needs evosax")
-        return methods.cma_es(task, {"w": jnp.zeros(6)}, 4, 0.3)
+        return baselines.cma_es(task, {"w": jnp.zeros(6)}, 4, 0.3)
     if name == "task_arithmetic":
-        return methods.task_arithmetic(task, {"w": np.ones(6, np.float32)})
-    return methods.mixing_ratio(task)
+        return baselines.task_arithmetic(task, {"w": np.ones(6, np.float32)})
+    return baselines.mixing_ratio(task)
 
 
 def never(params):
@@ -80,7 +80,7 @@ def test_cma_es_begins_with_the_best_parent_and_climbs():
 
 
 def test_the_average_is_scored_once():
-    found = search(methods.uniform_average(never), 1)
+    found = search(baselines.uniform_average(never), 1)
     np.testing.assert_allclose(found.best["w"][0], PARENTS.mean(0), atol=1e-6)
     want = score_in_numpy({"w": PARENTS.mean(0)}).mean()
     assert found.curve["score"][-1, 0] == pytest.approx(want, abs=1e-6)
@@ -113,7 +113,7 @@ def test_halves_of_bfloat16_stay_what_they_are():
     rows = outside.parent_scores(spy, models, ["a", "b"])
     for name in ("m2n2", "cma_es"):
         like = {"w": jax.ShapeDtypeStruct((6,), jnp.bfloat16)}
-        method = methods.cma_es(never, like, 4) if name == "cma_es" else make(name, never)
+        method = baselines.cma_es(never, like, 4) if name == "cma_es" else make(name, never)
         found = outside.search(method, spy, models, rows, 0, 8)
         assert found.best["w"].dtype == jnp.bfloat16
     assert set(seen) == {np.dtype(jnp.bfloat16)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedasr.errors import UserError
-from fedasr.fusion import methods
+from fedasr.fusion import baselines, methods
 from fedasr.fusion.run import run
 from fedasr.training.checkpoint import lock_directory
 
@@ -83,7 +83,7 @@ def test_two_processes_do_not_share_a_work_directory(tmp_path):
 
 def test_steps_of_several_evaluations_are_rounded_up():
     pytest.importorskip("evosax", reason="CMA-ES needs evosax")
-    method = methods.cma_es(score, jnp.zeros(6), population=8, std=0.3)
+    method = baselines.cma_es(score, jnp.zeros(6), population=8, std=0.3)
     found = run(method, parents, [0], 20, every=5)
     assert found.evaluations == 24
     np.testing.assert_array_equal(found.curve["evaluations"], [0, 8, 16, 24])
