@@ -6,7 +6,7 @@ import time
 import dp_accounting
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -111,6 +111,7 @@ def test_overfull_rounds_are_truncated_uniformly():
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 10**7), st.floats(1e-9, 1), st.integers(1, 9))
+@example(29101, 1.0, 7)
 def test_default_slots_are_the_fewest_that_are_hardly_ever_full(population, share, cycle):
     cycle = min(cycle, population)
     sampler = PoissonSampler(population, max(share * population / cycle, 1e-9), 0, cycle=cycle)

@@ -95,7 +95,8 @@ class PoissonSampler:
 
     @property
     def sampling_probability(self) -> float:
-        return self.expected_cohort * self.cycle / self.population
+        # Of everybody, rounding may take it above 1.
+        return min(1.0, self.expected_cohort * self.cycle / self.population)
 
     @property
     def _largest_group(self) -> int:
