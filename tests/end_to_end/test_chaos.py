@@ -1,11 +1,21 @@
 """A few random faults; `python -m experiments.chaos` has many."""
 
+from multiprocessing import forkserver
+
 import pytest
 
 from experiments.chaos import Chaos
 
 
-@pytest.mark.slow
+@pytest.fixture(autouse=True)
+def own_forkserver():
+    """Processes of other tests are not to be forked from one with this one's environment."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
+
+
+@pytest.mark.long  # moments are random, and too little memory has ended in a traceback
 def test_a_few_faults_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     said = []
