@@ -241,7 +241,7 @@ def ends_in_one_line(process):
         assert word not in errors, errors
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hosts_survive_kills_and_cuts_of_a_slow_link(
     start_on_hosts, namespaces, tiny_flags, tmp_path
 ):
