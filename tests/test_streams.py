@@ -24,13 +24,15 @@ from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.simulation import Simulation
+from fedasr.fields import flatten
 from fedasr.models.recogniser import make_recogniser
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, ShuffledSampler
 from fedasr.streams import Stream
 from fedasr.training.builders.identities import run_identity
-from fedasr.training.config import Config
+from fedasr.training.config import Config, default_config, fields
+from fedasr.training.logging import to_json
 
 ONE = jax.devices()[:1]
 CORPUS = InMemoryCorpus({f"u{i}": [{"x": np.float32([i])}] * 3 for i in range(8)})
@@ -322,3 +324,36 @@ def test_the_identity_of_a_configuration():
     assert len({same, changed(data__identity="e"), changed(name="m"), changed(privacy__sigma=2.0),
                 changed(privacy__noise="banded"),
                 changed(privacy__noise="banded", rounds=9)}) == 6  # fmt: skip
+
+
+# Where things lie, how a run is looked at and kept, and how long it goes on.
+NO_PART = {
+    "data.dir", "init_from", "rounds", "seed_training.reuse", "evaluation.every_steps",
+    "checkpoint.every_seconds", "checkpoint.deadline",
+}  # fmt: skip
+NO_SECTION = {"decoding", "selection"}
+
+
+@pytest.mark.parametrize("section", sorted({name.split(".")[0] for name in flatten(fields())}))
+def test_every_other_field_is_part_of_the_identity(section):
+    """A field that is left out would have runs of two mechanisms share their noise."""
+    same = run_identity(Config.of(to_json(default_config().to_dict())))
+    for name in flatten(fields()):
+        if name.split(".")[0] != section:
+            continue
+        config = to_json(default_config().to_dict())
+        *parents, leaf = name.split(".")
+        tree = functools.reduce(dict.__getitem__, parents, config)
+        tree[leaf] = another(tree[leaf])
+        left_out = name in NO_PART or section in NO_SECTION
+        assert (run_identity(Config.of(config)) == same) == left_out, name
+
+
+def another(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    return {**value, "x": 1} if isinstance(value, dict) else [*value, "x"]

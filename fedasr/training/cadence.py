@@ -1,6 +1,8 @@
 """When a run is saved, and whether it can be in time."""
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 
 from fedasr.training.sections import Checkpoint
@@ -21,7 +23,8 @@ class Cadence:
         self._every, self._deadline, self._clock = settings.every_seconds, settings.deadline, clock
         self._began = self._saved = clock()
         self._unit_began: float | None = None
-        self._waited = self._longest = 0.0
+        self._units: deque[float] = deque(maxlen=32)  # seconds of the last ones
+        self._waited = 0.0
         self._told: set[str] = set()
 
     def is_old(self, busy: bool) -> bool:
@@ -44,7 +47,7 @@ class Cadence:
         """
         now = self._clock()
         if self._unit_began is not None:
-            self._longest = max(self._longest, now - self._unit_began)
+            self._units.append(now - self._unit_began)
         self._unit_began = now
 
     def warnings(self, writing: float) -> list[str]:
@@ -54,11 +57,13 @@ class Cadence:
           writing: seconds that a checkpoint takes until it is on the disk; 0 if not known.
         """
         said = {}
-        # After SIGTERM a round has to end, and a checkpoint of the one before may be under way.
-        needed = max(self._longest, writing) + writing
-        if writing and self._deadline and needed > self._deadline:
+        # After SIGTERM a round has to end, and a checkpoint of the one before may be under way. The
+        # usual round: one in which something is compiled comes once, and says nothing of a run.
+        usual = statistics.median(self._units) if self._units else 0.0
+        needed = max(usual, writing) + writing
+        if writing and self._deadline and len(self._units) > 2 and needed > self._deadline:
             said["deadline"] = (
-                f"after SIGTERM a round of up to {self._longest:.1f} s and a checkpoint of "
+                f"after SIGTERM a round of {usual:.1f} s and a checkpoint of "
                 f"{writing:.1f} s may take {needed:.1f} s, longer than checkpoint.deadline="
                 f"{self._deadline:g} s: then only what the last checkpoint holds is kept; set "
                 "checkpoint.every_seconds to lose less, or the deadline that the machine gives"

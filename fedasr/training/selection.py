@@ -140,6 +140,11 @@ class Selection:
         chosen = {"split": self._split, "units": units, "wer": float(wer), "loss": float(loss)}
         self._writer.save(units, state, {**metadata, "selection": chosen})
 
+    def settle(self) -> None:
+        """Waits for what is being written: a checkpoint of the run may not know more than this."""
+        if self._writer is not None:
+            self._writer.wait()
+
     def is_over(self, units: int) -> bool:
         """Whether there was none better for as many evaluations as one is patient."""
         if not self._patience or self.best is None:
@@ -150,7 +155,7 @@ class Selection:
         """The last state with the parameters of the best; the same where nothing is selected."""
         if self._writer is None or self.best is None:
             return state
-        self._writer.wait()
+        self.settle()
         hosts.wait_for_all("selected")
         kept, _ = self._writer.restore(self.best[0], state)
         return state._replace(params=kept.params)

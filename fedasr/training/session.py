@@ -185,6 +185,8 @@ class Session:
     def _save(self, stage: str, units: int, state: ServerState) -> None:
         seed_steps, store = self.parts.seed_steps, self.parts.store
         metadata = self._metadata(stage, units)
+        if stage == "main":
+            self.selection.settle()
         if store is not None:
             metadata["local_users"] = int(store.known.sum())
             store.flush()

@@ -100,8 +100,8 @@ def test_without_a_seed_split(tmp_path, capsys):
 def test_decoding_follows_the_words(tmp_path, capsys):
     """Words that dev says and train does not: beyond a few, no list of words is closed."""
 
-    def corpus(name, dev):
-        said = [("train", "a b c d")] * 4 + [("dev", text) for text in dev]
+    def corpus(name, texts, split="dev"):
+        said = [("train", "a b c d")] * 4 + [(split, text) for text in texts]
         utterances = [
             Utterance(f"{i}", f"{split}{i}", text, split, sound)
             for i, (split, text) in enumerate(said)
@@ -113,6 +113,8 @@ def test_decoding_follows_the_words(tmp_path, capsys):
     assert corpus("some", ["a b", "c e"]).decoding.name == "beam"
     assert corpus("none", ["e f", "g d"]).decoding.name == "greedy"
     assert "75% of dev's words are in no transcript" in capsys.readouterr().err
+    # The words of who tests choose nothing.
+    assert corpus("untuned", ["a b"], "test").decoding.name == "beam"
     none = own_speech.get_config(f"data={tmp_path / 'known'},language=none")
     assert none.decoding.name == "greedy" and not none.decoding.lm
 

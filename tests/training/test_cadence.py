@@ -63,9 +63,17 @@ def test_a_deadline_that_cannot_be_kept_is_told_once(deadline, round_seconds, wr
         found += cadence.warnings(writing)
     assert len(found) == told
     if told:
-        assert found[0].startswith("warning: after SIGTERM a round of up to")
+        assert found[0].startswith("warning: after SIGTERM a round of")
         assert f"checkpoint.deadline={deadline:g} s" in found[0]
         assert "checkpoint.every_seconds" in found[0] and "\n" not in found[0]
+
+
+def test_a_round_that_compiles_again_is_not_told():
+    cadence, clock = make(deadline=30.0)
+    for seconds in (100, 1, 1, 90, 1, 1):
+        clock.now += seconds
+        cadence.unit()
+        assert cadence.warnings(2.0) == []
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.federated.server import ServerState
 from fedasr.training import loop, selection, stages
-from fedasr.training.checkpoint import read_metadata, restore_params
+from fedasr.training.checkpoint import Checkpointer, read_metadata, restore_params
 from fedasr.training.config import Config, default_config
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.logging import read_metrics, to_json
@@ -114,6 +114,33 @@ def test_training_ends_when_there_is_nothing_better_and_users_are_charged_for_al
         assert entry["rounds"] == 6
     # The same command again: there is nothing left to do.
     assert loop.run(config, tmp_path / "run") == summary
+
+
+def test_the_first_state_costs_all_rounds_and_no_checkpoint_knows_more_than_the_best(
+    corpus, rates, tmp_path, monkeypatch
+):
+    """That nothing was better is known from all rounds; a run killed between two saves keeps it."""
+    rates([10.0, 50.0])
+    calls = []
+    settle, save = Selection.settle, Checkpointer.save
+
+    def settling(self):
+        calls.append("settle")
+        settle(self)
+
+    def saving(self, *args):
+        calls.append(self.directory.name)
+        save(self, *args)
+
+    monkeypatch.setattr(Selection, "settle", settling)
+    monkeypatch.setattr(Checkpointer, "save", saving)
+    config = configure(corpus, **{"selection.patience": 1})
+    summary = loop.run(config, tmp_path / "run")
+    assert (summary["selection"]["units"], summary["rounds"]) == (0, 1)
+    (entry,) = read_metadata(tmp_path / "run" / "best")["ledger"]["own"]
+    assert entry["rounds"] == 6
+    own = [i for i, name in enumerate(calls) if name == "checkpoints"]
+    assert len(own) == 2 and all(calls[i - 1] == "settle" for i in own)
 
 
 class StopAfter:

@@ -31,6 +31,15 @@ def check_counts(population: int, seed: int) -> None:
         raise UserError(f"seed must be a whole number, 0 or more, not {seed}.")
 
 
+def check_cohort_size(cohort_size: int, population: int) -> None:
+    """Raises UserError for cohorts of one size that these users cannot make."""
+    if cohort_size != int(cohort_size) or not 1 <= cohort_size <= population:
+        raise UserError(
+            f"cohort_size must be a whole number from 1 to the population of {population}, not "
+            f"{cohort_size}."
+        )
+
+
 def is_noisy(noise_multiplier: float) -> bool:
     """Whether there is noise; raises UserError for less than none."""
     if not noise_multiplier >= 0:

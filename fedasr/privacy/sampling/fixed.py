@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fedasr.errors import UserError
-from fedasr.privacy.sampling.draws import check_counts, is_noisy, round_generator
+from fedasr.privacy.sampling.draws import check_cohort_size, check_counts, is_noisy, round_generator
 from fedasr.privacy.sampling.poisson import PoissonSampler
 
 
@@ -34,13 +33,7 @@ class FixedSizeSampler:
 
     def __post_init__(self):
         check_counts(self.population, self.seed)
-        if self.cohort_size != int(self.cohort_size) or not 1 <= self.cohort_size <= (
-            self.population
-        ):
-            raise UserError(
-                f"cohort_size must be a whole number from 1 to the population of "
-                f"{self.population}, not {self.cohort_size}."
-            )
+        check_cohort_size(self.cohort_size, self.population)
 
     @property
     def expected_cohort(self) -> float:

@@ -192,7 +192,7 @@ class FederatedTrainer:
         """See `Trainer`."""
         config, mechanism = self._parts.config, self.simulations[0][1].mechanism
         cases = config.privacy.deployments
-        if config.selection.split and units:  # which state is kept may depend on all rounds
+        if config.selection.split:  # which state is kept, be it the first, depends on all rounds
             units = config.rounds
         return ledgers.run_entry(run, config, mechanism, units, self._users, cases)
 
