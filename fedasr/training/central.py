@@ -57,7 +57,7 @@ class CentralTraining:
         frames: int | None = None,
         steps_per_report: int = 10,
         devices: Sequence[jax.Device] | None = None,
-        keep: Sequence[str] | None = None,
+        select: Sequence[str] | None = None,
         model_devices: int = 1,
         stream: Stream = Stream.CENTRAL,
     ) -> None:
@@ -68,7 +68,9 @@ class CentralTraining:
             buckets = pooled_buckets(
                 corpus, padding=PADDING, most=MOST_BUCKETS, multiples=multiples, **batches
             )
-        self._batcher = PooledBatcher(corpus, buckets, seed, keep=keep, stream=stream, **batches)
+        self._batcher = PooledBatcher(
+            corpus, buckets, seed, select=select, stream=stream, **batches
+        )
         self._optimizer = optimizer
         self._per_report = steps_per_report
         root = seed_key(seed, stream)
@@ -96,9 +98,9 @@ class CentralTraining:
 
     def init(self, params: Params) -> ServerState:
         """The state before the first step; its `round` counts optimiser steps."""
-        return self.place(init_server(params, self._optimizer))
+        return self.transfer(init_server(params, self._optimizer))
 
-    def place(self, state: ServerState) -> ServerState:
+    def transfer(self, state: ServerState) -> ServerState:
         """Puts a state, such as a restored one, on every device."""
         return jax.device_put(state, model_sharding(self._mesh, state))
 

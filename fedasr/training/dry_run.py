@@ -11,7 +11,7 @@ from fedasr.data.records import open_corpus, read_metadata
 from fedasr.federated.local import (
     LocalStore,
 )
-from fedasr.federated.subset import keep
+from fedasr.federated.subset import select
 from fedasr.privacy.ledger import UNKNOWN_USERS, Users
 from fedasr.text import CharTokenizer, learned_vocabulary, tokenizer_for
 from fedasr.training import describe, ledgers, selection, starts
@@ -104,7 +104,7 @@ def _federated(
     sampler = mechanisms.make_sampler(config, population)
     mechanism = mechanisms.make_mechanism(config, sampler, models.sent_parameters(config))
     mechanism.client_transform()
-    shared = keep(shapes, models.shared_variables(config))
+    shared = select(shapes, models.shared_variables(config))
     layout = models.local_layout(config)
     if layout is not None:
         mechanism.check_local(config.local.prototype)

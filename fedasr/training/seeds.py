@@ -57,17 +57,17 @@ def identity(config: Config, devices: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def place(session: Session, workdir: Path) -> Path:
+def folder_of(session: Session, workdir: Path) -> Path:
     """Where the seed of a run lies, or would."""
     parts = session.parts
-    return workdir.absolute().parent / FOLDER / identity(parts.config, parts.own_devices)
+    return workdir.absolute().parent / FOLDER / identity(parts.config, parts.process_devices)
 
 
 def find(folder: Path, like: Any) -> Any | None:
     """The parameters of a kept seed; None if there is none that can be read, on any process.
 
     Args:
-      folder: of `place`.
+      folder: of `folder_of`.
       like: parameters of the model.
     """
     found = _read(folder, like)
@@ -84,7 +84,7 @@ def _read(folder: Path, like: Any) -> Any | None:
         return None
 
 
-def keep(session: Session, folder: Path, params: Any) -> None:
+def save(session: Session, folder: Path, params: Any) -> None:
     """Keeps a seed, in place of one that cannot be read.
 
     Raises:
@@ -94,7 +94,7 @@ def keep(session: Session, folder: Path, params: Any) -> None:
         return
     parts = session.parts
     folder.parent.mkdir(parents=True, exist_ok=True)
-    entries = session.own_entries("seed", parts.seed_steps)
+    entries = session.run_entries("seed", parts.seed_steps)
     metadata = {
         "stage": "seed",
         "units": parts.seed_steps,

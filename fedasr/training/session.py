@@ -50,8 +50,8 @@ class Parts:
       config: of the run.
       data: its corpora.
       recogniser: its model.
-      devices: of all processes; own_devices: of this one. What is not spread over processes is done
-        by each, and alike.
+      devices: of all processes; process_devices: of this one. What is not spread over
+        processes is done by each, and alike.
       evaluator: of its parameters.
       store: the users' local parameters; None if there are none.
     """
@@ -60,7 +60,7 @@ class Parts:
     data: corpora.Data
     recogniser: Recogniser
     devices: Sequence[jax.Device]
-    own_devices: Sequence[jax.Device]
+    process_devices: Sequence[jax.Device]
     evaluator: Evaluator
     store: LocalStore | None
 
@@ -176,7 +176,7 @@ class Session:
             "ledger": {
                 "known": known,
                 "earlier": ledger.to_data(earlier),
-                "own": ledger.to_data(self.own_entries(stage, units)),
+                "own": ledger.to_data(self.run_entries(stage, units)),
             },
             "totals": dataclasses.asdict(self.totals) | {"wall_seconds": self.wall_seconds()},
             "initial": to_json(self.initial),
@@ -195,7 +195,7 @@ class Session:
         if store is not None and (oldest := self.checkpointer.oldest_step()) is not None:
             store.release(oldest - seed_steps)
 
-    def own_entries(self, stage: str, units: int) -> list[ledger.Entry]:
+    def run_entries(self, stage: str, units: int) -> list[ledger.Entry]:
         """What this run's users have been charged for, by stage."""
         entries, seed_steps, corpus = [], self.parts.seed_steps, self.parts.data.seed
         if corpus is not None and seed_steps:

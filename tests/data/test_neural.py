@@ -400,7 +400,7 @@ def test_the_program_prepares_days_that_a_simulation_trains_on(recordings, tmp_p
         corpus,
         Mechanism(1.0, "global", 0.0, PoissonSampler(2, 2, 0)),
         FedAvg(local_training(recogniser.loss, optax.sgd(0.1)), optax.sgd(1.0)),
-        Batching(2, steps=2, keep=ARRAYS),
+        Batching(2, steps=2, select=ARRAYS),
     )
     start = simulation.init(recogniser.init(jax.random.key(0)))
     first = jax.device_get(start.params)

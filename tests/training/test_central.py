@@ -52,7 +52,7 @@ def training(corpus, devices, per_report=3, buckets=2):
         buckets=make_buckets([corpus], buckets, {"x": 4}),
         steps_per_report=per_report,
         devices=jax.devices()[:devices],
-        keep=("x", "y"),
+        select=("x", "y"),
     )
 
 
@@ -67,7 +67,7 @@ def by_hand(corpus, steps):
     optimizer = optax.adam(0.1)
     params = jax.tree.map(jnp.asarray, PARAMS)
     state, losses = optimizer.init(params), []
-    batcher = PooledBatcher(corpus, buckets, SEED, batch_size=BATCH, keep=("x", "y"))
+    batcher = PooledBatcher(corpus, buckets, SEED, batch_size=BATCH, select=("x", "y"))
     gradient = jax.jit(jax.value_and_grad(noisy_squares, has_aux=True))
     for step in range(steps):
         batch = batcher.batch(step)
@@ -97,7 +97,7 @@ def test_a_resumed_run_is_bit_identical(corpus, single):
     assert done == 4
     saved = jax.tree.map(np.array, jax.device_get(half))
     fresh = training(corpus, 1)
-    reports = list(fresh.run(fresh.place(saved), 3))
+    reports = list(fresh.run(fresh.transfer(saved), 3))
     assert [done for _, done, _ in reports] == [6, 7]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), reports[-1][0])
 

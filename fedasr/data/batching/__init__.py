@@ -5,7 +5,7 @@ A user's arrays are padded along axis 0 to the shape of a *bucket*; one bucket a
 steps make one compiled program.
 """
 
-from fedasr.data.batching.arrays import place
+from fedasr.data.batching.arrays import write_example
 from fedasr.data.batching.buckets import (
     Grid,
     best_boundaries,
@@ -48,8 +48,8 @@ __all__ = [
     "pack",
     "pack_sorted",
     "part_shapes",
-    "place",
     "pooled_buckets",
     "round_up",
     "rounded_slots",
+    "write_example",
 ]

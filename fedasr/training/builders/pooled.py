@@ -48,7 +48,7 @@ def central_training(
         # Saved and evaluated when reported.
         steps_per_report=math.gcd(10, config.checkpoint.seed_every, evaluated),
         devices=devices,
-        keep=ARRAYS,
+        select=ARRAYS,
         model_devices=config.model_devices,
     )
 

@@ -21,7 +21,9 @@ def seed_training(parts: Parts) -> CentralTraining:
     """Of the seed, which each process trains alike."""
     corpus, loss = parts.data.seed, parts.recogniser.loss
     assert corpus is not None  # where the seed is trained on
-    return pooled.central_training(parts.config, "seed_training", corpus, loss, parts.own_devices)
+    return pooled.central_training(
+        parts.config, "seed_training", corpus, loss, parts.process_devices
+    )
 
 
 def train_seed(session: Session, latest: int | None, units: int) -> Any:
@@ -30,14 +32,14 @@ def train_seed(session: Session, latest: int | None, units: int) -> Any:
     params = models.initial_params(parts.recogniser, parts.config)
     if not parts.seed_steps:
         return params
-    kept = seeds.place(session, session.workdir) if parts.config.seed_training.reuse else None
+    kept = seeds.folder_of(session, session.workdir) if parts.config.seed_training.reuse else None
     if kept is not None and (found := seeds.find(kept, params)) is not None:
         session.message(f"the seed is that of {kept}, which has the same settings and data")
         return found
     state = _steps(session, "seed", seed_training(parts), params, latest, units, parts.seed_steps)
     params = hosts.leaders(state.params)
     if kept is not None:
-        seeds.keep(session, kept, params)
+        seeds.save(session, kept, params)
     return params
 
 
@@ -52,7 +54,7 @@ def _steps(
 ) -> ServerState:
     state = training.init(params)
     if latest is not None:
-        state = training.place(session.checkpointer.restore(latest, jax.device_get(state))[0])
+        state = training.transfer(session.checkpointer.restore(latest, jax.device_get(state))[0])
     before = 0 if stage == "seed" else session.parts.seed_steps
     config, over = session.parts.config, False
     every = config.checkpoint.seed_every

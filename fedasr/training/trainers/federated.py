@@ -13,7 +13,7 @@ from fedasr.federated import chunks, hosts
 from fedasr.federated.metrics import RoundMetrics
 from fedasr.federated.server import ServerState
 from fedasr.federated.simulation import Simulation
-from fedasr.federated.subset import keep
+from fedasr.federated.subset import select
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.ledger import Users
 from fedasr.streams import ROOT_WORDS, public_name, secret_root
@@ -119,7 +119,7 @@ class FederatedTrainer:
             root = self._secret()
             root = simulation.root_of(restored.params) if root is None else root
             restored = restored._replace(root=root)
-        return simulation.place(restored)
+        return simulation.transfer(restored)
 
     def _secret(self) -> np.ndarray | None:
         """A root that nobody can compute, if the configuration wants one."""
@@ -146,7 +146,7 @@ class FederatedTrainer:
                     raise
                 self._halve(session, simulation.chunk, shrunk, error)
                 shrunk = True
-                state = self.simulations[number][1].place(state)
+                state = self.simulations[number][1].transfer(state)
                 self._keep_chunk()
 
     def _halve(self, session: Session, chunk: int, shrunk: bool, error: Exception) -> None:
@@ -217,7 +217,7 @@ class FederatedTrainer:
                 simulation.mechanism,
                 config,
                 config.rounds if config.selection.split else rounds,
-                keep(state.params, models.shared_variables(config)),
+                select(state.params, models.shared_variables(config)),
                 [*earlier, self.entry(session.name, rounds)],
                 known,
             ),
