@@ -48,6 +48,7 @@ class Stream(enum.IntEnum):
     ROUNDED = 0x9D1A_0203  # the variables that are compressed for this client
     SHARE = 0x9D1A_0204  # the client's share of the noise under secure aggregation
     ROTATION = 0x9D1A_0205  # public rotation before secure aggregation
+    PERSONAL = 0x9D1A_0207  # training of the client's own model beside the common one
     # Folded into the key of a step, whose other children are its utterances, or its parts.
     BATCH = 0x9D1A_0206  # of what all of a batch share, such as which blocks are dropped
 

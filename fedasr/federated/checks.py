@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import Corpus
 from fedasr.errors import UserError
+from fedasr.federated.client import takes_correction
+from fedasr.federated.extras import MemoryLayout
 from fedasr.federated.hardware import Hardware
 from fedasr.privacy.mechanism import Mechanism
 
@@ -35,6 +38,8 @@ def check(
     store_and_corpus_agree(algorithm, corpus)
     store_knows_what_is_trained(algorithm)
     store_is_private(mechanism, algorithm)
+    extras_fit(mechanism, algorithm)
+    extras_are_accounted(mechanism, algorithm)
 
 
 def sampler_and_corpus_agree(mechanism: Mechanism, corpus: Corpus) -> None:
@@ -108,3 +113,42 @@ def store_is_private(mechanism: Mechanism, algorithm: Algorithm) -> None:
     """No user reaches another through local parameters; see `Mechanism.check_local`."""
     if algorithm.store is not None:
         mechanism.check_local(algorithm.store.prototype)
+
+
+def extras_fit(mechanism: Mechanism, algorithm: Algorithm) -> None:
+    """What goes beside the model has its place everywhere that it comes by."""
+    extras, store = getattr(algorithm, "extras", None), algorithm.store
+    if extras is None:
+        return
+    if algorithm.weigh is not None:
+        raise UserError("weigh would judge an update with an algorithm's own parts in it")
+    if mechanism.secure is not None and extras.message is not None:
+        raise UserError("noise in shares has room for the model's updates alone")
+    if store is not None and not isinstance(store.layout, MemoryLayout):
+        raise UserError(
+            "this algorithm keeps a memory of its own for each user: unset local.patterns"
+        )
+    if store is not None and store.prototype != "init":
+        raise UserError("what an algorithm remembers of a user begins empty: prototype='init'")
+
+
+def extras_are_accounted(mechanism: Mechanism, algorithm: Algorithm) -> None:
+    """An algorithm whose privacy nobody can state is refused where there is noise."""
+    extras = getattr(algorithm, "extras", None)
+    if extras is not None and extras.unaccounted and mechanism.noise_multiplier:
+        raise UserError(extras.unaccounted)
+
+
+def has_memory(store: object, name: str) -> None:
+    """An algorithm that remembers its users is given a place for that."""
+    if store is None:
+        raise UserError(f"{name} remembers its users: give it a store (`MemoryLayout`)")
+
+
+def takes_corrections(client_update: Callable[..., Any], name: str) -> None:
+    """Local training lets the algorithm correct gradients."""
+    if not takes_correction(client_update):
+        raise UserError(
+            f"{name} corrects the gradients of plain local training: unset compression, and choose "
+            "partial.mode='all' or 'fixed'"
+        )

@@ -9,6 +9,7 @@ local algorithm.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -65,6 +66,10 @@ class ClientUpdate(Protocol):
           `delta = theta - theta_local`, old minus new so that it acts as a gradient on the
           server, in the parameters' dtypes (exactly zero for an empty slot), and metrics.
         """
+
+
+# A `ClientUpdate` with one more argument by keyword: see what `local_training` returns.
+CorrectedUpdate = Callable[..., Any]
 
 
 def take_batch(batches: Batch | Store, step: jax.Array | int) -> dict[str, jax.Array]:
@@ -213,12 +218,17 @@ def local_training(
       schedule: rounds done -> factor of every local update of that round, that is of the learning
         rate; None for 1. (A schedule within a round belongs to `optimizer`.)
       batch_keys: see `batch_gradient`.
+
+    Returns:
+      A client update that takes one more argument, `correction`: a transformation of the clipped
+      gradients of one client's steps, which may hold arrays of that client. With it the update
+      returns the transformation's last state, too: (delta, metrics, state).
     """
-    if grad_clip is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), optimizer)
+    clip = None if grad_clip is None else optax.clip_by_global_norm(grad_clip)
     gradient = batch_gradient(loss, batch_keys)
 
-    def update(params, batches, num_steps, key, max_steps=None, round=0):
+    def update(params, batches, num_steps, key, max_steps=None, round=0, *, correction=None):
+        local_optimizer = _chained(clip, correction, optimizer)
         factor = None if schedule is None else schedule(round)
         first = jax.eval_shape(take_batch, batches, 0)
         aux_shape = jax.eval_shape(loss, params, first, key)[1]
@@ -229,7 +239,7 @@ def local_training(
             (value, aux), grads = gradient(local, batches, i, jax.random.fold_in(key, i))
             if proximal:
                 grads = jax.tree.map(lambda g, a, b: g + proximal * (a - b), grads, local, params)
-            updates, new_opt_state = optimizer.update(grads, opt_state, local)
+            updates, new_opt_state = local_optimizer.update(grads, opt_state, local)
             if factor is not None:
                 updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
             new = (
@@ -243,10 +253,29 @@ def local_training(
             active = i < num_steps
             return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, carry)
 
-        start = (params, optimizer.init(params), jnp.float32(0), zeros)
+        start = (params, local_optimizer.init(params), jnp.float32(0), zeros)
         bound = num_steps if max_steps is None else max_steps
-        local, _, loss_sum, aux = jax.lax.fori_loop(0, bound, step, start)
+        local, opt_state, loss_sum, aux = jax.lax.fori_loop(0, bound, step, start)
         delta = jax.tree.map(jnp.subtract, params, local)
-        return delta, ClientMetrics(loss_sum / jnp.maximum(num_steps, 1), aux)
+        metrics = ClientMetrics(loss_sum / jnp.maximum(num_steps, 1), aux)
+        if correction is None:
+            return delta, metrics
+        return delta, metrics, opt_state[-2]
 
     return update
+
+
+def _chained(
+    clip: optax.GradientTransformation | None,
+    correction: optax.GradientTransformation | None,
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """What a step does to a gradient; the correction's state is the last but one."""
+    steps = [step for step in (clip, correction, optimizer) if step is not None]
+    return steps[0] if len(steps) == 1 else optax.chain(*steps)
+
+
+def takes_correction(client_update: Callable[..., Any]) -> bool:
+    """Whether a client update lets an algorithm correct its gradients (see `local_training`)."""
+    parameters = inspect.signature(client_update).parameters.values()
+    return any(p.name == "correction" or p.kind is p.VAR_KEYWORD for p in parameters)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedasr.federated.algorithms import Algorithm, sent
+from fedasr.federated import extras
+from fedasr.federated.algorithms import Algorithm, extras_of, sent, sent_like
 from fedasr.federated.client import ClientUpdate
 from fedasr.federated.cohort import Weigh
 from fedasr.federated.local import LocalUpdate, with_local
-from fedasr.federated.subset import merge, select
+from fedasr.federated.subset import merge
 from fedasr.privacy.adaptive import ClientView
 from fedasr.privacy.mechanism import Mechanism
 
@@ -33,20 +34,29 @@ def client_side(mechanism: Mechanism, algorithm: Algorithm) -> ClientSide:
       algorithm: trains.
     """
     update: Any = algorithm.client_update
-    if algorithm.store is not None:
-        update = with_local(update, algorithm.store.layout)
+    own = extras_of(algorithm)
+    layout: Any = None if algorithm.store is None else algorithm.store.layout
+    if own is not None:
+        update = extras.as_client_update(own, layout)
+    elif layout is not None:
+        update = with_local(update, layout)
     if mechanism.adaptive is not None:
         update = _without_scales(update)
     shared, clip = sent(algorithm), mechanism.client_transform()
-    clip = clip._replace(init=functools.partial(_init_part, clip.init, shared))
+    like = functools.partial(sent_like, algorithm)
+    clip = clip._replace(init=functools.partial(_init_sent, clip.init, like))
     return ClientSide(update, clip, _for_all(algorithm.weigh, shared))
 
 
-def _init_part(init: Any, trained: Sequence[bool] | None, view: Any) -> Any:
-    """The clipping's state for the trained variables of what clients get."""
+def _init_sent(init: Any, like: Callable[[Any], Any], view: Any) -> Any:
+    """The clipping's state for what clients send, from what they get."""
+
+    def of(params):
+        return like(params.params if isinstance(params, extras.Download) else params)
+
     if isinstance(view, ClientView):
-        return init(view._replace(params=select(view.params, trained)))
-    return init(select(view, trained))
+        return init(view._replace(params=of(view.params)))
+    return init(of(view))
 
 
 def _for_all(weigh: Weigh | None, trained: Sequence[bool] | None) -> Weigh | None:

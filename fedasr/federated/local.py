@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,38 @@ _BLOCK = 4096  # rows read at a time for a mean
 LocalUpdate = Callable[..., tuple[Params, ClientMetrics, jax.Array]]
 
 
+class Rows(Protocol):
+    """How something that stays with each user lies in a row of a store.
+
+    Attributes:
+      local, trained, shared: for each variable of the model in order, whether it stays with users,
+        whether clients train it (None for all), and whether they send an update of it.
+      size: numbers in a row.
+      personal: what makes a user's own model of it; None or False where it holds no part of one.
+    """
+
+    @property
+    def local(self) -> tuple[bool, ...]: ...
+
+    @property
+    def trained(self) -> tuple[bool, ...] | None: ...
+
+    @property
+    def shared(self) -> list[bool]: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def personal(self) -> Any: ...
+
+    def extract(self, params: Params) -> Any:
+        """What a user who has not been met starts from, float32 [size]."""
+
+    def insert(self, params: Params, row: jax.Array) -> Params:
+        """The model of a user with that row."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Which of a model's variables are local, and how they lie in a row.
@@ -55,6 +87,11 @@ class Layout:
     def size(self) -> int:
         """Numbers in a row."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def personal(self) -> bool:
+        """Whether rows make models of the users' own: these do."""
+        return True
 
     @property
     def shared(self) -> list[bool]:
@@ -154,7 +191,7 @@ class LocalStore:
     def __init__(
         self,
         folder: str | Path,
-        layout: Layout,
+        layout: Rows,
         users: int,
         prototype: str = "init",
         *,

@@ -3,6 +3,7 @@
 sampler -> batches -> vmap(client) -> clip -> sum -> /expected size -> noise -> server optimiser
 """
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from fedasr.data.corpus import Corpus
 from fedasr.digests import params_digest
 from fedasr.errors import UserError
 from fedasr.federated import checks, hosts
-from fedasr.federated.algorithms import Algorithm, sent
+from fedasr.federated.algorithms import Algorithm, extras_of, sent, sent_like
 from fedasr.federated.client import Params
 from fedasr.federated.clientside import client_side
 from fedasr.federated.cohort import (
@@ -33,11 +34,11 @@ from fedasr.federated.cohort import (
     rotation_key,
     settled,
 )
+from fedasr.federated.extras import Download, broadcast_of, server_chain
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import CohortRows
 from fedasr.federated.metrics import RoundMetrics, round_metrics
 from fedasr.federated.server import ServerState, init_server, server_step
-from fedasr.federated.subset import select as select_part
 from fedasr.federated.subset import transform_part
 from fedasr.privacy.adaptive import ClientView, hold, scales_of
 from fedasr.privacy.clipping import layer_names
@@ -108,7 +109,8 @@ class Simulation:
             out_shardings=replicated(self.mesh),
         )
         self._adaptive = mechanism.adaptive is not None
-        self._trained = sent(algorithm)
+        self._trained, self._extras = sent(algorithm), extras_of(algorithm)
+        self._sent_like = functools.partial(sent_like, algorithm)
         client = client_side(mechanism, algorithm)
         self._cohort = make_cohort(
             client.client_update,
@@ -143,7 +145,11 @@ class Simulation:
     def _chain(self, root: Any) -> optax.GradientTransformation:
         """From the cohort's sum to the update, with the noise of a run."""
         noise = self.mechanism.server_transform(key(root, Stream.NOISE), key(root, Stream.VOTES))
-        return transform_part(optax.chain(noise, self._server_optimizer), self._trained)
+        if self._extras is None or self._extras.message is None:
+            chain = optax.chain(noise, self._server_optimizer)
+        else:
+            chain = server_chain(noise, self._server_optimizer, self._extras.sent_like)
+        return transform_part(chain, self._trained)
 
     def root_of(self, params: Params) -> np.ndarray:
         """The root of everything random in a run that starts from `params`, uint32 [8].
@@ -252,10 +258,11 @@ class Simulation:
                 began, waiting = time.perf_counter(), 0.0  # the caller's time is not the round's
 
     def _view(self, state: ServerState) -> Any:
-        """What clients get: the parameters, with the bounds' scales where those adapt."""
-        if not self._adaptive:
-            return state.params
-        return ClientView(state.params, scales_of(state.opt_state))
+        """What clients get: the parameters, with a broadcast, and scales of bounds that adapt."""
+        view = state.params
+        if self._extras is not None and self._extras.broadcast:
+            view = Download(view, broadcast_of(state.opt_state))
+        return ClientView(view, scales_of(state.opt_state)) if self._adaptive else view
 
     def _votes(self, state: ServerState, total: CohortSum | None) -> dict[str, Any]:
         """What adaptive bounds, or noise in shares, need to know of a round."""
@@ -278,7 +285,7 @@ class Simulation:
         if self.mechanism.secure is not None:
             zeros = jnp.zeros(self.mechanism.encoding.dimension, jnp.int32)
             return hosts.transfer(zeros, replicated(self.mesh))
-        like = select_part(state.params, self._trained)
+        like = jax.eval_shape(self._sent_like, state.params)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
         return hosts.transfer(zeros, model_sharding(self.mesh, zeros))
 
@@ -330,8 +337,8 @@ class Simulation:
         return int(program + waiting + 2 * _bytes(kept))
 
     def layer_names(self, params: Params) -> list[str]:
-        """Names of the layers that metrics by layer are about: those of the trained variables."""
-        return layer_names(select_part(params, self._trained), self.mechanism.layers)
+        """Names of the layers that metrics by layer are about: those of what clients send."""
+        return layer_names(jax.eval_shape(self._sent_like, params), self.mechanism.layers)
 
     def compilations(self) -> int:
         """Compiled shapes of the cohort's sum so far: one for each shape of chunk."""

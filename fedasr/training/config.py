@@ -80,6 +80,10 @@ class Config:
         choice("federated", values.algorithms),
         'or "central": the same data with the users forgotten',
     )
+    algorithm_options: Mapping[str, Any] = setting(
+        checked(dict, values.check_numbers, "numbers by name"),
+        "the algorithm's own, such as alpha; set in a file, there is nothing to override here",
+    )
     rounds: int = setting(whole(100, most=100_000_000, unit="rounds"), 'unused by "central"')
     cohort: int = setting(whole(8, unit="users"), "expected in a round")
     chunk: int | str = setting(
@@ -161,6 +165,7 @@ def default_config() -> ConfigDict:
     config.lock()  # a misspelt field in a file is then an error
     for part in (config.server, config.central, config.seed_training):
         part.options.unlock()
+    config.algorithm_options.unlock()
     return config
 
 

@@ -16,6 +16,7 @@ from fedasr.privacy.ledger import UNKNOWN_USERS, Users
 from fedasr.text import CharTokenizer, learned_vocabulary, tokenizer_for
 from fedasr.training import describe, ledgers, selection, starts
 from fedasr.training.builders import (
+    algorithms,
     clients,
     corpora,
     devices,
@@ -109,6 +110,7 @@ def _federated(
     if layout is not None:
         mechanism.check_local(config.local.prototype)
     described = clients.describe_client(config, shapes, local=layout.local if layout else None)
+    described = algorithms.with_extras(config, described)
     earlier, known = ledgers.runs_before(config, workdir)
     names, rounds = _user_names(config.data), config.rounds
     users = Users.of(names) if names else UNKNOWN_USERS

@@ -12,7 +12,7 @@ from fedasr.data.corpus import Corpus
 from fedasr.decoding.registry import Decoder
 from fedasr.errors import UserError
 from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
-from fedasr.federated.local import Layout
+from fedasr.federated.local import Rows
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.text import CharTokenizer, Tokenizer, tokenizer_for
 from fedasr.training.metrics import (
@@ -67,7 +67,7 @@ class Evaluator:
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
         tokenizer: Tokenizer | None = None,
-        layout: Layout | None = None,
+        layout: Rows | None = None,
         model_devices: int = 1,
         published: bool = False,
         decoder: Decoder | None = None,

@@ -8,8 +8,8 @@ from fedasr.data.records import open_corpus
 from fedasr.errors import UserError
 from fedasr.federated.local import (
     SLOTS_FILE,
-    Layout,
     LocalStore,
+    Rows,
 )
 from fedasr.training.builders import corpora, models
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
@@ -20,7 +20,7 @@ LOCAL_FOLDER = "local"  # of a work directory, the users' local parameters
 
 def local_rows(
     path: str | Path, params: Any, corpus: Corpus, directory: str | Path
-) -> tuple[Layout | None, Any]:
+) -> tuple[Rows | None, Any]:
     """The local parameters of a corpus's users, as they were at a checkpoint.
 
     Args:
@@ -46,6 +46,7 @@ def local_rows(
         folder is None
         or metadata["stage"] != "main"
         or (layout := models.local_layout(config)) is None
+        or not layout.personal
     ):
         return None, None
     if corpora.content_hash(Path(directory)) != config.data.identity:

@@ -18,6 +18,7 @@ from fedasr.data.corpus import shared_users
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.federated.server import ServerState
+from fedasr.training.builders import models
 from fedasr.training.builders.corpora import Data
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader, read_metadata
 from fedasr.training.config import Config
@@ -41,10 +42,11 @@ def check(config: Config, data: Data | None = None) -> None:
                 "evaluated while training, such as dev"
             )
         return
-    if config.local.patterns:
+    if models.keeps_rows(config):
         raise UserError(
-            "selection.split keeps a state of the shared model: users' local parameters of an "
-            "earlier round are gone; unset local.patterns or selection.split"
+            "selection.split keeps a state of the shared model: what users kept of an earlier "
+            "round is gone; unset selection.split, or local.patterns and an algorithm that "
+            "remembers users"
         )
     if split not in config.data.eval or split not in config.evaluation.while_training:
         raise UserError(

@@ -263,9 +263,9 @@ class Session:
         }
 
     def _rows(self, params: Any, split: str) -> Any:
-        """From a split's users to their local parameters; None if there are none."""
+        """From a split's users to their rows; None where these hold no part of a model."""
         data, store = self.parts.data, self.parts.store
-        if store is None:
+        if store is None or not store.layout.personal:
             return None
         if split not in self._known:
             self._known[split] = find_users(data.train, data.evaluation[split])

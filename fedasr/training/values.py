@@ -138,3 +138,13 @@ def check_options(value: Any) -> str | None:
         if not isinstance(option, bool | str) and not is_number(option):
             return f"has {name}={option!r}, which must be a finite number, a name, True or False"
     return None
+
+
+def check_numbers(value: Any) -> str | None:
+    """Options of an algorithm, numbers by name; what they mean is for it to check."""
+    if not isinstance(value, Mapping):
+        return "must be numbers by name"
+    for name, option in value.items():
+        if not is_number(option):
+            return f"has {name}={option!r}, which must be a finite number"
+    return None

@@ -29,6 +29,7 @@ PLACES = {"data.dir": "data.identity", "init_from": "start"}
 # A run's identity leaves them out while they hold what is said here: all that is random in it
 # follows from its identity, which a field that is new must not change.
 LATER: dict[str, Any] = {
+    "algorithm_options": {},
     "central.options": {},
     "central.decay_start": 0,
     "central.decay_smooth": False,

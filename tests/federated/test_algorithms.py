@@ -13,7 +13,13 @@ import pytest
 
 import fedasr as fa
 from fedasr.federated import checks
-from fedasr.federated.algorithms import ALGORITHMS, algorithm_by_name
+from fedasr.federated.algorithms import (
+    ALGORITHMS,
+    Facts,
+    algorithm_by_name,
+    make_algorithm,
+    memory_layout,
+)
 from fedasr.training.builders.simulations import make_simulation
 from fedasr.training.config import Config, check_fields, default_config
 
@@ -166,7 +172,10 @@ def test_a_file_and_a_line_are_a_setting(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_those_that_there_are(name):
-    algorithm = algorithm_by_name(name)(fa.local_training(squares, optax.sgd(1.0)), optax.sgd(1.0))
+    layout = memory_layout(name, {"w": np.zeros(3, np.float32)})
+    store = None if layout is None else types.SimpleNamespace(layout=layout)
+    update, facts = fa.local_training(squares, optax.sgd(1.0)), Facts(share=0.5, unit=1.0)
+    algorithm = make_algorithm(name, update, optax.sgd(1.0), facts, {}, store=store)
     assert isinstance(algorithm, fa.Algorithm)
     with pytest.raises(fa.UserError, match=f"unknown algorithm 'fedsgd': choose one of.*{name}"):
         algorithm_by_name("fedsgd")

@@ -62,6 +62,7 @@ SENSIBLE = {
     ("model.options", "empty mapping"),
     ("augment.options", "empty mapping"),
     ("server.options", "empty mapping"),
+    ("algorithm_options", "empty mapping"),
     ("central.options", "empty mapping"),
     ("decoding.lm", "empty text"),
     ("decoding.word_bonus", "-1"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from fedasr.federated.local import Layout
+from fedasr.federated.local import Rows
 from fedasr.models.recogniser import Recogniser
 from fedasr.training.builders import corpora, decoders
 from fedasr.training.config import Config
@@ -16,7 +16,7 @@ def make_evaluator(
     recogniser: Recogniser,
     data: corpora.Data,
     devices: Sequence[jax.Device],
-    layout: Layout | None = None,
+    layout: Rows | None = None,
 ) -> Evaluator:
     """What decodes the evaluation splits.
 

@@ -10,8 +10,9 @@ from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.audio.features import LogMelConfig
 from fedasr.compression import costs
 from fedasr.errors import UserError
+from fedasr.federated.algorithms import memory_layout, part_of_module
 from fedasr.federated.local import (
-    Layout,
+    Rows,
     check_prototype,
     make_layout,
 )
@@ -51,16 +52,33 @@ def parameter_count(recogniser: Recogniser) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
-def local_layout(config: Config) -> Layout | None:
-    """Which variables are local to the users; None if none are.
+def keeps_rows(config: Config) -> bool:
+    """Whether a run keeps something of each user from round to round, in a store."""
+    if not config.has_rounds:
+        return False
+    return bool(config.local.patterns) or part_of_module(config.algorithm, "memory") is not None
+
+
+def local_layout(config: Config) -> Rows | None:
+    """How what stays with users lies in their rows; None if nothing does.
+
+    Local variables, or what the algorithm remembers of each.
 
     Raises:
-      UserError: see `fedasr.federated.local.make_layout`.
+      UserError: see `fedasr.federated.local.make_layout`; or both would.
     """
-    if not config.has_rounds or not (patterns := config.local.patterns):
+    if not keeps_rows(config):
         return None
-    shapes = variable_shapes(config)
-    return make_layout(shapes, patterns, trained_variables(config))
+    shapes, trained = variable_shapes(config), trained_variables(config)
+    layout = memory_layout(config.algorithm, shapes, trained)
+    if layout is None:
+        return make_layout(shapes, config.local.patterns, trained)
+    if config.local.patterns:
+        raise UserError(
+            f"algorithm={config.algorithm!r} remembers its users, where local variables would lie: "
+            "unset local.patterns, or choose an algorithm without a memory"
+        )
+    return layout
 
 
 def shared_variables(config: Config) -> list[bool] | None:

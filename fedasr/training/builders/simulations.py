@@ -6,20 +6,18 @@ import jax
 
 from fedasr.errors import UserError
 from fedasr.federated import chunks
-from fedasr.federated.algorithms import algorithm_by_name
 from fedasr.federated.client import Loss
 from fedasr.federated.cohort import replicated
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import LocalStore
 from fedasr.federated.simulation import Simulation
 from fedasr.training.builders import (
+    algorithms,
     batches,
-    clients,
     corpora,
     identities,
     mechanisms,
     models,
-    optimizers,
 )
 from fedasr.training.config import Config
 
@@ -45,6 +43,8 @@ def make_simulation(
     """
     if config.local.patterns and store is None:
         raise UserError("local.patterns: this program keeps no local parameters")
+    if store is None and models.keeps_rows(config):
+        raise UserError(f"algorithm={config.algorithm!r}: this program remembers no users")
     sampler = mechanisms.make_sampler(config, len(data.train.users))
 
     def build(chunk: int) -> Simulation:
@@ -52,11 +52,12 @@ def make_simulation(
         return Simulation(
             data.train,
             mechanisms.make_mechanism(config, sampler, models.sent_parameters(config)),
-            algorithm_by_name(config.algorithm)(
-                clients.make_client_update(config, optimizers.local_update(config), loss),
-                optimizers.server_optimizer(config),
-                trained=models.trained_variables(config),
-                store=store,
+            algorithms.make(
+                config,
+                loss,
+                sampler.expected_cohort / sampler.population,
+                store,
+                models.trained_variables(config),
             ),
             batches.make_batching(config, data.grid, data.resident(replicated(hardware.mesh()))),
             hardware=hardware,

@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fedasr.training.builders import batches, clients, decoders, devices, models, optimizers
+from fedasr.training.builders import (
+    algorithms,
+    batches,
+    clients,
+    decoders,
+    devices,
+    models,
+    optimizers,
+)
 from fedasr.training.config import Config, check_fields
 from fedasr.training.logging import to_json
 
@@ -21,6 +29,7 @@ def checked(given: Mapping[str, Any] | Config) -> Config:
     clients.check(config)
     models.check_local(config)
     optimizers.check(config)
+    algorithms.check(config)
     batches.check(config)
     models.check(config)
     devices.check(config)

@@ -18,7 +18,7 @@ from fedasr.privacy import accounting, ledger
 from fedasr.privacy.ledger import Users
 from fedasr.streams import ROOT_WORDS, public_name, secret_root
 from fedasr.training import describe, ledgers
-from fedasr.training.builders import batches, clients, mechanisms, models, simulations
+from fedasr.training.builders import algorithms, batches, clients, mechanisms, models, simulations
 from fedasr.training.builders.devices import device_name
 from fedasr.training.config import fingerprint
 from fedasr.training.logging import write_json_atomic
@@ -231,7 +231,8 @@ class FederatedTrainer:
         config, parts = self._parts.config, self._parts
         if not config.compression.measure:
             local = None if parts.store is None else parts.store.layout.local
-            return clients.describe_client(config, params, local=local)
+            described = clients.describe_client(config, params, local=local)
+            return algorithms.with_extras(config, described)
         batch = batches.batch_shapes(config, parts.data.buckets[-1])
         return clients.describe_client(config, params, parts.recogniser.loss, batch)
 
