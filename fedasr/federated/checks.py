@@ -13,6 +13,7 @@ from fedasr.errors import UserError
 from fedasr.federated.client import takes_correction
 from fedasr.federated.extras import MemoryLayout
 from fedasr.federated.hardware import Hardware
+from fedasr.federated.participation import Participation
 from fedasr.privacy.mechanism import Mechanism
 
 if TYPE_CHECKING:  # algorithms check themselves by these rules
@@ -137,6 +138,26 @@ def extras_are_accounted(mechanism: Mechanism, algorithm: Algorithm) -> None:
     extras = getattr(algorithm, "extras", None)
     if extras is not None and extras.unaccounted and mechanism.noise_multiplier:
         raise UserError(extras.unaccounted)
+
+
+def dropout_is_accounted(
+    mechanism: Mechanism, participation: Participation | None, corpus: Corpus
+) -> None:
+    """Whether a user's update is missing depends on that user, and noise is not missing with it."""
+    if participation is None:
+        return
+    if (known := len(participation.devices.transfer)) != len(corpus.users):
+        raise UserError(f"there are devices of {known} users, the corpus has {len(corpus.users)}")
+    if participation.first and mechanism.noise_multiplier:
+        raise UserError(
+            "participation.first has users displace each other, which no accountant covers: with "
+            "privacy ask a larger cohort and set participation.deadline"
+        )
+    if mechanism.secure is not None:
+        raise UserError(
+            "noise in shares is missing where users drop out: participation needs noise that the "
+            "server adds (privacy.noise='independent')"
+        )
 
 
 def has_memory(store: object, name: str) -> None:

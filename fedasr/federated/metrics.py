@@ -8,6 +8,7 @@ import numpy as np
 
 from fedasr.data.batching import Padding
 from fedasr.federated.cohort import CohortSum
+from fedasr.federated.participation import Turnout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class RoundMetrics:
     steps, invalid: clients that took part, their optimiser steps, clients whose update was not
     finite. norms, clipped: [layers], mean update norm before clipping, share of clients clipped.
     aux: sums of the loss's scalars. padding: see `Padding`. seconds: wall time of the round;
-    waiting: its part spent waiting for data.
+    waiting: its part spent waiting for data. turnout: of simulated devices, where there are any.
     """
 
     round: int
@@ -33,6 +34,7 @@ class RoundMetrics:
     padding: Padding
     seconds: float
     waiting: float
+    turnout: Turnout | None = None
 
 
 def round_metrics(
@@ -42,18 +44,20 @@ def round_metrics(
     padding: Padding,
     seconds: float,
     waiting: float,
+    turnout: Turnout | None = None,
 ) -> RoundMetrics:
     """The metrics of a round.
 
     Args:
       round: counted from 1. total: the cohort's sum, None for an empty round.
       scales: float32 [layers] of adaptive bounds, or [0].
-      padding, seconds, waiting: of the round.
+      padding, seconds, waiting, turnout: of the round.
     """
     if total is None:
         empty = np.zeros(0, np.float32)
         return RoundMetrics(
-            round, float("nan"), 0, 0, 0, empty, empty, scales, {}, padding, seconds, waiting
+            *(round, float("nan"), 0, 0, 0, empty, empty, scales, {}, padding),
+            *(seconds, waiting, turnout),
         )
     host = jax.device_get(total._replace(delta=None))
     valid = max(int(host.clients - host.invalid), 1)
@@ -70,4 +74,5 @@ def round_metrics(
         padding=padding,
         seconds=seconds,
         waiting=waiting,
+        turnout=turnout,
     )

@@ -38,6 +38,7 @@ from fedasr.federated.extras import Download, broadcast_of, server_chain
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import CohortRows
 from fedasr.federated.metrics import RoundMetrics, round_metrics
+from fedasr.federated.participation import Participation, Turnout
 from fedasr.federated.server import ServerState, init_server, server_step
 from fedasr.federated.subset import transform_part
 from fedasr.privacy.adaptive import ClientView, hold, scales_of
@@ -69,6 +70,7 @@ class Simulation:
       batching: how a client's examples become batches.
       hardware: default all devices, each with one client at a time.
       seed: of everything random, with the run's identity: see `root_of`.
+      participation: which of the users drawn get an update back, and when; None for all, at once.
       identity: says what else tells this run from others of the same seed, such as its
         configuration; a string that equal runs share and no others.
 
@@ -86,8 +88,11 @@ class Simulation:
         hardware: Hardware = Hardware(),
         seed: int = 0,
         identity: str = "",
+        participation: Participation | None = None,
     ) -> None:
         checks.check(corpus, mechanism, algorithm, batching, hardware)
+        checks.dropout_is_accounted(mechanism, participation, corpus)
+        self._participation = participation
         self.mechanism, self.store = mechanism, algorithm.store
         self.seed, self.identity = seed, identity
         self._users = corpus_digest(corpus)
@@ -191,26 +196,41 @@ class Simulation:
 
     def _items(
         self, draws: Draws, first: int, last: int
-    ) -> Iterator[tuple[Chunk | None, Padding, bool]]:
-        """Chunks of the rounds first..last-1, each round ended by (None, padding, True)."""
+    ) -> Iterator[tuple[Chunk | None, Padding, Turnout | None]]:
+        """Chunks of the rounds first..last-1, each round ended by (None, padding, turnout)."""
         for round in range(first, last):
             total = Padding(0, 0)
-            for chunk, padding in self.batcher.chunks(
-                draws.sampler.cohort(round), round, draws.order
-            ):
+            users, turnout = draws.sampler.cohort(round), None
+            if self._participation is not None:
+                steps = [self.batcher.steps(int(user), round, draws.order) for user in users]
+                turnout = self._participation.turnout(round, [int(u) for u in users], steps)
+                users = self._who_trains(turnout)
+            for chunk, padding in self.batcher.chunks(users, round, draws.order):
                 total += padding
-                yield chunk, padding, False
-            yield None, total, True
+                yield self._without_lost(chunk, turnout), padding, None
+            yield None, total, turnout
 
-    def _transfer(self, item: tuple[Any, Padding, bool]) -> tuple[Any, Padding, bool, Any]:
-        chunk, padding, last = item
+    def _who_trains(self, turnout: Turnout) -> np.ndarray:
+        """Lost updates are computed where users remember what they did."""
+        if self.store is None:
+            return turnout.arrived
+        return np.union1d(turnout.arrived, turnout.lost)
+
+    def _without_lost(self, chunk: Chunk, turnout: Turnout | None) -> Chunk:
+        if turnout is None or not len(turnout.lost) or self.store is None:
+            return chunk
+        lost = np.isin(chunk.user, turnout.lost)
+        return chunk._replace(weight=np.where(lost, np.float32(0), chunk.weight))
+
+    def _transfer(self, item: tuple[Any, Padding, Any]) -> tuple[Any, Padding, Any, Any]:
+        chunk, padding, turnout = item
         users = None
         if chunk is not None and self.store is not None:
             users = np.where(chunk.num_steps > 0, chunk.user, -1)
         chunk = hosts.transfer_rows(chunk, client_sharding(self.mesh))
         if chunk is not None:
             chunk = chunk._replace(resident=self._resident)
-        return chunk, padding, last, users
+        return chunk, padding, turnout, users
 
     def run(self, state: ServerState, rounds: int) -> Iterator[tuple[ServerState, RoundMetrics]]:
         """Trains, yielding the state and metrics after each of `rounds` more rounds.
@@ -228,9 +248,9 @@ class Simulation:
             stream = iter(prefetched)
             while round < first + rounds:
                 asked = time.perf_counter()
-                chunk, padding, last, users = next(stream)
+                chunk, padding, turnout, users = next(stream)
                 waiting += time.perf_counter() - asked
-                if not last:
+                if chunk is not None:
                     clients = self._round_key(np.int32(round), root)
                     view = self._view(state)
                     if cohort_rows is not None:
@@ -253,7 +273,8 @@ class Simulation:
                     cohort_rows.commit()
                 seconds = time.perf_counter() - began
                 scales = jax.device_get(scales)
-                yield state, round_metrics(round + 1, total, scales, padding, seconds, waiting)
+                spent = seconds, waiting
+                yield state, round_metrics(round + 1, total, scales, padding, *spent, turnout)
                 round, sums = round + 1, None
                 began, waiting = time.perf_counter(), 0.0  # the caller's time is not the round's
 

@@ -185,6 +185,7 @@ def test_a_simulation_takes_groups():
     parameters = inspect.signature(fa.Simulation).parameters
     assert [*parameters] == [
         "corpus", "mechanism", "algorithm", "batching", "hardware", "seed", "identity",
+        "participation",
     ]  # fmt: skip
 
 

@@ -123,6 +123,10 @@ class ClientBatcher:
         )
         return Client(user, form, plan, parts, real, wanted, where, of_wanted)
 
+    def steps(self, user: int, round: int, seed: int | None = None) -> int:
+        """Steps that a user would train in a round."""
+        return len(self._client(user, round, self._seed if seed is None else seed).plan)
+
     def chunks(
         self, users: Iterable[int], round: int, seed: int | None = None
     ) -> Iterator[tuple[Chunk, Padding]]:
