@@ -42,6 +42,7 @@ from fedasr.training.sections import (
     Local,
     Model,
     Partial,
+    Participation,
     Privacy,
     SeedTraining,
     Selection,
@@ -109,6 +110,7 @@ class Config:
     compression: Compression = section(Compression)
     partial: Partial = section(Partial)
     local: Local = section(Local)
+    participation: Participation = section(Participation)
     server: Server = section(Server)
     privacy: Privacy = section(Privacy)
     evaluation: Evaluation = section(Evaluation)

@@ -235,6 +235,46 @@ class Local:
 
 
 @dataclasses.dataclass(frozen=True)
+class Participation:
+    """Simulated devices, and who of the users drawn gets an update back (federated only).
+
+    The server divides by the expected cohort whoever is missing; epsilon stays that of the users
+    drawn.
+    """
+
+    enabled: bool = setting(flag(False), "False: everybody drawn takes part, at once")
+    trace: str = setting(
+        checked("", values.check_place, "path"),
+        "CSV file of the users' devices: user, seconds_per_step, and if wanted transfer_seconds, "
+        'from_hour, to_hour; "": drawn, by the next three',
+    )
+    seconds_per_step: float = setting(real(1.0, most=1e6, unit="seconds"), "in the median")
+    transfer_seconds: float = setting(
+        real(0.0, most=1e6, unit="seconds"), "of down- and upload together, in the median"
+    )
+    spread: float = setting(
+        real(0.0, most=10), "standard deviation of the logarithm of devices' speeds"
+    )
+    jitter: float = setting(real(0.0, most=10), "likewise of a round's, beside the device's own")
+    available: float = setting(real(1.0, most=1), "mean chance that a device is there")
+    diurnal: float = setting(real(0.0, most=1), "amplitude of that chance over the day")
+    round_hours: float = setting(real(0.1, most=1e6, unit="hours"), "for a round's time of day")
+    dropout_before: float = setting(real(0.0, most=1), "chance to drop out before training")
+    dropout_after: float = setting(real(0.0, most=1), "and after it, before the update arrives")
+    deadline: float = setting(
+        real(0.0, most=1e9, unit="seconds"), "the server waits no longer; 0: until all are there"
+    )
+    first: int = setting(
+        whole(0, unit="users"),
+        "so many updates end a round (over-selection: cohort asks more); 0: all. Without privacy "
+        "only",
+    )
+    concurrency: int = setting(
+        whole(0, unit="users"), 'who train at a time, with algorithm="fedbuff"; 0: cohort'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Server:
     """What the server does with the mean client update."""
 

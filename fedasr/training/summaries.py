@@ -81,6 +81,7 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "infeasible_utterances": totals.infeasible_utterances,
             "invalid_client_updates": totals.invalid_client_updates,
             "client_updates": own["client_updates"],
+            "simulated_seconds": totals.simulated_seconds or None,
             "wall_seconds": session.wall_seconds(),
             "chunk": own["chunk"],
             "device": device_name(parts.devices),

@@ -27,10 +27,14 @@ class Totals:
     device_changes: list[str] = dataclasses.field(default_factory=list)
     bad_rounds: int = 0  # in a row, up to the last, in which most updates were invalid
 
+    simulated_seconds: float = 0.0  # of simulated devices' clock
+
     def add(self, metrics: RoundMetrics, compiled: bool) -> None:
         """Counts a round; one that compiled something says nothing about speed."""
         self.invalid_client_updates += metrics.invalid
         self.client_updates += metrics.clients
+        if metrics.turnout is not None:
+            self.simulated_seconds += metrics.turnout.seconds
         if metrics.clients:
             self.loss_is_finite = math.isfinite(metrics.loss)
             bad = metrics.invalid > _MOST_INVALID * metrics.clients

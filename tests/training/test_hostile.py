@@ -63,6 +63,7 @@ SENSIBLE = {
     ("augment.options", "empty mapping"),
     ("server.options", "empty mapping"),
     ("algorithm_options", "empty mapping"),
+    ("participation.trace", "empty text"),
     ("central.options", "empty mapping"),
     ("decoding.lm", "empty text"),
     ("decoding.word_bonus", "-1"),

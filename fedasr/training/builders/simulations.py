@@ -18,6 +18,7 @@ from fedasr.training.builders import (
     identities,
     mechanisms,
     models,
+    participations,
 )
 from fedasr.training.config import Config
 
@@ -63,6 +64,7 @@ def make_simulation(
             hardware=hardware,
             seed=config.seed,
             identity=identities.run_identity(config),
+            participation=participations.make_participation(config, data.train.users),
         )
 
     wanted = config.chunk if chunk is None else chunk

@@ -11,6 +11,7 @@ from fedasr.training.builders import (
     devices,
     models,
     optimizers,
+    participations,
 )
 from fedasr.training.config import Config, check_fields
 from fedasr.training.logging import to_json
@@ -30,6 +31,7 @@ def checked(given: Mapping[str, Any] | Config) -> Config:
     models.check_local(config)
     optimizers.check(config)
     algorithms.check(config)
+    participations.check(config)
     batches.check(config)
     models.check(config)
     devices.check(config)

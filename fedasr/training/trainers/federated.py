@@ -87,7 +87,8 @@ class FederatedTrainer:
             return state
         for state, metrics, compiled in self._rounds(session, state, units):
             session.totals.add(metrics, compiled)
-            record = _record(metrics, names) | self._rates(session, state, metrics.round)
+            record = _record(metrics, names) | _turnout(metrics, session.totals)
+            record |= self._rates(session, state, metrics.round)
             session.logger.round(metrics.round, record)
             over = session.evaluated(metrics.round, {"round": metrics.round, **record}, state)
             last = over or metrics.round == total
@@ -274,6 +275,15 @@ def _record(metrics: RoundMetrics, names: Sequence[str]) -> dict[str, Any]:
         "padding_fraction": metrics.padding.fraction,
         "invalid_client_updates": metrics.invalid,
     }
+
+
+def _turnout(metrics: RoundMetrics, totals: Totals) -> dict[str, Any]:
+    """What became of the users drawn, and the simulated clock after the round."""
+    if (turnout := metrics.turnout) is None:
+        return {}
+    names = ("drawn", "unavailable", "dropped", "late", "seconds")
+    found = {name: getattr(turnout, name) for name in names}
+    return {"participation": found | {"clock": totals.simulated_seconds}}
 
 
 def _scales(metrics: RoundMetrics, names: Sequence[str]) -> Mapping[str, Any]:
