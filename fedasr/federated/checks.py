@@ -41,6 +41,7 @@ def check(
     store_is_private(mechanism, algorithm)
     extras_fit(mechanism, algorithm)
     extras_are_accounted(mechanism, algorithm)
+    staleness_is_known(mechanism, algorithm)
 
 
 def sampler_and_corpus_agree(mechanism: Mechanism, corpus: Corpus) -> None:
@@ -131,6 +132,22 @@ def extras_fit(mechanism: Mechanism, algorithm: Algorithm) -> None:
         )
     if store is not None and store.prototype != "init":
         raise UserError("what an algorithm remembers of a user begins empty: prototype='init'")
+
+
+def staleness_is_known(mechanism: Mechanism, algorithm: Algorithm) -> None:
+    """Who hands in updates to earlier models is known to the sampler, and they are to be had."""
+    extras = getattr(algorithm, "extras", None)
+    stale = extras is not None and extras.discount is not None
+    if stale and not hasattr(mechanism.sampler, "staleness"):
+        raise UserError(
+            "updates of any age need a sampler that bounds every user's participations: take "
+            "AsynchronousSampler (with algorithm='fedbuff' of a configuration, it is)"
+        )
+    if not stale and hasattr(mechanism.sampler, "staleness"):
+        raise UserError(
+            "users who train when they can need an algorithm that takes updates of any age, such "
+            "as 'fedbuff'"
+        )
 
 
 def extras_are_accounted(mechanism: Mechanism, algorithm: Algorithm) -> None:

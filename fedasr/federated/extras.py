@@ -33,6 +33,15 @@ class Broadcast(NamedTuple):
     value: Any
 
 
+class Versions(NamedTuple):
+    """A part of the server optimiser's state: earlier models, for updates that began with them.
+
+    past: like the trained variables, [versions, ...] each, the latest first.
+    """
+
+    past: Any
+
+
 class Download(NamedTuple):
     """What clients get where there is a `Broadcast`: the model, or a view of it, and its value."""
 
@@ -53,12 +62,18 @@ class Extras:
       message: from the trained variables to the shapes of `Sent.extra`, arrays of float32; None for
         deltas alone.
       broadcast: whether clients get a `Broadcast`.
+      discount: from an update's staleness to its weight, at most 1, where users hand in updates to
+        earlier models (the sampler then has `staleness`); None where they do not.
+      versions: of the model, that the server keeps for them, in `Versions` (the present one is not
+        in it); older updates are thrown away.
       unaccounted: why it is refused where there is noise, in a line; "" if it is not.
     """
 
     train: Callable[..., tuple[Any, Any, Any]]
     message: Callable[[Params], Any] | None = None
     broadcast: bool = False
+    discount: Callable[[int], float] | None = None
+    versions: int = 1
     unaccounted: str = ""
 
     def sent_like(self, part: Params) -> Any:
@@ -77,9 +92,18 @@ def zeros_like(tree: Any) -> Any:
 
 def broadcast_of(opt_state: optax.OptState) -> Any:
     """The value of the one `Broadcast` in an optimiser's state."""
-    found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Broadcast))
-    (one,) = (x for x in found if isinstance(x, Broadcast))
-    return one.value
+    return _the_one(opt_state, Broadcast).value
+
+
+def past_of(opt_state: optax.OptState) -> Any:
+    """The earlier models of the one `Versions` in an optimiser's state."""
+    return _the_one(opt_state, Versions).past
+
+
+def _the_one(opt_state: optax.OptState, kind: type) -> Any:
+    found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    (one,) = (x for x in found if isinstance(x, kind))
+    return one
 
 
 def server_chain(

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -227,3 +228,23 @@ class Participation:
 
     def _coin(self, use: str, round: int, user: int) -> float:
         return generator(Stream.DEVICES, self.seed, use, round, user).random()
+
+
+def async_turnout(sampler: Any, round: int, versions: int) -> Turnout:
+    """Of a round whose users hand in as they are done: updates that are too old count as late.
+
+    Args:
+      sampler: with `staleness` and `clock`. round: from 0. versions: see `extras.Extras`.
+    """
+    users, ages = sampler.cohort(round), sampler.staleness(round)
+    before = sampler.clock(round - 1) if round else 0.0
+    kept = users[ages < versions]
+    return Turnout(
+        arrived=kept,
+        lost=np.zeros(0, np.int64),
+        drawn=len(users),
+        unavailable=0,
+        dropped=0,
+        late=len(users) - len(kept),
+        seconds=sampler.clock(round) - before,
+    )

@@ -34,13 +34,13 @@ from fedasr.federated.cohort import (
     rotation_key,
     settled,
 )
-from fedasr.federated.extras import Download, broadcast_of, server_chain
+from fedasr.federated.extras import Download, broadcast_of, past_of, server_chain
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import CohortRows
 from fedasr.federated.metrics import RoundMetrics, round_metrics
-from fedasr.federated.participation import Participation, Turnout
+from fedasr.federated.participation import Participation, Turnout, async_turnout
 from fedasr.federated.server import ServerState, init_server, server_step
-from fedasr.federated.subset import transform_part
+from fedasr.federated.subset import merge, transform_part
 from fedasr.privacy.adaptive import ClientView, hold, scales_of
 from fedasr.privacy.clipping import layer_names
 from fedasr.privacy.mechanism import Mechanism
@@ -57,6 +57,21 @@ class Draws(NamedTuple):
 
     sampler: Any
     order: int
+
+
+class Item(NamedTuple):
+    """A part of a round on its way to the devices.
+
+    chunk: of clients; None at a round's end. padding: of the chunk, or of the round. age: of the
+    parameters that the clients get, in rounds. turnout: at a round's end, of simulated devices.
+    users: of the chunk, -1 for empty slots, where they have local rows.
+    """
+
+    chunk: Any
+    padding: Padding
+    age: int = 0
+    turnout: Turnout | None = None
+    users: np.ndarray | None = None
 
 
 class Simulation:
@@ -115,6 +130,9 @@ class Simulation:
         )
         self._adaptive = mechanism.adaptive is not None
         self._trained, self._extras = sent(algorithm), extras_of(algorithm)
+        self._discount = None if self._extras is None else self._extras.discount
+        self._versions = self._extras.versions if self._extras else 1
+        self._earlier = jax.jit(self._version, out_shardings=replicated(self.mesh))
         self._sent_like = functools.partial(sent_like, algorithm)
         client = client_side(mechanism, algorithm)
         self._cohort = make_cohort(
@@ -194,10 +212,8 @@ class Simulation:
         """Puts a state, such as a restored one, on every device."""
         return hosts.transfer(state, model_sharding(self.mesh, state))
 
-    def _items(
-        self, draws: Draws, first: int, last: int
-    ) -> Iterator[tuple[Chunk | None, Padding, Turnout | None]]:
-        """Chunks of the rounds first..last-1, each round ended by (None, padding, turnout)."""
+    def _items(self, draws: Draws, first: int, last: int) -> Iterator[Item]:
+        """Chunks of the rounds first..last-1; after each round an item without a chunk."""
         for round in range(first, last):
             total = Padding(0, 0)
             users, turnout = draws.sampler.cohort(round), None
@@ -205,10 +221,26 @@ class Simulation:
                 steps = [self.batcher.steps(int(user), round, draws.order) for user in users]
                 turnout = self._participation.turnout(round, [int(u) for u in users], steps)
                 users = self._who_trains(turnout)
-            for chunk, padding in self.batcher.chunks(users, round, draws.order):
-                total += padding
-                yield self._without_lost(chunk, turnout), padding, None
-            yield None, total, turnout
+            for age, own, weight in self._by_age(draws.sampler, round, users):
+                for chunk, padding in self.batcher.chunks(own, round, draws.order):
+                    total += padding
+                    chunk = self._without_lost(chunk, turnout)
+                    chunk = chunk._replace(weight=chunk.weight * weight)
+                    yield Item(chunk, padding, age=age)
+            if self._discount is not None:
+                turnout = async_turnout(draws.sampler, round, self._versions)
+            yield Item(None, total, turnout=turnout)
+
+    def _by_age(
+        self, sampler: Any, round: int, users: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray, np.float32]]:
+        """A round's users by the staleness of their updates, and the weight of these."""
+        if self._discount is None:
+            yield 0, users, np.float32(1)
+            return
+        ages = sampler.staleness(round)
+        for age in np.unique(ages[ages < self._versions]):
+            yield int(age), users[ages == age], np.float32(min(1.0, self._discount(int(age))))
 
     def _who_trains(self, turnout: Turnout) -> np.ndarray:
         """Lost updates are computed where users remember what they did."""
@@ -222,15 +254,14 @@ class Simulation:
         lost = np.isin(chunk.user, turnout.lost)
         return chunk._replace(weight=np.where(lost, np.float32(0), chunk.weight))
 
-    def _transfer(self, item: tuple[Any, Padding, Any]) -> tuple[Any, Padding, Any, Any]:
-        chunk, padding, turnout = item
-        users = None
+    def _transfer(self, item: Item) -> Item:
+        chunk, users = item.chunk, None
         if chunk is not None and self.store is not None:
             users = np.where(chunk.num_steps > 0, chunk.user, -1)
         chunk = hosts.transfer_rows(chunk, client_sharding(self.mesh))
         if chunk is not None:
             chunk = chunk._replace(resident=self._resident)
-        return chunk, padding, turnout, users
+        return item._replace(chunk=chunk, users=users)
 
     def run(self, state: ServerState, rounds: int) -> Iterator[tuple[ServerState, RoundMetrics]]:
         """Trains, yielding the state and metrics after each of `rounds` more rounds.
@@ -248,11 +279,12 @@ class Simulation:
             stream = iter(prefetched)
             while round < first + rounds:
                 asked = time.perf_counter()
-                chunk, padding, turnout, users = next(stream)
+                item = next(stream)
+                chunk, users = item.chunk, item.users
                 waiting += time.perf_counter() - asked
                 if chunk is not None:
                     clients = self._round_key(np.int32(round), root)
-                    view = self._view(state)
+                    view = self._view(state, item.age)
                     if cohort_rows is not None:
                         # Not by the thread, which reads ahead: a user's last round must be written.
                         rows = jax.device_put(cohort_rows.gather(users), client_sharding(self.mesh))
@@ -273,17 +305,26 @@ class Simulation:
                     cohort_rows.commit()
                 seconds = time.perf_counter() - began
                 scales = jax.device_get(scales)
-                spent = seconds, waiting
-                yield state, round_metrics(round + 1, total, scales, padding, *spent, turnout)
+                spent = item.padding, seconds, waiting, item.turnout
+                yield state, round_metrics(round + 1, total, scales, *spent)
                 round, sums = round + 1, None
                 began, waiting = time.perf_counter(), 0.0  # the caller's time is not the round's
 
-    def _view(self, state: ServerState) -> Any:
-        """What clients get: the parameters, with a broadcast, and scales of bounds that adapt."""
-        view = state.params
+    def _view(self, state: ServerState, age: int = 0) -> Any:
+        """What clients get: the parameters, with a broadcast, and scales of bounds that adapt.
+
+        Args:
+          state: of the server. age: of the parameters, in rounds.
+        """
+        view = state.params if age == 0 else self._earlier(state, np.int32(age))
         if self._extras is not None and self._extras.broadcast:
             view = Download(view, broadcast_of(state.opt_state))
         return ClientView(view, scales_of(state.opt_state)) if self._adaptive else view
+
+    def _version(self, state: ServerState, age: jax.Array) -> Params:
+        """The parameters of so many rounds ago, at least one."""
+        past = jax.tree.map(lambda x: x[age - 1], past_of(state.opt_state))
+        return merge(past, state.params, self._trained)
 
     def _votes(self, state: ServerState, total: CohortSum | None) -> dict[str, Any]:
         """What adaptive bounds, or noise in shares, need to know of a round."""

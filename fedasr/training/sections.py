@@ -326,8 +326,9 @@ class Privacy:
     )
     sigma: float = setting(real(1e-5))
     sampler: str = setting(
-        choice("poisson", ("poisson", "fixed", "shuffled", "everyone")),
-        '"fixed": so many without replacement; "shuffled": in turn; "everyone": cohort=0',
+        choice("poisson", ("poisson", "fixed", "shuffled", "everyone", "asynchronous")),
+        '"fixed": so many without replacement; "shuffled": in turn; "everyone": cohort=0; '
+        '"asynchronous": as they are done, with algorithm="fedbuff"',
     )
     slots: int = setting(
         whole(0, unit="users"),

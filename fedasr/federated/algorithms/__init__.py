@@ -29,6 +29,7 @@ from fedasr.federated.subset import select
 ALGORITHMS = {
     "federated": "fedasr.federated.algorithms.fedavg:FedAvg",
     "ditto": "fedasr.federated.algorithms.ditto:Ditto",
+    "fedbuff": "fedasr.federated.algorithms.fedbuff:FedBuff",
     "feddyn": "fedasr.federated.algorithms.feddyn:FedDyn",
     "fedexp": "fedasr.federated.algorithms.fedexp:FedExP",
     "fednova": "fedasr.federated.algorithms.fednova:FedNova",

@@ -6,10 +6,18 @@ epsilon cannot be claimed for another one. A new one is a file here that fulfils
 `fedasr.privacy.sampling.protocol.Sampler`.
 """
 
+from fedasr.privacy.sampling.asynchronous import AsynchronousSampler
 from fedasr.privacy.sampling.fixed import FixedSizeSampler
 from fedasr.privacy.sampling.poisson import PoissonSampler
 from fedasr.privacy.sampling.protocol import Sampler
 from fedasr.privacy.sampling.shuffled import ShuffledSampler
 from fedasr.privacy.sampling.silent import SilentSampler
 
-__all__ = ["FixedSizeSampler", "PoissonSampler", "Sampler", "ShuffledSampler", "SilentSampler"]
+__all__ = [
+    "AsynchronousSampler",
+    "FixedSizeSampler",
+    "PoissonSampler",
+    "Sampler",
+    "ShuffledSampler",
+    "SilentSampler",
+]

@@ -7,7 +7,13 @@ from fedasr.errors import UserError
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.correlated import BandedNoise, BufferedNoise, Correlation
 from fedasr.privacy.mechanism import Mechanism
-from fedasr.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
+from fedasr.privacy.sampling import (
+    AsynchronousSampler,
+    FixedSizeSampler,
+    PoissonSampler,
+    Sampler,
+    ShuffledSampler,
+)
 from fedasr.privacy.secure_aggregation import SecureAggregation
 from fedasr.training.config import Config
 from fedasr.training.sections import Adaptive
@@ -41,8 +47,12 @@ def make_sampler(config: Config, population: int) -> Sampler:
         return FixedSizeSampler(population, cohort, seed)
     if name == "shuffled":
         return ShuffledSampler(population, cohort, seed)
+    if name == "asynchronous":
+        at_once = config.participation.concurrency or cohort
+        return AsynchronousSampler(population, cohort, at_once, seed)
     raise UserError(
-        f"privacy.sampler={name!r} is unknown: choose 'poisson', 'fixed', 'shuffled' or 'everyone'"
+        f"privacy.sampler={name!r} is unknown: choose 'poisson', 'fixed', 'shuffled', 'everyone' "
+        "or 'asynchronous'"
     )
 
 

@@ -1,10 +1,15 @@
 """Simulated devices of a configuration."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from fedasr.errors import UserError
 from fedasr.federated.participation import Devices, Participation
+from fedasr.privacy.sampling import AsynchronousSampler, Sampler
 from fedasr.training.config import Config
+
+ASYNCHRONOUS = "fedbuff"  # the algorithm whose users train when they can
+SAMPLER = "asynchronous"  # theirs
 
 
 def make_devices(config: Config, users: Sequence[str]) -> Devices:
@@ -48,9 +53,40 @@ def make_participation(config: Config, users: Sequence[str]) -> Participation | 
     )
 
 
+def with_times(config: Config, sampler: Sampler, users: Sequence[str]) -> Sampler:
+    """The sampler of users who train when they can, with the times of their devices.
+
+    A training takes as many steps as the configuration says of all users, so that who is done when
+    depends on nobody's data.
+
+    Args:
+      config: of the run. sampler: of the run; another kind stays as it is.
+      users: names of the training users.
+    """
+    settings, client = config.participation, config.client
+    if not settings.enabled or not isinstance(sampler, AsynchronousSampler):
+        return sampler
+    devices = make_devices(config, users)
+    steps = client.steps or client.max_steps or client.epochs
+    times = tuple(float(t) for t in devices.transfer + steps * devices.seconds_per_step)
+    return dataclasses.replace(sampler, times=times, jitter=settings.jitter)
+
+
 def check(config: Config) -> None:
     """Raises UserError for rules that the rest of the configuration does not go with."""
     settings = config.participation
+    by_queue = config.algorithm == ASYNCHRONOUS
+    if config.has_rounds and by_queue != (config.privacy.sampler == SAMPLER):
+        raise UserError(
+            f"algorithm={ASYNCHRONOUS!r} and privacy.sampler={SAMPLER!r} belong together: set "
+            "both, or neither"
+        )
+    if by_queue and settings.enabled:
+        for name in ("diurnal", "dropout_before", "dropout_after", "deadline", "first"):
+            if getattr(settings, name):
+                raise UserError(
+                    f"participation.{name} is of rounds, which {ASYNCHRONOUS!r} has not"
+                )
     if not settings.enabled:
         return
     if not config.has_rounds:
@@ -66,6 +102,3 @@ def check(config: Config) -> None:
             "noise in shares is missing where users drop out: participation needs "
             "privacy.noise='independent'"
         )
-
-
-ASYNCHRONOUS = "fedbuff"  # the algorithm whose users train when they can

@@ -46,7 +46,9 @@ def make_simulation(
         raise UserError("local.patterns: this program keeps no local parameters")
     if store is None and models.keeps_rows(config):
         raise UserError(f"algorithm={config.algorithm!r}: this program remembers no users")
-    sampler = mechanisms.make_sampler(config, len(data.train.users))
+    users = data.train.users
+    sampler = mechanisms.make_sampler(config, len(users))
+    sampler = participations.with_times(config, sampler, users)
 
     def build(chunk: int) -> Simulation:
         hardware = Hardware(devices, config.model_devices, chunk)
@@ -64,7 +66,7 @@ def make_simulation(
             hardware=hardware,
             seed=config.seed,
             identity=identities.run_identity(config),
-            participation=participations.make_participation(config, data.train.users),
+            participation=participations.make_participation(config, users),
         )
 
     wanted = config.chunk if chunk is None else chunk
