@@ -10,7 +10,7 @@ import jax
 from fedasr.privacy import accounting, clipping, ledger
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.training import selection
-from fedasr.training.builders import decoders
+from fedasr.training.builders import decoders, models
 from fedasr.training.config import Config
 
 
@@ -139,6 +139,11 @@ def not_covered(config: Config, ledger_known: bool) -> list[str]:
         limits.append(
             "the users' local parameters, which are never sent: the guarantee is about the shared "
             "part of the model alone, and says nothing to who sees a user's own"
+        )
+    elif models.keeps_rows(config):
+        limits.append(
+            f"what algorithm={config.algorithm!r} remembers of each user, which is never sent: it "
+            "is for that user's device alone, and so are models of the user's own"
         )
     if vocabulary := config.data.vocabulary:
         limits.append(vocabulary)
