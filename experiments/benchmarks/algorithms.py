@@ -23,6 +23,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds timed for each figure.")
 _CLIENTS = flags.DEFINE_integer("clients", 8, "Clients in a round.")
 _DIM = flags.DEFINE_integer("dim", 96, "Width of the model.")
 _BLOCKS = flags.DEFINE_integer("blocks", 2, "Blocks of the model.")
+_NAMES = flags.DEFINE_list("algorithms", [], "Beside federated averaging; all if empty.")
 _USERS = flags.DEFINE_integer("users", 100_000, "Users of the store that is timed.")
 
 STEPS, BATCH, FRAMES = 4, 2, 200
@@ -64,7 +65,8 @@ def run() -> None:
         return Simulation(corpus, mechanism, algorithm, batching, hardware=Hardware(chunk=1))
 
     with tempfile.TemporaryDirectory() as folder:
-        sims = {name: simulation(name, f"{folder}/{name}") for name in ALGORITHMS}
+        names = ["federated", *(_NAMES.value or ALGORITHMS)]
+        sims = {name: simulation(name, f"{folder}/{name}") for name in names if name != "fedrep"}
         states = {name: sim.init(params) for name, sim in sims.items()}
         used: dict[str, list[float]] = {name: [] for name in sims}
         for repeat in range(_ROUNDS.value + 1):

@@ -1,13 +1,16 @@
 """Word and character error rates of a trained recogniser on a prepared corpus.
 
     fedasr evaluate --checkpoint=DIR --data=DIR [--split=test] [--json]
+                    [--by_user] [--fine_tune=SPLIT]
                     [--decoder=beam|lexicon --lm=FILE.arpa|from_train --lexicon=FILE|from_train]
 
 The checkpoint is a work directory of `fedasr train` (its last checkpoint), or one checkpoint's
 folder. If the run had local parameters and they are still beside it, users who have trained are
 evaluated with their own. How texts are found in the scores is as the run was told
 (`config.decoding`), unless flags say otherwise; a language model in an ARPA file may come from
-KenLM, one "from_train" is made from the transcripts of that split of the data. Exit status: 0 when
+KenLM, one "from_train" is made from the transcripts of that split of the data. With --fine_tune the
+model is evaluated once more, after each user has adapted it to that split's speech of their own;
+utterances of both splits are to be different ones. Exit status: 0 when
 done, 2 for a mistake that the user can mend.
 """
 
@@ -57,8 +60,11 @@ def run() -> None:
         layout=layout,
         published=config.evaluation.published,
         decoder=decoder,
+        by_user=flags.FLAGS.by_user or bool(flags.FLAGS.fine_tune),
     )
-    rates = evaluator(params, corpus, rows)
+    rates: dict[str, Any] = dict(evaluator(params, corpus, rows))
+    if flags.FLAGS.fine_tune:
+        rates["fine_tuned"] = _fine_tuned(evaluator, recogniser, params, corpus)
     common.show(
         {
             **rates,
@@ -71,6 +77,39 @@ def run() -> None:
             "rounds": metadata["units"],
         }
     )
+
+
+def _fine_tuned(evaluator: Any, recogniser: Any, params: Any, corpus: Any) -> dict[str, Any]:
+    """Rates of users who first adapt the model to another split of the same data.
+
+    Raises:
+      UserError: that split shares an utterance with the evaluated one, or lacks one of its users.
+    """
+    from fedasr.data.records import open_corpus
+    from fedasr.training.evaluation import distribution
+    from fedasr.training.fine_tuning import evaluate_fine_tuned
+    from fedasr.training.metrics import ErrorRate
+
+    values = flags.FLAGS
+    if values.fine_tune == values.split:
+        raise UserError(
+            "--fine_tune must be other speech than --split: such as --split='test[:][50%:]' "
+            "--fine_tune='test[:][:50%]'"
+        )
+    if values.fine_tune_rate <= 0 or values.fine_tune_epochs < 1:
+        raise UserError("--fine_tune_rate must be above 0, --fine_tune_epochs at least 1")
+    adapted = open_corpus(values.data, values.fine_tune)
+    found = evaluate_fine_tuned(
+        evaluator,
+        recogniser,
+        params,
+        adapted,
+        corpus,
+        rate=values.fine_tune_rate,
+        epochs=values.fine_tune_epochs,
+    )
+    total = sum(found.values(), ErrorRate())
+    return {"wer": total.percent, "users": len(found), **distribution(found.values())}
 
 
 def _decoding(of_run: Any) -> Any:
@@ -109,6 +148,10 @@ def _define_flags() -> None:
     flags.DEFINE_float("lm_weight", None, "Times the words' log probability.")
     flags.DEFINE_float("word_bonus", None, "For every word, in nats.")
     flags.DEFINE_integer("beam", None, "Hypotheses kept after each frame.")
+    flags.DEFINE_boolean("by_user", False, "Also how the rates lie over users.")
+    flags.DEFINE_string("fine_tune", "", "Split that each user's own model first adapts to.")
+    flags.DEFINE_float("fine_tune_rate", 0.1, "Learning rate of that.")
+    flags.DEFINE_integer("fine_tune_epochs", 1, "Passes of that.")
     flags.DEFINE_integer("batch_size", 32, "Utterances at a time.")
 
 

@@ -1,6 +1,7 @@
 """Word and character error rates of a recogniser over a corpus."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +55,7 @@ class Evaluator:
       model_devices: devices that hold the model together, see `client_mesh`.
       published: whether "wer_published" is reported, too (see `published_word_error_rate`), of
         utterances of at most 30 s.
+      by_user: whether `distribution` over users is reported, too.
       decoder: of the scores, on the host; None for greedy decoding on the devices.
 
     Raises:
@@ -71,8 +73,9 @@ class Evaluator:
         model_devices: int = 1,
         published: bool = False,
         decoder: Decoder | None = None,
+        by_user: bool = False,
     ) -> None:
-        self._published = published
+        self._published, self._by_user = published, by_user
         compute: Any = recogniser.evaluate if decoder is None else recogniser.scores
         if compute is None:
             raise UserError(
@@ -114,9 +117,10 @@ class Evaluator:
 
     def _decoded(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None
-    ) -> tuple[list[str], list[str], float, list[int]]:
-        """What `transcripts` returns, and the utterances' frames if they are asked for."""
+    ) -> tuple[list[str], list[str], float, list[int], list[int]]:
+        """What `transcripts` returns, the utterances' frames if they are asked for, and users."""
         references, hypotheses, losses, count = [], [], 0.0, 0
+        owners: list[int] = []
         frames: list[int] = []
         placed: dict[Any, Any] = {}
         for batch in eval_batches(corpus, self._buckets, self._sizes, ARRAYS, owners=True):
@@ -139,9 +143,10 @@ class Evaluator:
                 references.append(self._tokenizer.decode(labels))
                 decode = self._decoder or self._tokenizer.decode
                 hypotheses.append(decode(found[i, : lengths[i]]))
+                owners.append(int(users[i]))
                 if self._published:
                     frames.append(int(batch["features_length"][i]))
-        return references, hypotheses, losses / max(count, 1), frames
+        return references, hypotheses, losses / max(count, 1), frames, owners
 
     def compilations(self) -> int:
         """How many programs were compiled: one for each bucket."""
@@ -155,7 +160,7 @@ class Evaluator:
         "wer" is that of the corpus: all its word errors over all its words. Of labels that are
         phonemes it is the phoneme error rate, and "cer" says nothing.
         """
-        references, hypotheses, loss, frames = self._decoded(params, corpus, rows)
+        references, hypotheses, loss, frames, owners = self._decoded(params, corpus, rows)
         rates: tuple[ErrorRate, ErrorRate] = (
             word_errors(references, hypotheses),
             char_errors(references, hypotheses),
@@ -166,7 +171,53 @@ class Evaluator:
             found["wer_published"] = published_word_error_rate(
                 [references[i] for i in kept], [hypotheses[i] for i in kept]
             )
+        if self._by_user:
+            found |= distribution(rates_of_users(references, hypotheses, owners).values())
         return found
+
+    def users(
+        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> dict[int, ErrorRate]:
+        """Words of each of the corpus's users who has any, by number; see `transcripts`."""
+        references, hypotheses, _, _, owners = self._decoded(params, corpus, rows)
+        return rates_of_users(references, hypotheses, owners)
+
+
+def rates_of_users(
+    references: Sequence[str], hypotheses: Sequence[str], owners: Sequence[int]
+) -> dict[int, ErrorRate]:
+    """Word errors by user: of texts in the same order as their owners."""
+    found: dict[int, list[int]] = {}
+    for i, user in enumerate(owners):
+        found.setdefault(user, []).append(i)
+    return {
+        user: word_errors([references[i] for i in own], [hypotheses[i] for i in own])
+        for user, own in sorted(found.items())
+    }
+
+
+def distribution(rates: Collection[ErrorRate]) -> dict[str, float]:
+    """How word error rates lie over users, each of whom counts once.
+
+    Args:
+      rates: of each user.
+
+    Returns:
+      "wer_user_mean", "wer_user_median" and "wer_user_worst" (mean of the tenth of the users, at
+      least one, with the highest), in percent; "wer_user_interval", half the width of the mean's
+      95% interval over users (normal), NaN for one user; {} for none.
+    """
+    if not rates:
+        return {}
+    percent = np.sort([rate.percent for rate in rates])
+    worst = percent[-max(1, len(percent) // 10) :]
+    spread = percent.std(ddof=1) if len(percent) > 1 else math.nan
+    return {
+        "wer_user_mean": float(percent.mean()),
+        "wer_user_median": float(np.median(percent)),
+        "wer_user_worst": float(worst.mean()),
+        "wer_user_interval": float(1.96 * spread / math.sqrt(len(percent))),
+    }
 
 
 def evaluate(

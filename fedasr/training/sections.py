@@ -373,6 +373,10 @@ class Evaluation:
     )
     batch_size: int = setting(whole(32, 1, 65_536, "utterances"))
     while_training: tuple[str, ...] = setting(several(("dev",), values.check_split, what="splits"))
+    by_user: bool = setting(
+        flag(False),
+        "also the rates' mean, median and worst tenth over users, each of whom counts once",
+    )
     published: bool = setting(
         flag(False),
         "also report wer_published, the rate as arXiv 2310.00098 computes it: of utterances up to "

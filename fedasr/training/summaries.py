@@ -66,6 +66,7 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "wer": {split: rates["wer"] for split, rates in final.items()},
             "cer": {split: rates["cer"] for split, rates in final.items()},
             **_published(final),
+            **_by_user(final),
             "initial_wer": {split: rates["wer"] for split, rates in session.initial.items()},
             "selection": selected,
             "warnings": session.watch.told if session.watch else [],
@@ -95,6 +96,17 @@ def _published(final: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     name = "wer_published"
     found = {split: rates[name] for split, rates in final.items() if name in rates}
     return {name: found} if found else {}
+
+
+def _by_user(final: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """How the rates lie over users, where the run asks for it."""
+    names = ("wer_user_mean", "wer_user_median", "wer_user_worst", "wer_user_interval")
+    found = {
+        split: {name.removeprefix("wer_user_"): rates[name] for name in names}
+        for split, rates in final.items()
+        if names[0] in rates
+    }
+    return {"wer_users": found} if found else {}
 
 
 def of_seed(session: Session, params: Any) -> dict[str, Any]:

@@ -52,6 +52,7 @@ LATER: dict[str, Any] = {
     "seed_training.decay_smooth": False,
     "client.batch_buffer": 0,
     "evaluation.published": False,
+    "evaluation.by_user": False,
     "augment.options.inclusive": True,
     "model.options.branch_dropout": True,
     "model.options.front_end": "centred",

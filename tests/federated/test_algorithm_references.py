@@ -192,6 +192,17 @@ def ditto_by_hand(cohorts, x, own, attraction=0.1):
     return x, own
 
 
+def pfedme_by_hand(cohorts, x, own, attraction=2.0, rate=0.5):
+    own = [None] * USERS
+    for cohort in cohorts:
+        ends = []
+        for i, points in cohort:
+            own[i] = local_steps(x, points, lambda y, g, x=x: g + attraction * (y - x))
+            ends.append(own[i])
+        x = x - SERVER * rate * attraction * np.mean([x - y for y in ends], axis=0)
+    return x, own
+
+
 BY_HAND = {
     "federated": (fedavg_by_hand, {}),
     "scaffold": (scaffold_by_hand, {}),
@@ -203,6 +214,7 @@ BY_HAND = {
     "reptile": (reptile_by_hand, {"anneal": 30.0}),
     "fomaml": (fomaml_by_hand, {}),
     "ditto": (ditto_by_hand, {}),
+    "pfedme": (pfedme_by_hand, {"attraction": 2.0, "rate": 0.5}),
 }
 
 
@@ -222,7 +234,7 @@ def test_as_by_hand(case, tmp_path):
     if own is None:
         return
     for found, wanted in zip(run.memory(), own, strict=True):
-        found = found["model"] if name == "ditto" else found
+        found = found["model"] if name in ("ditto", "pfedme") else found
         np.testing.assert_allclose(found["w"], wanted, rtol=1e-5, atol=2e-6)
 
 
@@ -296,6 +308,7 @@ def test_what_is_federated_averaging_in_a_special_case(tmp_path):
         "mimelite": (3, {"momentum": 0.0}),
         "reptile": (3, {}),
         "ditto": (3, {}),
+        "pfedme": (3, {"attraction": 1e-6, "rate": 1e6}),
     }
     for name, (rounds, options) in cases.items():
         run = make(name, tmp_path / name, **options)
@@ -455,10 +468,14 @@ def test_what_does_not_go_together(tmp_path):
     ]:
         with pytest.raises(fa.UserError, match=message):
             make_algorithm(name, UPDATE, SGD, facts, options)
-    for name, options in [("feddyn", {"alpha": 0.0}), ("ditto", {"attraction": -1.0})]:
+    for name, options in [
+        ("feddyn", {"alpha": 0.0}),
+        ("ditto", {"attraction": -1.0}),
+        ("pfedme", {"rate": 0.0}),
+    ]:
         with pytest.raises(fa.UserError, match=f"{next(iter(options))}="):
             make(name, tmp_path / name, **options)
-    for name in ("scaffold", "feddyn", "mimelite", "fomaml", "ditto"):
+    for name in ("scaffold", "feddyn", "mimelite", "fomaml", "ditto", "pfedme"):
         with pytest.raises(fa.UserError, match="unset compression"):
             make(name, tmp_path / name, update=rounded)
     assert option_names("federated") == []
@@ -476,3 +493,45 @@ def test_noise_in_shares_has_no_room_for_messages(tmp_path):
             make_algorithm("scaffold", UPDATE, SGD, Facts(SHARE, UNIT), {}, store=store),
             EACH,
         )
+
+
+def test_local_variables_first_then_the_shared_ones(tmp_path):
+    """FedRep by hand, of a model w + v with v the user's own; and FedPer is another algorithm."""
+
+    def sum_of_both(params, batch, key):
+        error = (params["w"] + params["v"] - batch["x"]) ** 2 * SCALES
+        return 0.5 * jnp.sum(error * batch["mask"][:, None]), {}
+
+    start = {"w": START["w"], "v": np.zeros(3, np.float32)}
+    layout = fa.make_layout(start, ("^v$",))
+    update = fa.local_training(sum_of_both, optax.sgd(RATE), grad_clip=None)
+    found = {}
+    for name in ("fedrep", "federated"):
+        store = fa.LocalStore(tmp_path / name, layout, USERS)
+        simulation = fa.Simulation(
+            CORPUS,
+            fa.Mechanism(np.inf, "global", 0.0, fa.FixedSizeSampler(USERS, COHORT, seed=0)),
+            make_algorithm(name, update, SGD, Facts(SHARE, UNIT), {}, store=store),
+            EACH,
+            hardware=fa.Hardware(ONE),
+        )
+        run, state = Run(simulation, store, None), simulation.init(start)
+        cohorts = list(run.cohorts(state, 5))
+        *_, (state, _) = simulation.run(state, 5)
+        found[name] = state.params["w"], store.gather(range(USERS), np.zeros(3, np.float32))
+    w, v = np.float64(start["w"]), np.zeros((USERS, 3))
+    for cohort in cohorts:
+        ends = []
+        for i, points in cohort:
+            for a in points:
+                v[i] -= RATE * SCALES * (w + v[i] - a)
+            y = w.copy()
+            for a in points:
+                y -= RATE * SCALES * (y + v[i] - a)
+            ends.append(y)
+        w = w - SERVER * np.mean([w - y for y in ends], axis=0)
+    np.testing.assert_allclose(found["fedrep"][0], w, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["fedrep"][1], v, rtol=1e-5, atol=1e-6)
+    assert np.abs(found["federated"][0] - w).max() > 1e-3
+    with pytest.raises(fa.UserError, match=r"name them in local\.patterns"):
+        make("fedrep", tmp_path / "none")

@@ -172,7 +172,10 @@ def test_a_file_and_a_line_are_a_setting(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_those_that_there_are(name):
-    layout = memory_layout(name, {"w": np.zeros(3, np.float32)})
+    model = {"v": np.zeros(1, np.float32), "w": np.zeros(3, np.float32)}
+    layout = memory_layout(name, model)
+    if name == "fedrep":
+        layout = fa.make_layout(model, ("^v$",))
     store = None if layout is None else types.SimpleNamespace(layout=layout)
     update, facts = fa.local_training(squares, optax.sgd(1.0)), Facts(share=0.5, unit=1.0)
     algorithm = make_algorithm(name, update, optax.sgd(1.0), facts, {}, store=store)

@@ -33,8 +33,10 @@ ALGORITHMS = {
     "feddyn": "fedasr.federated.algorithms.feddyn:FedDyn",
     "fedexp": "fedasr.federated.algorithms.fedexp:FedExP",
     "fednova": "fedasr.federated.algorithms.fednova:FedNova",
+    "fedrep": "fedasr.federated.algorithms.fedrep:FedRep",
     "fomaml": "fedasr.federated.algorithms.fomaml:FOMAML",
     "mimelite": "fedasr.federated.algorithms.mimelite:MimeLite",
+    "pfedme": "fedasr.federated.algorithms.pfedme:pFedMe",
     "reptile": "fedasr.federated.algorithms.reptile:Reptile",
     "scaffold": "fedasr.federated.algorithms.scaffold:Scaffold",
 }

@@ -41,4 +41,5 @@ def make_evaluator(
         config.model_devices,
         config.evaluation.published,
         decoder,
+        config.evaluation.by_user,
     )

@@ -1,0 +1,90 @@
+"""Error rates over users, and of users' own models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.errors import UserError
+from fedasr.models.recogniser import recogniser
+from fedasr.text import CharTokenizer
+from fedasr.training.evaluation import (
+    Evaluator,
+    distribution,
+    evaluation_buckets,
+    rates_of_users,
+)
+from fedasr.training.fine_tuning import evaluate_fine_tuned, fine_tuned
+from fedasr.training.metrics import ErrorRate
+
+RNG = np.random.default_rng(0)
+
+
+def speech(users, utterances):
+    labels = CharTokenizer().encode("ab")
+    return InMemoryCorpus(
+        {
+            user: [
+                {"features": RNG.normal(size=(24, 80)).astype(np.float32), "labels": labels}
+                for _ in range(utterances)
+            ]
+            for user in users
+        },
+        ragged=("features", "labels"),
+    )
+
+
+def test_rates_by_user_and_how_they_lie():
+    texts = ["a b", "a b", "a", "a"]
+    found = rates_of_users(texts, ["a b", "a c", "x", "y"], [3, 1, 1, 3])
+    assert found == {1: ErrorRate(2, 3), 3: ErrorRate(1, 3)}
+    rates = [ErrorRate(n, 100) for n in range(20)]
+    said = distribution(rates)
+    assert said["wer_user_mean"] == 9.5 and said["wer_user_median"] == 9.5
+    assert said["wer_user_worst"] == 18.5  # of the two worst of twenty
+    expected = 1.96 * np.std(np.arange(20), ddof=1) / np.sqrt(20)
+    np.testing.assert_allclose(said["wer_user_interval"], expected)
+    assert distribution([]) == {} and np.isnan(distribution(rates[:1])["wer_user_interval"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = recogniser("transformer", dim=8, blocks=1, heads=1, mlp=8, dropout=0.0)
+    return made, made.init(jax.random.key(0))
+
+
+def test_each_user_adapts_alone_and_from_the_common_model(model):
+    made, params = model
+    corpus = speech("ab", 2)
+    models = dict(fine_tuned(made, params, corpus, rate=0.1, epochs=2, batch_size=2, grad_clip=1e9))
+    assert sorted(models) == [0, 1]
+    for user, own in models.items():
+        examples = corpus.get(user, [0, 1])
+        batch = {
+            name: jnp.stack([x[name] for x in examples]) for name in ("features", "labels")
+        } | {"mask": jnp.ones(2, bool)}
+        batch |= {
+            f"{name}_length": jnp.full(2, batch[name].shape[1], jnp.int32)
+            for name in ("features", "labels")
+        }
+        by_hand = params
+        for _ in range(2):
+            grads = jax.grad(lambda p: made.loss(p, batch, jax.random.key(0))[0])(by_hand)  # noqa: B023
+            by_hand = jax.tree.map(lambda w, g: w - 0.1 * g, by_hand, grads)
+        for one, other, start in zip(*map(jax.tree.leaves, (own, by_hand, params)), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+            del start
+    assert not np.allclose(*(jax.tree.leaves(models[u])[0] for u in (0, 1)))
+
+
+def test_users_are_found_by_name(model):
+    made, params = model
+    adapted, held_out = speech("abc", 1), speech("ca", 2)
+    evaluator = Evaluator(made, evaluation_buckets([held_out]), 2, by_user=True)
+    assert {"wer_user_mean", "wer"} <= evaluator(params, held_out).keys()
+    found = evaluate_fine_tuned(evaluator, made, params, adapted, held_out, rate=0.1)
+    assert sorted(found) == [0, 1]
+    assert all(rate.total == 2 for rate in found.values())
+    with pytest.raises(UserError, match="user 'c' has no speech to adapt to"):
+        evaluate_fine_tuned(evaluator, made, params, speech("ab", 1), held_out, rate=0.1)
