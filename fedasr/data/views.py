@@ -185,25 +185,29 @@ class UnionCorpus:
         return hashes[self._order][self._first[:-1]]
 
 
-class ReshuffledCorpus:
-    """The same users with the same numbers of examples, the examples dealt out afresh (IID).
-
-    The control of arXiv 2310.00098: what users have of their own is gone, how much they have is
-    not. Each example is dealt out exactly once; who gets it is a pure function of the seed.
+class DealtCorpus:
+    """The same users, the examples dealt out afresh.
 
     Args:
       corpus: where the examples are.
-      seed: of the dealing, 0 or more.
+      rows: numbers of the examples, counted over its users in order, int64 [examples]: those of the
+        first receiver, of the second, and so on, each once.
+      sizes: how many each user receives, [users]; None for as many as they had.
     """
 
-    def __init__(self, corpus: Corpus, seed: int) -> None:
-        if seed < 0:
-            raise UserError(f"the seed of reshuffling must be 0 or more, not {seed}")
-        self._corpus = corpus
-        self.sizes = np.asarray(corpus.sizes)
+    def __init__(
+        self, corpus: Corpus, rows: np.ndarray, sizes: Sequence[int] | np.ndarray | None = None
+    ) -> None:
+        self._corpus, self._rows = corpus, rows
+        self._own = np.asarray(corpus.sizes)
+        self._own_ends = np.cumsum(self._own)
+        self.sizes = self._own if sizes is None else np.asarray(sizes, np.int64)
         self._ends = np.cumsum(self.sizes)
-        rng = generator(Stream.RESHUFFLE, seed)
-        self._rows = rng.permutation(int(self._ends[-1]))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Numbers of the examples, in the order of those who received them, int64 [examples]."""
+        return self._rows
 
     @property
     def users(self) -> Sequence[str]:
@@ -214,8 +218,8 @@ class ReshuffledCorpus:
         """(user, index) in the corpus of each of the user's examples."""
         end = self._ends[checked(user, len(self.sizes), "user")]
         rows = self._rows[end - self.sizes[user] : end]
-        owners = np.searchsorted(self._ends, rows, side="right")
-        places = rows - (self._ends - self.sizes)[owners]
+        owners = np.searchsorted(self._own_ends, rows, side="right")
+        places = rows - (self._own_ends - self._own)[owners]
         return [(int(u), int(i)) for u, i in zip(owners, places, strict=True)]
 
     def lengths(self, user: int) -> Mapping[str, np.ndarray]:
@@ -237,6 +241,24 @@ class ReshuffledCorpus:
     def user_hashes(self) -> np.ndarray:
         """See `fedasr.data.corpus.user_hashes`."""
         return user_hashes(self._corpus)
+
+
+class ReshuffledCorpus(DealtCorpus):
+    """The same users with the same numbers of examples, the examples dealt out afresh (IID).
+
+    The control of arXiv 2310.00098: what users have of their own is gone, how much they have is
+    not. Each example is dealt out exactly once; who gets it is a pure function of the seed.
+
+    Args:
+      corpus: where the examples are.
+      seed: of the dealing, 0 or more.
+    """
+
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        if seed < 0:
+            raise UserError(f"the seed of reshuffling must be 0 or more, not {seed}")
+        rng = generator(Stream.RESHUFFLE, seed)
+        super().__init__(corpus, rng.permutation(int(np.sum(corpus.sizes))))
 
 
 class FeaturesFromAudio:

@@ -149,8 +149,11 @@ def not_covered(config: Config, ledger_known: bool) -> list[str]:
         limits.append(vocabulary)
     limits += decoders.not_covered(config)
     limits += selection.not_covered(config)
-    if config.data.iid:
-        limits.append("anybody (data.iid: utterances were dealt out over users that do not exist)")
+    if config.data.iid or config.data.skew_alpha:
+        how = "iid" if config.data.iid else "skew_alpha"
+        limits.append(
+            f"anybody (data.{how}: utterances were dealt out over users that do not exist)"
+        )
     if config.init_from and not ledger_known:
         limits.append(
             f"whatever init_from={config.init_from} was trained on, and its rounds: it has no "

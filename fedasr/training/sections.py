@@ -72,6 +72,20 @@ class Data:
         flag(False),
         "IID control: utterances dealt out afresh over the users, whose numbers are kept",
     )
+    skew: str = setting(
+        choice("", values.skews),
+        'what users differ in: "words" (the first of a transcript), "voices" or "lengths"; the '
+        "summary says how much",
+    )
+    skew_alpha: float = setting(
+        real(0.0, most=1e9),
+        "above 0 the training utterances are dealt out afresh, each user's shares of those classes "
+        "drawn from a Dirichlet distribution; large: alike, small: apart; 0: as they are",
+    )
+    quantity_skew: float = setting(
+        real(0.0, most=10),
+        "with skew_alpha, standard deviation of the logarithm of users' numbers of utterances",
+    )
     population: int = setting(
         whole(0, unit="users"), "training users, for --dry_run before the data is there"
     )

@@ -79,6 +79,7 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "padding_fraction": session.trainer.padding(totals).fraction,
             "seed_padding_fraction": seed_padding,
             "skipped_utterances": parts.data.skipped,
+            "skew": parts.data.skew,
             "infeasible_utterances": totals.infeasible_utterances,
             "invalid_client_updates": totals.invalid_client_updates,
             "client_updates": own["client_updates"],

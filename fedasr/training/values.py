@@ -43,6 +43,13 @@ def decoders() -> list[str]:
     return list(DECODERS)
 
 
+def skews() -> list[str]:
+    """What users may be made to differ in, and "" for nothing."""
+    from fedasr.data.skew import KINDS
+
+    return ["", *KINDS]
+
+
 def tasks() -> list[str]:
     """Names of synthetic corpora."""
     from fedasr.data import synthetic

@@ -30,6 +30,9 @@ PLACES = {"data.dir": "data.identity", "init_from": "start"}
 # follows from its identity, which a field that is new must not change.
 LATER: dict[str, Any] = {
     "algorithm_options": {},
+    "data.skew": "",
+    "data.skew_alpha": 0.0,
+    "data.quantity_skew": 0.0,
     "participation.enabled": False,
     "participation.trace": "",
     "participation.seconds_per_step": 1.0,

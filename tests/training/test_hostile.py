@@ -64,6 +64,7 @@ SENSIBLE = {
     ("server.options", "empty mapping"),
     ("algorithm_options", "empty mapping"),
     ("participation.trace", "empty text"),
+    ("data.skew", "empty text"),
     ("central.options", "empty mapping"),
     ("decoding.lm", "empty text"),
     ("decoding.word_bonus", "-1"),

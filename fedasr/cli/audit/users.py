@@ -150,7 +150,8 @@ def audit_users(
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    if config["algorithm"] == "central" or config["data"]["iid"]:
+    dealt = config["data"]["iid"] or config["data"].get("skew_alpha")
+    if config["algorithm"] == "central" or dealt:
         raise UserError("--canaries=users audits federated users: algorithm='federated', not iid")
     if (optimizer := config["client"]["optimizer"]) in ("adamw", "yogi"):
         raise UserError(f"client.optimizer={optimizer!r} moves users without data: choose another")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedasr.audio.features import LogMelConfig
+from fedasr.data import skew
 from fedasr.data.batching import (
     Grid,
     Resident,
@@ -75,7 +76,7 @@ class Data:
 
     Attributes: directory; train; seed (None if there is none); evaluation {split: corpus}; grid of
     clients' padded lengths; buckets, which hold all of `train`; tokenizer;
-    skipped {reason: count} of the preparation.
+    skipped {reason: count} of the preparation; skew (see `skew.measure`; None if not asked for).
     """
 
     def __init__(self, directory: str | Path, config: Config, log: Any = print) -> None:
@@ -88,6 +89,9 @@ class Data:
         self.train = open_corpus(directory, settings.train)
         if settings.iid:
             self.train = ReshuffledCorpus(self.train, config.seed)
+        self.skew: dict[str, float] | None = None
+        if settings.skew:
+            self._deal_out(config)
         if (published := settings.population) and published != len(self.train.users):
             log(f"{published} training users were expected, there are {len(self.train.users)}")
         self.seed: Corpus | None = None
@@ -118,6 +122,17 @@ class Data:
         self._keep_on_devices = settings.resident
         self._resident: tuple[Corpus, Any, Resident] | None = None
 
+    def _deal_out(self, config: Config) -> None:
+        """Has training users differ as the configuration says, and measures how they do."""
+        settings = config.data
+        args = settings.skew, self.tokenizer.decode
+        classes = skew.classes_of(self.train, *args)
+        if settings.skew_alpha:
+            more = settings.skew_alpha, settings.quantity_skew, config.seed
+            dealt = skew.skewed(self.train, classes, *more)
+            self.train, classes = dealt, classes[dealt.rows]
+        self.skew = skew.measure(classes, self.train.sizes)
+
     def resident(self, sharding: Any) -> Resident | None:
         """All examples of `train` on the devices, if the configuration wants that.
 
@@ -137,6 +152,17 @@ def client_grid(config: Config) -> Grid:
     settings = config.data
     room = {"labels": settings.labels_per_frame}
     return Grid(settings.buckets, MULTIPLES, room)
+
+
+def check(config: Config) -> None:
+    """Raises UserError for utterances that would be dealt out in two ways, or in none."""
+    data = config.data
+    if data.skew_alpha and not data.skew:
+        raise UserError("data.skew_alpha needs data.skew: name what users are to differ in")
+    if data.quantity_skew and not data.skew_alpha:
+        raise UserError("data.quantity_skew needs data.skew_alpha: set it, large for users alike")
+    if data.skew_alpha and data.iid:
+        raise UserError("data.iid and data.skew_alpha both deal utterances out: unset one of them")
 
 
 def check_features(config: Config, metadata: Mapping[str, Any]) -> None:

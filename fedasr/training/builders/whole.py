@@ -7,6 +7,7 @@ from fedasr.training.builders import (
     algorithms,
     batches,
     clients,
+    corpora,
     decoders,
     devices,
     models,
@@ -33,6 +34,7 @@ def checked(given: Mapping[str, Any] | Config) -> Config:
     algorithms.check(config)
     participations.check(config)
     batches.check(config)
+    corpora.check(config)
     models.check(config)
     devices.check(config)
     decoders.check(config)
