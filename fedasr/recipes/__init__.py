@@ -20,6 +20,7 @@ NAMES = (
     "phone",
     "neural",
     "mini",
+    "mini_algorithms",
 )
 
 

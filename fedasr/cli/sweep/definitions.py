@@ -17,7 +17,7 @@ from fedasr.recipes.tables import Table
 from fedasr.training.logging import write_json_atomic
 
 TABLE_FILE = "table.json"
-_REGISTRIES = ("fedasr.recipes.published", "fedasr.recipes.mini")
+_REGISTRIES = tuple(f"fedasr.recipes.{name}" for name in ("published", "mini", "mini_algorithms"))
 
 
 def registry(path: str = "") -> dict[str, Table]:
