@@ -11,7 +11,6 @@ from fedasr.data.records import open_corpus, read_metadata
 from fedasr.federated.local import (
     LocalStore,
 )
-from fedasr.federated.subset import select
 from fedasr.privacy.ledger import UNKNOWN_USERS, Users
 from fedasr.text import CharTokenizer, learned_vocabulary, tokenizer_for
 from fedasr.training import describe, ledgers, selection, starts
@@ -105,7 +104,6 @@ def _federated(
     sampler = mechanisms.make_sampler(config, population)
     mechanism = mechanisms.make_mechanism(config, sampler, models.sent_parameters(config))
     mechanism.client_transform()
-    shared = select(shapes, models.shared_variables(config))
     layout = models.local_layout(config)
     if layout is not None:
         mechanism.check_local(config.local.prototype)
@@ -119,6 +117,7 @@ def _federated(
         *earlier,
         ledgers.run_entry("this run", config, mechanism, rounds, users, cases),
     ]
+    sent = algorithms.sent_shapes(config, shapes)
     found = {
         "rounds": rounds,
         "cohort": config.cohort or population,
@@ -128,7 +127,7 @@ def _federated(
             "up": described[-1]["up_bytes"],
         },
         "clients": described,
-        "privacy": describe.describe_privacy(mechanism, config, rounds, shared, entries, known),
+        "privacy": describe.describe_privacy(mechanism, config, rounds, sent, entries, known),
     }
     return found if layout is None else found | {"local": {"parameters": layout.size}}
 

@@ -7,7 +7,13 @@ from typing import Any
 import jax
 
 from fedasr.errors import UserError
-from fedasr.federated.algorithms import Algorithm, Facts, extras_of, make_algorithm
+from fedasr.federated.algorithms import (
+    Algorithm,
+    Facts,
+    extras_of,
+    make_algorithm,
+    sent_like,
+)
 from fedasr.federated.client import Loss
 from fedasr.federated.extras import Sent, broadcast_of
 from fedasr.federated.local import LocalStore
@@ -79,6 +85,18 @@ def _without_data(config: Config) -> Algorithm:
         raise NotImplementedError
 
     return make(config, loss, 1.0, store, trained)
+
+
+def sent_shapes(config: Config, params: Any) -> Any:
+    """Shapes of what a client sends: updates of shared variables, and what is beside them.
+
+    Args:
+      config: of the run. params: the model's, or their shapes.
+    """
+    algorithm = _without_data(config)
+    if extras_of(algorithm) is None:
+        return jax.eval_shape(lambda p: select(p, models.shared_variables(config)), params)
+    return jax.eval_shape(lambda p: sent_like(algorithm, p), params)
 
 
 def with_extras(config: Config, described: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from fedasr.federated import chunks, hosts
 from fedasr.federated.metrics import RoundMetrics
 from fedasr.federated.server import ServerState
 from fedasr.federated.simulation import Simulation
-from fedasr.federated.subset import select
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.ledger import Users
 from fedasr.streams import ROOT_WORDS, public_name, secret_root
@@ -218,7 +217,7 @@ class FederatedTrainer:
                 simulation.mechanism,
                 config,
                 config.rounds if config.selection.split else rounds,
-                select(state.params, models.shared_variables(config)),
+                algorithms.sent_shapes(config, state.params),
                 [*earlier, self.entry(session.name, rounds)],
                 known,
             ),
