@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from fedasr.data.records import open_corpus, read_metadata
+from fedasr.federated.extras import MemoryLayout
 from fedasr.federated.local import (
     LocalStore,
 )
@@ -129,7 +130,10 @@ def _federated(
         "clients": described,
         "privacy": describe.describe_privacy(mechanism, config, rounds, sent, entries, known),
     }
-    return found if layout is None else found | {"local": {"parameters": layout.size}}
+    if layout is None:
+        return found
+    name = "memory" if isinstance(layout, MemoryLayout) else "local"
+    return found | {name: {"parameters": layout.size}}
 
 
 def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | None) -> Config:

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedasr.federated.extras import MemoryLayout
+from fedasr.federated.local import LocalStore
 from fedasr.federated.server import ServerState
 from fedasr.training import seeds
 from fedasr.training.builders.devices import device_name
@@ -71,7 +73,8 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "selection": selected,
             "warnings": session.watch.told if session.watch else [],
             "privacy": own["privacy"],
-            "local": parts.store.summary() if parts.store is not None else None,
+            "local": None,
+            **_kept(parts.store),
             "clients": own["clients"],
             "client_steps_per_second": totals.timed_steps / totals.timed_seconds
             if totals.timed_seconds
@@ -90,6 +93,14 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "device_changes": totals.device_changes,
         }
     )
+
+
+def _kept(store: LocalStore | None) -> dict[str, Any]:
+    """What users keep from round to round: "local" parameters, or an algorithm's "memory"."""
+    if store is None:
+        return {}
+    name = "memory" if isinstance(store.layout, MemoryLayout) else "local"
+    return {name: store.summary()}
 
 
 def _published(final: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

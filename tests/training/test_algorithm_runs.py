@@ -121,7 +121,7 @@ def test_a_run_stops_and_goes_on_to_the_same_end(name, corpus_dir, tmp_path, mon
         assert len(clocks) == 4 and np.diff(clocks).min() >= 0
         assert clocks[-1] == summary["simulated_seconds"] > 0
     if name == "scaffold":
-        assert summary["local"]["users"] > 2
+        assert summary["memory"]["users"] > 2
         own, plain = summary["clients"][-1], summary["clients"][0]
         assert own["up_bytes"] == 2 * plain["up_bytes"]
         assert own["down_bytes"] == 2 * plain["down_bytes"]
@@ -131,7 +131,7 @@ def test_a_run_stops_and_goes_on_to_the_same_end(name, corpus_dir, tmp_path, mon
         layout, rows_of = rows.local_rows(tmp_path / "cut", params[0], train, corpus_dir)
         models = [layout.insert(params[0], row) for row in rows_of(np.arange(6))]
         apart = [max(map(largest, *map(jax.tree.leaves, (m, params[0])))) for m in models]
-        assert sum(x > 0 for x in apart) == summary["local"]["users"] > 2
+        assert sum(x > 0 for x in apart) == summary["memory"]["users"] > 2
         _, rows_of = rows.local_rows(tmp_path / "cut", params[0], test, corpus_dir)
         own = layout.insert(params[0], rows_of(np.arange(1))[0])
         assert max(map(largest, *map(jax.tree.leaves, (own, params[0])))) == 0

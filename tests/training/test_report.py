@@ -12,6 +12,7 @@ import pytest
 from fedasr.errors import UserError
 from fedasr.training.logging import RunLogger, write_json_atomic
 from fedasr.training.report import plot_result, write_report
+from fedasr.training.report.tables import summary_table
 
 pytest.importorskip("matplotlib")
 
@@ -261,3 +262,19 @@ def test_plot_result_names_the_split_of_every_number(tmp_path, monkeypatch):
 def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match="there is no work directory"):
         write_report(tmp_path / "absent")
+
+
+def test_users_devices_and_memory_are_told():
+    more = {
+        "memory": {"parameters": 20_096, "users": 4},
+        "skew": {"distance": 0.788, "iid_distance": 0.18, "gini": 0.112, "classes": 10},
+        "wer_users": {"dev": {"mean": 13.1, "median": 12.0, "worst": 41.2, "interval": 8.4}},
+        "simulated_seconds": 7300.0,
+    }
+    table = summary_table(SUMMARY | more)
+    for text in ("remembers of a user", "20,096", "0.788", "0.18", "0.112", "13.1%", "41.2%"):
+        assert text in table, text
+    assert "simulated devices" in table
+    plain = summary_table(SUMMARY)
+    for text in ("remembers", "distance", "over users", "simulated"):
+        assert text not in plain

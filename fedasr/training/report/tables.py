@@ -55,6 +55,7 @@ def summary_table(summary: Record) -> str:
             )
         )
         rows.append(("Users with local parameters of their own", local.get("users")))
+    rows += _about_users(summary)
     for key, name in (
         ("wer", "Word error rate"),
         ("wer_published", "Word error rate as published, by utterance"),
@@ -77,6 +78,29 @@ def summary_table(summary: Record) -> str:
         if value is not None:
             rows.append((name, value))
     return html_table(rows)
+
+
+def _about_users(summary: Record) -> list[tuple[str, Any]]:
+    """How they differ, what is remembered of them, how error rates lie over them, their devices."""
+    rows: list[tuple[str, Any]] = []
+    if memory := mapping_at(summary, "memory"):
+        size, users = memory.get("parameters"), memory.get("users")
+        rows.append(("Numbers that the algorithm remembers of a user (never sent)", size))
+        rows.append(("Users whom it remembers", users))
+    if skew := mapping_at(summary, "skew"):
+        for key, name in (
+            ("distance", "Users' distance from all in what they say (total variation, mean)"),
+            ("iid_distance", "The same, utterances dealt out at random"),
+            ("gini", "Gini coefficient of users' numbers of utterances"),
+        ):
+            rows.append((name, number_at(skew, key)))
+    for split, rates in mapping_at(summary, "wer_users").items():
+        for key, name in (("mean", "mean"), ("median", "median"), ("worst", "worst tenth")):
+            value = percent_text(number_at(rates, key))
+            rows.append((f"Word error rate over users, {name}, {split}", value))
+    if (seconds := number_at(summary, "simulated_seconds")) is not None:
+        rows.append(("Time by the simulated devices' clock", duration_text(seconds)))
+    return rows
 
 
 def clients_table(summary: Record) -> str:
