@@ -11,7 +11,7 @@ from fedasr.data.records import open_corpus
 from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.training import loop, rows, selection, stages
-from fedasr.training.builders import whole
+from fedasr.training.builders import corpora, whole
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.config import default_config
 from fedasr.training.logging import read_metrics, to_json
@@ -63,6 +63,7 @@ DEVICES = {
     "participation.dropout_after": 0.3,
 }
 ON = {"participation.enabled": True}
+APART = {"data.skew": "voices", "data.skew_alpha": 0.5}
 QUEUE = ON | {"privacy.sampler": "asynchronous"}
 SKELLAM = {"privacy.enabled": True, "privacy.noise": "skellam", "privacy.sampler": "poisson"}
 RUNS = {
@@ -160,6 +161,9 @@ def largest(one, other):
         ("federated", {}, ON | {"participation.first": 1, "privacy.enabled": True}, "displace"),
         ("federated", {}, ON | SKELLAM, "noise in shares is missing"),
         ("central", {}, ON, "unset participation.enabled"),
+        ("federated", {}, {"data.skew_alpha": 1.0}, "needs data.skew"),
+        ("federated", {}, {"data.skew": "words", "data.quantity_skew": 1.0}, "set it, large"),
+        ("federated", {}, {**APART, "data.iid": True}, "both deal utterances out"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(algorithm, options, changes, message, corpus_dir):
@@ -168,3 +172,16 @@ def test_what_does_not_go_together_is_one_line(algorithm, options, changes, mess
         config = whole.checked(config)
         selection.check(config, None)
     assert "\n" not in str(caught.value)
+
+
+def test_training_users_differ_as_is_asked(corpus_dir):
+    def users(changes):
+        config = configured(corpus_dir, "federated", {}, changes)
+        return corpora.Data(corpus_dir, whole.checked(config), lambda text: None)
+
+    natural, apart = users({"data.skew": "voices"}), users({**APART, "data.quantity_skew": 1.0})
+    assert users({}).skew is None
+    assert natural.skew["distance"] == pytest.approx(5 / 6) and natural.skew["gini"] == 0
+    assert apart.skew["distance"] < 5 / 6 and apart.skew["gini"] > 0
+    assert apart.train.sizes.sum() == natural.train.sizes.sum() == 12
+    assert users({**APART, "data.quantity_skew": 1.0}).skew == apart.skew
