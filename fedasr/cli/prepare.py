@@ -77,7 +77,10 @@ def run() -> dict[str, Any]:
 def _written(language: str) -> dict[str, Any]:
     """What labels are written in, as arguments of `prepare`."""
     if flags.FLAGS.tokenizer:
-        return {"tokenizer": flags.FLAGS.tokenizer, "alphabet": flags.FLAGS.alphabet or ""}
+        found = text.prepared_with(flags.FLAGS.tokenizer)
+        if "alphabet" in found and (flags.FLAGS.alphabet or flags.FLAGS.keep_letters):
+            raise UserError("--tokenizer has its own characters: leave --alphabet and letters out")
+        return {"alphabet": flags.FLAGS.alphabet or "", **found}
     if flags.FLAGS.alphabet != text.FROM_DATA:
         return {
             "alphabet": text.script_alphabet(flags.FLAGS.alphabet) if flags.FLAGS.alphabet else ""

@@ -19,6 +19,7 @@ from fedasr.text.alphabets import (
     alphabet,
     script_alphabet,
 )
+from fedasr.text.folders import NormalisedTokenizer, folder_tokenizer, prepared_with
 from fedasr.text.learned import alphabet_of
 from fedasr.text.lexicon import pronounced, read_lexicon
 from fedasr.text.normalize import (
@@ -54,16 +55,19 @@ __all__ = [
     "CharTokenizer",
     "Loss",
     "Normalised",
+    "NormalisedTokenizer",
     "PhonemeTokenizer",
     "SubwordTokenizer",
     "Tokenizer",
     "alphabet",
     "alphabet_of",
     "describe_losses",
+    "folder_tokenizer",
     "learned_vocabulary",
     "normalise",
     "normalize_text",
     "parse_losses",
+    "prepared_with",
     "pronounced",
     "read_lexicon",
     "read_subwords",

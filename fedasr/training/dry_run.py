@@ -56,7 +56,7 @@ def dry_run(
     Raises:
       UserError: as the run itself would.
     """
-    checked = whole.checked(config)
+    checked = whole.checked(config, None if workdir is None else local_path(workdir))
     selection.check(checked)
     with disk_errors(workdir):
         checked = _rehearse_place(checked, workdir, extend)

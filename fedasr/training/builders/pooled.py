@@ -7,7 +7,7 @@ import jax
 
 from fedasr.data.corpus import Corpus
 from fedasr.federated.client import Loss
-from fedasr.models.recogniser import ARRAYS
+from fedasr.models.recogniser import INPUTS
 from fedasr.streams import Stream
 from fedasr.training.builders import batches, corpora, models, optimizers
 from fedasr.training.central import CentralTraining
@@ -48,7 +48,7 @@ def central_training(
         # Saved and evaluated when reported.
         steps_per_report=math.gcd(10, config.checkpoint.seed_every, evaluated),
         devices=devices,
-        keep=ARRAYS,
+        keep=INPUTS,
         model_devices=config.model_devices,
     )
 
