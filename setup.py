@@ -7,11 +7,12 @@ from setuptools import find_packages, setup
 SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
 QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
 FUSION = ["evosax>=0.3", "scikit-learn>=1.4"]
-MERGING = ["safetensors>=0.8"]  # checkpoints that others made
+SAFETENSORS = ["safetensors>=0.8"]  # checkpoints that others made
 SUBWORDS = {  # read tokenizers that were learned elsewhere
     "sentencepiece": ["sentencepiece>=0.2"],
     "tokenizers": ["tokenizers>=0.20"],
 }
+PRETRAINED = [*SAFETENSORS, *SUBWORDS["tokenizers"]]  # models that others trained
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 DOCS = [
@@ -60,7 +61,8 @@ setup(
         "speech": SPEECH,
         "quickstart": QUICKSTART,
         "fusion": FUSION,
-        "merging": MERGING,
+        "merging": SAFETENSORS,
+        "pretrained": PRETRAINED,
         "neural": NEURAL,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
@@ -71,13 +73,12 @@ setup(
         "test": [
             *QUICKSTART,
             *FUSION,
-            *MERGING,
+            *PRETRAINED,
             *NEURAL,
             *HUGGINGFACE,
             *CHECKS,
             *DOCS,
             *SUBWORDS["sentencepiece"],
-            *SUBWORDS["tokenizers"],
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook
             "jiwer>=4.0",  # word error rates by other code

@@ -308,7 +308,9 @@ def _define_flags() -> None:
         "alphabet_min_count", 1, "With from_data: characters that occur less often are left out."
     )
     flags.DEFINE_string(
-        "tokenizer", None, "In place of an alphabet: a SentencePiece model or a tokenizer.json."
+        "tokenizer",
+        None,
+        "In place of an alphabet: a SentencePiece model, a tokenizer.json, or a model's folder.",
     )
     flags.DEFINE_enum(
         "store", "features", list(STORES), "audio: features are computed whenever they are read."

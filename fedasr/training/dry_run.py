@@ -136,7 +136,8 @@ def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | No
     existing = None if workdir is None else read_existing(local_path(workdir))
     if extend is not None:
         config = extended(Path(workdir or "?"), existing, config, extend)
-    start = starts.read_start(config, existing, Path(workdir or "?"))
+    known = _characters(config.data)
+    start = starts.read_start(config.with_data(characters=known), existing, Path(workdir or "?"))
     if existing is None:
         return config
     ours = config.tree()
@@ -200,6 +201,15 @@ def _rehearse_synthetic(config: Config) -> int:
             ),
         )
     return population
+
+
+def _characters(settings: Data) -> Any:
+    """The alphabet of the data; None if it is not there."""
+    if not settings.dir:
+        return CharTokenizer().characters
+    if not Path(settings.dir).exists():
+        return None
+    return tokenizer_for(read_metadata(settings.dir)).characters
 
 
 def _user_names(settings: Data) -> Sequence[str] | None:

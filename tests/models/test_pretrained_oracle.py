@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the oracle is torch: pip install torch transformers")
-transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+pytest.importorskip("torch", reason="the oracle is torch: pip install torch transformers")
+pytest.importorskip("transformers", reason="the oracle is transformers")
 pytest.importorskip("safetensors", reason="pretrained models need safetensors")
+
+import torch
+import transformers
 
 from fedasr.models.pretrained import FAMILIES, folders, mapping
 from fedasr.models.recogniser import make_recogniser

@@ -182,7 +182,7 @@ def _opened(path: Path) -> Any:
         import safetensors.numpy
     except ImportError as error:
         raise UserError(
-            "reading pretrained models needs safetensors: pip install 'fedasr[merging]'"
+            "reading pretrained models needs safetensors: pip install 'fedasr[pretrained]'"
         ) from error
     try:
         return safetensors.safe_open(path, framework="np")
