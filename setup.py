@@ -12,7 +12,11 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
     "sentencepiece": ["sentencepiece>=0.2"],
     "tokenizers": ["tokenizers>=0.20"],
 }
-PRETRAINED = [*SAFETENSORS, *SUBWORDS["tokenizers"]]  # models that others trained
+PRETRAINED = [  # models that others trained
+    *SAFETENSORS,
+    *SUBWORDS["tokenizers"],
+    "PyYAML>=6.0",  # settings in NeMo's archives
+]
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 DOCS = [

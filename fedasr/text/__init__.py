@@ -19,7 +19,7 @@ from fedasr.text.alphabets import (
     alphabet,
     script_alphabet,
 )
-from fedasr.text.folders import NormalisedTokenizer, folder_tokenizer, prepared_with
+from fedasr.text.folders import folder_tokenizer, prepared_with
 from fedasr.text.learned import alphabet_of
 from fedasr.text.lexicon import pronounced, read_lexicon
 from fedasr.text.normalize import (
@@ -35,6 +35,7 @@ from fedasr.text.tokenizers import (
     PHONEMES,
     SILENCE,
     CharTokenizer,
+    NormalisedTokenizer,
     PhonemeTokenizer,
     SubwordTokenizer,
     Tokenizer,

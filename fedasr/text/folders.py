@@ -2,13 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fedasr.errors import UserError
-from fedasr.text.normalize import normalise
-from fedasr.text.tokenizers import CharTokenizer, SubwordTokenizer, Tokenizer, read_subwords
+from fedasr.text.tokenizers import CharTokenizer, Tokenizer, read_subwords
 
 # Private-use characters stand for a file's signs (begin, end, unknown), which are never written.
 _SIGNS = 0xE000
@@ -87,20 +85,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no object: fetch it again")
     return found
-
-
-class NormalisedTokenizer:
-    """A tokenizer whose texts are normalised: of models that write capitals and punctuation.
-
-    Attributes: those of the tokenizer, of which `decode` alone is another.
-    """
-
-    def __init__(self, tokenizer: SubwordTokenizer, language: str = "en") -> None:
-        self._tokenizer, self._language = tokenizer, language
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, normalised (see `normalise`); what cannot be written is left out."""
-        return normalise(self._tokenizer.decode(ids), self._language).text

@@ -4,6 +4,7 @@ import base64
 import functools
 import hashlib
 import os
+import tarfile
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from fedasr.errors import UserError
 from fedasr.text.alphabets import CHARACTERS
+from fedasr.text.normalize import normalise
 
 # Of CMUdict, without stress; silence separates words.
 PHONEMES = (
@@ -276,19 +278,45 @@ class _HuggingFace:
 
 
 def read_subwords(path: str | os.PathLike[str]) -> SubwordTokenizer:
-    """Reads a SentencePiece model or a `tokenizer.json`.
+    """Reads a SentencePiece model, also that of NeMo's archive of a model, or a `tokenizer.json`.
 
     Raises:
       UserError: it cannot be read, is neither, or the package that reads it is missing.
     """
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
+        content = _of_archive(path) if str(path).endswith(".nemo") else Path(path).read_bytes()
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"the tokenizer {path} cannot be read: {error}") from error
     try:
         return SubwordTokenizer(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _of_archive(path: str | os.PathLike[str]) -> bytes:
+    """The SentencePiece model in a tar."""
+    with tarfile.open(path) as archive:
+        for member in archive.getmembers():
+            if member.name.endswith("tokenizer.model") and (file := archive.extractfile(member)):
+                return file.read()
+    raise UserError(f"{path} holds no tokenizer of pieces (*tokenizer.model): use another model")
+
+
+class NormalisedTokenizer(SubwordTokenizer):
+    """A tokenizer whose texts are normalised: of models that write capitals and punctuation.
+
+    Args:
+      tokenizer: whose pieces it has.
+      language: of the normalisation.
+    """
+
+    def __init__(self, tokenizer: SubwordTokenizer, language: str = "en") -> None:
+        vars(self).update(vars(tokenizer))
+        self._language = language
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, normalised (see `normalise`); what cannot be written is left out."""
+        return normalise(super().decode(ids), self._language).text
 
 
 Tokenizer = CharTokenizer | PhonemeTokenizer | SubwordTokenizer

@@ -1,7 +1,6 @@
 """Pretrained recognisers against transformers, on tiny models with random weights."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,39 +14,12 @@ pytest.importorskip("safetensors", reason="pretrained models need safetensors")
 import torch
 import transformers
 
+from fedasr.errors import UserError
 from fedasr.models.pretrained import FAMILIES, folders, mapping
+from fedasr.models.pretrained import parakeet as parakeet_module
 from fedasr.models.recogniser import make_recogniser
 
-SAMPLES = (4000, 3211, 2400)  # one whole block, two that are not
 VOCAB = 12
-
-
-def waves(seed=0):
-    """Noise whose loudness differs, int16."""
-    rng = np.random.default_rng(seed)
-    shapes = zip(SAMPLES, (3000, 500, 9000), strict=True)
-    return [(rng.normal(size=n) * loud).clip(-32768, 32767).astype(np.int16) for n, loud in shapes]
-
-
-def batch(sounds, blocks=26, labels=((3, 1, 4), (2, 2), (5, 6))):
-    """What a loss takes, padded to so many blocks, with noise where nothing should listen."""
-    rng = np.random.default_rng(9)
-    features = rng.integers(-9000, 9000, (len(sounds), blocks, 160)).astype(np.int16)
-    counts = [-(-len(x) // 160) for x in sounds]
-    for row, x, count in zip(features, sounds, counts, strict=True):
-        row[:count] = 0
-        row.reshape(-1)[: len(x)] = x
-    padded = np.zeros((len(sounds), 4), np.int32)
-    for row, text in zip(padded, labels, strict=True):
-        row[: len(text)] = text
-    return {
-        "features": features,
-        "features_length": np.int32(counts),
-        "samples": np.int32([len(x) for x in sounds]),
-        "labels": padded,
-        "labels_length": np.int32([len(text) for text in labels]),
-        "mask": np.ones(len(sounds), bool),
-    }
 
 
 def wav2vec2(kind, **changes):
@@ -76,13 +48,13 @@ def wav2vec2(kind, **changes):
     return model, extractor, hear
 
 
-def parakeet():
+def parakeet(mlp=24):
     """A small ParakeetForCTC whose batch norms have statistics."""
     encoder = transformers.ParakeetEncoderConfig(
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=24,
+        intermediate_size=mlp,
         num_mel_bins=16,
         subsampling_conv_channels=6,
         conv_kernel_size=5,
@@ -159,7 +131,7 @@ def pair(request, tmp_path_factory):
     return Pair(MODELS[request.param], tmp_path_factory.mktemp("model"))
 
 
-def test_scores_are_those_of_transformers(pair):
+def test_scores_are_those_of_transformers(pair, waves, batch):
     sounds = waves()
     found, lengths, _, _ = pair.scores(pair.params, batch(sounds))
     for row, length, x in zip(found, lengths, sounds, strict=True):
@@ -171,7 +143,7 @@ def test_scores_are_those_of_transformers(pair):
         np.testing.assert_allclose(row[:size], theirs[:size], atol=1e-4)
 
 
-def test_gradients_are_those_of_transformers(pair):
+def test_gradients_are_those_of_transformers(pair, waves, batch):
     sounds = waves()
     given = batch(sounds)
     lengths = pair.scores(pair.params, given)[1]
@@ -204,7 +176,7 @@ def test_gradients_are_those_of_transformers(pair):
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(theirs)) > 1e-2
 
 
-def test_padding_and_the_vmap_over_clients_change_nothing(pair):
+def test_padding_and_the_vmap_over_clients_change_nothing(pair, waves, batch):
     given = batch(waves())
     key = jax.random.key(0)
     (loss, _), grads = pair.gradient(pair.params, given, key)
@@ -225,7 +197,7 @@ def test_padding_and_the_vmap_over_clients_change_nothing(pair):
     jax.tree.map(lambda x, y: close(x, y[0]), grads, found)
 
 
-def test_what_is_read_is_written_back_bit_for_bit(pair):
+def test_what_is_read_is_written_back_bit_for_bit(pair, waves, batch):
     written = folders.to_tensors(pair.source.name, pair.source.options, pair.params)
     state = pair.model.state_dict()
     changed = ("num_batches_tracked", "masked_spec_embed")
@@ -270,163 +242,115 @@ def test_both_spellings_of_weight_norm(tmp_path):
     )
 
 
-WHISPER = {
-    "vocab_size": 40,
-    "num_mel_bins": 16,
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_source_positions": 25,  # half a second
-    "max_target_positions": 12,
-    "pad_token_id": 30,
-    "bos_token_id": 30,
-    "eos_token_id": 30,
-    "decoder_start_token_id": 31,
-    "begin_suppress_tokens": [7, 30],
-    "suppress_tokens": [3],
+NEMO = {
+    "encoder.subsampling.layers.": "encoder.pre_encode.conv.",
+    "encoder.subsampling.linear.": "encoder.pre_encode.out.",
+    ".conv.norm.": ".conv.batch_norm.",
+    "ctc_head.": "decoder.decoder_layers.0.",
+    ".relative_k_proj.": ".linear_pos.",
+    ".o_proj.": ".linear_out.",
+    ".q_proj.": ".linear_q.",
+    ".k_proj.": ".linear_k.",
+    ".v_proj.": ".linear_v.",
+    ".bias_u": ".pos_bias_u",
+    ".bias_v": ".pos_bias_v",
 }
 
 
-class Words(Pair):
-    """A Whisper."""
+def archive(folder, state, **encoder):
+    """A NeMo archive of a state dict."""
+    import tarfile
 
-    def __init__(self, folder):
-        torch.manual_seed(0)
-        self.model = transformers.WhisperForConditionalGeneration(
-            transformers.WhisperConfig(**WHISPER)
-        ).eval()
-        with torch.no_grad():
-            for value in self.model.parameters():
-                value.add_(0.3 * torch.randn_like(value))
-        self.model.save_pretrained(folder)
-        generation = {"no_timestamps_token_id": 32, "suppress_tokens": [3]}
-        generation |= {"begin_suppress_tokens": [7, 30]}
-        (folder / "generation_config.json").write_text(json.dumps(generation))
-        self.extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
-        self.extractor.n_samples = 8000
-        self.source = folders.open_source(folder)
-        self.recogniser = make_recogniser("whisper", self.source.options)
-        self.shapes = jax.eval_shape(self.recogniser.init, jax.random.key(0))
-        self.params = self.source.params(self.source.options, self.shapes)
-        assert jax.tree.structure(self.params) == jax.tree.structure(self.shapes)
-        self.gradient = jax.jit(jax.value_and_grad(self.recogniser.loss, has_aux=True))
+    import yaml
 
-    def mel(self, x):
-        wave = x.astype(np.float32) / 32768
-        return self.extractor(wave, sampling_rate=16000, return_tensors="pt").input_features
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    return Words(tmp_path_factory.mktemp("whisper"))
-
-
-def test_whisper_learns_and_writes_as_transformers(words):
-    sounds, given = waves(), batch(waves())
-    options = words.source.options
-    assert options["start"] == "31,32" and options["vocab"] == 41
-    total = 0
-    texts = []
-    for i, x in enumerate(sounds):
-        labels = given["labels"][i, : given["labels_length"][i]] - 1
-        tokens = torch.tensor([[31, 32, *labels]])
-        logits = words.model(words.mel(x), decoder_input_ids=tokens).logits[0, 1:]
-        wanted = torch.tensor([*labels, 30])
-        total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
-        texts.append(_greedy(words, x))
-    (loss, aux), found = words.gradient(words.params, given, jax.random.key(0))
-    assert int(aux["utterances"]) == 3
-    np.testing.assert_allclose(loss, float(total) / 3, rtol=1e-5)
-    words.model.zero_grad()
-    (total / 3).backward()
-    grads = {n: p.grad.numpy() for n, p in words.model.named_parameters() if p.grad is not None}
-    table = words.source.family.table(words.source.family.config(**options), True)
-    known = [entry for entry in table if set(entry.names) <= grads.keys()]
-    assert len(table) - len(known) <= 1  # the encoder's positions are fixed there
-    theirs = mapping.to_params(known, list(grads), grads.__getitem__, words.shapes)
-    for path, value in jax.tree.leaves_with_path(theirs):
-        ours = functools.reduce(lambda tree, key: tree[key.key], path, found)
-        scale = max(1.0, float(np.abs(value).max()))
-        np.testing.assert_allclose(ours, value, atol=1e-3 * scale, err_msg=str(path))
-    tokens, counts, losses, valid = jax.jit(words.recogniser.evaluate)(words.params, given)
-    assert valid.all() and np.isclose(losses.mean(), loss, rtol=1e-5)
-    for row, count, text in zip(tokens, counts, texts, strict=True):
-        assert [int(t) - 1 for t in row[: int(count)]] == text
-    assert len({tuple(text) for text in texts}) > 1
+    config = {
+        "preprocessor": {
+            "sample_rate": 16000,
+            "window_size": 0.025,
+            "window_stride": 0.01,
+            "normalize": "per_feature",
+            "features": 16,
+            "n_fft": 512,
+            "log": True,
+        },
+        "encoder": {
+            "d_model": 16,
+            "n_layers": 2,
+            "n_heads": 2,
+            "ff_expansion_factor": 2,
+            "feat_in": 16,
+            "subsampling": "dw_striding",
+            "subsampling_factor": 8,
+            "subsampling_conv_channels": 6,
+            "conv_kernel_size": 5,
+            "self_attention_model": "rel_pos",
+            **encoder,
+        },
+        "decoder": {"vocabulary": [f"piece {i}" for i in range(VOCAB - 1)]},
+    }
+    (folder / "model_config.yaml").write_text(yaml.safe_dump(config))
+    torch.save(state, folder / "model_weights.ckpt")
+    with tarfile.open(folder / "model.nemo", "w") as tar:
+        for name in ("model_config.yaml", "model_weights.ckpt"):
+            tar.add(folder / name, f"./{name}")
+    return folder / "model.nemo"
 
 
-def _greedy(words, x):
-    """The likeliest tokens by transformers' model, one after the other."""
-    tokens, mel = [31, 32], words.mel(x)
-    with torch.no_grad():
-        while len(tokens) < 13:
-            logits = words.model(mel, decoder_input_ids=torch.tensor([tokens[:12]])).logits[0, -1]
-            logits[[3]] = -torch.inf
-            logits[31:] = -torch.inf
-            if len(tokens) == 2:
-                logits[[7, 30]] = -torch.inf
-            best = int(logits.argmax())
-            if best == 30:
-                break
-            tokens.append(best)
-    return tokens[2:]
+def nemo_state(model):
+    """A model's tensors, as NeMo names them."""
+    state = {"preprocessor.featurizer.window": torch.ones(3)}
+    for name, value in model.state_dict().items():
+        for ours, theirs in NEMO.items():
+            name = name.replace(ours, theirs)
+        state[name] = value
+    return state
 
 
-def test_whisper_padding_and_vmap(words):
-    given, key = batch(waves()), jax.random.key(0)
-    (loss, _), grads = words.gradient(words.params, given, key)
-    (more, _), others = words.gradient(words.params, batch(waves(), blocks=39), key)
-    np.testing.assert_allclose(loss, more, rtol=1e-5)
+def test_an_archive_of_nemo_is_read_as_the_folder(tmp_path):
+    pair = Pair(functools.partial(parakeet, 32), tmp_path)
+    state = nemo_state(pair.model)
+    assert not any("_proj" in name or "ctc_head" in name for name in state)
+    source = folders.open_source(archive(tmp_path, state))
+    assert source.options == pair.source.options
+    found = source.params(source.options, pair.shapes)
+    jax.tree.map(np.testing.assert_array_equal, pair.params, found)
+    with pytest.raises(UserError, match=r"local_attn.*choose another model"):
+        folders.open_source(archive(tmp_path, state, self_attention_model="local_attn"))
+    file = tmp_path / "model.nemo"
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"fetch it again|is no model of NeMo"):
+        folders.open_source(file)
 
-    def close(x, y):
-        np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(np.abs(x).max())))
 
-    jax.tree.map(close, grads, others)
-    clients = jax.tree.map(lambda *x: jnp.stack(x), given, batch(waves(1)))
-    own = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), words.params)
-    together = jax.jit(
-        jax.vmap(jax.value_and_grad(words.recogniser.loss, has_aux=True), (0, 0, None))
+def test_an_archive_that_would_run_something_is_refused(tmp_path):
+    file = archive(tmp_path, {"x": functools.partial(print, "run")})
+    with pytest.raises(UserError, match=r"functools\.partial, which is no array"):
+        folders.open_source(file)
+
+
+def test_the_front_end_of_earlier_conformers():
+    options = dict(dim=8, heads=2, mlp=8, mels=12, channels=4, factor=4, kernel=3, vocab=5)
+    options |= {"blocks": 0, "separable": False, "scale_input": False, "blank": 4}
+    family = FAMILIES["parakeet"]
+    params = make_recogniser("parakeet", options).init(jax.random.key(0))
+    config = family.config(**options)
+    tensors = mapping.to_tensors(family.table(config, True), params)
+    tensors = {name: torch.tensor(value) for name, value in tensors.items()}
+    mel = np.random.default_rng(0).normal(size=(1, 21, 12)).astype(np.float32)
+    x = torch.tensor(mel)[:, None]
+    for i in (0, 2):
+        name = f"encoder.subsampling.layers.{i}"
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        x = torch.relu(torch.nn.functional.conv2d(x, weight, bias, stride=2, padding=1))
+    x = x.transpose(1, 2).flatten(2)
+    name = "encoder.subsampling.linear"
+    wanted = torch.nn.functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+    padded = np.pad(mel, ((0, 0), (0, 9), (0, 0)))
+    found, lengths = parakeet_module.FrontEnd(config).apply(
+        {"params": params["encoder"]["front_end"]}, padded, np.int32([21])
     )
-    (losses, _), found = together(own, clients, key)
-    np.testing.assert_allclose(losses[0], loss, rtol=1e-5)
-    jax.tree.map(lambda x, y: close(x, y[0]), grads, found)
-
-
-def test_whisper_is_written_back_bit_for_bit(words):
-    written = folders.to_tensors("whisper", words.source.options, words.params)
-    state = {n: v.numpy() for n, v in words.model.state_dict().items() if n != "proj_out.weight"}
-    assert written.keys() == state.keys()
-    for name, value in state.items():
-        np.testing.assert_array_equal(written[name], value, err_msg=name)
-
-
-def test_whispers_encoder_with_a_new_output_layer(words):
-    source = folders.open_source(words.source.folder, head=False)
-    assert source.options["objective"] == "ctc"
-    with torch.no_grad():
-        for window in ("padded", "true"):
-            options = {**source.options, "vocab": VOCAB, "window": window}
-            recogniser = make_recogniser("whisper", options)
-            params = recogniser.init(jax.random.key(0))
-            params = folders.fill(source.params(options, params), params)
-            scores = jax.jit(recogniser.scores)
-            found, lengths, _, _ = scores(params, batch(waves()))
-            again, _, _, _ = scores(params, batch(waves(), blocks=39))
-            for row, other, length, x in zip(found, again, lengths, waves(), strict=True):
-                size = int(length)
-                assert size == -(-len(x) // 320)
-                np.testing.assert_allclose(row[:size], other[:size], atol=1e-5)
-                if window == "true":
-                    continue
-                theirs = words.model.model.encoder(words.mel(x)).last_hidden_state[0, :size].numpy()
-                logits = theirs @ np.asarray(params["output"]["kernel"])
-                logits += np.asarray(params["output"]["bias"])
-                wanted = torch.log_softmax(torch.tensor(logits), -1).numpy()
-                np.testing.assert_allclose(row[:size], wanted, atol=1e-4)
+    assert int(lengths[0]) == wanted.shape[1] == 6
+    np.testing.assert_allclose(found[0, :6], wanted[0], atol=1e-5)
 
 
 def test_every_family_has_an_oracle():

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from fedasr.errors import UserError
-from fedasr.models.pretrained import FAMILIES, mapping
+from fedasr.models.pretrained import FAMILIES, mapping, nemo
 from fedasr.models.pretrained.family import Family
 
 CONFIG = "config.json"
@@ -81,7 +81,7 @@ def open_source(place: str | Path, head: bool = True) -> Source:
     """Looks at a model: reads its configuration, not its weights.
 
     Args:
-      place: a folder with config.json and safetensors, or such a file in one.
+      place: a folder with config.json and safetensors, such a file in one, or an archive of NeMo.
       head: whether its output layer is wanted; False for a new one.
 
     Raises:
@@ -89,12 +89,14 @@ def open_source(place: str | Path, head: bool = True) -> Source:
         wanted, or damaged.
     """
     path = Path(place)
-    folder = path.parent if path.name.endswith(SUFFIX) else path
+    folder = path.parent if path.name.endswith((SUFFIX, nemo.SUFFIX)) else path
     if not path.exists() or not folder.is_dir():
         raise UserError(f"{place} is not there: give a folder with {CONFIG} and *{SUFFIX}")
-    config = _json(folder / CONFIG)
-    if config is None:
-        raise UserError(f"{place} holds no {CONFIG}, so it is no model: give the model's folder")
+    tensors: Mapping[str, Callable[[], np.ndarray]]
+    if path.name.endswith(nemo.SUFFIX):
+        config, beside, tensors = nemo.contents(path)
+    else:
+        config, beside, tensors = _contents(place, folder, path)
     kind = config.get("model_type")
     name = next((n for n, family in FAMILIES.items() if kind in family.types), None)
     if name is None:
@@ -103,9 +105,7 @@ def open_source(place: str | Path, head: bool = True) -> Source:
             f"{place} is of the model_type {kind!r}, which cannot be read: use one of "
             f"{', '.join(types)}"
         )
-    tensors = _tensors(place, folder, path)
     family = FAMILIES[name]
-    beside = {k: v for name in _BESIDE for k, v in (_json(folder / name) or {}).items()}
     try:
         options = family.options(config, beside) | config.get(OWN, {})
         if not head:
@@ -136,6 +136,17 @@ def to_tensors(name: str, options: Mapping[str, Any], params: Any) -> dict[str, 
     """
     family = FAMILIES[name]
     return mapping.to_tensors(family.table(family.config(**options), True), params)
+
+
+def _contents(
+    place: str | Path, folder: Path, path: Path
+) -> tuple[dict[str, Any], dict[str, Any], Mapping[str, Callable[[], np.ndarray]]]:
+    """config.json, what is said beside it, and what reads each tensor, by name."""
+    config = _json(folder / CONFIG)
+    if config is None:
+        raise UserError(f"{place} holds no {CONFIG}, so it is no model: give the model's folder")
+    beside = {k: v for name in _BESIDE for k, v in (_json(folder / name) or {}).items()}
+    return config, beside, _tensors(place, folder, path)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

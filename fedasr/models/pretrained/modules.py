@@ -71,8 +71,8 @@ def written(values: Any) -> str:
     return ",".join(str(int(value)) for value in values)
 
 
-def dense(features: int, dtype: jnp.dtype, name: str, bias: bool = True) -> layers.Dense:
-    """A dense layer that is computed in `dtype`."""
+def dense(features: int, dtype: jnp.dtype, name: str | None, bias: bool = True) -> layers.Dense:
+    """A dense layer that is computed in `dtype`; in `setup` it has the name that it is given."""
     init = layers.uniform_fan_in(1.0)
     return layers.Dense(features, use_bias=bias, kernel_init=init, dtype=dtype, name=name)
 

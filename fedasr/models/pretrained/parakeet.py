@@ -39,9 +39,10 @@ class ParakeetConfig(ComputeConfig):
     """Sizes; the defaults are those of parakeet-ctc-1.1b but for the blocks. See `ComputeConfig`.
 
     mels: channels. emphasis: of the waveform. channels: of the front end. factor: mel frames in a
-    frame, a power of 2. kernel: taps of the blocks' convolutions. bias: whether attention and
-    feed-forward nets have biases. convolution_bias: whether convolutions in blocks have.
-    scale_input: whether frames are multiplied by sqrt(dim). blank: number of the blank in the file.
+    frame, a power of 2. separable: whether its convolutions but the first are of each channel by
+    itself, with a dense layer after it. kernel: taps of the blocks' convolutions. bias: whether
+    attention and feed-forward nets have biases. convolution_bias: whether convolutions in blocks
+    have. scale_input: whether frames are multiplied by sqrt(dim). blank: its number in the file.
 
     Raises:
       UserError: a size below 1, or sizes that do not go together.
@@ -56,6 +57,7 @@ class ParakeetConfig(ComputeConfig):
     emphasis: float = 0.97
     channels: int = 256
     factor: int = 8
+    separable: bool = True
     kernel: int = 9
     bias: bool = True
     convolution_bias: bool = True
@@ -95,18 +97,19 @@ class FrontEnd(nn.Module):
         x = mel[..., None].astype(c.compute)
         init = layers.uniform_fan_in(1.0)
         for i in range(c.factor.bit_length() - 1):
-            shape = (9, c.channels)
+            alone = c.separable and i > 0
+            shape = (9 if alone or i == 0 else 9 * c.channels, c.channels)
             taps = self.param(f"kernel_{i}", init, shape, jnp.float32).astype(c.compute)
             bias = self.param(f"bias_{i}", nn.initializers.zeros, shape[1:], jnp.float32)
             near = _neighbours(x)
-            if i == 0:
-                x = product(jnp.concatenate(near, axis=-1), taps)
-            else:
+            if alone:
                 x = sum(tap * y for tap, y in zip(taps, near, strict=True))
+            else:
+                x = product(jnp.concatenate(near, axis=-1), taps)
             lengths = -(-lengths // 2)
             mask = audio.inside(x.shape[1], lengths)[..., None, None]
             x = jnp.where(mask, x + bias.astype(c.compute), 0.0)
-            if i:
+            if alone:
                 x = dense(c.channels, c.compute, f"pointwise_{i}")(x)
                 x = jnp.where(mask, x, 0.0)
             x = jax.nn.relu(x)
@@ -250,12 +253,13 @@ def table(c: ParakeetConfig, head: bool) -> list[mapping.Entry]:
     """The tensors of a folder; `head`: whether the CTC head is among them."""
     found = []
     for i in range(c.factor.bit_length() - 1):
-        name = f"encoder.subsampling.layers.{0 if i == 0 else 3 * i - 1}"
+        place = 2 * i if not c.separable else max(3 * i - 1, 0)
+        name = f"encoder.subsampling.layers.{place}"
         found += [
             _taps(f"encoder/front_end/kernel_{i}", f"{name}.weight"),
             mapping.same(f"encoder/front_end/bias_{i}", f"{name}.bias"),
         ]
-        if i:
+        if i and c.separable:
             path, name = f"encoder/front_end/pointwise_{i}", f"encoder.subsampling.layers.{3 * i}"
             found.append(mapping.permuted(f"{path}/kernel", f"{name}.weight", _POINT, (1, 0, 2, 3)))
             found.append(mapping.same(f"{path}/bias", f"{name}.bias"))
@@ -269,13 +273,14 @@ _POINT = (-1, -1, 1, 1)  # a convolution of one tap
 
 
 def _taps(path: str, name: str) -> mapping.Entry:
-    """A convolution of 3 x 3 taps with one input each: [out, 1, 3, 3] there, [9, out] here."""
+    """A convolution of 3 x 3 taps: [out, in, 3, 3] there, [9 * in, out] here."""
 
     def read(x: np.ndarray) -> tuple[np.ndarray, ...]:
-        return (np.ascontiguousarray(x.reshape(len(x), 9).T),)
+        return (np.ascontiguousarray(x.transpose(2, 3, 1, 0).reshape(-1, len(x))),)
 
     def write(x: np.ndarray) -> tuple[np.ndarray, ...]:
-        return (np.ascontiguousarray(x.T).reshape(-1, 1, 3, 3),)
+        taps = x.reshape(3, 3, -1, x.shape[1])
+        return (np.ascontiguousarray(taps.transpose(3, 2, 0, 1)),)
 
     return mapping.Entry((path,), (name,), read, write)
 
@@ -319,6 +324,9 @@ def options(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, A
     """
     c = config["encoder_config"]
     known(c, hidden_act="silu", subsampling_conv_kernel_size=3, subsampling_conv_stride=2)
+    kind = c.get("subsampling", "dw_striding")
+    if kind not in ("striding", "dw_striding"):
+        raise UserError(f"subsampling={kind!r} is not known here: choose another model")
     known(beside, n_fft=512, win_length=400, hop_length=160, sampling_rate=audio.RATE)
     return {
         "vocab": config["vocab_size"],
@@ -330,6 +338,7 @@ def options(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, A
         "emphasis": beside.get("preemphasis", 0.97),
         "channels": c["subsampling_conv_channels"],
         "factor": c["subsampling_factor"],
+        "separable": kind == "dw_striding",
         "kernel": c["conv_kernel_size"],
         "bias": c["attention_bias"],
         "convolution_bias": c["convolution_bias"],

@@ -239,7 +239,7 @@ class Encoder(nn.Module):
         if c.norm == "post":
             x = norm(x)
         x = layers.dropout(x, c.dropout, k_input)
-        more = ()
+        more: tuple[Array, ...] = ()
         if c.layout == "wavlm":
             more = (Distances(c, name="distances")(x.shape[1]),)
         for i, k in enumerate(k_blocks):

@@ -319,7 +319,8 @@ def recogniser(c: WhisperConfig, augment: SpecAugmentConfig | None) -> Recognise
     """See `Family`."""
     if c.objective == "ctc":
         return ctc(CtcModel(c), lambda batch: heard(c, batch), augment)
-    encoder, decoder = Encoder(c), Decoder(c)
+    encoder: Any = Encoder(c)
+    decoder: Any = Decoder(c)
     start = jnp.array(numbers(c.start), jnp.int32)
 
     def init(key: Array) -> Any:

@@ -98,7 +98,9 @@ def check_tokenizer(config: Config, characters: str | list[str] | None) -> None:
     scheme, place = parse_start(config.init_from)
     if scheme != WHOLE or characters is None:
         return
-    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    folder = Path(place)
+    if place.endswith(folders.SUFFIX):
+        folder = folder.parent
     tokenizer: Tokenizer = folder_tokenizer(folder)
     if tokenizer.characters != characters:
         raise UserError(
