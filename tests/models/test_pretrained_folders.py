@@ -212,6 +212,17 @@ def test_a_wide_convolution_in_groups():
         np.testing.assert_allclose(found, wanted.reshape(2, 13, 8), atol=1e-4)
 
 
+def test_dropout_draws_alike_however_far_it_is_padded(waves, batch):
+    options = OPTIONS | {"dropout": 0.3, "layer_drop": 0.5, "vocab": 12}
+    recogniser = make_recogniser("wav2vec2", options)
+    params = recogniser.init(jax.random.key(1))
+    loss = jax.jit(recogniser.loss)
+    sounds = waves()
+    found = {seed: float(loss(params, batch(sounds), jax.random.key(seed))[0]) for seed in (0, 1)}
+    padded = float(loss(params, batch(sounds, blocks=39), jax.random.key(0))[0])
+    assert found[0] == pytest.approx(padded, rel=1e-5) and found[0] != pytest.approx(found[1])
+
+
 def test_samples_of_a_batch():
     features = np.full((2, 3, 160), 16384, np.int16)
     batch = {"features": features, "features_length": np.int32([3, 2])}

@@ -129,10 +129,11 @@ def check(config: Config) -> None:
                 can_open(value.removeprefix(FROM), ())
             except UserError as error:
                 raise UserError(f"decoding.{field}={value}: {error}") from error
-    if settings.name != GREEDY and config.model.options.get("objective", "ctc") != "ctc":
+    objective = config.model.options.get("objective", "ctc")
+    if settings.name != GREEDY and objective != "ctc":
         raise UserError(
             f"decoding.name={settings.name!r} searches scores of CTC: set decoding.name='greedy' "
-            "for model.options.objective='rnnt'"
+            f"for model.options.objective={objective!r}"
         )
 
 
