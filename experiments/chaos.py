@@ -15,6 +15,7 @@ line that names a file and what to do about it; the script then does that and go
     clock        the clock jumps by up to a day, forwards or backwards
     memory       there is less memory than a run takes: the kernel kills it, or, half of the time, a
                  limit (as of ulimit -v) has its allocations fail from a random moment on
+    files        likewise it may open a few files more, and no others (as of ulimit -n)
     garble       some bytes of a file in the work directory change while nothing runs
     cut          a file is cut off
     lose         a file is deleted
@@ -50,14 +51,14 @@ from fedasr.errors import UserError
 
 KINDS = (
     *("kill", "stop", "full", "read_only", "broken", "slow"),
-    *("clock", "memory", "garble", "cut", "lose"),
+    *("clock", "memory", "files", "garble", "cut", "lose"),
 )
 _OF_FILES = ("garble", "cut", "lose")
 _NEED_ROOT = ("full",)
 _NEED_COMPILER = {"read_only": "r", "broken": "i", "slow": "s"}  # what `chaos_disk.c` is told
 # What passes by itself: the refusal names no file, and the same command goes on.
-_PASSING = ("full", *_NEED_COMPILER, "memory")
-_REMEDIES = ("disk", "room", "mend", "memory")
+_PASSING = ("full", *_NEED_COMPILER, "memory", "files")
+_REMEDIES = ("disk", "room", "mend", "memory", "threads", "open files")
 LONGEST = 600.0  # seconds that a process may take: then it hangs
 _SIZE = "64m"  # of the small disk
 
@@ -129,6 +130,13 @@ def _child(
     os._exit(status)
 
 
+def source() -> str:
+    """A hash of the program as it lies on the disk now."""
+    from fedasr.training import exactness
+
+    return exactness.source.__wrapped__()
+
+
 class _MemoryGroup:
     """A control group of the kernel that bounds the memory of a process, if one can be made.
 
@@ -197,6 +205,7 @@ class Chaos:
     ) -> None:
         from fedasr.training.checkpoint import restore_params
 
+        self._source = source()
         self._random = random.Random(seed)
         self._folder, self._say = folder, say
         self._disk, self._told = folder / "disk", folder / "fault"
@@ -327,6 +336,8 @@ class Chaos:
             self._fill()
         elif kind == "memory":
             self._bound(process.pid, self._random.randrange(64 << 20))
+        elif kind == "files":
+            self._bound_files(process.pid, self._random.randrange(12))
         elif kind in _NEED_COMPILER:
             self._told.write_text(_NEED_COMPILER[kind])
             if kind == "slow" and self._random.random() < 0.5:
@@ -340,11 +351,20 @@ class Chaos:
             has = pages * resource.getpagesize()
             resource.prlimit(pid, resource.RLIMIT_AS, (has + more, has + more))
 
+    def _bound_files(self, pid: int, more: int) -> None:
+        """A process may open so many more files, and no others."""
+        with contextlib.suppress(OSError, ValueError):
+            most = max(int(name) for name in os.listdir(f"/proc/{pid}/fd")) + 1 + more
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+
     def _judge(self, workdir: Path, kind: str, hurt: str, status: int | None, errors: str) -> str:
         """ "identical", "resumed" (to be gone on with) or "refused", after doing what was said."""
         where = f"{kind} {hurt}".strip()
         if status is None:
             self._fail(f"{where}: hangs")
+        elif source() != self._source:
+            # It is read by every process anew, and one that has old and new parts is neither.
+            raise UserError("the program's source has changed since: start again, in a copy")
         elif "Traceback" in errors:
             self._fail(f"{where}: a traceback, status {status}: {errors[-1500:]}")
         elif status == 0:

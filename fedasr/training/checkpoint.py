@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedasr.errors import UserError, lacks_memory
+from fedasr.errors import REMEDIES, UserError, exhausted
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.stored import (
     CHECKSUMS,
@@ -192,7 +192,7 @@ class Checkpointer:
         for folder in self.directory.glob(f"{step}{_TEMPORARY_MARK}*"):
             shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
         older = max((x for x in saved_steps(self.directory) if x != step), default=None)
-        remedy = "give the process more memory" if lacks_memory(error) else "make room there"
+        remedy = REMEDIES.get(exhausted(error), "make room there")
         return UserError(
             f"the checkpoint {step} cannot be written to {self.directory} ({reason_of(error)}): "
             f"{remedy}; the same command goes on "

@@ -17,7 +17,7 @@ from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
 from fedasr.streams import make_root, public_name
-from fedasr.training import ledgers, selection
+from fedasr.training import exactness, ledgers, selection
 from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
 from fedasr.training.cadence import Cadence
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader
@@ -171,7 +171,7 @@ class Session:
         return {
             "stage": stage,
             "units": units,
-            "devices": devices.described(self.parts.devices),
+            **exactness.here(self.parts.devices, self.trainer.chunk),
             "config": self.parts.config.tree(),
             "ledger": {
                 "known": known,

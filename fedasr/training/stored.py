@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedasr.errors import UserError, lacks_memory
+from fedasr.errors import UserError, pass_exhaustion
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.values import bucket
 
@@ -169,9 +169,8 @@ def reason_of(error: Exception) -> str:
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:
-    """Says so, and how to go on; raises MemoryError where the checkpoint may be as good as ever."""
-    if lacks_memory(error):
-        raise MemoryError(f"reading {folder}: {reason_of(error)}") from error
+    """Says so, and how to go on; raises Exhausted where the checkpoint may be as good as ever."""
+    pass_exhaustion(error, f"reading {folder}")
     return UserError(
         f"the checkpoint {folder} cannot be read ({reason_of(error)}): remove that "
         "folder to use an earlier checkpoint"

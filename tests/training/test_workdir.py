@@ -16,7 +16,7 @@ from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.federated.metrics import RoundMetrics
 from fedasr.training import config as config_lib
-from fedasr.training import loop, stages, workdir
+from fedasr.training import exactness, loop, session, stages, workdir
 from fedasr.training.builders import corpora, devices
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.config import Config
@@ -411,7 +411,7 @@ def test_a_run_goes_on_with_other_devices_and_says_that_it_did(
     same_params(stays, whole)
     changes, said = run(moves, 2, since=1)
     assert changes == ["1 x cpu -> 2 x cpu at 1"]
-    assert "at 1 on 2 x cpu after 1 x cpu: sums are in another order" in said and "1e-5" in said
+    assert "at 1 with 1 x cpu -> 2 x cpu: sums are in another order" in said and "1e-5" in said
     changes, said = run(moves, 1, since=3)
     assert changes == ["1 x cpu -> 2 x cpu at 1", "2 x cpu -> 1 x cpu at 3"]
     jax.tree.map(
@@ -419,3 +419,46 @@ def test_a_run_goes_on_with_other_devices_and_says_that_it_did(
         restore_params(moves),
         restore_params(whole),
     )
+
+
+def test_what_else_bits_follow_from_is_compared_with_the_checkpoint(
+    halfway, whole, configure, capsys, monkeypatch
+):
+    monkeypatch.setattr(exactness, "source", lambda: "0123456789")
+    summary = loop.run(configure(), halfway)
+    (change,) = summary["device_changes"]
+    assert change.startswith("code ") and change.endswith(" -> code 01234567 at 2")
+    said = capsys.readouterr().err
+    assert f"at 2 with {change.removesuffix(' at 2')}: what is computed may be another" in said
+    same_params(halfway, whole[0])
+
+    ours = exactness.here(jax.devices()[:1], 4)
+    assert ours["devices"] == "1 x cpu" and ours["jax"] == jax.__version__ and ours["processor"]
+    assert exactness.changes({}, ours) == exactness.changes(dict(ours), ours) == []
+    theirs = {**ours, "chunk": 2, "jax": "0.1", "processor": "other", "devices": "2 x cpu"}
+    assert exactness.changes(theirs, ours) == [
+        "2 x cpu -> 1 x cpu",
+        "chunk=2 -> chunk=4",
+        f"processor other -> processor {ours['processor']}",
+        f"jax 0.1 -> jax {jax.__version__}",
+    ]
+    assert exactness.changes({**theirs, "chunk": None}, ours)[1].startswith("processor")
+
+
+def test_a_lost_chunk_file_is_that_of_the_checkpoint(halfway, monkeypatch):
+    """Found anew it might be another, as the memory is that there is now."""
+    (folder,) = (halfway / "checkpoints" / "2" / "metadata").glob("metadata")
+    carried = json.loads(folder.read_text())
+    assert carried["chunk"] == 1 and carried["devices"] == f"{len(jax.devices())} x cpu"
+    config = Config.of(carried["config"])
+    parts = session.make_parts(config, Path(config.data.dir), halfway)
+
+    def chunk_of(metadata):
+        monkeypatch.setattr(federated, "read_metadata", lambda folder: metadata)
+        return federated.FederatedTrainer(parts, halfway).chunk
+
+    assert chunk_of(carried | {"chunk": 2}) == 1  # chunk.json says so
+    (halfway / "chunk.json").unlink()
+    assert chunk_of(carried | {"chunk": 2}) == 2
+    assert chunk_of(carried | {"chunk": 2, "devices": "8 x H200"}) == 1
+    assert chunk_of({}) == 1
