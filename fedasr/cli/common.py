@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,8 @@ def configure_compilation(folder: Path) -> None:
         cache = folder.absolute() / ".compile-cache" / processor()
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
+    _say_once("persistent compilation cache", "compiled programs are not kept")
+
     def report(event: str, duration_secs: float, **said: str | int) -> None:
         fun_name = said.get("fun_name", "")
         kind = event.rsplit("/", 1)[-1]
@@ -266,6 +269,28 @@ def configure_compilation(folder: Path) -> None:
             say(f"compiled {fun_name} in {duration_secs:.1f} s")
 
     jax.monitoring.register_event_duration_secs_listener(report)
+
+
+def _say_once(text: str, meaning: str) -> None:
+    """Has a warning that libraries repeat, of what may fail without harm, said in one line.
+
+    Args:
+      text: that is in it. meaning: what it comes to.
+    """
+    from fedasr.training.logging import say
+
+    shown, told = warnings.showwarning, []
+
+    def show(message: Any, *args: Any, **more: Any) -> None:
+        if text not in str(message):
+            shown(message, *args, **more)
+        elif not told:
+            told.append(message)
+            said = " ".join(str(message).split())
+            # What failed comes behind the name of the program that was compiled.
+            say(f"warning: {meaning} ({said.rpartition(': ')[2][:200]})")
+
+    warnings.showwarning = show
 
 
 def in_step(

@@ -28,6 +28,7 @@ from fedasr.training.stored import (
     CHECKSUMS,
     METADATA,
     STATE,
+    Unreadable,
     by_path,
     digests,
     fit,
@@ -335,14 +336,14 @@ def _set_aside(directory: Path) -> dict[Path, str]:
         folder = directory / str(step)
         try:
             verify(folder)
-        except UserError as error:
+        except Unreadable as error:
             damaged[folder] = str(error)
             continue
         break
     else:
         if damaged:
             folder, why = next(iter(damaged.items()))
-            raise UserError(
+            raise Unreadable(
                 f"none of the {len(damaged)} checkpoints in {directory} can be read: put them back "
                 f"from a copy, or remove that folder to start afresh ({folder.name}: {why[:200]})"
             )

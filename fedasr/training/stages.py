@@ -46,7 +46,7 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
     if latest is not None:
         metadata = checkpoint_metadata(session.checkpointer.directory / str(latest))
         stage, units = metadata["stage"], metadata["units"]
-        session.totals = Totals(**metadata["totals"])
+        session.totals = Totals.of(metadata["totals"])
         session.initial = metadata["initial"]
     stream = None if hosts.is_leader() else io.StringIO()
     session.logger = RunLogger(session.logs, *_logged(session, stage, units), stream=stream)
@@ -61,7 +61,7 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
                 if only_seed:
                     return summaries.of_seed(session, params)
                 latest, units = None, 0
-            summary = _main(session, params, latest, units, start)
+            summary = _main(session, params, latest, units, start, metadata.get("best"))
     except Interrupted:
         write_json_atomic(session.logs / SUMMARY_FILE, summaries.of_interrupted(session))
         raise
@@ -102,7 +102,12 @@ def _logged(session: Session, stage: str, units: int) -> tuple[int | None, int |
 
 
 def _main(
-    session: Session, params: Any, latest: int | None, units: int, start: Any
+    session: Session,
+    params: Any,
+    latest: int | None,
+    units: int,
+    start: Any,
+    best: int | None,
 ) -> dict[str, Any]:
     """The main stage; then the summary."""
     parts = session.parts
@@ -113,7 +118,7 @@ def _main(
     if params is None:
         params = models.initial_params(parts.recogniser, parts.config)
     unit = "round" if parts.config.has_rounds else "step"
-    session.begin_main(latest is not None, unit)
+    session.begin_main(latest is not None, unit, best)
     if latest is None:
         session.initial = session.evaluate(params)
         session.message("before: " + summaries.wer_line(session.initial))

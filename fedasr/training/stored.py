@@ -23,10 +23,21 @@ from fedasr.training.values import bucket
 
 PyTree = Any
 
+
+class Unreadable(UserError):
+    """A checkpoint is damaged; another one may be whole."""
+
+
+# Of errors that say nothing about what lies on the disk.
+_NO_DAMAGE = re.compile(
+    "Permission denied|Operation not permitted|Stale file handle|endpoint is not connected"
+    "|timed out|Host is down|No route to host"
+)
 BEST_FOLDER = "best"  # of a work directory whose run keeps the best state on a split
 STATE, METADATA, CHECKSUMS = "state", "metadata", "checksums"
 # Written by orbax inside every complete step folder.
 _STEP_MARKER = "_CHECKPOINT_METADATA"
+_NUMBER = re.compile("0|[1-9][0-9]*")  # as a checkpoint is called
 # Paths that mean themselves to every library: others may be taken for patterns or escapes.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.+=,-]*")
 
@@ -64,7 +75,8 @@ def verify(folder: Path) -> None:
     """Reads one checkpoint and compares it with its checksums, if it has any.
 
     Raises:
-        UserError: it cannot be read, or holds something else than was saved.
+        Unreadable: it cannot be read, or holds something else than was saved.
+        UserError: it cannot be read now, and may be as good as ever.
     """
     metadata = read_json(folder)
     arrays = by_path(read_arrays(folder, read_shapes(folder)))
@@ -104,7 +116,9 @@ def plain_path(path: str | Path) -> Iterator[Path]:
     if _PLAIN_PATH.fullmatch(str(path)):
         yield path
         return
-    places = [p for p in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")]
+    places = ["/tmp", "/var/tmp", "/dev/shm"]
+    with contextlib.suppress(OSError):  # no folder for temporary files has room
+        places.insert(0, tempfile.gettempdir())
     for place in filter(_PLAIN_PATH.fullmatch, places):
         try:
             folder = tempfile.TemporaryDirectory(prefix="fedasr-", dir=place)
@@ -129,7 +143,7 @@ def is_step(folder: Path) -> bool:
 def saved_steps(directory: Path) -> list[int]:
     """Numbers of the complete checkpoints in a folder, which may be missing."""
     folders = directory.iterdir() if directory.is_dir() else ()
-    return [int(f.name) for f in folders if f.name.isdecimal() and is_step(f)]
+    return [int(f.name) for f in folders if _NUMBER.fullmatch(f.name) and is_step(f)]
 
 
 def step_folders(directory: str | Path) -> list[Path]:
@@ -169,9 +183,20 @@ def reason_of(error: Exception) -> str:
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:
-    """Says so, and how to go on; raises Exhausted where the checkpoint may be as good as ever."""
+    """Says so, and how to go on.
+
+    Raises:
+      Exhausted, UserError: the checkpoint may be as good as ever.
+    """
     pass_exhaustion(error, f"reading {folder}")
-    return UserError(
+    if isinstance(error, UserError):
+        raise error
+    if found := _NO_DAMAGE.search(str(error)):
+        raise UserError(
+            f"the checkpoint {folder} cannot be read now ({found[0]}): mend that, and the same "
+            "command goes on"
+        ) from error
+    return Unreadable(
         f"the checkpoint {folder} cannot be read ({reason_of(error)}): remove that "
         "folder to use an earlier checkpoint"
     )

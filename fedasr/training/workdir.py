@@ -19,6 +19,7 @@ from fedasr.errors import UserError
 from fedasr.training.checkpoint import read_metadata, step_folders
 from fedasr.training.config import HOW, Config, fingerprint
 from fedasr.training.logging import from_json, to_json
+from fedasr.training.stored import Unreadable
 from fedasr.training.values import bucket
 
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
@@ -208,7 +209,7 @@ def read_existing(workdir: Path) -> dict[str, Any] | None:
         try:
             carried = read_metadata(folder).get("config")
             break
-        except UserError:
+        except Unreadable:
             continue  # damaged: the next older one counts, see `Checkpointer`
     if not isinstance(carried, dict):
         return written

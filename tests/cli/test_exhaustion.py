@@ -97,3 +97,20 @@ def test_other_faults_are_told_as_ever():
     assert done.stderr.count("Traceback") == 2
     done = run("os.abort()")
     assert done.returncode == -6 and "error: " not in done.stderr
+
+
+def test_what_libraries_repeat_is_said_once():
+    done = run("""
+        import warnings
+        common._say_once("persistent compilation cache", "compiled programs are not kept")
+        for name in ("jit_a", "jit_b"):
+            warnings.warn(
+                f"Error writing persistent compilation cache entry for '{name}': OSError: "
+                "[Errno 30] Read-only file system: '/x'"
+            )
+        warnings.warn("another")
+        return 2
+    """)
+    first, second, *rest = done.stderr.splitlines()
+    assert first == "warning: compiled programs are not kept ('/x')" or "Read-only" in first
+    assert "another" in second and len(rest) <= 1, done.stderr

@@ -1,5 +1,6 @@
 """What a work directory is known by: moved, extended, older, damaged and foreign ones."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -316,6 +317,12 @@ def test_when_a_result_is_worth_nothing(rounds, words):
     for number, of in enumerate(rounds, 1):
         totals.add(metrics_of(number, *of), compiled=False)
     assert words in totals.problem() and bool(words) == bool(totals.problem())
+
+
+def test_totals_are_read_whatever_release_wrote_them():
+    tree = dataclasses.asdict(Totals(real=3, device_changes=["1 -> 2"]))
+    del tree["bad_rounds"]
+    assert Totals.of(tree | {"of_a_later_release": 1}) == Totals(real=3, device_changes=["1 -> 2"])
 
 
 def test_a_run_of_invalid_updates_is_not_completed(configure, tmp_path):

@@ -24,6 +24,7 @@ from fedasr.training.checkpoint import read_metadata, step_folders
 from fedasr.training.config import fingerprint
 from fedasr.training.logging import write_json_atomic
 from fedasr.training.session import Parts, Session
+from fedasr.training.stored import Unreadable
 from fedasr.training.totals import Totals
 from fedasr.training.workdir import STATE_ADDED, read_json
 
@@ -84,7 +85,7 @@ class FederatedTrainer:
         for folder in reversed(step_folders(workdir / "checkpoints")):
             try:
                 metadata = read_metadata(folder)
-            except UserError:
+            except Unreadable:
                 continue  # damaged: the next older one counts, see `Checkpointer`
             return metadata.get("chunk") if metadata.get("devices") == described(devices) else None
         return None
