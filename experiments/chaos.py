@@ -4,7 +4,8 @@
 
 Every run must end with the parameters of one that was left alone, bit for bit, or be refused in one
 line that names a file and what to do about it; the script then does that and goes on. Anything else
-(a traceback, another result, a process that hangs) is counted as a failure and printed. Faults:
+(a traceback, another result, a process that hangs) is counted as a failure and printed. Every other
+run keeps its best state. Faults:
 
     kill         kill -9 at a random moment
     stop         SIGTERM, which has to end in a checkpoint and status 3
@@ -80,8 +81,11 @@ def tiny_corpus(folder: Path) -> Path:
     return folder
 
 
-def tiny_config(corpus: Path) -> dict[str, Any]:
-    """Two steps of a seed and six rounds with privacy, LAMB and a checkpoint every other round."""
+def tiny_config(corpus: Path, best: bool = False) -> dict[str, Any]:
+    """Two steps of a seed and six rounds with privacy, LAMB and a checkpoint every other round.
+
+    With `best`, the state that is best on "dev" is kept.
+    """
     from fedasr.training.config import default_config
     from fedasr.training.logging import to_json
 
@@ -94,6 +98,8 @@ def tiny_config(corpus: Path) -> dict[str, Any]:
     config.checkpoint.every, config.checkpoint.seed_every = 2, 1
     config.evaluation.every = 3
     config.privacy.sampler, config.privacy.deployments = "fixed", ()
+    if best:
+        config.evaluation.every, config.selection.split = 1, "dev"
     return to_json(config.to_dict())
 
 
@@ -226,13 +232,17 @@ class Chaos:
         self.failures: list[str] = []
         self._story: list[str] = []  # faults of the run under way, and how each ended
         self._workdir: Path | None = None
-        self._config = tiny_config(tiny_corpus(folder / "corpus"))
-        self._seconds = LONGEST
-        for name in ("compiled", "whole"):
+        corpus = tiny_corpus(folder / "corpus")
+        # Runs take turns.
+        self._configs = [tiny_config(corpus, best) for best in (False, True)]
+        self._seconds, self._turn = LONGEST, 0
+        self._wholes = []
+        for self._turn, name in ((0, "compiled"), (0, "whole"), (1, "best")):
             status, errors = self._run(folder / name)
-        if status:
-            raise UserError(f"the run without faults failed: {errors[-300:]}")
-        self._whole = restore_params(folder / "whole")
+            if status:
+                raise UserError(f"the run without faults failed: {errors[-300:]}")
+            if name != "compiled":
+                self._wholes.append(restore_params(folder / name))
 
     def _preload(self, folder: Path) -> str:
         """The library with the faults of disks; "" if it cannot be made."""
@@ -279,6 +289,7 @@ class Chaos:
         while sum(self.results.values()) < faults:
             workdir = self._disk / f"run [{number}]"  # a path that has to be taken literally
             self._workdir, self._story = workdir, []
+            self._turn = number % len(self._configs)
             number += 1
             finished = False
             for _ in range(12):
@@ -390,7 +401,8 @@ class Chaos:
     def _obey(self, workdir: Path, where: str, line: str) -> None:
         """Removes what a refusal says is to be removed, if it is in the work directory."""
         # The paths have a space and brackets.
-        found = re.findall(re.escape(str(workdir)) + r"(/[^\s:;,()]+)", line)
+        pattern = re.escape(str(workdir)) + r"(/[^\s:;,()]+)"
+        found = re.findall(pattern, line.rpartition("remove ")[2]) or re.findall(pattern, line)
         if "remove" not in line or not found:
             self._fail(f"{where}: neither a file nor a remedy in: {line}")
             return
@@ -419,12 +431,13 @@ class Chaos:
             if "cannot be read" not in str(error) and "no checkpoint" not in str(error):
                 self._fail(f"{where}: {error}")
             return
-        same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, self._whole)
+        whole = self._wholes[self._turn]
+        same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, whole)
         if not all(jax.tree.leaves(same)):
             names = [p for p, x in jax.tree_util.tree_leaves_with_path(same) if not x]
             most = max(
                 float(np.abs(np.float64(a) - b).max())
-                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(self._whole), strict=True)
+                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True)
             )
             self._fail(f"{where}: other parameters, in {len(names)} arrays, by up to {most:g}")
         rounds = [r.get("round") for r in read_metrics(workdir) if "round" in r]
@@ -467,7 +480,7 @@ class Chaos:
         disk = str(self._disk) if self._preloaded else ""
         process = self._context.Process(
             target=_child,
-            args=(self._config, str(workdir), str(log), jump, disk),
+            args=(self._configs[self._turn], str(workdir), str(log), jump, disk),
         )
         process.start()
         self._memory.join(process.pid, None)

@@ -54,7 +54,8 @@ def restore_params(path: str | Path) -> PyTree:
         The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.
 
     Raises:
-        UserError: if there is no complete checkpoint at `path`, or none with parameters.
+        UserError: if there is no complete checkpoint at `path`, or none with parameters, or they
+            are not what was saved.
     """
     folder = find_step(path)
     tree = read_shapes(folder)
@@ -63,7 +64,10 @@ def restore_params(path: str | Path) -> PyTree:
             f"the checkpoint {folder} holds no model parameters: give the work directory of a "
             "training run"
         )
-    return read_arrays(folder, {"params": tree["params"]})["params"]
+    params = read_arrays(folder, {"params": tree["params"]})
+    if (expected := read_checksums(folder)) is not None:
+        _compare(folder, expected, digests(by_path(params)))
+    return params["params"]
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -83,14 +87,21 @@ def verify(folder: Path) -> None:
     if (expected := read_checksums(folder)) is None:
         return
     found = digests(arrays, metadata)
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    _compare(folder, expected, dict.fromkeys(expected, "") | found)
+
+
+def _compare(folder: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises Unreadable unless what was found is what was saved."""
+    for name in sorted(found):
+        if expected.get(name) != found[name]:
             raise unreadable(folder, OSError(f"{name} is not what was saved"))
 
 
-def digests(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 by path of kind, shape and bytes, and of the metadata as "metadata"."""
-    digests = {"metadata": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())}
+def digests(arrays: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """SHA-256 by path of kind, shape and bytes, and of the metadata, if given, as "metadata"."""
+    digests = {}
+    if metadata is not None:
+        digests["metadata"] = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for path, leaf in arrays.items():
         value = np.ascontiguousarray(leaf)
         head = f"{value.dtype} {np.shape(leaf)} ".encode()

@@ -449,6 +449,25 @@ def test_without_room_for_temporary_files(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "a[1]").iterdir()] == ["1"]
 
 
+def test_parameters_that_are_not_what_was_saved_are_not_handed_out(tmp_path, monkeypatch):
+    """To evaluations and to runs that start from them."""
+    from fedasr.training import stored
+
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": {"w": np.ones(2)}, "other": np.ones(2)}, {})
+    read = stored.read_arrays
+
+    def other(folder, tree):
+        return jax.tree.map(lambda x: x + 1, read(folder, tree))
+
+    assert restore_params(tmp_path)["w"].tolist() == [1, 1]
+    monkeypatch.setattr(stored, "read_arrays", other)
+    with pytest.raises(UserError, match="params/w is not what was saved"):
+        restore_params(tmp_path)
+    shutil.rmtree(tmp_path / "1" / "checksums")  # of an older release
+    assert restore_params(tmp_path)["w"].tolist() == [2, 2]
+
+
 def test_folders_that_are_called_like_checkpoints_are_none(tmp_path):
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(7, {"params": np.ones(2)}, {})
