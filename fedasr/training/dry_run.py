@@ -18,6 +18,7 @@ from fedasr.training import describe, ledgers, selection, starts
 from fedasr.training.builders import (
     clients,
     corpora,
+    decoders,
     devices,
     mechanisms,
     models,
@@ -147,6 +148,7 @@ def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | No
     if config.data.dir and (directory := Path(config.data.dir)).exists():
         recorded["identity"] = corpora.content_hash(directory)
         recorded["characters"] = tokenizer_for(read_metadata(directory)).characters
+    recorded["knowledge"] = decoders.knowledge_hash(config.decoding)
     ours["data"] |= recorded
     rounds = {} if extend is None else {"rounds": extend}
     check_same(Path(workdir or "?"), {**existing, **rounds}, ours)

@@ -44,7 +44,8 @@ class Data:
     """What is trained and evaluated on.
 
     Attributes:
-      identity, characters, vocabulary: no settings, but what a run records of its data: the hash of
+      identity, characters, vocabulary, knowledge: no settings, but what a run records of its data
+        and of the files that it decodes with (`knowledge`, a hash of their content): the hash of
         its content, its alphabet, and what the privacy says nothing of where that was learned; None
         for what is not known.
     """
@@ -78,6 +79,7 @@ class Data:
     identity: str | None = None
     characters: str | None = None
     vocabulary: str | None = None
+    knowledge: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

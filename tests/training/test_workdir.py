@@ -18,7 +18,7 @@ from fedasr.errors import UserError
 from fedasr.federated.metrics import RoundMetrics
 from fedasr.training import config as config_lib
 from fedasr.training import exactness, loop, session, stages, workdir
-from fedasr.training.builders import corpora, devices
+from fedasr.training.builders import corpora, decoders, devices
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.config import Config
 from fedasr.training.logging import read_metrics, to_json
@@ -197,6 +197,41 @@ def test_files_of_another_run_do_not_make_it_another(whole, halfway, configure, 
     assert accept(configure(), halfway) == "reached"
     (halfway / "summary.json").write_text(json.dumps(summary))
     assert accept(configure(), halfway) == "completed"
+
+
+def test_files_that_are_decoded_with_are_known_by_their_content(
+    halfway, configure, accept, tmp_path
+):
+    """Which state is kept follows from them."""
+    lists = {name: tmp_path / name for name in ("words", "same", "others")}
+    for name, path in lists.items():
+        path.write_text("one\ntwo\n" + ("three\n" if name == "others" else ""))
+
+    def using(path):
+        return configure({"decoding.name": "lexicon", "decoding.lexicon": str(path)})
+
+    file = halfway / "checkpoints" / "2" / "metadata" / "metadata"
+    carried = json.loads(file.read_text())
+    shutil.rmtree(halfway / "checkpoints" / "2" / "checksums")
+    for known in (True, False):  # older releases did not note it
+        config = using(lists["words"])
+        config["data"] |= {k: carried["config"]["data"][k] for k in ("identity", "characters")}
+        config["data"] |= {"knowledge": decoders.knowledge_hash(Config.of(config).decoding)}
+        if not known:
+            del config["data"]["knowledge"]
+        file.write_text(json.dumps(carried | {"config": config | {"start": ""}}))
+        (halfway / "config.json").unlink(missing_ok=True)
+        assert accept(using(lists["words"]), halfway) == "reached"
+        (halfway / "config.json").unlink()
+        if known:
+            assert accept(using(lists["same"]), halfway) == "reached"
+            (halfway / "config.json").unlink()
+        with pytest.raises(UserError, match=r"differs in .*decoding\.lexicon"):
+            accept(using(lists["others"]), halfway)
+    config["data"]["knowledge"] = "of another"
+    file.write_text(json.dumps(carried | {"config": config | {"start": ""}}))
+    with pytest.raises(UserError, match=r"differs in data\.knowledge"):
+        accept(using(lists["words"]), halfway)
 
 
 @pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", "memory://run", "gs:/b"])

@@ -7,6 +7,8 @@ they hold; the report says so (see `not_covered`).
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,22 @@ def make_knowledge(
         unknown_penalty=settings.unknown_penalty,
     )
     return Knowledge(model, words, beam)
+
+
+def knowledge_hash(settings: Decoding) -> str | None:
+    """Names the content of the files that are decoded with, sixteen hexadecimal digits.
+
+    None if there are none, or one is not there: whoever reads it says so.
+    """
+    files = [place for place in (settings.lm, settings.lexicon) if place]
+    files = [place for place in files if not place.startswith(FROM)]
+    if not files or not all(map(os.path.isfile, files)):
+        return None
+    found = hashlib.sha256()
+    for place in files:
+        with open(place, "rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def _named(expression: str, stored: Collection[str]) -> set[str]:
