@@ -316,8 +316,7 @@ class Chaos:
             else:
                 status, errors = self._run(workdir)
                 outcome = self._judge(workdir, kind, hurt, status, errors)
-                self._story.append(f"{kind} {hurt}: {outcome}")
-                self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
+                self._count(kind, hurt, outcome if len(self.failures) == before else "failed")
                 return outcome != "resumed"
         moment, jump = self._random.uniform(0, self._seconds), (0.0, 0.0)
         if kind == "clock":
@@ -328,9 +327,15 @@ class Chaos:
         status, errors = self._end(process, log)
         self._mend()
         outcome = self._judge(workdir, kind, "", status, errors)
-        self._story.append(f"{kind}: {outcome}")
-        self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
+        self._count(kind, "", outcome if len(self.failures) == before else "failed")
         return outcome == "identical"
+
+    def _count(self, kind: str, hurt: str, end: str) -> None:
+        """Counts a fault, and tells of it."""
+        told = f"{kind} {hurt}".strip() + f": {end}"
+        self._story.append(told)
+        self.results[kind, end] += 1
+        self._say(f"{sum(self.results.values())}. {told}")
 
     def _during(self, kind: str, process: Any, moment: float) -> None:
         """Does to a process what a fault does, so many seconds after its start."""
