@@ -22,7 +22,7 @@ from fedasr.federated import hosts
 from fedasr.federated.local import remove_rows
 from fedasr.text import learned_vocabulary, tokenizer_for
 from fedasr.training import stages, starts
-from fedasr.training.builders import corpora, models, whole
+from fedasr.training.builders import corpora, decoders, models, whole
 from fedasr.training.checkpoint import lock_directory
 from fedasr.training.config import Config
 from fedasr.training.dry_run import dry_run as dry_run
@@ -160,6 +160,7 @@ def _record_data(config: Config) -> tuple[Config, Path]:
         # What the model's outputs mean: of the checkpoints, too.
         characters=tokenizer_for(metadata).characters,
         vocabulary=learned_vocabulary(metadata) or None,
+        knowledge=decoders.knowledge_hash(config.decoding),
     )
     return config, directory
 
