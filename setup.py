@@ -14,6 +14,12 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
 }
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
+COMPILERS = [  # of accelerators that are not there: `fedasr compile`
+    "libtpu>=0.0.30",
+    "jax-cuda13-plugin>=0.8",
+    "jax-cuda13-pjrt>=0.8",
+    "nvidia-cuda-nvcc>=13",  # ptxas
+]
 DOCS = [
     "mkdocs>=1.6,<2",  # the site of docs/
     "mkdocstrings[python]>=1.0",  # its reference of the API, from the source's docstrings
@@ -64,6 +70,7 @@ setup(
         "neural": NEURAL,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
+        "compilers": COMPILERS,
         **SUBWORDS,
         "dev": [*CHECKS, "pre-commit>=4.0"],  # .pre-commit-config.yaml runs them, beside ruff
         "cuda": ["jax[cuda12]>=0.8"],

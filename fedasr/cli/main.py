@@ -10,6 +10,7 @@ PROGRAMS = {
     "evaluate": "word error rates of a trained recogniser on a prepared corpus",
     "prepare": "inspects, prepares or verifies a corpus",
     "plan": "noise, cohort and population of a deployment, and its epsilon",
+    "compile": "compiles a run's programs for accelerators that are not there",
     "audit": "attacks the round code: a lower bound on epsilon beside the claim",
     "sweep": "runs tables or grids of trainings and collects the results",
     "fuse": "merges trained models",
