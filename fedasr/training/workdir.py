@@ -43,6 +43,12 @@ LATER: dict[str, Any] = {
     "model.options.init": "third",
     "model.options.layer_drop_per": "part",
     "model.options.stream_dtype": "",
+    "model.options.recurrent_init": "gates",
+    "model.options.initial_states": "all",
+    "model.options.walk_axis": "time",
+    "model.options.l2_on": "all",
+    "model.options.taps": 0,
+    "model.options.windows": "centred",
 }
 # Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {
