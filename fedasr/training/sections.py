@@ -130,6 +130,9 @@ class Central:
     decay_smooth: bool = setting(
         flag(False), "from decay_start on a little in every step, decay_rate in decay_steps of them"
     )
+    decay_linear: bool = setting(
+        flag(False), "from decay_start on linearly, to 0 after decay_steps of them"
+    )
     grad_clip: float = setting(real(1.0, above=0, most=1e12))
 
 
