@@ -8,9 +8,9 @@ import optax
 
 
 class KerasAdamState(NamedTuple):
-    """count: int32, steps done. mu, nu: moments shaped like the parameters, without correction."""
+    """steps: int32, done. mu, nu: moments shaped like the parameters, without correction."""
 
-    count: jax.Array
+    steps: jax.Array
     mu: Any
     nu: Any
 
@@ -38,13 +38,13 @@ def keras_adam(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, KerasAdamState]:
         del params
-        count = state.count + 1
+        count = state.steps + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
         t = count.astype(jnp.float32)
         scale = jnp.sqrt(1 - b2**t) / (1 - b1**t)
-        steps = jax.tree.map(lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
-        return steps, KerasAdamState(count, mu, nu)
+        moves = jax.tree.map(lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
+        return moves, KerasAdamState(count, mu, nu)
 
     return optax.chain(
         optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)

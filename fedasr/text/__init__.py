@@ -14,6 +14,7 @@ corpora: it changes nothing that could have been meant.
 from fedasr.text.alphabets import (
     CHARACTERS,
     FROM_DATA,
+    HANDWRITING,
     LANGUAGES,
     SCRIPTS,
     alphabet,
@@ -46,6 +47,7 @@ from fedasr.text.tokenizers import (
 __all__ = [
     "CHARACTERS",
     "FROM_DATA",
+    "HANDWRITING",
     "LANGUAGES",
     "PHONEMES",
     "REASONS",

@@ -145,7 +145,9 @@ def keras_adam(g, state, p, t):
     return np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 0.1)
 
 
-@pytest.mark.parametrize("oracle", [lamb, lars, adagrad, yogi, keras_adam], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "oracle", [lamb, lars, adagrad, yogi, keras_adam], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("scale", [1.0, 1e-5])
 def test_steps_of_the_published_options_equal_the_formulae(oracle, scale):
     name, rate = oracle.__name__, 0.006

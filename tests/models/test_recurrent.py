@@ -217,7 +217,9 @@ def test_the_penalty_is_on_the_published_matrices():
     config = dataclasses.replace(AS_PUBLISHED, l2=0.5)
     params = random_params(config)
     matrices = [params["day"]["kernel"]]
-    matrices += [params["shared"][f"gru_{i}{end}"]["input"] for i in (0, 1) for end in ("", "_back")]
+    matrices += [
+        params["shared"][f"gru_{i}{end}"]["input"] for i in (0, 1) for end in ("", "_back")
+    ]
     expected = 0.5 * sum((a**2).sum() for a in matrices)
     assert float(recurrent.penalty(params, config)) == pytest.approx(float(expected), rel=1e-6)
 
@@ -244,9 +246,7 @@ def test_an_even_number_of_taps_is_that_of_the_pytorch_port():
 
 def test_a_sentence_shorter_than_a_window_has_no_frames():
     params = random_params(AS_PUBLISHED)
-    logits, lengths = recurrent.forward(
-        params, features(4), np.int32([4, 3]), None, AS_PUBLISHED
-    )
+    logits, lengths = recurrent.forward(params, features(4), np.int32([4, 3]), None, AS_PUBLISHED)
     assert logits.shape[1] == 1 and lengths.tolist() == [0, 0]
 
 

@@ -140,7 +140,7 @@ def test_schedules_are_constant_until_they_decay():
 @pytest.mark.parametrize("change", [{"decay_smooth": True, "decay_steps": 9}, {"decay_steps": 0}])
 def test_a_linear_decay_needs_its_end(change):
     settings = dataclasses.replace(Central(), decay_linear=True, **change)
-    with pytest.raises(UserError, match="central.decay_linear"):
+    with pytest.raises(UserError, match="decay_linear falls"):
         check(dataclasses.replace(Config.of(default_config().to_dict()), central=settings))
 
 
