@@ -244,7 +244,8 @@ def forward(
     """Scores of tokens.
 
     Args:
-      params: see `init`.
+      params: see `init`. The day layer may be one for each utterance, of days of its own: "kernel"
+        [b, c, c], "bias" [b, c].
       features: [b, t, c], z-scored by block and not smoothed.
       lengths: int32 [b], bins.
       keys: of noise and dropout [b], or None for neither.
@@ -263,7 +264,7 @@ def forward(
         x = noisy(x, noise, config)
     x = smooth(masked(x), config.smoothing, config.subsample, config.taps)
     lengths = -(-lengths // config.subsample)
-    x = product(x, params[DAY]["kernel"]) + params[DAY]["bias"]
+    x = _of_day(x, params[DAY])
     if config.day_layer == "softsign":
         x = jax.nn.soft_sign(x)
     x, lengths = _windows(masked(layers.dropout(x, config.day_dropout, of_day)), lengths, config)
@@ -277,6 +278,13 @@ def forward(
             states = jnp.concatenate([states, back], axis=-1)
         x = states
     return product(x, shared["head"]["kernel"]) + shared["head"]["bias"], lengths
+
+
+def _of_day(x: jax.Array, layer: Any) -> jax.Array:
+    """The day layer's affine map of [b, t, c]: one for all utterances, or one for each."""
+    if layer["kernel"].ndim == 2:
+        return product(x, layer["kernel"]) + layer["bias"]
+    return jnp.einsum("btc,bcd->btd", x, layer["kernel"]) + layer["bias"][:, None]
 
 
 def _windows(
