@@ -126,9 +126,9 @@ def mixed_loss(model: RecurrentConfig, config: CorpConfig) -> Callable[..., jax.
 
     The mean over the sentences, and the penalty on what is shared and on today's layer.
     """
-    noise = {"white_noise": config.white_noise, "offset_noise": 0.0, "walk_noise": 0.0}
-    quiet = dataclasses.replace(model, **noise, drift_noise=0.0, channel_dropout=0.0, l2=0.0)
-    recogniser = recurrent_recogniser(quiet)
+    noise = {"offset_noise": 0.0, "walk_noise": 0.0, "drift_noise": 0.0, "channel_dropout": 0.0}
+    settings: dict[str, Any] = noise | {"white_noise": config.white_noise, "l2": 0.0}
+    recogniser = recurrent_recogniser(dataclasses.replace(model, **settings))
 
     def loss(params, batch, today, key):
         rest = {name: value for name, value in batch.items() if name != "day"}

@@ -1,0 +1,38 @@
+"""Recalibration as published beside ours: python -m experiments.brain_recalibration."""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import brain_to_text
+from fedasr.models.recurrent import PUBLISHED
+
+
+def get_config() -> ConfigDict:
+    """A smaller decoder than that of `brain_to_text`, built as published, and fewer days."""
+    config = brain_to_text.get_config()
+    with config.unlocked():
+        config.name = "brain_recalibration"
+        for section in ("calibration", "federated"):
+            del config[section]
+        config.calibration = ConfigDict({"days": 1})  # none is calibrated
+        config.train_days = 6
+        config.recordings.update(
+            days=10,
+            train_sentences=30,
+            test_sentences=20,
+            holdout_sentences=10,
+            electrodes=32,
+            informative=32,
+        )
+        config.areas = "tx1[0:32],spikePow[0:32]"
+        config.model.update(PUBLISHED)
+        config.model.units = 64
+        config.training.update(steps=1200, learning_rate=0.02)
+        config.language.update(sentences=3000, beam=8)
+        config.recalibration.update(portion=15, steps=120)
+        # Fields of `fedasr.training.corp.CorpConfig`; the rest is as published.
+        config.published = ConfigDict({"batch_size": 64, "threshold": 4.0})
+        # Of the recipe `neural`, on all days: as many sentences each.
+        config.commands = ConfigDict(
+            {"steps": 1200, "batch_size": 16, "rounds": 64, "learning_rate": 0.02}
+        )
+    return config
