@@ -13,6 +13,7 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
     "tokenizers": ["tokenizers>=0.20"],
 }
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
+G2P = ["g2p_en>=2.1"]  # pronounces words as the published speech decoders' labels were
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 DOCS = [
     "mkdocs>=1.6,<2",  # the site of docs/
@@ -62,6 +63,7 @@ setup(
         "fusion": FUSION,
         "merging": MERGING,
         "neural": NEURAL,
+        "g2p": G2P,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
         **SUBWORDS,

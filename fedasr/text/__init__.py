@@ -20,6 +20,7 @@ from fedasr.text.alphabets import (
     alphabet,
     script_alphabet,
 )
+from fedasr.text.handwriting import handwriting_text
 from fedasr.text.learned import alphabet_of
 from fedasr.text.lexicon import pronounced, read_lexicon
 from fedasr.text.normalize import (
@@ -31,6 +32,7 @@ from fedasr.text.normalize import (
     normalize_text,
     parse_losses,
 )
+from fedasr.text.pronunciation import sentence_phonemes
 from fedasr.text.tokenizers import (
     PHONEMES,
     SILENCE,
@@ -62,6 +64,7 @@ __all__ = [
     "alphabet",
     "alphabet_of",
     "describe_losses",
+    "handwriting_text",
     "learned_vocabulary",
     "normalise",
     "normalize_text",
@@ -70,6 +73,7 @@ __all__ = [
     "read_lexicon",
     "read_subwords",
     "script_alphabet",
+    "sentence_phonemes",
     "subwords_of",
     "tokenizer_for",
 ]

@@ -11,16 +11,24 @@ of training must come before smoothing, so smoothing, subsampling and windows ar
 
 from fedasr.data.neural.areas import SPEECH_AREAS, Area, parse_areas
 from fedasr.data.neural.competition import SPLITS, Sentence, read_day
-from fedasr.data.neural.preparation import CHANNELS_FILE, NeuralConverter, prepare_sessions
+from fedasr.data.neural.preparation import (
+    CHANNELS_FILE,
+    LABELS,
+    WITHHELD,
+    NeuralConverter,
+    prepare_sessions,
+)
 from fedasr.data.neural.scores import BlockReport, z_score_block
 from fedasr.data.neural.sessions import BIN_SECONDS, MAX_BROKEN, NeuralSessions
 
 __all__ = [
     "BIN_SECONDS",
     "CHANNELS_FILE",
+    "LABELS",
     "MAX_BROKEN",
     "SPEECH_AREAS",
     "SPLITS",
+    "WITHHELD",
     "Area",
     "BlockReport",
     "NeuralConverter",
