@@ -14,6 +14,7 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
 }
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 G2P = ["g2p_en>=2.1"]  # pronounces words as the published speech decoders' labels were
+RESCORING = ["torch>=2.4", "transformers>=4.45"]  # judges n-best lists by a causal language model
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 DOCS = [
     "mkdocs>=1.6,<2",  # the site of docs/
@@ -64,6 +65,7 @@ setup(
         "merging": MERGING,
         "neural": NEURAL,
         "g2p": G2P,
+        "rescoring": RESCORING,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
         **SUBWORDS,

@@ -93,7 +93,7 @@ def mixed_batch(sentences: Sequence[Labelled], bucket: Bucket) -> dict[str, np.n
     batch: dict[str, np.ndarray] = {}
     for slot, sentence in enumerate(sentences):
         write_example(batch, (slot,), (len(sentences),), sentence.example, bucket, ARRAYS)
-    batch["day"] = np.int32([sentence.day for sentence in sentences])
+    batch["day"] = np.array([sentence.day for sentence in sentences], np.int32)
     return batch
 
 

@@ -366,6 +366,9 @@ class Decoding:
     unknown_penalty: float = setting(
         real(6.0, unit="nats"), 'taken by "beam" for every word that the lexicon lacks'
     )
+    blank_penalty: float = setting(
+        real(0.0, most=1000, unit="nats"), "taken by a search from the blank in every frame"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ LATER: dict[str, Any] = {
     "seed_training.decay_smooth": False,
     "seed_training.decay_linear": False,
     "client.batch_buffer": 0,
+    "decoding.blank_penalty": 0.0,
     "evaluation.published": False,
     "augment.options.inclusive": True,
     "model.options.branch_dropout": True,
