@@ -1,10 +1,13 @@
 """Neural recordings of attempted speech or handwriting: recording days are the users of a corpus.
 
-Two layouts are read: that of the competition of Willett et al. (`fedasr.data.neural.competition`),
-and a manifest of arrays for recordings in any other form (`fedasr.data.neural.arrays`).
+Three layouts are read: that of the competition of Willett et al.
+(`fedasr.data.neural.competition`), the TFRecord files of CORP's release
+(`fedasr.data.neural.tfrecords`), and a manifest of arrays for recordings in any other form
+(`fedasr.data.neural.arrays`).
 
-Features are z-scored by whole block over the sentences of one split: no label is used, but a
-sentence's scale depends on later ones of its block, which an online decoder would not have. Noise
+But for CORP's, which says itself how, features are z-scored by whole block over the sentences of
+one split: no label is used, but a sentence's scale depends on later ones of its block, which an
+online decoder would not have. Noise
 of training must come before smoothing, so smoothing, subsampling and windows are the model's
 (`fedasr.models.recurrent`).
 """
