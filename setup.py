@@ -13,6 +13,8 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
     "tokenizers": ["tokenizers>=0.20"],
 }
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
+G2P = ["g2p_en>=2.1"]  # pronounces words as the published speech decoders' labels were
+RESCORING = ["torch>=2.4", "transformers>=4.45"]  # judges n-best lists by a causal language model
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 COMPILERS = [  # of accelerators that are not there: `fedasr compile`
     "libtpu>=0.0.30",
@@ -68,6 +70,8 @@ setup(
         "fusion": FUSION,
         "merging": MERGING,
         "neural": NEURAL,
+        "g2p": G2P,
+        "rescoring": RESCORING,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
         "compilers": COMPILERS,

@@ -14,11 +14,13 @@ corpora: it changes nothing that could have been meant.
 from fedasr.text.alphabets import (
     CHARACTERS,
     FROM_DATA,
+    HANDWRITING,
     LANGUAGES,
     SCRIPTS,
     alphabet,
     script_alphabet,
 )
+from fedasr.text.handwriting import handwriting_text
 from fedasr.text.learned import alphabet_of
 from fedasr.text.lexicon import pronounced, read_lexicon
 from fedasr.text.normalize import (
@@ -30,6 +32,7 @@ from fedasr.text.normalize import (
     normalize_text,
     parse_losses,
 )
+from fedasr.text.pronunciation import sentence_phonemes
 from fedasr.text.tokenizers import (
     PHONEMES,
     SILENCE,
@@ -46,6 +49,7 @@ from fedasr.text.tokenizers import (
 __all__ = [
     "CHARACTERS",
     "FROM_DATA",
+    "HANDWRITING",
     "LANGUAGES",
     "PHONEMES",
     "REASONS",
@@ -60,6 +64,7 @@ __all__ = [
     "alphabet",
     "alphabet_of",
     "describe_losses",
+    "handwriting_text",
     "learned_vocabulary",
     "normalise",
     "normalize_text",
@@ -68,6 +73,7 @@ __all__ = [
     "read_lexicon",
     "read_subwords",
     "script_alphabet",
+    "sentence_phonemes",
     "subwords_of",
     "tokenizer_for",
 ]

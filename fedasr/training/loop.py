@@ -33,6 +33,7 @@ from fedasr.training.session import Interrupted as Interrupted
 from fedasr.training.session import Session, make_parts
 from fedasr.training.trainer import Trainer
 from fedasr.training.trainers.central import CentralTrainer
+from fedasr.training.trainers.central_local import LocalCentralTrainer
 from fedasr.training.trainers.federated import FederatedTrainer
 from fedasr.training.workdir import (
     CONFIG_FILE,
@@ -188,6 +189,8 @@ def _begin(config: Config, directory: Path, workdir: Path, logs: Path, stop: Sto
     trainer: Trainer
     if config.has_rounds:
         trainer = FederatedTrainer(parts, workdir)
+    elif parts.store is not None:
+        trainer = LocalCentralTrainer(parts)
     else:
         trainer = CentralTrainer(parts)
     return Session(parts, trainer, workdir, logs, stop)

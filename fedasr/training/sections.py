@@ -131,6 +131,9 @@ class Central:
     decay_smooth: bool = setting(
         flag(False), "from decay_start on a little in every step, decay_rate in decay_steps of them"
     )
+    decay_linear: bool = setting(
+        flag(False), "from decay_start on linearly, to 0 after decay_steps of them"
+    )
     grad_clip: float = setting(real(1.0, above=0, most=1e12))
 
 
@@ -364,6 +367,9 @@ class Decoding:
     word_bonus: float = setting(real(0.0, -1000, 1000, unit="nats"), "for every word")
     unknown_penalty: float = setting(
         real(6.0, unit="nats"), 'taken by "beam" for every word that the lexicon lacks'
+    )
+    blank_penalty: float = setting(
+        real(0.0, most=1000, unit="nats"), "taken by a search from the blank in every frame"
     )
 
 

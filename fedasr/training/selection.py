@@ -41,7 +41,7 @@ def check(config: Config, data: Data | None = None) -> None:
                 "evaluated while training, such as dev"
             )
         return
-    if config.local.patterns:
+    if config.local.patterns and config.has_rounds:
         raise UserError(
             "selection.split keeps a state of the shared model: users' local parameters of an "
             "earlier round are gone; unset local.patterns or selection.split"

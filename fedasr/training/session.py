@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,14 @@ class Session:
       past: (entries, whether known) of the ledger that the run started with.
       totals: what it adds up. initial, final: error rates by split, as soon as they are known.
       cadence: when checkpoints are due.
+      refresh_rows: brings the store up to date, where training keeps the users' local parameters
+        elsewhere; called before they are read or saved.
       selection: of the main stage's states, once it begins. watch: of its losses, likewise.
       name: of the run, which its root makes. history: of earlier ends.
     """
 
     logger: RunLogger
+    refresh_rows: Callable[[], None] | None = None
     selection: Selection
     watch: Watch | None = None
 
@@ -168,7 +171,9 @@ class Session:
     def _metadata(self, stage: str, units: int) -> dict[str, Any]:
         """Of a checkpoint."""
         earlier, known = self.past
+        store = self.parts.store
         return {
+            **({} if store is None else {"local_users": int(store.known.sum())}),
             "stage": stage,
             "units": units,
             **exactness.here(self.parts.devices, self.trainer.chunk),
@@ -185,16 +190,17 @@ class Session:
 
     def _save(self, stage: str, units: int, state: ServerState) -> None:
         seed_steps, store = self.parts.seed_steps, self.parts.store
+        if store is not None:
+            self._refresh()
+            store.flush()
         metadata = self._metadata(stage, units)
         if stage == "main":
             self.selection.settle()
-        if store is not None:
-            metadata["local_users"] = int(store.known.sum())
-            store.flush()
         number = units if stage == "seed" else seed_steps + units
         self.checkpointer.save(number, state, metadata)
         if store is not None and (oldest := self.checkpointer.oldest_step()) is not None:
-            store.release(oldest - seed_steps)
+            best = self.selection.best if stage == "main" else None
+            store.release(min(oldest - seed_steps, best[0] if best else oldest))
 
     def run_entries(self, stage: str, units: int) -> list[ledger.Entry]:
         """What this run's users have been charged for, by stage."""
@@ -264,11 +270,16 @@ class Session:
             if split in corpora
         }
 
+    def _refresh(self) -> None:
+        if self.refresh_rows is not None:
+            self.refresh_rows()
+
     def _rows(self, params: Any, split: str) -> Any:
         """From a split's users to their local parameters; None if there are none."""
         data, store = self.parts.data, self.parts.store
         if store is None:
             return None
+        self._refresh()
         if split not in self._known:
             self._known[split] = find_users(data.train, data.evaluation[split])
         return store.rows_of(self._known[split], params)

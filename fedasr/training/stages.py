@@ -125,6 +125,9 @@ def _main(
     state = session.trainer.train(session, params, latest, units)
     session.checkpointer.wait()
     state = session.selection.chosen(state)
+    if parts.store is not None and session.selection.best is not None:
+        session.refresh_rows = None
+        parts.store.restore(session.selection.best[0], forget=False)
     session.selection.close()
     return summaries.of_run(session, state, seeded=parts.seed_steps > 0 and start is None)
 

@@ -38,10 +38,13 @@ LATER: dict[str, Any] = {
     "central.options": {},
     "central.decay_start": 0,
     "central.decay_smooth": False,
+    "central.decay_linear": False,
     "seed_training.options": {},
     "seed_training.decay_start": 0,
     "seed_training.decay_smooth": False,
+    "seed_training.decay_linear": False,
     "client.batch_buffer": 0,
+    "decoding.blank_penalty": 0.0,
     "evaluation.published": False,
     "augment.options.inclusive": True,
     "model.options.branch_dropout": True,
@@ -49,6 +52,12 @@ LATER: dict[str, Any] = {
     "model.options.init": "third",
     "model.options.layer_drop_per": "part",
     "model.options.stream_dtype": "",
+    "model.options.recurrent_init": "gates",
+    "model.options.initial_states": "all",
+    "model.options.walk_axis": "time",
+    "model.options.l2_on": "all",
+    "model.options.taps": 0,
+    "model.options.windows": "centred",
 }
 # Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {

@@ -72,7 +72,11 @@ SENSIBLE = {
 }
 BEAM = {"decoding.name": "beam", "decoding.lm": "from_train"}
 # What does not fit the rest of this configuration.
-MISFITS = {("compression.measure", "True")}
+MISFITS = {
+    ("compression.measure", "True"),
+    ("central.decay_linear", "True"),  # to 0 in no steps
+    ("seed_training.decay_linear", "True"),
+}
 
 
 class Reached(Exception):

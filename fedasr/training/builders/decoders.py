@@ -80,6 +80,7 @@ def make_knowledge(
         lm_weight=settings.lm_weight,
         word_bonus=settings.word_bonus,
         unknown_penalty=settings.unknown_penalty,
+        blank_penalty=settings.blank_penalty,
     )
     return Knowledge(model, words, beam)
 
