@@ -21,7 +21,7 @@ import numpy as np
 
 from fedasr.data import splits
 from fedasr.data.corpus import Corpus, Example, LazyUsers, checked
-from fedasr.data.views import FeaturesFromAudio
+from fedasr.data.views import AudioBlocks, FeaturesFromAudio
 from fedasr.errors import UserError, pass_exhaustion
 
 FORMAT_VERSION = 2
@@ -170,21 +170,27 @@ class ArrayRecordCorpus:
         return self.directory / list(split["files"])[shard]
 
 
-def open_corpus(directory: str | os.PathLike[str], split: str) -> Corpus:
+def open_corpus(directory: str | os.PathLike[str], split: str, audio: bool = False) -> Corpus:
     """Opens a split of a prepared corpus, or a part made of its splits.
 
     Args:
       directory: folder written by `write_corpus` (or `fedasr.data.preparation.prepare.prepare`).
       split: a stored split or an expression such as "train[:10%]" (see `fedasr.data.splits`).
+      audio: whether "features" are to be blocks of stored audio, see `AudioBlocks`.
 
     Returns:
       The corpus. Examples of prepared speech hold "features" and "labels" whether features or
       audio are stored.
 
     Raises:
-      UserError: as `ArrayRecordCorpus`, or an expression that makes no sense.
+      UserError: as `ArrayRecordCorpus`, an expression that makes no sense, or no stored audio.
     """
     metadata = read_metadata(directory)
+    if audio and metadata.get("options", {}).get("store") != "audio":
+        raise UserError(
+            f"{directory} holds features, and this model hears audio: prepare it again, with "
+            "--store=audio"
+        )
 
     def open_split(name: str) -> Corpus:
         corpus = ArrayRecordCorpus(directory, name)
@@ -193,7 +199,8 @@ def open_corpus(directory: str | os.PathLike[str], split: str) -> Corpus:
             return corpus
         from fedasr.audio.features import LogMelConfig
 
-        return FeaturesFromAudio(corpus, LogMelConfig(**options["features"]))
+        view = AudioBlocks if audio else FeaturesFromAudio
+        return view(corpus, LogMelConfig(**options["features"]))
 
     return splits.resolve(split, metadata["splits"], open_split, os.fspath(directory))
 

@@ -17,7 +17,7 @@ from fedasr.data.batching import eval_batches, make_buckets
 from fedasr.data.corpus import Corpus
 from fedasr.data.records import open_corpus, read_metadata
 from fedasr.errors import UserError
-from fedasr.models.recogniser import ARRAYS, Recogniser
+from fedasr.models.recogniser import INPUTS, Recogniser
 from fedasr.privacy import ledger
 from fedasr.text import Tokenizer
 from fedasr.training.builders.corpora import fitting_tokenizer
@@ -89,7 +89,7 @@ def utterance_scores(recogniser: Recogniser, corpus: Corpus, batch_size: int = 3
       recogniser: of the models. corpus: to score on. batch_size: utterances at a time.
     """
     buckets = make_buckets([corpus], 1, _MULTIPLES)
-    batches = list(eval_batches(corpus, buckets, batch_size, ARRAYS))
+    batches = list(eval_batches(corpus, buckets, batch_size, INPUTS))
     stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *batches)
     real = np.flatnonzero(np.concatenate([batch["mask"] for batch in batches]))
 

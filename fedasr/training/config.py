@@ -93,8 +93,10 @@ class Config:
         "so many train a client together, for models too large for one",
     )
     init_from: str = setting(
-        checked("", values.check_place, "path"),
-        "work directory or checkpoint to start from; it replaces the seed",
+        checked("", values.check_start, "path"),
+        "work directory or checkpoint to start from; it replaces the seed. Or hf:FOLDER, a model "
+        "that others trained, which makes the model's section; hf-encoder:FOLDER for all of it but "
+        "a new output layer",
     )
     data: Data = section(Data)
     model: Model = section(Model)

@@ -57,7 +57,7 @@ def dry_run(
     Raises:
       UserError: as the run itself would.
     """
-    checked = whole.checked(config)
+    checked = whole.checked(config, None if workdir is None else local_path(workdir))
     selection.check(checked)
     with disk_errors(workdir):
         checked = _rehearse_place(checked, workdir, extend)
@@ -137,7 +137,8 @@ def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | No
     existing = None if workdir is None else read_existing(local_path(workdir))
     if extend is not None:
         config = extended(Path(workdir or "?"), existing, config, extend)
-    start = starts.read_start(config, existing, Path(workdir or "?"))
+    known = _characters(config.data)
+    start = starts.read_start(config.with_data(characters=known), existing, Path(workdir or "?"))
     if existing is None:
         return config
     ours = config.tree()
@@ -205,6 +206,15 @@ def _rehearse_synthetic(config: Config) -> int:
             ),
         )
     return population
+
+
+def _characters(settings: Data) -> Any:
+    """The alphabet of the data; None if it is not there."""
+    if not settings.dir:
+        return CharTokenizer().characters
+    if not Path(settings.dir).exists():
+        return None
+    return tokenizer_for(read_metadata(settings.dir)).characters
 
 
 def _user_names(settings: Data) -> Sequence[str] | None:

@@ -74,7 +74,8 @@ def run(
         `workdir` of another configuration, or a disk that does not take what must not be lost.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    workdir, config = local_path(workdir), whole.checked(config)
+    workdir = local_path(workdir)
+    config = whole.checked(config, workdir)
     if only_seed:
         config = _for_seed_only(config)
     with disk_errors(workdir), contextlib.ExitStack() as stack:
