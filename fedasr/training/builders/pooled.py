@@ -84,7 +84,7 @@ def local_central_training(
         multiples=MULTIPLES,
         steps_per_report=math.gcd(10, config.checkpoint.seed_every, config.evaluation.every_steps),
         devices=devices,
-        select=ARRAYS,
+        select=INPUTS,
     )
 
 
