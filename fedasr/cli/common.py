@@ -279,7 +279,8 @@ def _say_once(text: str, meaning: str) -> None:
     """
     from fedasr.training.logging import say
 
-    shown, told = warnings.showwarning, []
+    shown = warnings.showwarning
+    told: list[Any] = []
 
     def show(message: Any, *args: Any, **more: Any) -> None:
         if text not in str(message):

@@ -152,10 +152,12 @@ def apply_blocks(
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         alone = blocks[0].clone(parent=None)
 
-        def function(params: Any, *args: Any) -> jax.Array:
+        def function(params: Any, *args: Any) -> Any:
             return alone.apply({"params": params}, *args)
 
-        run = function if config.remat == "none" else checkpoint(function)
+        run: Callable[..., jax.Array] = function
+        if config.remat != "none":
+            run = checkpoint(function)
 
         def turn(x: jax.Array, block: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             params, index = block
