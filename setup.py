@@ -18,7 +18,15 @@ PRETRAINED = [  # models that others trained
     "PyYAML>=6.0",  # settings in NeMo's archives
 ]
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
+G2P = ["g2p_en>=2.1"]  # pronounces words as the published speech decoders' labels were
+RESCORING = ["torch>=2.4", "transformers>=4.45"]  # judges n-best lists by a causal language model
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
+COMPILERS = [  # of accelerators that are not there: `fedasr compile`
+    "libtpu>=0.0.30",
+    "jax-cuda13-plugin>=0.8",
+    "jax-cuda13-pjrt>=0.8",
+    "nvidia-cuda-nvcc>=13",  # ptxas
+]
 DOCS = [
     "mkdocs>=1.6,<2",  # the site of docs/
     "mkdocstrings[python]>=1.0",  # its reference of the API, from the source's docstrings
@@ -68,8 +76,11 @@ setup(
         "merging": SAFETENSORS,
         "pretrained": PRETRAINED,
         "neural": NEURAL,
+        "g2p": G2P,
+        "rescoring": RESCORING,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
+        "compilers": COMPILERS,
         **SUBWORDS,
         "dev": [*CHECKS, "pre-commit>=4.0"],  # .pre-commit-config.yaml runs them, beside ruff
         "cuda": ["jax[cuda12]>=0.8"],

@@ -83,7 +83,10 @@ def _decoding(of_run: Any) -> Any:
 
     given: dict[str, Any] = {
         name: value
-        for name in ("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus")
+        for name in (
+            *("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus"),
+            "blank_penalty",
+        )
         if (value := flags.FLAGS["lm_order" if name == "order" else name].value) is not None
     }
     if flags.FLAGS.decoder is not None:
@@ -107,6 +110,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("lm_order", None, "Words in the longest n-grams of a model from_SPLIT.")
     flags.DEFINE_float("lm_weight", None, "Times the words' log probability.")
     flags.DEFINE_float("word_bonus", None, "For every word, in nats.")
+    flags.DEFINE_float("blank_penalty", None, "Taken from the blank in every frame, in nats.")
     flags.DEFINE_integer("beam", None, "Hypotheses kept after each frame.")
     flags.DEFINE_integer("batch_size", 32, "Utterances at a time.")
 

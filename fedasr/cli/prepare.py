@@ -11,9 +11,9 @@
 lists recordings with `audio_filepath`, `text` and `user`: JSON lines, a JSON array, CSV or TSV.
 LibriSpeech, Common Voice, TED-LIUM, Kaldi data directories, lhotse manifests and audio datasets of
 Hugging Face are read as they lie on disk (see `fedasr.data.sources`). Neural recordings are a
-folder of MATLAB files or a manifest of arrays, see `fedasr.data.neural`. The same command goes on
-with a preparation that was interrupted. `--verify` decodes again what is stored, and its sources.
-The summary goes to stdout, everything else to stderr.
+folder of MATLAB or TFRecord files, or a manifest of arrays, see `fedasr.data.neural`. The same
+command goes on with a preparation that was interrupted. `--verify` decodes again what is stored,
+and its sources. The summary goes to stdout, everything else to stderr.
 Exit status: 0 when the corpus is ready, 1 where --verify finds a difference, 2 for a mistake that
 the user can mend.
 """
@@ -123,6 +123,9 @@ def _neural(path: str) -> dict[str, Any]:
             language=flags.FLAGS.language or "en",
             keep_letters=flags.FLAGS.keep_letters,
             lexicon=flags.FLAGS.lexicon,
+            labels=flags.FLAGS.labels or "",
+            g2p=flags.FLAGS.g2p,
+            final_silence=flags.FLAGS.final_silence,
             workers=flags.FLAGS.workers,
             progress=progress,
             overwrite=flags.FLAGS.overwrite,
@@ -341,6 +344,18 @@ def _define_flags() -> None:
     flags.DEFINE_bool("pipes", False, "kaldi: run the commands that wav.scp holds.")
     flags.DEFINE_string(
         "lexicon", None, "neural: pronunciations in the form of CMUdict; labels are then phonemes."
+    )
+    flags.DEFINE_enum(
+        "labels",
+        None,
+        ["characters", "phonemes", "handwriting"],
+        "neural: what sentences are written in; default characters, or phonemes with --lexicon.",
+    )
+    flags.DEFINE_bool(
+        "g2p", False, "neural: g2p_en pronounces the words that --lexicon lacks (extra g2p)."
+    )
+    flags.DEFINE_bool(
+        "final_silence", False, "neural: silence after the last word, too, as published."
     )
     flags.DEFINE_integer("stride", 4, "Bins of neural recordings per output of the model.")
     flags.DEFINE_float("dev_fraction", 0.1, "Share of undivided users held out for dev.")

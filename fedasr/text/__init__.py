@@ -14,12 +14,14 @@ corpora: it changes nothing that could have been meant.
 from fedasr.text.alphabets import (
     CHARACTERS,
     FROM_DATA,
+    HANDWRITING,
     LANGUAGES,
     SCRIPTS,
     alphabet,
     script_alphabet,
 )
 from fedasr.text.folders import folder_tokenizer, prepared_with
+from fedasr.text.handwriting import handwriting_text
 from fedasr.text.learned import alphabet_of
 from fedasr.text.lexicon import pronounced, read_lexicon
 from fedasr.text.normalize import (
@@ -31,6 +33,7 @@ from fedasr.text.normalize import (
     normalize_text,
     parse_losses,
 )
+from fedasr.text.pronunciation import sentence_phonemes
 from fedasr.text.tokenizers import (
     PHONEMES,
     SILENCE,
@@ -48,6 +51,7 @@ from fedasr.text.tokenizers import (
 __all__ = [
     "CHARACTERS",
     "FROM_DATA",
+    "HANDWRITING",
     "LANGUAGES",
     "PHONEMES",
     "REASONS",
@@ -64,6 +68,7 @@ __all__ = [
     "alphabet_of",
     "describe_losses",
     "folder_tokenizer",
+    "handwriting_text",
     "learned_vocabulary",
     "normalise",
     "normalize_text",
@@ -73,6 +78,7 @@ __all__ = [
     "read_lexicon",
     "read_subwords",
     "script_alphabet",
+    "sentence_phonemes",
     "subwords_of",
     "tokenizer_for",
 ]

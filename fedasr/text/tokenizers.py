@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, pass_exhaustion
 from fedasr.text.alphabets import CHARACTERS
 from fedasr.text.normalize import normalise
 
@@ -223,6 +223,7 @@ class _Pieces:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
             count = self._model.get_piece_size()
         except Exception as error:  # of a kind that depends on the version
+            pass_exhaustion(error, "reading a SentencePiece model")
             raise UserError(f"this is no SentencePiece model: {error}") from error
         self.pieces = [self._model.id_to_piece(i) for i in range(count)]
         self.signs = {
@@ -256,6 +257,7 @@ class _HuggingFace:
         try:
             self._model = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
         except Exception as error:  # of no kind of its own
+            pass_exhaustion(error, "reading a tokenizer.json")
             raise UserError(f"this is no tokenizer.json: {error}") from error
         count = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.pieces = [self._model.id_to_token(i) or f"<{i}>" for i in range(count)]

@@ -11,13 +11,14 @@ from fedasr.data.records import open_corpus, read_metadata
 from fedasr.federated.local import (
     LocalStore,
 )
-from fedasr.federated.subset import keep
+from fedasr.federated.subset import select
 from fedasr.privacy.ledger import UNKNOWN_USERS, Users
 from fedasr.text import CharTokenizer, learned_vocabulary, tokenizer_for
 from fedasr.training import describe, ledgers, selection, starts
 from fedasr.training.builders import (
     clients,
     corpora,
+    decoders,
     devices,
     mechanisms,
     models,
@@ -104,7 +105,7 @@ def _federated(
     sampler = mechanisms.make_sampler(config, population)
     mechanism = mechanisms.make_mechanism(config, sampler, models.sent_parameters(config))
     mechanism.client_transform()
-    shared = keep(shapes, models.shared_variables(config))
+    shared = select(shapes, models.shared_variables(config))
     layout = models.local_layout(config)
     if layout is not None:
         mechanism.check_local(config.local.prototype)
@@ -148,6 +149,7 @@ def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | No
     if config.data.dir and (directory := Path(config.data.dir)).exists():
         recorded["identity"] = corpora.content_hash(directory)
         recorded["characters"] = tokenizer_for(read_metadata(directory)).characters
+    recorded["knowledge"] = decoders.knowledge_hash(config.decoding)
     ours["data"] |= recorded
     rounds = {} if extend is None else {"rounds": extend}
     check_same(Path(workdir or "?"), {**existing, **rounds}, ours)
@@ -168,6 +170,7 @@ def _rehearse(config: Config, directory: Path) -> int:
     used = devices.run_devices(config)
     pooled.check_central(config, data, used)
     selection.check(config, data)
+    decoders.make_run_decoder(config.decoding, directory, data.tokenizer, data.evaluation)
     if config.has_rounds:
         with tempfile.TemporaryDirectory() as folder:
             store = None
@@ -192,6 +195,8 @@ def _rehearse_synthetic(config: Config) -> int:
     check_splits(config, synthetic.SPLITS, where, lambda text: None)
     corpora.fitting_tokenizer(config, {"options": {"characters": CharTokenizer().characters}})
     corpora.check_features(config, {"options": {}})
+    decoders.check_files(config.decoding)
+    decoders.check_splits(config.decoding, synthetic.SPLITS, config.data.eval)
     population = synthetic.expected_users(settings, config.data.train)
     if config.has_rounds:
         mechanisms.check_deployments(

@@ -97,7 +97,7 @@ class Evaluator:
             outputs = compute(layout.insert(params, row), batch)
             return jax.tree.map(lambda x: x[0], outputs)
 
-        self._evaluate_own: Any = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+        self._evaluate_local: Any = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
 
     def transcripts(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
@@ -129,8 +129,8 @@ class Evaluator:
             if rows is None:
                 outputs = self._evaluate(placed[mesh], on_device)
             else:
-                own = jax.device_put(rows(users), sharding)
-                outputs = self._evaluate_own(placed[mesh], own, on_device)
+                local_rows = jax.device_put(rows(users), sharding)
+                outputs = self._evaluate_local(placed[mesh], local_rows, on_device)
             found, lengths, loss, valid = jax.device_get(outputs)
             losses += float(loss.sum())
             count += int(valid.sum())
@@ -145,7 +145,7 @@ class Evaluator:
 
     def compilations(self) -> int:
         """How many programs were compiled: one for each bucket."""
-        return self._evaluate._cache_size() + self._evaluate_own._cache_size()
+        return self._evaluate._cache_size() + self._evaluate_local._cache_size()
 
     def __call__(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None

@@ -145,7 +145,7 @@ def test_central_training_pads_little_and_compiles_few_programs(sizes):
         seed=0,
         multiples=evaluation.MULTIPLES,
         devices=jax.devices()[:1],
-        keep=("features",),
+        select=("features",),
         **sizes,
     )
     *_, (state, steps, _) = training.run(training.init(jnp.float32(0)), 45)

@@ -48,7 +48,7 @@ def make_batching(
         buffer=client.batch_buffer or None,
         buckets=buckets,
         micro_batch=client.micro_batch,
-        keep=INPUTS,
+        select=INPUTS,
         resident=resident,
     )
 

@@ -152,7 +152,7 @@ class Data:
         if self._resident is None or self._resident[:2] != (self.train, sharding):
             self._resident = None  # not two at once
             found = make_resident(self.train, self.buckets, INPUTS)
-            self._resident = (self.train, sharding, hosts.place(found, sharding))
+            self._resident = (self.train, sharding, hosts.transfer(found, sharding))
         return self._resident[2]
 
 

@@ -79,10 +79,12 @@ def local_layout(config: Config) -> Layout | None:
     Raises:
       UserError: see `fedasr.federated.local.make_layout`.
     """
-    if not config.has_rounds or not (patterns := config.local.patterns):
+    if not (patterns := config.local.patterns):
         return None
     shapes = variable_shapes(config)
-    return make_layout(shapes, patterns, trained_variables(config))
+    # Central training knows no partial model: it trains all.
+    trained = trained_variables(config) if config.has_rounds else None
+    return make_layout(shapes, patterns, trained)
 
 
 def shared_variables(config: Config) -> list[bool] | None:
