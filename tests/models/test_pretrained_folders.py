@@ -168,7 +168,7 @@ def test_parameters_of_another_model_are_not_written():
         ("wav2vec2", {"frozen_dtype": "int8"}, "frozen_dtype must be"),
         ("whisper", {"window": "half"}, "window must be one of"),
         ("whisper", {"start": ""}, "start must hold a token"),
-        ("whisper", {"end": 90_000}, "no token be above"),
+        ("whisper", {"end": 90_000}, "end must hold tokens below"),
         ("parakeet", {"factor": 6}, "factor must be 2, 4, 8"),
         ("parakeet", {"dim": 1023}, "must be even"),
     ],
