@@ -11,9 +11,9 @@
 lists recordings with `audio_filepath`, `text` and `user`: JSON lines, a JSON array, CSV or TSV.
 LibriSpeech, Common Voice, TED-LIUM, Kaldi data directories, lhotse manifests and audio datasets of
 Hugging Face are read as they lie on disk (see `fedasr.data.sources`). Neural recordings are a
-folder of MATLAB or TFRecord files, or a manifest of arrays, see `fedasr.data.neural`. The same command goes on
-with a preparation that was interrupted. `--verify` decodes again what is stored, and its sources.
-The summary goes to stdout, everything else to stderr.
+folder of MATLAB or TFRecord files, or a manifest of arrays, see `fedasr.data.neural`. The same
+command goes on with a preparation that was interrupted. `--verify` decodes again what is stored,
+and its sources. The summary goes to stdout, everything else to stderr.
 Exit status: 0 when the corpus is ready, 1 where --verify finds a difference, 2 for a mistake that
 the user can mend.
 """
