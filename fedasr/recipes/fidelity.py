@@ -528,16 +528,19 @@ _EVALUATION = (
     Item(
         "punctuation in transcripts",
         "removed: what `-`, `/` or `...` separate, and U+2014, becomes one word",
-        "separates words",
+        "separates words; the other with `prepare --text_rules=published`",
         DIFFERS,
         "words are as they are said",
+        test="test_published_text.py::test_by_hand",
     ),
     Item(
         "digits, `&`, other scripts in transcripts",
         "digits and signs removed, other scripts transliterated; the utterance is kept",
-        "the utterance is skipped and counted, in dev and test splits, too",
+        "the utterance is skipped and counted, in dev and test splits, too; the other with "
+        "`prepare --text_rules=published`",
         DIFFERS,
         "a label must be what is said",
+        test="test_published_text.py::test_an_utterance_stays_whatever_its_label_lacks",
     ),
     Item(
         "hyphens at the edges of words",

@@ -33,6 +33,7 @@ from fedasr.text.normalize import (
     parse_losses,
 )
 from fedasr.text.pronunciation import sentence_phonemes
+from fedasr.text.published import published_text
 from fedasr.text.tokenizers import (
     PHONEMES,
     SILENCE,
@@ -70,6 +71,7 @@ __all__ = [
     "normalize_text",
     "parse_losses",
     "pronounced",
+    "published_text",
     "read_lexicon",
     "read_subwords",
     "script_alphabet",
