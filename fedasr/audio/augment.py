@@ -11,7 +11,7 @@ from fedasr.fields import check_dataclass
 
 @dataclass(frozen=True)
 class SpecAugmentConfig:
-    """The masking policy; the defaults are those of arXiv 2310.00098.
+    """The masking policy; the defaults are those of arXiv 2310.00098 but for `inclusive`.
 
     Attributes:
       frequency_masks: number of bands of mel channels masked.
