@@ -71,9 +71,10 @@ class CentralTraining:
         self._batcher = PooledBatcher(corpus, buckets, seed, keep=keep, stream=stream, **batches)
         self._optimizer = optimizer
         self._per_report = steps_per_report
-        root = seed_key(seed, stream)
+        # An argument, no constant: other seeds find the compiled program in the cache.
+        self._root = seed_key(seed, stream)
 
-        def step(state: ServerState, batch):
+        def step(state: ServerState, batch, root):
             key = jax.random.fold_in(root, state.round)
             (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
             state = server_step(state, grads, optimizer)
@@ -81,7 +82,7 @@ class CentralTraining:
 
         whole = replicated(self._mesh)
         where: dict[str, Any] = {
-            "in_shardings": (whole, client_sharding(self._mesh)),
+            "in_shardings": (whole, client_sharding(self._mesh), whole),
             "out_shardings": whole,
         }
         self._step: Any = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
@@ -118,7 +119,7 @@ class CentralTraining:
         losses = []
         with Prefetcher(batches, transfer=transfer) as prefetched:
             for done, batch in enumerate(prefetched, first + 1):
-                state, value = self._step(state, batch)
+                state, value = self._step(state, batch, self._root)
                 losses.append(value)
                 if done % self._per_report == 0 or done == first + steps:
                     yield state, done, float(np.mean(jax.device_get(losses)))

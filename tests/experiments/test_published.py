@@ -132,6 +132,8 @@ def test_a_published_row_has_its_published_setting(table, row):
         "time_width": 50,
         "time_fraction": 0.1,
         "inclusive": False,
+        "time_warp": 0.0,
+        "frequency_warp": 0.0,
     }
     assert config["evaluation"]["published"]
     split = config["data"]["train"]
