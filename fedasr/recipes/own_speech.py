@@ -1,6 +1,6 @@
 """One's own speech: a few hours of a few dozen people, by arguments.
 
-    --config=own_speech:data=data/mine[,rounds=300][,seed_share=20][,language=train|seed|none]
+    --config=own_speech:data=data/mine[,rounds=300][,seed_share=20][,language=all|train|seed|none]
 
 Augmentation, dropout, the state that is best on dev, decoding with a lexicon and a language model
 from transcripts; cohort, local steps and rounds follow from the data, and a line on stderr says so.
@@ -9,7 +9,8 @@ deployed stays the same: --config.rounds=300 does that, too.
 
 data: a prepared corpus. rounds: 0 for as many as 20 turns of each user take. seed_share: percent of
 the training users that the seed is trained on, without privacy for them, where the data has no
-split "seed". language: whose transcripts the language model and the lexicon are made from.
+split "seed". language: whose transcripts the language model and the lexicon are made from: "all",
+those of the training users and of the seed's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fedasr.text import tokenizer_for
 from fedasr.training.builders.decoders import FROM, transcripts
 from fedasr.training.config import default_config
 
-ARGUMENTS: dict[str, Any] = {"data": "", "rounds": 0, "seed_share": 0, "language": "train"}
+ARGUMENTS: dict[str, Any] = {"data": "", "rounds": 0, "seed_share": 0, "language": "all"}
 _COHORT, _BATCH = 8, 4
 _TURNS, _FEWEST, _MOST = 20, 120, 600  # of a user; rounds
 _PASSES = 80  # of the seed's training
@@ -128,7 +129,9 @@ def _set_seed(config: ConfigDict, metadata: Mapping[str, Any], share: int) -> st
 
 def _set_language(config: ConfigDict, metadata: Mapping[str, Any], source: str) -> str:
     """How texts are decoded, and what is said of it."""
-    splits = {"train": config.data.train, "seed": config.seed_training.split, "none": ""}
+    train, seed = config.data.train, config.seed_training.split
+    everyone = f"{train}+{seed}" if has_split(metadata, seed) else train
+    splits = {"all": everyone, "train": train, "seed": seed, "none": ""}
     split = shared.choose({"language": source}, "language", splits)
     characters = metadata["options"].get("characters")
     spaced = isinstance(characters, str) and " " in characters

@@ -61,7 +61,7 @@ def test_six_users_train(six, tmp_path, monkeypatch, capsys):
     summary = loop.run(to_json(config.to_dict()), tmp_path / "run")
     assert summary["status"] == "completed" and summary["cohort"] == 3
     assert summary["selection"]["split"] == "dev"
-    assert sum("transcripts of 'train'" in x for x in summary["privacy"]["not_covered"]) == 2
+    assert sum("transcripts of 'train+seed'" in x for x in summary["privacy"]["not_covered"]) == 2
     for cohort in (7, 8):
         config.cohort = cohort
         with pytest.raises(UserError, match=r"set cohort to 6 or less .*own_speech"):
@@ -93,7 +93,7 @@ def test_without_a_seed_split(tmp_path, capsys):
     assert config.data.train == "train[40%:]" and config.seed_training.split == "train[:40%]"
     assert config.seed_training.steps == 250 and config.cohort == 1
     assert "3 training users" in capsys.readouterr().err
-    assert config.decoding.lm == "from_train[40%:]"
+    assert config.decoding.lm == "from_train[40%:]+train[:40%]"
     loop.dry_run(to_json(config.to_dict()))
 
 
@@ -132,7 +132,7 @@ def test_mistakes(six, tmp_path):
         ("", "own_speech:data=DIR"),
         (f"data={six},round=3", "no argument 'round=3'"),
         (f"data={six},seed_share=95", "seed_share=95"),
-        (f"data={six},language=dev", "choose one of train, seed, none"),
+        (f"data={six},language=dev", "choose one of all, train, seed, none"),
         (f"data={tmp_path}", str(tmp_path)),
     ):
         with pytest.raises(UserError, match=match):
