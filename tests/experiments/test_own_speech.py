@@ -1,5 +1,7 @@
 """The recipe for one's own speech chooses from the data, says so, and runs."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -8,8 +10,9 @@ from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.privacy.accounting import rdp_epsilon
 from fedasr.recipes import own_speech
+from fedasr.recipes.tables import expansion
 from fedasr.training import loop, stages
-from fedasr.training.builders import mechanisms
+from fedasr.training.builders import mechanisms, whole
 from fedasr.training.config import Config
 from fedasr.training.logging import to_json
 
@@ -83,6 +86,33 @@ def test_decay_and_noise_follow_the_rounds(six):
     assert max(epsilons) < 1.05 * min(epsilons)
     config = own_speech.get_config(f"data={six},rounds=1")
     assert config.server.decay_rounds == 1
+
+
+def test_central_training_sees_as_many_utterances_as_the_rounds(six):
+    config = own_speech.get_config(f"data={six}")
+    assert (config.cohort, config.client.steps, config.client.batch_size) == (3, 1, 4)
+    assert config.central.steps == 120 * 3 * 4 // 16
+    config.rounds = 121
+    assert config.central.steps == 91  # rounded up
+
+
+def test_every_row_of_the_table_can_be_run(six):
+    (table,) = own_speech.TABLES.values()
+    expansion.check(table)
+    found = {}
+    for row in table.rows:
+        config = own_speech.get_config(row.arguments.replace("data/mine", str(six)))
+        tree = to_json(config.to_dict())
+        for name, value in row.overrides.items():
+            *parts, leaf = name.split(".")
+            section = functools.reduce(dict.__getitem__, parts, tree)
+            # Or the row would be another's; this corpus is so small that the seed has few steps.
+            assert section[leaf] != value or leaf == "steps", (row.name, name)
+            section[leaf] = value
+        found[row.name] = whole.checked(tree)
+    assert found["Conformer"].model.options["conv_kernel"] == 16
+    assert found["private"].privacy.enabled and not found["federated"].privacy.enabled
+    assert found["Conformer"].model.options["vocab"] == found["private"].model.options["vocab"]
 
 
 def test_without_a_seed_split(tmp_path, capsys):
