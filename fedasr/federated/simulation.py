@@ -25,7 +25,6 @@ from fedasr.federated.client import Params
 from fedasr.federated.clientside import client_side
 from fedasr.federated.cohort import (
     AXIS,
-    MODEL,
     CohortSum,
     client_sharding,
     make_cohort,
@@ -41,6 +40,7 @@ from fedasr.federated.metrics import RoundMetrics, round_metrics
 from fedasr.federated.participation import Participation, Turnout, async_turnout
 from fedasr.federated.server import ServerState, init_server, server_step
 from fedasr.federated.subset import merge, transform_part
+from fedasr.federated.weights import by_weight, user_weights
 from fedasr.privacy.adaptive import ClientView, hold, scales_of
 from fedasr.privacy.clipping import layer_names
 from fedasr.privacy.mechanism import Mechanism
@@ -72,6 +72,15 @@ class Item(NamedTuple):
     age: int = 0
     turnout: Turnout | None = None
     users: np.ndarray | None = None
+
+
+class _Arguments(NamedTuple):
+    """Shapes. state: the server's. of_clients: of the cohort's `add`. total, votes: of the step."""
+
+    state: ServerState
+    of_clients: tuple[Any, ...]
+    total: Params
+    votes: dict[str, Any]
 
 
 class Simulation:
@@ -119,7 +128,7 @@ class Simulation:
             self.chunk * self._lanes,
             seed,
             devices=self._lanes,
-            weights=_weights(corpus, mechanism, algorithm),
+            weights=user_weights(corpus, mechanism, algorithm),
             rows=hosts.process_rows(self.mesh, self.chunk * self._lanes),
             turns=self._most_turns(),
         )
@@ -148,7 +157,7 @@ class Simulation:
         if mechanism.adaptive is not None:
             self._server_optimizer = hold(self._server_optimizer, mechanism.adaptive.warmup)
         self._step = jax.jit(self._make_step(hardware.model_devices > 1))
-        self._reweigh = _by_weight(mechanism) if mechanism.weighting == "examples" else None
+        self._reweigh = by_weight(mechanism) if mechanism.weighting == "examples" else None
 
     def _make_step(self, split: bool) -> Callable[..., ServerState]:
         """The server's step; `split` where a client's devices each hold a part of the state."""
@@ -354,18 +363,57 @@ class Simulation:
     def chunk_bytes(self, params: Params) -> int:
         """Bytes of a device's memory that rounds take, by compiling for the largest chunk.
 
-        The largest of the first round with anybody in it: later ones may be larger, where there are
-        several buckets or users with many steps. Counted are the compiled program, chunks on their
-        way, the server's state and as much again for its step.
+        Counted are the compiled program, chunks on their way, the server's state and as much again
+        for its step.
 
         Args:
           params: arrays or their shapes.
+        """
+        arguments = self._arguments(params)
+        found: Any = self._cohort.add.lower(*arguments.of_clients).compile().memory_analysis()
+        return program_bytes(found) + self.beside_bytes(params)
+
+    def beside_bytes(self, params: Params) -> int:
+        """Bytes of a device's memory that are held beside the program that trains clients.
+
+        They are chunks on their way, the server's state and as much again for its step.
+        """
+        arguments = self._arguments(params)
+        _, _, chunk, *_ = arguments.of_clients
+        waiting = _QUEUED * _bytes(chunk._replace(resident=None)) // self._lanes
+        kept = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
+            arguments.state,
+        )
+        return waiting + 2 * _bytes(kept)
+
+    def trace(self, params: Params) -> dict[str, jax.stages.Traced]:
+        """The programs of a round, to lower for the simulation's devices, which need not be there.
+
+        Args:
+          params: arrays or their shapes.
+
+        Returns:
+          "clients": training of the largest chunk and adding it up; "server": the noise and the
+          optimiser's step.
+        """
+        arguments = self._arguments(params)
+        return {
+            "clients": self._cohort.add.trace(*arguments.of_clients),
+            "server": self._step.trace(arguments.state, arguments.total, **arguments.votes),
+        }
+
+    def _arguments(self, params: Params) -> _Arguments:
+        """What the programs of a round are called with, as shapes.
+
+        The chunk is the largest of the first round with anybody in it: later ones may be larger,
+        where there are several buckets or users with many steps.
         """
         round, example = 0, None
         while example is None:
             example = self.batcher.example_chunk(self.mechanism.sampler.cohort(round), round)
             round += 1
-        root = make_root(self.seed)
+        root, whole = make_root(self.seed), replicated(self.mesh)
         state = jax.eval_shape(lambda p: init_server(p, self._chain(root), root), params)
         view = jax.eval_shape(self._view, state)
         chunk = jax.tree.map(
@@ -377,26 +425,19 @@ class Simulation:
         if self.store is not None:
             rows = (chunk.user.shape[0], self.store.layout.size)
             chunk = chunk._replace(local=jax.ShapeDtypeStruct(rows, np.float32))
-        waiting = _QUEUED * _bytes(chunk) // self._lanes
-        chunk = chunk._replace(resident=self._resident)
+        chunk = _laid(chunk, client_sharding(self.mesh))._replace(resident=self._resident)
         sums = jax.eval_shape(self._cohort.zeros, view, chunk)
-        clients = jax.eval_shape(self._round_key, 0)
-        if MODEL in self.mesh.shape:
-            sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
-            view = _laid(view, model_sharding(self.mesh, view))
-        lowered = self._cohort.add.lower(sums, view, chunk, clients, np.int32(0))
-        found: Any = lowered.compile().memory_analysis()
-        program = (
-            found.argument_size_in_bytes
-            + found.temp_size_in_bytes
-            + found.output_size_in_bytes
-            - found.alias_size_in_bytes
-        )
-        kept = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
+        key = _laid(jax.eval_shape(self._round_key, 0), whole)
+        sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
+        total = jax.eval_shape(self._cohort.total, sums)
+        votes = jax.eval_shape(self._votes, state, total)
+        delta = jax.eval_shape(self._delta, state, total)
+        return _Arguments(
             _laid(state, model_sharding(self.mesh, state)),
+            (sums, _laid(view, model_sharding(self.mesh, view)), chunk, key, np.int32(0)),
+            _laid(delta, model_sharding(self.mesh, delta)),
+            _laid(votes, whole),
         )
-        return int(program + waiting + 2 * _bytes(kept))
 
     def layer_names(self, params: Params) -> list[str]:
         """Names of the layers that metrics by layer are about: those of what clients send."""
@@ -412,26 +453,6 @@ def corpus_digest(corpus: Corpus) -> str:
     """Names a corpus by its users and their numbers of examples, in order."""
     sizes = ",".join(str(int(size)) for size in corpus.sizes)
     return hashlib.sha256(repr([list(map(str, corpus.users)), sizes]).encode()).hexdigest()
-
-
-def _weights(corpus: Corpus, mechanism: Mechanism, algorithm: Algorithm) -> np.ndarray | None:
-    """The users' weights, float32 [users]; None for 1."""
-    if mechanism.weighting == "examples":
-        return np.asarray(corpus.sizes, np.float32)
-    return mechanism.check_weights(algorithm.weights, len(corpus.users))
-
-
-def _by_weight(mechanism: Mechanism) -> Callable[[CohortSum], Params]:
-    """From a cohort's sum to what the server divides by the expected cohort.
-
-    It makes that division one by the sum of weights.
-    """
-    expected = mechanism.sampler.expected_cohort
-    return jax.jit(
-        lambda total: jax.tree.map(
-            lambda d: d * (expected / jnp.maximum(total.weight, 1.0)), total.delta
-        )
-    )
 
 
 def _numbers(mechanism: Mechanism) -> str:
@@ -455,6 +476,16 @@ def _laid(tree: Any, sharding: Any) -> Any:
         sharding = jax.tree.map(lambda _: sharding, tree)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding
+    )
+
+
+def program_bytes(memory: Any) -> int:
+    """Bytes of a device's memory that a compiled program takes, by its `memory_analysis`."""
+    return int(
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
     )
 
 

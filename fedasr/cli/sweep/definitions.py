@@ -17,7 +17,9 @@ from fedasr.recipes.tables import Table
 from fedasr.training.logging import write_json_atomic
 
 TABLE_FILE = "table.json"
-_REGISTRIES = tuple(f"fedasr.recipes.{name}" for name in ("published", "mini", "mini_algorithms"))
+_REGISTRIES = tuple(
+    f"fedasr.recipes.{name}" for name in ("published", "mini", "mini_algorithms", "own_speech")
+)
 
 
 def registry(path: str = "") -> dict[str, Table]:

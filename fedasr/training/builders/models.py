@@ -38,12 +38,34 @@ def build_recogniser(config: Config, augmented: bool = True) -> Recogniser:
 
 def initial_params(recogniser: Recogniser, config: Config) -> Any:
     """The untrained model of a configuration: the same for all runs of one seed."""
-    return recogniser.init(seed_key(config.seed, Stream.INIT))
+    return as_kept(recogniser.init(seed_key(config.seed, Stream.INIT)), config)
 
 
 def variable_shapes(config: Config) -> Any:
     """Shapes of a configuration's parameters, without allocating them."""
-    return jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+    init = build_recogniser(config).init
+    return jax.eval_shape(lambda key: as_kept(init(key), config), jax.random.key(0))
+
+
+def as_kept(params: Any, config: Config) -> Any:
+    """Parameters in the types that a run keeps them in.
+
+    Pretrained models may have variables that no client trains in bfloat16 (`frozen_dtype`): half
+    the memory, of which there is one copy for all clients that are computed together.
+    """
+    dtype = config.model.options.get("frozen_dtype", "float32")
+    if dtype == "float32":
+        return params
+    subset = clients.make_subset(config)
+    trained = None if subset is None else subset.trained(params)
+    if trained is None:
+        raise UserError(
+            f"model.options.frozen_dtype={dtype!r} is for variables that are not trained: set "
+            'partial.mode="fixed" and partial.patterns'
+        )
+    leaves, treedef = jax.tree.flatten(params)
+    kept = [x if yes else x.astype(dtype) for x, yes in zip(leaves, trained, strict=True)]
+    return jax.tree.unflatten(treedef, kept)
 
 
 def parameter_count(recogniser: Recogniser) -> int:
@@ -54,9 +76,9 @@ def parameter_count(recogniser: Recogniser) -> int:
 
 def keeps_rows(config: Config) -> bool:
     """Whether a run keeps something of each user from round to round, in a store."""
-    if not config.has_rounds:
-        return False
-    return bool(config.local.patterns) or part_of_module(config.algorithm, "memory") is not None
+    if config.local.patterns:
+        return True
+    return config.has_rounds and part_of_module(config.algorithm, "memory") is not None
 
 
 def local_layout(config: Config) -> Rows | None:
@@ -69,8 +91,10 @@ def local_layout(config: Config) -> Rows | None:
     """
     if not keeps_rows(config):
         return None
-    shapes, trained = variable_shapes(config), trained_variables(config)
-    layout = memory_layout(config.algorithm, shapes, trained)
+    shapes = variable_shapes(config)
+    # Central training knows no partial model: it trains all.
+    trained = trained_variables(config) if config.has_rounds else None
+    layout = memory_layout(config.algorithm, shapes, trained) if config.has_rounds else None
     if layout is None:
         return make_layout(shapes, config.local.patterns, trained)
     if config.local.patterns:
