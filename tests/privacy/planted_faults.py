@@ -12,6 +12,7 @@ Edit, Value = planting.Edit, planting.Value
 AREAS = (
     "accounting",
     "adaptive votes",
+    "algorithms",
     "clipping",
     "correlated noise",
     "counters",
@@ -19,6 +20,7 @@ AREAS = (
     "ledger",
     "local parameters",
     "noise",
+    "participation",
     "released histograms",
     "resume, stages, memory",
     "sampling",
@@ -61,6 +63,7 @@ OF_CORRELATED = "tests/privacy/test_correlated.py"
 OF_CLIPPING = "tests/privacy/test_clipping.py"
 OF_LEDGER = "tests/privacy/test_ledger.py"
 OF_SENSITIVITY = "tests/federated/test_sensitivity.py"
+OF_ALGORITHMS = "tests/federated/test_algorithm_references.py"
 OF_SIMULATION = "tests/federated/test_simulation.py"
 OF_SAMPLING = "tests/privacy/test_sampling.py"
 OF_STREAMS = "tests/test_streams.py"
@@ -413,5 +416,40 @@ FAULTS = (
     edit("local parameters", "rows of clients that are not valid change", "garbage is kept",
          COHORT, "jnp.where(valid & jnp.all(jnp.isfinite(new)), new, local_row)", "new",
          "tests/federated/test_local.py::test_clients_that_are_not_valid_keep_what_they_had"),
+    # ------------------------------------------------------------- algorithms and participation
+    edit("algorithms", "what is sent beside the delta is not clipped", "a user may send anything",
+         "fedasr.federated.cohort:make_cohort",
+         "delta, stats = clip.update(delta, clip.init(params))",
+         "clipped, stats = clip.update(delta, clip.init(params)); "
+         "delta = clipped._replace(extra=delta.extra) if hasattr(delta, 'extra') else clipped",
+         f"{OF_ALGORITHMS}::test_a_user_moves_the_sum_by_the_clip_norm[scaffold-global]"),
+    edit("algorithms", "what is sent beside the delta gets no noise", "it is as clear as day",
+         "fedasr.federated.extras:server_chain",
+         "mean, noise_state = noise.update(sent, state[0], None, **extra)",
+         "mean, noise_state = noise.update(sent, state[0], None, **extra); "
+         "mean = mean._replace(extra=jax.tree.map(lambda x: x * 1e-9, sent.extra))",
+         f"{OF_ALGORITHMS}::test_all_that_is_sent_gets_noise"),
+    edit("algorithms", "an algorithm that cannot be accounted runs with noise", "its claim is void",
+         "fedasr.federated.algorithms.fedexp:FedExP", 'unaccounted="fedexp', 'unaccounted="" and "',
+         f"{OF_ALGORITHMS}::test_with_noise_it_trains_or_is_refused[fedexp]"),
+    edit("participation", "the mean is over those who arrive", "sensitivity follows who is missing",
+         f"{SIMULATION}:Simulation._delta", "else total.delta",
+         "else jax.tree.map(lambda d: d * (self.mechanism.sampler.expected_cohort "
+         "/ total.clients), total.delta)",
+         "tests/federated/test_participation.py::"
+         "test_the_server_divides_by_the_expected_cohort_whoever_is_missing"),
+    edit("participation", "the first to arrive end a private round", "users displace each other",
+         f"{SIMULATION}:Simulation.__init__",
+         "checks.dropout_is_accounted(mechanism, participation, corpus)", "pass",
+         "tests/federated/test_participation.py::test_what_is_refused"),
+    edit("participation", "a turn of FedBuff's users is not counted", "epsilon is of fewer turns",
+         f"{SAMPLING}.asynchronous:AsynchronousSampler.participations",
+         "1 + (starts - 1) // (self._others + 1)", "max(1, (starts - 1) // (self._others + 1))",
+         "tests/federated/test_fedbuff.py::"
+         "test_no_user_takes_part_more_often_than_is_accounted"),
+    edit("participation", "old updates count more than new ones", "above the clip norm",
+         f"{SIMULATION}:Simulation._by_age", "min(1.0, self._discount(int(age)))",
+         "(1.0 + int(age)) ** 2", "tests/federated/test_fedbuff.py::"
+         "test_old_updates_count_less_than_the_clip_norm"),
 )
 # fmt: on
