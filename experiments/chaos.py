@@ -211,7 +211,7 @@ class Chaos:
     ) -> None:
         from fedasr.training.checkpoint import restore_params
 
-        self._source = source()
+        self._source, self._cores = source(), os.sched_getaffinity(0)
         self._random = random.Random(seed)
         self._folder, self._say = folder, say
         self._disk, self._told = folder / "disk", folder / "fault"
@@ -488,6 +488,9 @@ class Chaos:
             args=(self._configs[self._turn], str(workdir), str(log), jump, disk),
         )
         process.start()
+        if os.sched_getaffinity(process.pid) != self._cores:
+            process.kill()
+            raise UserError("processes were moved to other cores, whose number bits follow from")
         self._memory.join(process.pid, None)
         return process, log
 
