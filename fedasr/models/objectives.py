@@ -24,10 +24,11 @@ class Recogniser(NamedTuple):
     [b], valid bool [b]): greedy decoding without randomness; `valid` is False for padding and for
     utterances whose transcript cannot be aligned with their frames. scores(params, batch) -> (log
     probabilities of the tokens in each frame, float32 [b, t, vocab], frame counts int32 [b], loss,
-    valid): what the decoders of `fedasr.decoding` search; None where there are none (RNN-T).
+    valid): what the decoders of `fedasr.decoding` search; None where there are none (RNN-T, and
+    Whisper's decoder).
 
     A batch holds "features" [b, t, f], "features_length" [b], "labels" [b, u], "labels_length" [b]
-    and "mask" [b].
+    and "mask" [b]; for models that hear audio see `fedasr.models.pretrained.audio`.
     """
 
     init: Callable[[jax.Array], Any]

@@ -76,7 +76,7 @@ class Evaluator:
         compute: Any = recogniser.evaluate if decoder is None else recogniser.scores
         if compute is None:
             raise UserError(
-                "this model has no scores that a beam could search (objective 'rnnt'): choose the "
+                "this model has no scores that a beam could search (no CTC): choose the "
                 "decoder 'greedy'"
             )
         self._decoder = decoder

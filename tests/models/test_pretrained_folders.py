@@ -168,7 +168,7 @@ def test_parameters_of_another_model_are_not_written():
         ("wav2vec2", {"frozen_dtype": "int8"}, "frozen_dtype must be"),
         ("whisper", {"window": "half"}, "window must be one of"),
         ("whisper", {"start": ""}, "start must hold a token"),
-        ("whisper", {"end": 90_000}, "no token be above"),
+        ("whisper", {"end": 90_000}, "end must hold tokens below"),
         ("parakeet", {"factor": 6}, "factor must be 2, 4, 8"),
         ("parakeet", {"dim": 1023}, "must be even"),
     ],
@@ -210,6 +210,17 @@ def test_a_wide_convolution_in_groups():
             wanted[:, i] = np.einsum("bjgi,jgio->bgo", padded[:, i : i + width], kernel)
         found = jax.jit(grouped_convolution)(x, kernel)
         np.testing.assert_allclose(found, wanted.reshape(2, 13, 8), atol=1e-4)
+
+
+def test_dropout_draws_alike_however_far_it_is_padded(waves, batch):
+    options = OPTIONS | {"dropout": 0.3, "layer_drop": 0.5, "vocab": 12}
+    recogniser = make_recogniser("wav2vec2", options)
+    params = recogniser.init(jax.random.key(1))
+    loss = jax.jit(recogniser.loss)
+    sounds = waves()
+    found = {seed: float(loss(params, batch(sounds), jax.random.key(seed))[0]) for seed in (0, 1)}
+    padded = float(loss(params, batch(sounds, blocks=39), jax.random.key(0))[0])
+    assert found[0] == pytest.approx(padded, rel=1e-5) and found[0] != pytest.approx(found[1])
 
 
 def test_samples_of_a_batch():

@@ -98,7 +98,8 @@ MODELS = {
 class Pair:
     """A model of transformers, and the same here, read from its folder."""
 
-    def __init__(self, make, folder):
+    def __init__(self, make, folder, name=""):
+        self.name = name
         torch.manual_seed(0)
         self.model, extractor, self.hear = make()
         self.model.eval()
@@ -128,7 +129,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def pair(request, tmp_path_factory):
-    return Pair(MODELS[request.param], tmp_path_factory.mktemp("model"))
+    return Pair(MODELS[request.param], tmp_path_factory.mktemp("model"), request.param)
 
 
 def test_scores_are_those_of_transformers(pair, waves, batch):
@@ -141,6 +142,7 @@ def test_scores_are_those_of_transformers(pair, waves, batch):
         size = int(length)
         assert size >= 3 and len(theirs) - size in (0, 1)  # a frame of padding at the end
         np.testing.assert_allclose(row[:size], theirs[:size], atol=1e-4)
+        print(f"{pair.name}: scores differ by {np.abs(row[:size] - theirs[:size]).max():.1e}")
 
 
 def test_gradients_are_those_of_transformers(pair, waves, batch):
@@ -164,15 +166,18 @@ def test_gradients_are_those_of_transformers(pair, waves, batch):
     (total / len(sounds)).backward()
     (loss, aux), found = pair.gradient(pair.params, given, jax.random.key(0))
     assert int(aux["utterances"]) == len(sounds)
-    np.testing.assert_allclose(loss, float(total) / len(sounds), rtol=1e-5)
+    np.testing.assert_allclose(loss, float(total.detach()) / len(sounds), rtol=1e-5)
     grads = {n: p.grad.numpy() for n, p in pair.model.named_parameters() if p.grad is not None}
     table = pair.source.family.table(pair.source.family.config(**pair.source.options), True)
     linear = [entry for entry in table if len(entry.names) == 1]  # all but batch norms
     theirs = mapping.to_params(linear, list(grads), grads.__getitem__, pair.shapes)
+    worst = 0.0
     for path, value in jax.tree.leaves_with_path(theirs):
         ours = functools.reduce(lambda tree, key: tree[key.key], path, found)
         scale = max(1.0, float(np.abs(value).max()))
         np.testing.assert_allclose(ours, value, atol=1e-3 * scale, err_msg=str(path))
+        worst = max(worst, float(np.abs(ours - value).max()) / scale)
+    print(f"{pair.name}: gradients differ by {worst:.1e}")
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(theirs)) > 1e-2
 
 
@@ -183,8 +188,12 @@ def test_padding_and_the_vmap_over_clients_change_nothing(pair, waves, batch):
     (more, _), others = pair.gradient(pair.params, batch(waves(), blocks=39), key)
     np.testing.assert_allclose(loss, more, rtol=1e-5)
 
+    apart = []
+
     def close(x, y):
-        np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(np.abs(x).max())))
+        scale = max(1.0, float(np.abs(x).max()))
+        np.testing.assert_allclose(x, y, atol=1e-5 * scale)
+        apart.append(float(np.abs(x - y).max()) / scale)
 
     jax.tree.map(close, grads, others)
     clients = jax.tree.map(lambda *x: jnp.stack(x), given, batch(waves(1)))
@@ -195,6 +204,7 @@ def test_padding_and_the_vmap_over_clients_change_nothing(pair, waves, batch):
     (losses, _), found = together(own, clients, key)
     np.testing.assert_allclose(losses[0], loss, rtol=1e-5)
     jax.tree.map(lambda x, y: close(x, y[0]), grads, found)
+    print(f"{pair.name}: gradients of another padding, and vmapped, differ by {max(apart):.1e}")
 
 
 def test_what_is_read_is_written_back_bit_for_bit(pair, waves, batch):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, pass_exhaustion
 from fedasr.models.pretrained import FAMILIES, mapping, nemo
 from fedasr.models.pretrained.family import Family
 
@@ -207,6 +207,7 @@ def _read(stored: Any, path: Path, name: str) -> np.ndarray:
     try:
         return np.asarray(stored.get_tensor(name))
     except Exception as error:  # of a kind that depends on the version
+        pass_exhaustion(error, f"reading {path}")
         raise UserError(f"{path}: the tensor {name} cannot be read ({error})") from error
 
 

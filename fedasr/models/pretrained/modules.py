@@ -5,6 +5,7 @@ there is none here. Padding frames are zeros before frames meet.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -54,16 +55,16 @@ class ComputeConfig:
         return jnp.dtype(self.dtype)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """The whole numbers in "10,3,3".
+def numbers(config: Any, name: str) -> tuple[int, ...]:
+    """The whole numbers in a field of a configuration, such as "10,3,3".
 
     Raises:
       UserError: it holds something else.
     """
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UserError(f"{text!r} must be whole numbers with commas between") from error
+    text = getattr(config, name)
+    if not re.fullmatch(r"(\d{1,9}(,\d{1,9})*)?", text):
+        raise UserError(f"the model's {name} must be whole numbers with commas between: {text!r}")
+    return tuple(int(part) for part in text.split(",") if part)
 
 
 def written(values: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, pass_exhaustion
 
 SUFFIX = ".nemo"
 _CONFIG, _WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -209,4 +209,5 @@ def _tensors(path: Path, content: bytes) -> dict[str, Callable[[], np.ndarray]]:
     except UserError:
         raise
     except Exception as error:  # of many kinds: zipfile, pickle, and what damage leads to
+        pass_exhaustion(error, f"reading {path}")
         raise UserError(f"{path}: {_WEIGHTS} cannot be read ({error}): fetch it again") from error

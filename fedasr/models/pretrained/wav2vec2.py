@@ -78,11 +78,10 @@ class Wav2Vec2Config(ComputeConfig):
     def __post_init__(self) -> None:
         self.check("vocab", "dim", "heads", "mlp", "position_width", "position_groups", "buckets")
         choose(self, layout=_PREFIXES, convolution_norm=("group", "layer"), norm=("pre", "post"))
-        sizes = [numbers(x) for x in (self.convolutions, self.widths, self.strides)]
-        if not sizes[0] or len(set(map(len, sizes))) > 1 or min(map(min, sizes)) < 1:
+        sizes = [numbers(self, name) for name in _FRONT_END]
+        if not all(sizes) or len(set(map(len, sizes))) > 1 or min(map(min, sizes)) < 1:
             raise UserError(
-                "the model's convolutions, widths and strides must be as many numbers each, at "
-                "least 1"
+                f"the model's {', '.join(_FRONT_END)} must be as many numbers each, at least 1"
             )
         if self.dim % self.heads or self.dim % self.position_groups:
             raise UserError(
@@ -92,10 +91,11 @@ class Wav2Vec2Config(ComputeConfig):
     @property
     def front_end(self) -> list[tuple[int, int, int]]:
         """(features, width, stride) of each convolution."""
-        parts = (numbers(x) for x in (self.convolutions, self.widths, self.strides))
+        parts = (numbers(self, name) for name in _FRONT_END)
         return list(zip(*parts, strict=True))
 
 
+_FRONT_END = ("convolutions", "widths", "strides")
 _PREFIXES = {"wav2vec2": "wav2vec2", "hubert": "hubert", "wavlm": "wavlm"}
 
 

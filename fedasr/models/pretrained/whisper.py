@@ -67,21 +67,19 @@ class WhisperConfig(ComputeConfig):
     start: str = "50257,50362"
     end: int = 50256
     suppress: str = ""
-    begin_suppress: str = "220,50256"
+    begin_suppress: str = ""
 
     def __post_init__(self) -> None:
         self.check("vocab", "dim", "heads", "mlp", "decoder_heads", "decoder_mlp", "mels")
         choose(self, objective=(CROSS_ENTROPY, "ctc"), window=("padded", "true"))
         if self.dim % self.heads or self.dim % self.decoder_heads:
             raise UserError(f"the model's dim={self.dim} must be a multiple of its heads")
-        if self.objective == "ctc":
-            return
-        tokens = [*numbers(self.start), self.end]
-        tokens += [*numbers(self.suppress), *numbers(self.begin_suppress)]
-        if not numbers(self.start) or max(tokens) > self.vocab - 2:
-            raise UserError(
-                f"the model's start must hold a token, and no token be above {self.vocab - 2}"
-            )
+        if not numbers(self, "start"):
+            raise UserError("the model's start must hold a token")
+        tokens = {name: numbers(self, name) for name in ("start", "suppress", "begin_suppress")}
+        for name, found in {**tokens, "end": (self.end,)}.items():
+            if found and max(found) > self.vocab - 2 and self.objective != "ctc":
+                raise UserError(f"the model's {name} must hold tokens below vocab - 1")
 
     @property
     def samples(self) -> int:
@@ -321,7 +319,7 @@ def recogniser(c: WhisperConfig, augment: SpecAugmentConfig | None) -> Recognise
         return ctc(CtcModel(c), lambda batch: heard(c, batch), augment)
     encoder: Any = Encoder(c)
     decoder: Any = Decoder(c)
-    start = jnp.array(numbers(c.start), jnp.int32)
+    start = jnp.array(numbers(c, "start"), jnp.int32)
 
     def init(key: Array) -> Any:
         keys = jax.random.split(key)
@@ -384,10 +382,10 @@ def greedy(
     Returns:
       int32 [b, longest], one more than in the file, zeros after the end; and int32 [b].
     """
-    start = jnp.array(numbers(c.start), jnp.int32)
+    start = jnp.array(numbers(c, "start"), jnp.int32)
     ids = jnp.arange(c.vocab - 1)
-    never = (ids > c.end) | jnp.isin(ids, jnp.array(numbers(c.suppress) or (-1,)))
-    not_first = never | jnp.isin(ids, jnp.array(numbers(c.begin_suppress) or (-1,)))
+    never = (ids > c.end) | jnp.isin(ids, jnp.array(numbers(c, "suppress") or (-1,)))
+    not_first = never | jnp.isin(ids, jnp.array(numbers(c, "begin_suppress") or (-1,)))
     variables = {"params": params}
     memory = decoder.apply(variables, encoded, method="memory")
     shape = (len(encoded), c.longest, c.decoder_heads, c.dim // c.decoder_heads)
