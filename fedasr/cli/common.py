@@ -289,7 +289,7 @@ def _say_once(text: str, meaning: str) -> None:
             told.append(message)
             said = " ".join(str(message).split())
             # What failed comes behind the name of the program that was compiled.
-            say(f"warning: {meaning} ({said.rpartition(': ')[2][:200]})")
+            say(f"warning: {meaning} ({(said.partition(chr(39) + ': ')[2] or said)[:200]})")
 
     warnings.showwarning = show
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from fedasr.data.batching import Padding
+from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.federated.server import ServerState
 from fedasr.privacy import ledger
@@ -39,7 +40,10 @@ def train_seed(session: Session, latest: int | None, units: int) -> Any:
     state = _steps(session, "seed", seed_training(parts), params, latest, units, parts.seed_steps)
     params = hosts.leaders(state.params)
     if kept is not None:
-        seeds.save(session, kept, params)
+        try:
+            seeds.save(session, kept, params)
+        except (OSError, UserError) as error:  # later runs train it again
+            session.logger.failed("seed", f"it is not kept: {' '.join(str(error).split())[:300]}")
     return params
 
 
