@@ -58,6 +58,7 @@ def run() -> dict[str, Any]:
             flags.FLAGS.out,
             keep_letters=flags.FLAGS.keep_letters,
             **written,
+            rules="published" if flags.FLAGS.text_rules == "published" else "",
             store=flags.FLAGS.store,
             workers=flags.FLAGS.workers,
             dev_fraction=flags.FLAGS.dev_fraction,
@@ -306,6 +307,13 @@ def _define_flags() -> None:
         None,
         f"In place of the language's: {text.FROM_DATA} (all letters of the transcripts), or one of "
         f"{', '.join(text.SCRIPTS)}.",
+    )
+    flags.DEFINE_enum(
+        "text_rules",
+        "words",
+        ["words", "published"],
+        "published: as the programs of arXiv 2310.00098 write transcripts, leaving out digits, "
+        "signs and punctuation; words: as they are said, and who cannot be written is skipped.",
     )
     flags.DEFINE_integer(
         "alphabet_min_count", 1, "With from_data: characters that occur less often are left out."

@@ -34,6 +34,7 @@ from fedasr.text.normalize import (
     parse_losses,
 )
 from fedasr.text.pronunciation import sentence_phonemes
+from fedasr.text.published import published_text
 from fedasr.text.tokenizers import (
     PHONEMES,
     SILENCE,
@@ -75,6 +76,7 @@ __all__ = [
     "parse_losses",
     "prepared_with",
     "pronounced",
+    "published_text",
     "read_lexicon",
     "read_subwords",
     "script_alphabet",

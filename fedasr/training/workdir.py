@@ -47,6 +47,8 @@ LATER: dict[str, Any] = {
     "decoding.blank_penalty": 0.0,
     "evaluation.published": False,
     "augment.options.inclusive": True,
+    "augment.options.time_warp": 0.0,
+    "augment.options.frequency_warp": 0.0,
     "model.options.branch_dropout": True,
     "model.options.front_end": "centred",
     "model.options.init": "third",

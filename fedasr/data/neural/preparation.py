@@ -32,7 +32,8 @@ class NeuralConverter:
     channels: of every sentence. stride: bins per output frame of the model. min_bins: shorter
     sentences are left out. language, keep_letters: of the texts. lexicon: a pronouncing dictionary
     (see `fedasr.text.read_lexicon`) to write phonemes instead of letters, or "". lexicon_digest:
-    of that file. labels: one of `LABELS`. g2p, final_silence: see
+    of that file. labels: one of `LABELS`, "" for phonemes where there is a lexicon, else
+    characters. g2p, final_silence: see
     `fedasr.text.sentence_phonemes`.
     """
 
@@ -45,18 +46,22 @@ class NeuralConverter:
     lexicon: str = ""
     lexicon_digest: str = ""
     store: str = "features"
-    labels: str = "characters"
+    labels: str = ""
     g2p: bool = False
     final_silence: bool = False
 
     @property
     def characters(self) -> str | list[str]:
         """The alphabet of the labels."""
-        if self.labels == "phonemes":
+        if self._phonemes:
             return text_lib.PhonemeTokenizer().characters
         if self.labels == "handwriting":
             return text_lib.HANDWRITING
         return text_lib.alphabet(self.language, self.keep_letters)
+
+    @property
+    def _phonemes(self) -> bool:
+        return self.labels == "phonemes" or bool(self.lexicon and not self.labels)
 
     @property
     def trailing(self) -> tuple[int, ...]:
@@ -94,7 +99,7 @@ class NeuralConverter:
             return text_lib.CharTokenizer(text_lib.HANDWRITING).encode(found.text, self.pad_space)
         letters = text_lib.alphabet(self.language, self.keep_letters)
         labels = labels_of(text, self.language, text_lib.CharTokenizer(letters), self.pad_space)
-        if self.labels != "phonemes":
+        if not self._phonemes:
             return labels
         words, _ = text_lib.normalize_text(text, self.language, self.keep_letters)
         known = _lexicon(self.lexicon, self.lexicon_digest) if self.lexicon else None
@@ -148,10 +153,10 @@ def prepare_sessions(
     """
     if stride < 1:
         raise UserError(f"stride must be at least 1, not {stride}")
-    labels = labels or ("phonemes" if lexicon else "characters")
-    if labels not in LABELS:
+    named = labels or ("phonemes" if lexicon else "characters")
+    if named not in LABELS:
         raise UserError(f"labels={labels!r} must be one of {', '.join(LABELS)}")
-    if labels != "phonemes" and (lexicon or g2p or final_silence):
+    if named != "phonemes" and (lexicon or g2p or final_silence):
         raise UserError("lexicon, g2p and final_silence are for labels that are phonemes")
     if lexicon:
         text_lib.read_lexicon(lexicon)  # a clear error if it is none
@@ -165,8 +170,9 @@ def prepare_sessions(
         lexicon_digest=hashlib.sha256(Path(lexicon).read_bytes()).hexdigest()[:16]
         if lexicon
         else "",
-        labels=labels,
-        g2p=g2p or (labels == "phonemes" and not lexicon),
+        # As older releases named it, whose folders are to go on.
+        labels="" if named == ("phonemes" if lexicon else "characters") else named,
+        g2p=g2p or (named == "phonemes" and not lexicon),
         final_silence=final_silence,
     )
 

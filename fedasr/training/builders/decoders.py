@@ -193,16 +193,23 @@ def check(config: Config) -> None:
 
 def not_covered(config: Config) -> list[str]:
     """What decoding tells of transcripts, which no epsilon is about."""
-    found = []
+    names: dict[str, list[str]] = {}
     for field, name in (("lm", "language model"), ("lexicon", "lexicon")):
         value: Any = getattr(config.decoding, field)
-        if not value or value == FROM + config.seed_training.split:
-            continue
+        if value and value != FROM + config.seed_training.split:
+            names.setdefault(value, []).append(name)
+    found = []
+    for value, made in names.items():
+        knowledge = " and ".join(made)
         if value.startswith(FROM):
             found.append(
-                f"the transcripts of {value.removeprefix(FROM)!r}, which the decoder's {name} was "
-                "made from without noise: it tells which words were said, and how often"
+                f"the transcripts of {value.removeprefix(FROM)!r}, which the decoder's {knowledge} "
+                f"{'were' if len(made) > 1 else 'was'} made from without noise: "
+                f"{'they tell' if len(made) > 1 else 'it tells'} which words were said, and how "
+                "often"
             )
         else:
-            found.append(f"the texts behind the decoder's {name} {value}, if they are of users")
+            found.append(
+                f"the texts behind the decoder's {knowledge} {value}, if they are of users"
+            )
     return found
