@@ -20,6 +20,7 @@ from fedasr.federated.cohort import (
     settled,
 )
 from fedasr.federated.server import ServerState, init_server, server_step
+from fedasr.federated.subset import merge, transform_part
 from fedasr.streams import Stream, seed_key
 
 # Every bucket is a program to compile, padding is time in every step.
@@ -42,6 +43,7 @@ class CentralTraining:
       steps_per_report: steps in one item of `run`.
       stream: what its randomness belongs to.
       model_devices: devices that hold the model together, see `client_mesh`.
+      trained: for each variable in order, whether it is trained; None for all.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class CentralTraining:
         keep: Sequence[str] | None = None,
         model_devices: int = 1,
         stream: Stream = Stream.CENTRAL,
+        trained: Sequence[bool] | None = None,
     ) -> None:
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
         # Every device needs an equal share; the padding examples are masked.
@@ -69,13 +72,17 @@ class CentralTraining:
                 corpus, padding=PADDING, most=MOST_BUCKETS, multiples=multiples, **batches
             )
         self._batcher = PooledBatcher(corpus, buckets, seed, keep=keep, stream=stream, **batches)
-        self._optimizer = optimizer
+        self._optimizer = optimizer = transform_part(optimizer, trained)
         self._per_report = steps_per_report
         root = seed_key(seed, stream)
 
         def step(state: ServerState, batch):
             key = jax.random.fold_in(root, state.round)
-            (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+
+            def of(part):
+                return loss(merge(part, state.params, trained), batch, key)
+
+            (value, _), grads = jax.value_and_grad(of, has_aux=True)(keep(state.params, trained))
             state = server_step(state, grads, optimizer)
             return (settled(self._mesh, state) if model_devices > 1 else state), value
 

@@ -42,6 +42,7 @@ from fedasr.training.sections import (
     Local,
     Model,
     Partial,
+    Peft,
     Privacy,
     SeedTraining,
     Selection,
@@ -94,7 +95,7 @@ class Config:
     )
     init_from: str = setting(
         checked("", values.check_place, "path"),
-        "work directory or checkpoint to start from; it replaces the seed",
+        "work directory, checkpoint or exported folder to start from; it replaces the seed",
     )
     data: Data = section(Data)
     model: Model = section(Model)
@@ -104,6 +105,7 @@ class Config:
     client: Client = section(Client)
     compression: Compression = section(Compression)
     partial: Partial = section(Partial)
+    peft: Peft = section(Peft)
     local: Local = section(Local)
     server: Server = section(Server)
     privacy: Privacy = section(Privacy)

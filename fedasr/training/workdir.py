@@ -43,6 +43,13 @@ LATER: dict[str, Any] = {
     "model.options.init": "third",
     "model.options.layer_drop_per": "part",
     "model.options.stream_dtype": "",
+    "peft.kind": "full",
+    "peft.rank": 8,
+    "peft.alpha": 16.0,
+    "peft.patterns": [],
+    "peft.bottleneck": 32,
+    "peft.also": [],
+    "peft.frozen_dtype": "float32",
 }
 # Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {

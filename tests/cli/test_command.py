@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 SHIMS = {
     "train": "train",
     "evaluate": "evaluate",
+    "transcribe": "transcribe",
+    "export": "export",
     "prepare_data": "prepare",
     "plan_privacy": "plan",
     "audit_privacy": "audit",

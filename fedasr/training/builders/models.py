@@ -15,6 +15,7 @@ from fedasr.federated.local import (
     check_prototype,
     make_layout,
 )
+from fedasr.models import peft
 from fedasr.models.recogniser import Recogniser, make_recogniser
 from fedasr.streams import Stream, seed_key
 from fedasr.training.builders import clients
@@ -31,8 +32,19 @@ def build_recogniser(config: Config, augmented: bool = True) -> Recogniser:
     Raises:
       UserError: for an unknown model or option.
     """
+    return peft.adapt(build_base(config, augmented), clients.peft_config(config))
+
+
+def build_base(config: Config, augmented: bool = True) -> Recogniser:
+    """The recogniser before it is adapted; see `build_recogniser`."""
     augment = _augment(config) if config.augment.enabled and augmented else None
     return make_recogniser(config.model.name, config.model.options, augment)
+
+
+def completed(params: Any, config: Config) -> Any:
+    """A base's parameters with what the configuration's adaptation adds; see `peft.completed`."""
+    key = seed_key(config.seed, Stream.INIT)
+    return peft.completed(params, clients.peft_config(config), key)
 
 
 def initial_params(recogniser: Recogniser, config: Config) -> Any:
@@ -81,7 +93,7 @@ def trained_variables(config: Config) -> list[bool] | None:
     """For each of the model's variables, whether it is ever trained; None if all are.
 
     Raises:
-      UserError: for a pattern of `partial.patterns` that matches no variable.
+      UserError: for a pattern of `partial` or `peft` that matches no variable.
     """
     subset = clients.make_subset(config)
     if subset is None:

@@ -50,15 +50,20 @@ def central_training(
         devices=devices,
         keep=ARRAYS,
         model_devices=config.model_devices,
+        trained=_trained(config) if section == "central" else None,
     )
+
+
+def _trained(config: Config) -> list[bool] | None:
+    """For each variable, whether the baseline trains it; `partial` is about clients alone."""
+    return None if config.peft.kind == "full" else models.trained_variables(config)
 
 
 def check_central(config: Config, data: corpora.Data, devices: Sequence[jax.Device]) -> None:
     """Raises UserError for central training that could not begin, before something else does."""
-    loss = models.build_recogniser(config).loss
-    stages = {"seed_training": data.seed}
+    stages = {"seed_training": (data.seed, models.build_base(config).loss)}
     if not config.has_rounds:
-        stages["central"] = data.train
-    for section, corpus in stages.items():
+        stages["central"] = data.train, models.build_recogniser(config).loss
+    for section, (corpus, loss) in stages.items():
         if corpus is not None:
             central_training(config, section, corpus, loss, devices)
