@@ -1,4 +1,4 @@
-"""Transcripts of files are what evaluation writes of the same utterances; exported models are alike."""
+"""Transcripts of files are what evaluation writes of them; exported models transcribe alike."""
 
 import copy
 import dataclasses
@@ -70,6 +70,10 @@ def config_for(corpus, **changes):
     return config.with_data(characters=tokenizer.characters, identity="0" * 16)
 
 
+def initial(config):
+    return jax.device_get(models.initial_params(models.build_recogniser(config), config))
+
+
 def talkative(params):
     """A model that is sure of something in each frame, so that rounding changes no text."""
     params = copy.deepcopy(params)
@@ -95,9 +99,7 @@ def saved(config, params, out, entries=()):
 @pytest.fixture(scope="module")
 def workdir(corpus, tmp_path_factory):
     config = config_for(corpus)
-    params = talkative(
-        jax.device_get(models.initial_params(models.build_recogniser(config), config))
-    )
+    params = talkative(initial(config))
     users = ledger.Users.of(["anna", "bob"])
     entries = [ledger.without_privacy("the run", "central", 3, users)]
     return saved(config, params, tmp_path_factory.mktemp("run"), entries)
@@ -241,7 +243,7 @@ def test_adapted_models_are_exported_merged(corpus, tmp_path):
     """And a run starts from an adapted model, a base, or one that is adapted in another way."""
     plain = config_for(corpus)
     lora = config_for(corpus, peft={"kind": "lora", "rank": 2})
-    base = talkative(jax.device_get(models.initial_params(models.build_recogniser(plain), plain)))
+    base = talkative(initial(plain))
     params = jax.device_get(models.completed(base, lora))
     qkv = params["block_0"]["attention"]["qkv"]
     qkv["kernel_lora_b"] = np.random.default_rng(0).normal(size=(2, 48)).astype(np.float32)
