@@ -88,7 +88,7 @@ def _write_hypotheses(path: str, decoded: Any, users: Any) -> None:
     rows = [
         {
             "user": users[one.user],
-            "utterance": one.index,
+            "utterance": one.place,
             "reference": one.reference,
             "hypothesis": one.hypothesis,
         }

@@ -3,13 +3,13 @@
     fedasr export --model=DIR --out=FOLDER [--format=fedasr|huggingface|onnx] [--merge=False]
 
 The model is a work directory of `fedasr train` or one checkpoint's folder. "fedasr" is the
-project's own format: safetensors, config.json and a card, without whom it was trained on; `fedasr
-evaluate`, `transcribe` and --config.init_from take it in place of a checkpoint. "huggingface" is a
-folder that `transformers` loads, of models that came from there. "onnx" is a graph from log-mel
-features to scores, for onnxruntime. Factors of LoRA are merged into the base's matrices unless
---merge=False. The card says what the model was trained on, its error rates where they are known, and
-what is promised to the users, and what is not. Exit status: 0 when done, 2 for a mistake that the
-user can mend.
+project's own format: safetensors, config.json and a card, which do not say whom it was trained on;
+`fedasr evaluate`, `transcribe` and --config.init_from take it in place of a checkpoint.
+"huggingface" is a folder that `transformers` loads, of models that came from there. "onnx" is a
+graph from log-mel features to scores, for onnxruntime. Factors of LoRA are merged into the base's
+matrices unless --merge=False. The card says what the model was trained on, its error rates where
+they are known, and what is promised to the users, and what is not. Exit status: 0 when done, 2 for
+a mistake that the user can mend.
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def read_blocks(file: str | os.PathLike[str] | bytes) -> Iterator[np.ndarray]:
         raise UserError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
-def _long(file: str | os.PathLike[str] | bytes) -> object | None:
+def _long(file: str | os.PathLike[str] | bytes) -> Any:
     """An opened recording of more than `_WHOLE` seconds; None for all others."""
     import soundfile
 
@@ -72,7 +72,7 @@ def _long(file: str | os.PathLike[str] | bytes) -> object | None:
     return None
 
 
-def _streamed(opened) -> Iterator[np.ndarray]:  # type: ignore[no-untyped-def]
+def _streamed(opened: Any) -> Iterator[np.ndarray]:
     """Blocks of an opened recording at 16 kHz; raises ValueError where it ends too early."""
     with opened:
         resampler = None

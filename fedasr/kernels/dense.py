@@ -1,7 +1,9 @@
 """A product with a matrix that everything shares, and its derivative as a product over rows."""
 
 import jax
+import jax.numpy as jnp
 
+from fedasr.kernels import narrow
 from fedasr.kernels.low_rank import LowRank, plain
 
 
@@ -12,17 +14,20 @@ def product(x: jax.Array, kernel: jax.Array | LowRank) -> jax.Array:
     product, for which XLA copies an operand on CPUs: it took 1.9 times as long, a whole training
     step 8% longer.
 
-    By a `LowRank` it is the product by its base and, by way of the rank, that by its factors.
+    A bfloat16 matrix is widened for float32 x (`fedasr.kernels.narrow`). By a `LowRank` it is the
+    product by its base and, by way of the rank, that by its factors.
     """
     if isinstance(kernel, LowRank):
-        low = _product(x, kernel.down)
-        return _product(x, kernel.base) + kernel.scale * _product(low, kernel.up)
+        low = product(x, kernel.down)
+        return product(x, kernel.base) + kernel.scale * product(low, kernel.up)
+    if kernel.dtype == jnp.bfloat16 and x.dtype == jnp.float32:
+        return narrow.product(x, kernel)
     return _product(x, kernel)
 
 
 def reference(x: jax.Array, kernel: jax.Array | LowRank) -> jax.Array:
     """What `product` computes."""
-    return x @ plain(kernel)
+    return narrow.reference(x, plain(kernel))
 
 
 @jax.custom_vjp

@@ -223,10 +223,18 @@ def rotary(x: jax.Array) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def _promote(*args: Any, **options: Any) -> Any:
-    """flax's promotion to one dtype, of the parts of a `LowRank` as well."""
-    leaves, treedef = jax.tree.flatten(args)
-    return jax.tree.unflatten(treedef, promote_dtype(*leaves, **options))
+def _promote(inputs: Any, kernel: Any, bias: Any, **options: Any) -> Any:
+    """flax's promotion to one dtype, of the parts of a `LowRank`, and but for narrow matrices.
+
+    `product` widens these.
+    """
+    leaves, treedef = jax.tree.flatten((kernel, bias))
+    inputs, *wide = promote_dtype(inputs, *leaves, **options)
+
+    def chosen(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old if (old.ndim, old.dtype, new.dtype) == (2, jnp.bfloat16, jnp.float32) else new
+
+    return inputs, *jax.tree.unflatten(treedef, list(map(chosen, leaves, wide)))
 
 
 class Dense(nn.Dense):

@@ -374,7 +374,7 @@ def _peft() -> Table:
         "LoRA": {"peft.kind": "lora", "peft.rank": 4},
         "FFA-LoRA": {"peft.kind": "ffa_lora", "peft.rank": 4},
     }
-    start = _START.overrides | {"central.steps": 1000, "central.decay_steps": 400}
+    start = {**_START.overrides} | {"central.steps": 1000, "central.decay_steps": 400}
     return Table(
         name="mini_peft",
         title="Adapting a seed model to other accents, a part of it or all, at equal epsilon",

@@ -9,6 +9,7 @@ import optax
 
 from fedasr.data.batching import Bucket, Padding, PooledBatcher, Prefetcher, pooled_buckets
 from fedasr.data.corpus import Corpus
+from fedasr.federated import subset
 from fedasr.federated.client import Loss, Params
 from fedasr.federated.cohort import (
     AXIS,
@@ -20,7 +21,6 @@ from fedasr.federated.cohort import (
     settled,
 )
 from fedasr.federated.server import ServerState, init_server, server_step
-from fedasr.federated.subset import merge, transform_part
 from fedasr.streams import Stream, seed_key
 
 # Every bucket is a program to compile, padding is time in every step.
@@ -72,7 +72,7 @@ class CentralTraining:
                 corpus, padding=PADDING, most=MOST_BUCKETS, multiples=multiples, **batches
             )
         self._batcher = PooledBatcher(corpus, buckets, seed, keep=keep, stream=stream, **batches)
-        self._optimizer = optimizer = transform_part(optimizer, trained)
+        self._optimizer = optimizer = subset.transform_part(optimizer, trained)
         self._per_report = steps_per_report
         root = seed_key(seed, stream)
 
@@ -80,9 +80,10 @@ class CentralTraining:
             key = jax.random.fold_in(root, state.round)
 
             def of(part):
-                return loss(merge(part, state.params, trained), batch, key)
+                return loss(subset.merge(part, state.params, trained), batch, key)
 
-            (value, _), grads = jax.value_and_grad(of, has_aux=True)(keep(state.params, trained))
+            part = subset.keep(state.params, trained)
+            (value, _), grads = jax.value_and_grad(of, has_aux=True)(part)
             state = server_step(state, grads, optimizer)
             return (settled(self._mesh, state) if model_devices > 1 else state), value
 

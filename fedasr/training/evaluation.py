@@ -40,12 +40,12 @@ def evaluation_buckets(
 class Decoded(NamedTuple):
     """An utterance as it was decoded.
 
-    user: index of whose it is in the corpus. index: of it among the user's. reference, hypothesis:
-    what was said, and what was found. frames: of the features.
+    user: number of whose it is in the corpus. place: its number among the user's. reference,
+    hypothesis: what was said, and what was found. frames: of the features.
     """
 
     user: int
-    index: int
+    place: int
     reference: str
     hypothesis: str
     frames: int

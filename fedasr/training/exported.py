@@ -96,8 +96,8 @@ def read_params(path: str | Path) -> Any:
 def flat(params: Any) -> dict[str, np.ndarray]:
     """Parameters by path, float32: what `read_params` reads."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(
-            np.asarray(leaf, np.float32)
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.array(
+            leaf, np.float32, order="C"
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }

@@ -140,7 +140,7 @@ def _without_names(ledger: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
 
     def entries(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        nobody = {"digest": "", "hashes": None}
+        nobody: dict[str, Any] = {"digest": "", "hashes": None}
         return [entry | {"users": entry["users"] | nobody} for entry in found]
 
     return ledger | {name: entries(ledger[name]) for name in ("earlier", "own")}

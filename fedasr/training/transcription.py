@@ -166,7 +166,7 @@ def _batch(found: np.ndarray) -> dict[str, jax.Array]:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | Path,
     *,
     decoding: Decoding | Mapping[str, Any] | None = None,
     data: str | os.PathLike[str] | None = None,
