@@ -37,7 +37,9 @@ _widened = jax.custom_batching.custom_vmap(_widen)
 
 
 @_widened.def_vmap
-def _one_for_all(axis_size, in_batched, known, kernel):  # type: ignore[no-untyped-def]
+def _one_for_all(
+    axis_size: int, in_batched: list[bool], known: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, bool]:
     del axis_size
     if not in_batched[1]:  # any client's input will do
         return _widened(known[0] if in_batched[0] else known, kernel), False

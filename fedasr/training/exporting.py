@@ -141,9 +141,9 @@ def _without_names(ledger: dict[str, Any] | None) -> dict[str, Any] | None:
 
     def entries(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         nobody: dict[str, Any] = {"digest": "", "hashes": None}
-        return [entry | {"users": entry["users"] | nobody} for entry in found]
+        return [{**entry, "users": {**entry["users"], **nobody}} for entry in found]
 
-    return ledger | {name: entries(ledger[name]) for name in ("earlier", "own")}
+    return {**ledger, **{name: entries(ledger[name]) for name in ("earlier", "own")}}
 
 
 def _hugging_face(model: Model, folder: Path) -> None:
