@@ -12,7 +12,7 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
     "sentencepiece": ["sentencepiece>=0.2"],
     "tokenizers": ["tokenizers>=0.20"],
 }
-ONNX = ["jax2onnx>=0.17", "onnxruntime>=1.24"]  # graphs for other runtimes
+ONNX = ["jax2onnx>=0.17", "onnxruntime>=1.24"]  # graphs for other runtimes; 0.17.1 needs jax<0.12
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 DOCS = [

@@ -120,7 +120,7 @@ def _own(model: Model, folder: Path) -> None:
     tree = model.config.tree()
     # Where things lay is nobody's business, nor of use elsewhere.
     tree["data"]["dir"], tree["init_from"] = "", ""
-    content = {
+    content: dict[str, Any] = {
         "format": exported.FORMAT,
         "version": exported.VERSION,
         "fedasr": fedasr.__version__,

@@ -27,8 +27,8 @@ def write(config: Config, params: Any, alphabet: dict[str, Any], folder: Path) -
     """Writes `model.onnx` and a `config.json` that says what goes in and comes out.
 
     Inputs of the graph are "features", float32 [1, frames, mels], zeros beyond the recording, and
-    "features_length", int32 [1]; outputs log probabilities, float32 [1, frames out, vocab], and
-    their true number, int32 [1].
+    "features_length", int32 [1]; outputs "log_probs", float32 [1, frames out, vocab], and
+    "log_probs_length", int32 [1].
 
     Args:
       config, params, alphabet: see `fedasr.training.exporting.Model`.
@@ -51,7 +51,14 @@ def write(config: Config, params: Any, alphabet: dict[str, Any], folder: Path) -
         jax.ShapeDtypeStruct((1,), jnp.int32),
     ]
     try:
-        to_onnx(function, inputs, return_mode="file", output_path=str(folder / GRAPH))
+        to_onnx(
+            function,
+            inputs,
+            return_mode="file",
+            output_path=str(folder / GRAPH),
+            input_names=("features", "features_length"),
+            output_names=("log_probs", "log_probs_length"),
+        )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
