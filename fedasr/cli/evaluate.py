@@ -9,8 +9,8 @@ folder. If the run had local parameters and they are still beside it, users who 
 evaluated with their own. How texts are found in the scores is as the run was told
 (`config.decoding`), unless flags say otherwise; a language model in an ARPA file may come from
 KenLM, one "from_train" is made from the transcripts of that split of the data. --hypotheses writes
-a line for each utterance: the user, its number among theirs in the corpus, reference and
-hypothesis. Exit status: 0 when done, 2 for a mistake that the user can mend.
+a line for each utterance: the user, its id (in a split that is made of others its number among the
+user's), reference and hypothesis. Exit status: 0 when done, 2 for a mistake that the user can mend.
 """
 
 import json
@@ -64,7 +64,8 @@ def run() -> None:
     decoded, loss = evaluator.decoded(params, corpus, rows)
     rates = evaluator.rates(decoded, loss)
     if flags.FLAGS.hypotheses:
-        _write_hypotheses(flags.FLAGS.hypotheses, decoded, corpus.users)
+        ids = _utterance_ids(flags.FLAGS.data, flags.FLAGS.split)
+        _write_hypotheses(flags.FLAGS.hypotheses, decoded, corpus.users, ids)
     common.show(
         {
             **rates,
@@ -79,16 +80,38 @@ def run() -> None:
     )
 
 
-def _write_hypotheses(path: str, decoded: Any, users: Any) -> None:
+def _utterance_ids(directory: str, split: str) -> dict[str, list[str]]:
+    """Ids of a stored split's utterances by user, in its order; {} where they are not known."""
+    from fedasr.data.preparation.prepare import UTTERANCES_FILE
+
+    found: dict[str, list[str]] = {}
+    try:
+        with (Path(directory) / UTTERANCES_FILE).open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                if row["split"] == split:
+                    found.setdefault(row["user"], []).append(row["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found
+
+
+def _write_hypotheses(path: str, decoded: Any, users: Any, ids: dict[str, list[str]]) -> None:
     """One JSON object a line: user, utterance, reference, hypothesis; in the corpus's order.
+
+    An utterance is named by its id or, in splits made of others, by its number among the user's.
 
     Raises:
       UserError: the file cannot be written.
     """
+
+    def name(one: Any) -> str | int:
+        own = ids.get(users[one.user], [])
+        return own[one.place] if one.place < len(own) else one.place
+
     rows = [
         {
             "user": users[one.user],
-            "utterance": one.place,
+            "utterance": name(one),
             "reference": one.reference,
             "hypothesis": one.hypothesis,
         }

@@ -8,9 +8,9 @@ import fedasr
 PROGRAMS = {
     "train": "trains a recogniser, federated and privately or not; the quickstart without flags",
     "evaluate": "word error rates of a trained recogniser on a prepared corpus",
+    "prepare": "inspects, prepares or verifies a corpus",
     "transcribe": "writes down recordings with a trained recogniser",
     "export": "a trained recogniser as a folder or an ONNX file, with a model card",
-    "prepare": "inspects, prepares or verifies a corpus",
     "plan": "noise, cohort and population of a deployment, and its epsilon",
     "audit": "attacks the round code: a lower bound on epsilon beside the claim",
     "sweep": "runs tables or grids of trainings and collects the results",

@@ -25,7 +25,7 @@ def test_transcripts_and_hypotheses_agree(finished, recordings, corpus_dir, prog
     scored = {}
     for row in map(json.loads, rows.read_text().splitlines()):
         assert row.keys() == {"user", "utterance", "reference", "hypothesis"}
-        scored.setdefault(row["user"], []).append(row["hypothesis"])
+        scored.setdefault(row["user"], {})[row["utterance"]] = row["hypothesis"]
     assert {user: len(texts) for user, texts in scored.items()} == {"test 0": 3, "test 1": 3}
 
     exported = tmp_path / "exported"
@@ -45,12 +45,11 @@ def test_transcripts_and_hypotheses_agree(finished, recordings, corpus_dir, prog
         assert "broken.wav" in error and "Traceback" not in done.stderr
         found = {}
         for row in map(json.loads, done.stdout.splitlines()):
-            user = row["file"].split("/")[-1][: len("test-0")].replace("-", " ")
-            found.setdefault(user, []).append(row["text"])
+            name = row["file"].split("/")[-1]
+            user = name[: len("test-0")].replace("-", " ")
+            found.setdefault(user, {})[name] = row["text"]
             assert [word["word"] for word in row["words"]] == row["text"].split()
-        assert {user: sorted(texts) for user, texts in found.items()} == {
-            user: sorted(texts) for user, texts in scored.items()
-        }
+        assert found == scored
 
 
 def test_a_folder_into_files(finished, recordings, program, tmp_path):
