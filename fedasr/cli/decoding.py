@@ -5,7 +5,7 @@ from typing import Any
 
 from absl import flags
 
-_SETTINGS = ("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus")
+_SETTINGS = ("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus", "blank_penalty")
 
 
 def define_flags() -> None:
@@ -16,6 +16,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("lm_order", None, "Words in the longest n-grams of a model from_SPLIT.")
     flags.DEFINE_float("lm_weight", None, "Times the words' log probability.")
     flags.DEFINE_float("word_bonus", None, "For every word, in nats.")
+    flags.DEFINE_float("blank_penalty", None, "Taken from the blank in every frame, in nats.")
     flags.DEFINE_integer("beam", None, "Hypotheses kept after each frame.")
 
 

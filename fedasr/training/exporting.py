@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ import fedasr
 from fedasr.data.records import read_metadata as read_corpus_metadata
 from fedasr.errors import UserError
 from fedasr.models import peft
+from fedasr.models.pretrained import folders
+from fedasr.models.recogniser import takes_audio
 from fedasr.training import card, exported
 from fedasr.training.builders import clients
 from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import Config
 from fedasr.training.logging import to_json
+from fedasr.training.values import WHOLE, parse_start
 from fedasr.training.workdir import recorded_config
+
+_BESIDE = {".json", ".txt", ".model"}  # of a folder's files: configuration and tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +153,25 @@ def _without_names(ledger: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _hugging_face(model: Model, folder: Path) -> None:
-    """A folder that `transformers` loads, of a model that came from there."""
-    try:
-        from fedasr.models import pretrained  # type: ignore[attr-defined, unused-ignore]
-    except ImportError as error:
-        raise UserError("--format=huggingface: this installation has no importers") from error
-    pretrained.export_folder(model.config.model, model.params, model.alphabet, folder)
+    """A folder that `transformers` loads: the start's own, with these weights."""
+    config = model.config
+    if not takes_audio(config.model.name):
+        raise UserError(
+            f"--format=huggingface is for models that came from there: {config.model.name!r} did "
+            "not (--format=fedasr holds every model)"
+        )
+    scheme, place = parse_start(config.init_from)
+    source = Path(place) if Path(place).is_dir() else Path(place).parent
+    if scheme != WHOLE or not (source / exported.CONFIG).is_file():
+        raise UserError(
+            "--format=huggingface takes configuration and tokenizer from the folder that the run "
+            f"started from, as a whole (init_from=hf:FOLDER), which {config.init_from!r} is not"
+        )
+    tensors = folders.to_tensors(config.model.name, config.model.options, model.params)
+    exported.safetensors().save_file(tensors, folder / exported.WEIGHTS, {"format": "pt"})
+    for file in sorted(source.iterdir()):
+        if file.suffix in _BESIDE and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _onnx(model: Model, folder: Path) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fedasr.errors import UserError
 from fedasr.models import peft
 from fedasr.training import exported
-from fedasr.training.builders import clients, models
+from fedasr.training.builders import clients, models, pretrained
 from fedasr.training.checkpoint import (
     has_checkpoint,
     restore_params,
@@ -24,9 +24,10 @@ from fedasr.training.workdir import recorded_config
 
 def check_there(config: Config, workdir: Path) -> None:
     """Raises UserError if a run would have nothing to start from; before data is made for it."""
-    if config.init_from and not has_checkpoint(workdir):
-        if not exported.is_exported(config.init_from):
-            find_step(config.init_from)
+    if not config.init_from or has_checkpoint(workdir) or pretrained.is_pretrained(config):
+        return  # of pretrained ones `pretrained.resolved` has looked
+    if not exported.is_exported(config.init_from):
+        find_step(config.init_from)
 
 
 def read_start(
@@ -48,6 +49,10 @@ def _read_start(config: Config) -> dict[str, Any]:
     """Raises UserError if there is none, or it is of another model or alphabet."""
     path = config.init_from
     shapes = models.variable_shapes(config)
+    if pretrained.is_pretrained(config):
+        pretrained.check_tokenizer(config, config.data.characters)
+        base = pretrained.read_params(config, models.base_shapes(config))
+        return models.completed(base, config)
     start = _loaded(path, shapes, config)
     theirs = checkpoint_metadata(path).get("config", {}).get("data", {}).get("characters")
     ours = theirs if config.data.characters is None else config.data.characters
@@ -83,4 +88,4 @@ def _loaded(path: str, like: Any, config: Config) -> Any:
             f"init_from={path} holds another model: {name} is {theirs.get(name)} there, "
             f"{ours.get(name)} here"
         )
-    return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(lambda x, own: jnp.asarray(x, own.dtype), params, like)

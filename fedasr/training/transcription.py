@@ -20,15 +20,17 @@ from fedasr.data.windows import Window
 from fedasr.decoding.alignment import Word, words_of
 from fedasr.decoding.registry import Decoder, make_decoder
 from fedasr.errors import UserError
-from fedasr.models.recogniser import Recogniser
-from fedasr.text import PHONEMES, SILENCE, CharTokenizer, PhonemeTokenizer, Tokenizer, tokenizer_for
+from fedasr.models.recogniser import Recogniser, takes_audio
+from fedasr.text import PHONEMES, SILENCE, CharTokenizer, Tokenizer
 from fedasr.training.builders import decoders, models
+from fedasr.training.builders.corpora import fitting_tokenizer
 from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import Config
 from fedasr.training.sections import Decoding
 from fedasr.training.workdir import recorded_config
 
 _SMALLEST = 192  # frames, of what recordings are padded to
+_WHISPER = 30.0  # seconds that it hears at once
 _LABELS = 4  # of the empty transcripts that the loss is given
 
 
@@ -53,6 +55,7 @@ class Transcriber:
       decoder: of the scores; None for greedy decoding.
       mel: parameters of the features. store: "features", or "audio" where the model was trained on
         features of audio that was stored as int16.
+      takes_audio: whether it hears audio itself, in blocks of 10 ms (`fedasr.models.pretrained`).
       longest: seconds of a part.
 
     Raises:
@@ -68,6 +71,7 @@ class Transcriber:
         *,
         mel: features.LogMelConfig = features.LogMelConfig(),
         store: str = "features",
+        takes_audio: bool = False,
         longest: float = windows.LONGEST,
     ) -> None:
         if recogniser.scores is None and decoder is not None:
@@ -79,7 +83,7 @@ class Transcriber:
             raise UserError(f"longest={longest} must be seconds from 1 to 3600")
         self.tokenizer, self.longest = tokenizer, longest
         self._decoder = decoder or make_decoder("greedy", tokenizer)
-        self._mel, self._store = mel, store
+        self._mel, self._store, self._takes_audio = mel, store, takes_audio
         self._params = jax.device_put(params)
         compute: Any = recogniser.evaluate if recogniser.scores is None else recogniser.scores
         self._has_scores = recogniser.scores is not None
@@ -125,20 +129,15 @@ class Transcriber:
 
     def _window(self, window: Window) -> tuple[str, list[Word]]:
         """Text and words of a part, without those of its context."""
-        samples = window.samples
-        if self._store == "audio":
-            cut = np.clip(np.round(samples * np.float32(features.INT16_SCALE)), -32768, 32767)
-            samples = cut.astype(np.float32) / np.float32(features.INT16_SCALE)
-        # As they are stored, and as evaluation sees them.
-        found = log_mel_on_cpu(samples, self._mel).astype(np.float16)
-        if not len(found):
+        batch, duration = self._heard(window.samples)
+        if batch is None:
             return "", []
-        out, lengths = self._compute(self._params, _batch(found))
+        out, lengths = self._compute(self._params, batch)
         outputs, length = np.asarray(out)[0], int(lengths[0])
         if not self._has_scores:  # tokens, of all of the part
             text = self.tokenizer.decode(outputs[:length])
             return text, [Word(word, None, None) for word in text.split()]
-        seconds = len(found) * self._mel.hop_samples / self._mel.sample_rate / max(length, 1)
+        seconds = duration / max(length, 1)
         kept = slice(0, length)
         if window.first or window.last < len(window.samples):
             ends = (np.array([window.first, window.last]) / windows.RATE / seconds).round()
@@ -148,13 +147,29 @@ class Transcriber:
         text = self._decoder(log_probs)
         return text, words_of(text, log_probs, self.tokenizer, seconds, window.start)
 
+    def _heard(self, samples: np.ndarray) -> tuple[dict[str, jax.Array] | None, float]:
+        """What evaluation would see of samples, None of too few; and the seconds that it spans."""
+        hop, rate = self._mel.hop_samples, self._mel.sample_rate
+        stored = np.clip(np.round(samples * np.float32(features.INT16_SCALE)), -32768, 32767)
+        if self._takes_audio:
+            blocks = np.zeros((-(-len(samples) // hop), hop), np.int16)
+            blocks.reshape(-1)[: len(samples)] = stored
+            if len(samples) < self._mel.frame_samples:
+                return None, 0.0
+            more = {"samples": jnp.full(1, len(samples), jnp.int32)}
+            return _batch(blocks) | more, len(samples) / rate
+        if self._store == "audio":
+            samples = stored.astype(np.float32) / np.float32(features.INT16_SCALE)
+        found = log_mel_on_cpu(samples, self._mel).astype(np.float16)
+        return (_batch(found) if len(found) else None), len(found) * hop / rate
+
 
 def _batch(found: np.ndarray) -> dict[str, jax.Array]:
     """A batch of one utterance without a transcript, padded to one of a few lengths."""
     frames = _SMALLEST
     while frames < len(found):
         frames = frames * 3 // 2 if frames * 3 // 2 >= len(found) else frames * 2
-    padded = np.zeros((1, frames, found.shape[1]), np.float16)
+    padded = np.zeros((1, frames, found.shape[1]), found.dtype)
     padded[0, : len(found)] = found
     return {
         "features": jnp.asarray(padded),
@@ -215,7 +230,8 @@ def load(
         decoder,
         mel=features.LogMelConfig(**options.get("features", {})),
         store=options.get("store", "features"),
-        longest=longest,
+        takes_audio=takes_audio(config.model.name),
+        longest=min(longest, _WHISPER) if config.model.name == "whisper" else longest,
     )
 
 
@@ -229,22 +245,16 @@ def _directory(config: Config, data: str | os.PathLike[str] | None) -> Path | No
 
 def _tokenizer(config: Config, metadata: Mapping[str, Any], corpus: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a checkpoint: what it carries itself, or that of its prepared data."""
-    carried = metadata.get("alphabet")
     characters: Any = config.data.characters
-    if carried:
-        return tokenizer_for({"options": carried})
+    if carried := metadata.get("alphabet"):
+        return fitting_tokenizer(config, {"options": carried})
     if corpus:
-        found = tokenizer_for(corpus)
-        if characters not in (None, found.characters):
-            raise UserError(
-                f"the model writes the characters {characters!r}, the data {found.characters!r}"
-            )
-        return found
-    if characters is None or isinstance(characters, str):
-        return CharTokenizer(characters) if characters else CharTokenizer()
-    if list(characters) == [*PHONEMES, SILENCE]:
-        return PhonemeTokenizer()
-    raise UserError(
-        "the model writes subwords, and the prepared data that has their tokenizer is not there: "
-        "give data"
-    )
+        return fitting_tokenizer(config, corpus)
+    if characters is None:
+        return CharTokenizer()
+    if not isinstance(characters, str) and list(characters) != [*PHONEMES, SILENCE]:
+        raise UserError(
+            "the model writes subwords, and the prepared data that has their tokenizer is not "
+            "there: give data"
+        )
+    return fitting_tokenizer(config, {"options": {"characters": characters}})
