@@ -107,6 +107,51 @@ def test_initialisation_gives_the_same():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), drawn, params)
 
 
+FAMILIES = {
+    **{name: (name, options) for name, options in MODELS.items()},
+    "transducer": ("transformer", MODELS["transformer"] | {"objective": "rnnt", "joint_dim": 8}),
+    "scanned": ("transformer", MODELS["transformer"] | {"scan_blocks": True}),
+    "wav2vec2": (
+        "wav2vec2",
+        {"dim": 16, "blocks": 2, "heads": 2, "mlp": 8, "convolutions": "8,8", "widths": "10,3"}
+        | {"strides": "5,4", "position_width": 8, "position_groups": 2, "vocab": 6},
+    ),
+    "whisper": (
+        "whisper",
+        {"dim": 16, "blocks": 1, "heads": 2, "mlp": 8, "decoder_blocks": 1, "decoder_heads": 2}
+        | {"decoder_mlp": 8, "positions": 50, "longest": 8, "vocab": 9, "start": "5", "end": 4},
+    ),
+    "parakeet": (
+        "parakeet",
+        {"dim": 16, "blocks": 1, "heads": 2, "mlp": 8, "mels": 16, "channels": 4, "vocab": 6}
+        | {"blank": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+def test_whatever_is_added_is_used(kind, family):
+    """Of every family: what no loss depends on would be noised and sent for nothing."""
+    name, options = FAMILIES[family]
+    plain = make_recogniser(name, options)
+    recogniser = peft.adapt(plain, config_of(kind))
+    shapes = jax.eval_shape(recogniser.init, jax.random.key(0))
+    examples = batch()
+    if name in ("wav2vec2", "whisper", "parakeet"):
+        examples["features"] = np.ones((2, 21, 160), np.int16)
+        examples["samples"] = np.full(2, 21 * 160, np.int32)
+    traced = jax.make_jaxpr(lambda p, b: recogniser.loss(p, b, jax.random.key(0))[0])(
+        shapes, examples
+    )
+    _, used = jax.interpreters.partial_eval.dce_jaxpr(traced.jaxpr, [True])
+    paths = leaves_by_path(shapes)
+    before = leaves_by_path(jax.eval_shape(plain.init, jax.random.key(0)))
+    of = dict(zip(paths, used, strict=False))
+    added = [path for path in paths if path not in before]
+    assert added and [path for path in added if not of[path]] == []
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ["lora", "ffa_lora"])
 def test_merged_scores_as_factors_do(kind, name):

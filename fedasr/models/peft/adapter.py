@@ -45,11 +45,14 @@ def added(params: Any, config: PeftConfig) -> Mapping[str, Init]:
 
 
 def _widths(params: Any) -> dict[str, int]:
-    """Features of each block's output, which are those of its norms, by the block's path."""
+    """Features of each block's output, which are those of its norms, by the block's path.
+
+    Blocks of decoders are none of `apply_block`'s.
+    """
     found: dict[str, int] = {}
     for path, leaf in leaves_by_path(params).items():
         inside = re.match(rf"(.*?(?:^|/){BLOCK}\d+)/.*scale$", path)
-        if inside and len(leaf.shape) == 1:
+        if inside and len(leaf.shape) == 1 and not path.startswith("decoder/"):
             found[inside[1]] = max(found.get(inside[1], 0), leaf.shape[0])
     return found
 
