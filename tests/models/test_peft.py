@@ -141,15 +141,20 @@ def test_whatever_is_added_is_used(kind, family):
     if name in ("wav2vec2", "whisper", "parakeet"):
         examples["features"] = np.ones((2, 21, 160), np.int16)
         examples["samples"] = np.full(2, 21 * 160, np.int32)
-    traced = jax.make_jaxpr(lambda p, b: recogniser.loss(p, b, jax.random.key(0))[0])(
-        shapes, examples
-    )
-    _, used = jax.interpreters.partial_eval.dce_jaxpr(traced.jaxpr, [True])
-    paths = leaves_by_path(shapes)
     before = leaves_by_path(jax.eval_shape(plain.init, jax.random.key(0)))
-    of = dict(zip(paths, used, strict=False))
-    added = [path for path in paths if path not in before]
-    assert added and [path for path in added if not of[path]] == []
+    added = [path for path in leaves_by_path(shapes) if path not in before]
+
+    def loss(params, batch):
+        return recogniser.loss(params, batch, jax.random.key(0))[0]
+
+    def decode(params, batch):
+        return recogniser.evaluate(params, batch)[:2]
+
+    for function in (loss, decode):
+        traced = jax.make_jaxpr(function)(shapes, examples).jaxpr
+        _, used = jax.interpreters.partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+        of = dict(zip(leaves_by_path(shapes), used, strict=False))
+        assert added and [path for path in added if not of[path]] == [], function
 
 
 @pytest.mark.parametrize("name", MODELS)

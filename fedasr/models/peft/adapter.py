@@ -47,7 +47,7 @@ def added(params: Any, config: PeftConfig) -> Mapping[str, Init]:
 def _widths(params: Any) -> dict[str, int]:
     """Features of each block's output, which are those of its norms, by the block's path.
 
-    Blocks of decoders are none of `apply_block`'s.
+    Not of decoders: they write a text token by token, by other code than `apply_block`.
     """
     found: dict[str, int] = {}
     for path, leaf in leaves_by_path(params).items():
