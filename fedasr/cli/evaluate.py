@@ -2,22 +2,25 @@
 
     fedasr evaluate --checkpoint=DIR --data=DIR [--split=test] [--json]
                     [--decoder=beam|lexicon --lm=FILE.arpa|from_train --lexicon=FILE|from_train]
+                    [--hypotheses=FILE.jsonl]
 
 The checkpoint is a work directory of `fedasr train` (its last checkpoint), or one checkpoint's
 folder. If the run had local parameters and they are still beside it, users who have trained are
 evaluated with their own. How texts are found in the scores is as the run was told
 (`config.decoding`), unless flags say otherwise; a language model in an ARPA file may come from
-KenLM, one "from_train" is made from the transcripts of that split of the data. Exit status: 0 when
-done, 2 for a mistake that the user can mend.
+KenLM, one "from_train" is made from the transcripts of that split of the data. --hypotheses writes
+a line for each utterance: the user, its id (in a split that is made of others its number among the
+user's), reference and hypothesis. Exit status: 0 when done, 2 for a mistake that the user can mend.
 """
 
-import dataclasses
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from fedasr.cli import common
+from fedasr.cli import common, decoding
 from fedasr.errors import UserError
 
 
@@ -46,8 +49,8 @@ def run() -> None:
     if rows is None and config.local.patterns:
         text = "warning: users' own parameters are not beside the checkpoint, or of other data"
         print(text, file=sys.stderr)
-    decoding = _decoding(config.decoding)
-    decoder = make_run_decoder(decoding, flags.FLAGS.data, tokenizer, [flags.FLAGS.split])
+    settings = decoding.settings(config.decoding)
+    decoder = make_run_decoder(settings, flags.FLAGS.data, tokenizer, [flags.FLAGS.split])
     evaluator = Evaluator(
         recogniser,
         buckets,
@@ -57,13 +60,17 @@ def run() -> None:
         published=config.evaluation.published,
         decoder=decoder,
     )
-    rates = evaluator(params, corpus, rows)
+    decoded, loss = evaluator.decoded(params, corpus, rows)
+    rates = evaluator.rates(decoded, loss)
+    if flags.FLAGS.hypotheses:
+        ids = _utterance_ids(flags.FLAGS.data, flags.FLAGS.split)
+        _write_hypotheses(flags.FLAGS.hypotheses, decoded, corpus.users, ids)
     common.show(
         {
             **rates,
             "split": flags.FLAGS.split,
-            "decoder": decoding.name,
-            **{name: value for name in ("lm", "lexicon") if (value := getattr(decoding, name))},
+            "decoder": settings.name,
+            **{name: value for name in ("lm", "lexicon") if (value := getattr(settings, name))},
             "utterances": int(corpus.sizes.sum()),
             "users": len(corpus.users),
             "stage": metadata["stage"],
@@ -72,46 +79,56 @@ def run() -> None:
     )
 
 
-def _decoding(of_run: Any) -> Any:
-    """The run's settings of decoding (`fedasr.training.config.Decoding`), with the flags' changes.
+def _utterance_ids(directory: str, split: str) -> dict[str, list[str]]:
+    """Ids of a stored split's utterances by user, in its order; {} where they are not known."""
+    from fedasr.data.preparation.prepare import UTTERANCES_FILE
+
+    found: dict[str, list[str]] = {}
+    try:
+        with (Path(directory) / UTTERANCES_FILE).open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                if row["split"] == split:
+                    found.setdefault(row["user"], []).append(row["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found
+
+
+def _write_hypotheses(path: str, decoded: Any, users: Any, ids: dict[str, list[str]]) -> None:
+    """One JSON object a line: user, utterance, reference, hypothesis; in the corpus's order.
+
+    An utterance is named by its id or, in splits made of others, by its number among the user's.
 
     Raises:
-      UserError: a flag's value that such a setting cannot have.
+      UserError: the file cannot be written.
     """
-    from fedasr.fields import check
-    from fedasr.training.config import fields
 
-    given: dict[str, Any] = {
-        name: value
-        for name in (
-            *("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus"),
-            "blank_penalty",
-        )
-        if (value := flags.FLAGS["lm_order" if name == "order" else name].value) is not None
-    }
-    if flags.FLAGS.decoder is not None:
-        given["name"] = flags.FLAGS.decoder
-    elif of_run.name == "greedy" and (given.get("lm") or given.get("lexicon")):
-        given["name"] = "beam"
-    if given.get("name") == "greedy":  # of which these are of no use
-        given = {"lm": "", "lexicon": ""} | given
-    changed = dataclasses.replace(of_run, **given)
-    check({"decoding": dataclasses.asdict(changed)}, {"decoding": fields()["decoding"]})
-    return changed
+    def name(one: Any) -> str | int:
+        own = ids.get(users[one.user], [])
+        return own[one.place] if one.place < len(own) else one.place
+
+    rows = [
+        {
+            "user": users[one.user],
+            "utterance": name(one),
+            "reference": one.reference,
+            "hypothesis": one.hypothesis,
+        }
+        for one in sorted(decoded)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        Path(path).write_text(text, encoding="utf-8", errors="surrogatepass")
+    except OSError as error:
+        raise UserError(f"--hypotheses={path} cannot be written: {error.strerror}") from error
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A work directory or one checkpoint.")
     flags.DEFINE_string("data", None, "A folder written by `fedasr prepare`.")
     flags.DEFINE_string("split", "test", "Which split of it.")
-    flags.DEFINE_string("decoder", None, "greedy, beam or lexicon; default as the run was told.")
-    flags.DEFINE_string("lm", None, "ARPA file of words, or from_SPLIT of the data; '' for none.")
-    flags.DEFINE_string("lexicon", None, "File, a word a line, or from_SPLIT; '' for none.")
-    flags.DEFINE_integer("lm_order", None, "Words in the longest n-grams of a model from_SPLIT.")
-    flags.DEFINE_float("lm_weight", None, "Times the words' log probability.")
-    flags.DEFINE_float("word_bonus", None, "For every word, in nats.")
-    flags.DEFINE_float("blank_penalty", None, "Taken from the blank in every frame, in nats.")
-    flags.DEFINE_integer("beam", None, "Hypotheses kept after each frame.")
+    flags.DEFINE_string("hypotheses", None, "File for each utterance's texts, JSON a line.")
+    decoding.define_flags()
     flags.DEFINE_integer("batch_size", 32, "Utterances at a time.")
 
 

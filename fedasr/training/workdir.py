@@ -60,6 +60,13 @@ LATER: dict[str, Any] = {
     "model.options.l2_on": "all",
     "model.options.taps": 0,
     "model.options.windows": "centred",
+    "peft.kind": "full",
+    "peft.rank": 8,
+    "peft.alpha": 16.0,
+    "peft.patterns": [],
+    "peft.bottleneck": 32,
+    "peft.also": [],
+    "peft.frozen_dtype": "float32",
 }
 # Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {

@@ -16,6 +16,8 @@ SHIMS = {
     "train": "train",
     "evaluate": "evaluate",
     "decode": "decode",
+    "transcribe": "transcribe",
+    "export": "export",
     "prepare_data": "prepare",
     "plan_privacy": "plan",
     "audit_privacy": "audit",
