@@ -8,8 +8,8 @@ import fedasr
 PROGRAMS = {
     "train": "trains a recogniser, federated and privately or not; the quickstart without flags",
     "evaluate": "word error rates of a trained recogniser on a prepared corpus",
-    "decode": "decodes a split into a file, such as a submission to a competition",
     "prepare": "inspects, prepares or verifies a corpus",
+    "decode": "decodes a split into a file, such as a submission to a competition",
     "plan": "noise, cohort and population of a deployment, and its epsilon",
     "audit": "attacks the round code: a lower bound on epsilon beside the claim",
     "sweep": "runs tables or grids of trainings and collects the results",
