@@ -29,9 +29,8 @@ def run() -> None:
         raise UserError(f"--{missing[0]} is missing: give --checkpoint, --data and --out")
     common.configure_devices()
     from fedasr.data.batching import make_buckets
-    from fedasr.data.records import open_corpus
     from fedasr.data.records import read_metadata as read_corpus_metadata
-    from fedasr.training.builders.corpora import fitting_tokenizer
+    from fedasr.training.builders.corpora import fitting_tokenizer, open_split
     from fedasr.training.builders.models import build_recogniser
     from fedasr.training.checkpoint import read_metadata, restore_params
     from fedasr.training.evaluation import MULTIPLES, Evaluator
@@ -39,8 +38,8 @@ def run() -> None:
     from fedasr.training.rows import local_rows
     from fedasr.training.workdir import recorded_config
 
-    corpus = open_corpus(values.data, values.split)
     config = recorded_config(read_metadata(values.checkpoint)["config"])
+    corpus = open_split(values.data, values.split, config)
     params = restore_params(values.checkpoint)
     tokenizer = fitting_tokenizer(config, read_corpus_metadata(values.data))
     layout, rows = local_rows(values.checkpoint, params, corpus, values.data)

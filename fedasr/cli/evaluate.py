@@ -26,9 +26,8 @@ def run() -> None:
     if not flags.FLAGS.checkpoint or not flags.FLAGS.data:
         raise UserError("--checkpoint and --data are needed: give both folders")
     common.configure_devices()
-    from fedasr.data.records import open_corpus
     from fedasr.data.records import read_metadata as read_corpus_metadata
-    from fedasr.training.builders.corpora import fitting_tokenizer
+    from fedasr.training.builders.corpora import fitting_tokenizer, open_split
     from fedasr.training.builders.decoders import make_run_decoder
     from fedasr.training.builders.models import build_recogniser
     from fedasr.training.checkpoint import read_metadata, restore_params
@@ -36,10 +35,10 @@ def run() -> None:
     from fedasr.training.rows import local_rows
     from fedasr.training.workdir import recorded_config
 
-    corpus = open_corpus(flags.FLAGS.data, flags.FLAGS.split)
     metadata = read_metadata(flags.FLAGS.checkpoint)
     params = restore_params(flags.FLAGS.checkpoint)
     config = recorded_config(metadata["config"])
+    corpus = open_split(flags.FLAGS.data, flags.FLAGS.split, config)
     recogniser = build_recogniser(config)
     buckets = evaluation_buckets([corpus])
     tokenizer = fitting_tokenizer(config, read_corpus_metadata(flags.FLAGS.data))

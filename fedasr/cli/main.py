@@ -11,6 +11,7 @@ PROGRAMS = {
     "prepare": "inspects, prepares or verifies a corpus",
     "decode": "decodes a split into a file, such as a submission to a competition",
     "plan": "noise, cohort and population of a deployment, and its epsilon",
+    "compile": "compiles a run's programs for accelerators that are not there",
     "audit": "attacks the round code: a lower bound on epsilon beside the claim",
     "sweep": "runs tables or grids of trainings and collects the results",
     "fuse": "merges trained models",

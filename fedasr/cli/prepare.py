@@ -78,7 +78,10 @@ def run() -> dict[str, Any]:
 def _written(language: str) -> dict[str, Any]:
     """What labels are written in, as arguments of `prepare`."""
     if flags.FLAGS.tokenizer:
-        return {"tokenizer": flags.FLAGS.tokenizer, "alphabet": flags.FLAGS.alphabet or ""}
+        found = text.prepared_with(flags.FLAGS.tokenizer)
+        if "alphabet" in found and (flags.FLAGS.alphabet or flags.FLAGS.keep_letters):
+            raise UserError("--tokenizer has its own characters: leave --alphabet and letters out")
+        return {"alphabet": flags.FLAGS.alphabet or "", **found}
     if flags.FLAGS.alphabet != text.FROM_DATA:
         return {
             "alphabet": text.script_alphabet(flags.FLAGS.alphabet) if flags.FLAGS.alphabet else ""
@@ -316,7 +319,9 @@ def _define_flags() -> None:
         "alphabet_min_count", 1, "With from_data: characters that occur less often are left out."
     )
     flags.DEFINE_string(
-        "tokenizer", None, "In place of an alphabet: a SentencePiece model or a tokenizer.json."
+        "tokenizer",
+        None,
+        "In place of an alphabet: a SentencePiece model, a tokenizer.json, or a model's folder.",
     )
     flags.DEFINE_enum(
         "store", "features", list(STORES), "audio: features are computed whenever they are read."

@@ -20,6 +20,7 @@ from fedasr.text.alphabets import (
     alphabet,
     script_alphabet,
 )
+from fedasr.text.folders import folder_tokenizer, prepared_with
 from fedasr.text.handwriting import handwriting_text
 from fedasr.text.learned import alphabet_of
 from fedasr.text.lexicon import pronounced, read_lexicon
@@ -38,6 +39,7 @@ from fedasr.text.tokenizers import (
     PHONEMES,
     SILENCE,
     CharTokenizer,
+    NormalisedTokenizer,
     PhonemeTokenizer,
     SubwordTokenizer,
     Tokenizer,
@@ -59,17 +61,20 @@ __all__ = [
     "CharTokenizer",
     "Loss",
     "Normalised",
+    "NormalisedTokenizer",
     "PhonemeTokenizer",
     "SubwordTokenizer",
     "Tokenizer",
     "alphabet",
     "alphabet_of",
     "describe_losses",
+    "folder_tokenizer",
     "handwriting_text",
     "learned_vocabulary",
     "normalise",
     "normalize_text",
     "parse_losses",
+    "prepared_with",
     "pronounced",
     "published_text",
     "read_lexicon",

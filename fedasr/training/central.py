@@ -72,9 +72,10 @@ class CentralTraining:
         self._batcher = PooledBatcher(
             corpus, buckets, seed, select=select, stream=stream, **batches
         )
-        root = seed_key(seed, stream)
+        # An argument, no constant: other seeds find the compiled program in the cache.
+        self._root = seed_key(seed, stream)
 
-        def step(state: ServerState, batch):
+        def step(state: ServerState, batch, root):
             key = jax.random.fold_in(root, state.round)
             (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
             state = server_step(state, grads, optimizer)
@@ -106,15 +107,15 @@ class CentralTraining:
           and after the last.
         """
         return run_steps(
-            self._step, self._batcher.batch, state, steps, self._per_report, self._mesh
+            self._step, self._root, self._batcher.batch, state, steps, self._per_report, self._mesh
         )
 
 
-def compiled_step(step: Callable[[ServerState, Any], Any], mesh: jax.sharding.Mesh) -> Any:
-    """A step (state, batch) -> (state, value) whose batch the devices of a mesh share."""
+def compiled_step(step: Callable[[ServerState, Any, Any], Any], mesh: jax.sharding.Mesh) -> Any:
+    """A step (state, batch, root key) -> (state, value) whose batch a mesh's devices share."""
     whole = replicated(mesh)
     where: dict[str, Any] = {
-        "in_shardings": (whole, client_sharding(mesh)),
+        "in_shardings": (whole, client_sharding(mesh), whole),
         "out_shardings": whole,
     }
     return jax.jit(step, **({} if MODEL in mesh.shape else where))
@@ -122,13 +123,15 @@ def compiled_step(step: Callable[[ServerState, Any], Any], mesh: jax.sharding.Me
 
 def run_steps(
     step: Any,
+    root: Any,
     batch: Callable[[int], Mapping[str, np.ndarray]],
     state: ServerState,
     steps: int,
     per_report: int,
     mesh: jax.sharding.Mesh,
 ) -> Iterator[tuple[ServerState, int, float]]:
-    """See `CentralTraining.run`; `step` is of `compiled_step`, `batch` of the number of a step."""
+    """See `CentralTraining.run`; `step` is of `compiled_step`, `root` its key, `batch` of the
+    number of a step."""
     first = int(state.round)
 
     def transfer(batch):
@@ -137,7 +140,7 @@ def run_steps(
     losses = []
     with Prefetcher(map(batch, range(first, first + steps)), transfer=transfer) as prefetched:
         for done, prepared in enumerate(prefetched, first + 1):
-            state, value = step(state, prepared)
+            state, value = step(state, prepared, root)
             losses.append(value)
             if done % per_report == 0 or done == first + steps:
                 yield state, done, float(np.mean(jax.device_get(losses)))

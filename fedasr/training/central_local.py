@@ -63,9 +63,8 @@ class LocalCentralTraining:
         )
         self._layout, self._optimizer, self._per_report = layout, optimizer, steps_per_report
         self._users = len(corpus.users)
-        self._step: Any = compiled_step(
-            local_step(loss, optimizer, layout, seed_key(seed, stream)), self._mesh
-        )
+        self._root = seed_key(seed, stream)
+        self._step: Any = compiled_step(local_step(loss, optimizer, layout), self._mesh)
 
     def padding(self, steps: int) -> Padding:
         """How much of the first `steps` batches is real; see `UserBatcher.padding`."""
@@ -93,7 +92,7 @@ class LocalCentralTraining:
     def run(self, state: ServerState, steps: int) -> Iterator[tuple[ServerState, int, float]]:
         """See `CentralTraining.run`."""
         return run_steps(
-            self._step, self._batcher.batch, state, steps, self._per_report, self._mesh
+            self._step, self._root, self._batcher.batch, state, steps, self._per_report, self._mesh
         )
 
 
@@ -107,17 +106,18 @@ def _shared(layout: Layout) -> list[bool]:
     return [not stays for stays in layout.local]
 
 
-def local_step(
-    loss: Loss, optimizer: optax.GradientTransformation, layout: Layout, root: jax.Array
-) -> Any:
-    """A step (state, batch) -> (state, loss) of `LocalCentralTraining`.
+def local_step(loss: Loss, optimizer: optax.GradientTransformation, layout: Layout) -> Any:
+    """A step (state, batch, root) -> (state, loss) of `LocalCentralTraining`.
+
+    The root is the key of what steps draw; each folds in its number.
 
     Args:
       loss: of one user's parameters. optimizer: of all. layout: what is local.
-      root: of what steps draw; each folds in its number.
     """
 
-    def step(state: ServerState, batch: dict[str, jax.Array]) -> tuple[ServerState, jax.Array]:
+    def step(
+        state: ServerState, batch: dict[str, jax.Array], root: jax.Array
+    ) -> tuple[ServerState, jax.Array]:
         batch = dict(batch)
         user = batch.pop("user")[0]
         opt_state, rows = state.opt_state

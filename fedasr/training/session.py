@@ -17,14 +17,14 @@ from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
 from fedasr.streams import make_root, public_name
-from fedasr.training import ledgers, selection
+from fedasr.training import exactness, ledgers, selection
 from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
 from fedasr.training.cadence import Cadence
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader
 from fedasr.training.config import Config
 from fedasr.training.evaluation import Evaluator
 from fedasr.training.interrupts import StopFlag
-from fedasr.training.logging import RunLogger, read_metrics, say, to_json
+from fedasr.training.logging import RunLogger, say, to_json
 from fedasr.training.overfitting import Watch
 from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.selection import Selection
@@ -176,7 +176,7 @@ class Session:
             **({} if store is None else {"local_users": int(store.known.sum())}),
             "stage": stage,
             "units": units,
-            "devices": devices.described(self.parts.devices),
+            **exactness.here(self.parts.devices, self.trainer.chunk),
             "config": self.parts.config.tree(),
             "ledger": {
                 "known": known,
@@ -185,6 +185,7 @@ class Session:
             },
             "totals": dataclasses.asdict(self.totals) | {"wall_seconds": self.wall_seconds()},
             "initial": to_json(self.initial),
+            "best": self.selection.best[0] if stage == "main" and self.selection.best else None,
         }
 
     def _save(self, stage: str, units: int, state: ServerState) -> None:
@@ -221,19 +222,20 @@ class Session:
             hosts.wait_for_all("stopped")
             raise Interrupted(f"stopped in {stage} at {units}: run the same command to go on")
 
-    def begin_main(self, begun: bool, unit: str) -> None:
+    def begin_main(self, begun: bool, unit: str, best: int | None = None) -> None:
         """Before the main stage.
 
         Args:
           begun: whether it goes on from a checkpoint of its own.
           unit: "round" or "step", what it counts.
+          best: of that checkpoint's metadata.
         """
         config = self.parts.config
-        self.selection = Selection(config, self.workdir, begun)
+        self.selection = Selection(config, self.workdir, begun, best)
         named = (config.selection.split, *config.evaluation.while_training)
         split = next((name for name in named if name in self.parts.data.evaluation), None)
         if split is not None:
-            self.watch = Watch(unit, split, self.selection.wanted, read_metrics(self.logs))
+            self.watch = Watch(unit, split, self.selection.wanted, self.logger.kept)
 
     def evaluated(self, units: int, record: Mapping[str, Any], state: ServerState) -> bool:
         """After each record of the main stage: keeps what is best, and warns.

@@ -94,7 +94,7 @@ CHANGES = st.fixed_dictionaries(
     },
 )
 RECORDED = st.fixed_dictionaries(
-    {}, optional={"identity": st.text(max_size=3), "characters": st.text(max_size=3)}
+    {}, optional={name: st.text(max_size=3) for name in ("identity", "characters", "knowledge")}
 )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, pass_exhaustion
 from fedasr.federated.client import ClientUpdate, Loss, local_training
 from fedasr.federated.server import constant_then_exponential, make_optimizer
 from fedasr.training.config import Config
@@ -52,6 +52,7 @@ def _check_optimizer(name: str, options: Mapping[str, Any], where: str) -> None:
     except UserError:
         raise
     except Exception as error:
+        pass_exhaustion(error, f"trying {where}")
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: {name!r} does not take {dict(options)}: {reason}") from error
 

@@ -8,7 +8,7 @@ import jax
 from fedasr.data.corpus import Corpus
 from fedasr.errors import UserError
 from fedasr.federated.client import Loss
-from fedasr.models.recogniser import ARRAYS
+from fedasr.models.recogniser import INPUTS
 from fedasr.streams import Stream
 from fedasr.training.builders import batches, corpora, models, optimizers
 from fedasr.training.central import CentralTraining
@@ -50,7 +50,7 @@ def central_training(
         # Saved and evaluated when reported.
         steps_per_report=math.gcd(10, config.checkpoint.seed_every, evaluated),
         devices=devices,
-        select=ARRAYS,
+        select=INPUTS,
         model_devices=config.model_devices,
     )
 
@@ -84,7 +84,7 @@ def local_central_training(
         multiples=MULTIPLES,
         steps_per_report=math.gcd(10, config.checkpoint.seed_every, config.evaluation.every_steps),
         devices=devices,
-        select=ARRAYS,
+        select=INPUTS,
     )
 
 

@@ -88,6 +88,8 @@ def _rates(session: Session, state: ServerState, done: int, total: int) -> dict[
 class CentralTrainer:
     """The baseline: the training users' examples, pooled. A unit is a step."""
 
+    chunk = None
+
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._total = parts.config.central.steps
