@@ -120,7 +120,9 @@ def _set_training(config: ConfigDict, users: int, utterances: float, rounds: int
     config.rounds = all_rounds
     # As many utterances as all rounds together have, for who forgets the users.
     in_round = config.cohort * config.client.steps * _BATCH
-    config.central.steps = (all_rounds * in_round + config.central.batch_size - 1) // config.central.batch_size
+    config.central.steps = (
+        all_rounds * in_round + config.central.batch_size - 1
+    ) // config.central.batch_size
     config.server.learning_rate = 0.01
     config.server.decay_start = all_rounds * 2 // 3
     config.server.decay_rounds = (all_rounds + 3) // 4  # at least 1

@@ -154,5 +154,7 @@ def not_covered(config: Config) -> list[str]:
                 "often"
             )
         else:
-            found.append(f"the texts behind the decoder's {knowledge} {value}, if they are of users")
+            found.append(
+                f"the texts behind the decoder's {knowledge} {value}, if they are of users"
+            )
     return found
