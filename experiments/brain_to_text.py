@@ -333,7 +333,7 @@ def federated(bench: Bench) -> Any:
                 batch_size=settings["batch_size"],
                 epochs=settings["epochs"],
                 buckets=[bench.bucket],
-                keep=ARRAYS,
+                select=ARRAYS,
             ),
             seed=bench.seed,
         )

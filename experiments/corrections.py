@@ -164,7 +164,7 @@ def central_training(bench: Bench, section: str, seed: int, batch_size: int) -> 
         batch_size,
         seed=seed,
         buckets=[bench.bucket],
-        keep=ARRAYS,
+        select=ARRAYS,
     )
 
 
@@ -235,7 +235,7 @@ def server_words(bench: Bench) -> Counter[str]:
 
 def held_out_batch(bench: Bench) -> dict[str, Any]:
     """Utterances of the held-out split "dev", for weights by quality: one batch, general ones."""
-    from fedasr.data.batching import make_buckets, place
+    from fedasr.data.batching import make_buckets, write_example
     from fedasr.data.synthetic import FRESH_WORDS
     from fedasr.models.recogniser import ARRAYS
 
@@ -247,7 +247,7 @@ def held_out_batch(bench: Bench) -> dict[str, Any]:
         for example in corpus.get(user, range(int(size))):
             words = set(bench.tokenizer.decode(example["labels"]).split())
             if slot < count and not words & set(FRESH_WORDS):
-                place(batch, (slot,), (count,), example, bucket, ARRAYS)
+                write_example(batch, (slot,), (count,), example, bucket, ARRAYS)
                 slot += 1
     return batch
 
@@ -391,7 +391,7 @@ def make_simulation(
             client["batch_size"],
             steps=client["steps"],
             buckets=corpora.client_grid(Config.of(config)),
-            keep=ARRAYS,
+            select=ARRAYS,
         ),
         hardware=Hardware(chunk=config["chunk"]),
         seed=seed,

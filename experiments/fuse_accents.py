@@ -209,7 +209,7 @@ def fused_between(
                 raise UserError(f"{folder} is of another configuration: choose another --workdir")
             params = found["params"]
             states = [
-                simulation.place(state)
+                simulation.transfer(state)
                 for simulation, state in zip(simulations, found["states"], strict=True)
             ]
         for fused in groups.train(simulations, states, rounds, settings["every"], fuse):

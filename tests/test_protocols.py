@@ -220,7 +220,7 @@ def test_an_audit_of_noise_that_remembers():
 def test_central_training_and_evaluation():
     model = fa.recogniser("transformer", **SMALL)
     params = model.init(jax.random.key(0))
-    trainer = CentralTraining(Recordings(), model.loss, optax.sgd(0.1), 2, seed=0, keep=ARRAYS)
+    trainer = CentralTraining(Recordings(), model.loss, optax.sgd(0.1), 2, seed=0, select=ARRAYS)
     for state, steps, loss in trainer.run(trainer.init(params), 2):
         assert steps == state.round == 2 and loss > 0
     rates = fa.evaluate(model, state.params, Recordings())

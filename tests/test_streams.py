@@ -246,7 +246,7 @@ def test_the_same_run_again_resumed_or_halved_draws_the_same(recorded):
     other = simulation(
         hardware=Hardware(ONE, chunk=2)
     )  # as after running out of memory, and in another process
-    (rest,) = drawn(recorded, lambda: rounds(other, other.place(saved), 1).params)
+    (rest,) = drawn(recorded, lambda: rounds(other, other.transfer(saved), 1).params)
     assert {*rest} <= {*whole}
     assert {*rest} != {*whole}
 

@@ -142,7 +142,7 @@ def measure_rounds(folder: Path) -> dict[str, Any]:
         len(corpus.users), min(flags.FLAGS.cohort, len(corpus.users)), seed=0
     )
     buckets = make_buckets([corpus])
-    local = Batching(1, steps=1, buckets=buckets, keep=ARRAYS)
+    local = Batching(1, steps=1, buckets=buckets, select=ARRAYS)
     devices = jax.local_device_count()
     chunk = flags.FLAGS.chunk or -(-sampler.slots // devices)
 

@@ -67,7 +67,7 @@ def measure(folder: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]
             local_training(recogniser.loss, make_optimizer("sgd", 0.1), grad_clip=1.0),
             make_optimizer("lamb", 0.01),
         ),
-        Batching(1, steps=1, buckets=make_buckets([corpus]), keep=ARRAYS),
+        Batching(1, steps=1, buckets=make_buckets([corpus]), select=ARRAYS),
         hardware=Hardware(chunk=chunk),
     )
     state = simulation.init(recogniser.init(jax.random.key(0)))

@@ -20,7 +20,7 @@ _CHANNEL = 0.75  # of the mel channels: where the point of the warp of frequency
 
 @dataclass(frozen=True)
 class SpecAugmentConfig:
-    """The masking policy; the defaults are those of arXiv 2310.00098.
+    """The masking policy; the defaults are those of arXiv 2310.00098 but for `inclusive`.
 
     Attributes:
       frequency_masks: number of bands of mel channels masked.

@@ -93,6 +93,11 @@ def _describe(summary: dict) -> Iterator[str]:
         yield f"utterances skipped: {skipped}"
     if invalid := summary["invalid_client_updates"]:
         yield f"client updates that were not finite, counted as zero: {invalid}"
+    if changes := summary.get("device_changes"):
+        yield (
+            "not bit for bit what a run without these changes comes to, to about 1e-5: "
+            f"{'; '.join(changes)}"
+        )
     yield f"{summary['wall_seconds']:.0f} s on {summary['device']}"
 
 

@@ -11,7 +11,7 @@ from fedasr.compression.formats import FloatFormat
 from fedasr.compression.partial import Subset
 from fedasr.compression.transport import transport_bytes
 from fedasr.federated.client import Loss
-from fedasr.federated.subset import keep
+from fedasr.federated.subset import select
 from fedasr.privacy.secure_aggregation import SecureAggregation
 
 
@@ -44,7 +44,7 @@ def describe_client(
       Rows with `method`, `down_bytes` and `up_bytes` per client and round, `parameter_bytes` (as
       they lie on the device) and `peak_bytes`, the last two None where not measured.
     """
-    sent = params if local is None else keep(params, [not stays for stays in local])
+    sent = params if local is None else select(params, [not stays for stays in local])
     plain = transport_bytes(sent)
     rows: list[tuple[str, Any, Any, Subset | None]]
     rows = [("float32, all variables", plain, None, None)]

@@ -26,7 +26,7 @@ import numpy as np
 from fedasr.compression.online import choose, flags, weight_matrices
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Loss
-from fedasr.federated.subset import check_patterns, keep, matches, merge
+from fedasr.federated.subset import check_patterns, matches, merge, select
 from fedasr.streams import Stream, fold, seed_key
 
 
@@ -130,7 +130,7 @@ def _train(make_update, loss, params, trained, *args, **kwargs):
     def of(part, batch, key):
         return loss(merge(part, params, trained), batch, key)
 
-    return make_update(of)(keep(params, trained), *args, **kwargs)
+    return make_update(of)(select(params, trained), *args, **kwargs)
 
 
 def _by_round(make_update, loss, subset):

@@ -12,7 +12,7 @@ from fedasr.federated.algorithms import Algorithm, sent
 from fedasr.federated.client import ClientUpdate
 from fedasr.federated.cohort import Weigh
 from fedasr.federated.local import LocalUpdate, with_local
-from fedasr.federated.subset import keep, merge
+from fedasr.federated.subset import merge, select
 from fedasr.privacy.adaptive import ClientView
 from fedasr.privacy.mechanism import Mechanism
 
@@ -45,8 +45,8 @@ def client_side(mechanism: Mechanism, algorithm: Algorithm) -> ClientSide:
 def _init_part(init: Any, trained: Sequence[bool] | None, view: Any) -> Any:
     """The clipping's state for the trained variables of what clients get."""
     if isinstance(view, ClientView):
-        return init(view._replace(params=keep(view.params, trained)))
-    return init(keep(view, trained))
+        return init(view._replace(params=select(view.params, trained)))
+    return init(select(view, trained))
 
 
 def _for_all(weigh: Weigh | None, trained: Sequence[bool] | None) -> Weigh | None:

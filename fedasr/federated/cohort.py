@@ -225,12 +225,12 @@ def make_cohort(
     """
 
     def one_client(
-        params, batches, num_steps, weight, user, own, round_key, max_steps, round, view=None
+        params, batches, num_steps, weight, user, local_row, round_key, max_steps, round, view=None
     ):
         key = jax.random.fold_in(round_key, user)
         args = (batches if view is None else view, num_steps, key, max_steps, round)
         if local:
-            delta, metrics, new = client_update(params, own, *args)
+            delta, metrics, new = client_update(params, local_row, *args)
         else:
             delta, metrics = client_update(params, *args)
         delta, stats = clip.update(delta, clip.init(params))
@@ -261,8 +261,8 @@ def make_cohort(
             aux=jax.tree.map(where_valid, metrics.aux),
         )
         if local:
-            own = jnp.where(valid & jnp.all(jnp.isfinite(new)), new, own)
-        return sums, own
+            local_row = jnp.where(valid & jnp.all(jnp.isfinite(new)), new, local_row)
+        return sums, local_row
 
     def one_device(accumulator, params, chunk, round_key, round):
         args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user, chunk.local)
@@ -277,34 +277,34 @@ def make_cohort(
             client = [with_examples(batches), *client]
             # Of the copy of the client's data that this makes, what is not used is left out.
             view = view_of_client(chunk.batches, row) if chunk.resident is None else None
-            sums, own = one_client(params, *client, round_key, None, round, view)
-            return jax.tree.map(lambda a, s: a + s[None], accumulator, sums), own
+            sums, local_row = one_client(params, *client, round_key, None, round, view)
+            return jax.tree.map(lambda a, s: a + s[None], accumulator, sums), local_row
 
         if chunk.num_steps.shape[0] == 1:
-            accumulator, own = one_more(accumulator, 0)
-            own = jax.tree.map(lambda x: x[None], own)
+            accumulator, local_row = one_more(accumulator, 0)
+            local_row = jax.tree.map(lambda x: x[None], local_row)
         elif in_turns:
 
             def turn(i, carry):
-                accumulator, own = carry
+                accumulator, local_row = carry
                 accumulator, new = one_more(accumulator, i)
-                return accumulator, jax.tree.map(lambda o, n: o.at[i].set(n), own, new)
+                return accumulator, jax.tree.map(lambda o, n: o.at[i].set(n), local_row, new)
 
             slots = 1 + jnp.arange(chunk.num_steps.shape[0])
             last = jnp.max(jnp.where(chunk.num_steps > 0, slots, 0))  # then come empty slots
             carry = (accumulator, chunk.local)
-            accumulator, own = jax.lax.fori_loop(0, last, turn, carry)
+            accumulator, local_row = jax.lax.fori_loop(0, last, turn, carry)
         else:
             most = jnp.max(chunk.num_steps)
 
             def one(batches, *client):
                 return one_client(params, with_examples(batches), *client, round_key, most, round)
 
-            sums, own = jax.vmap(one)(*args)
+            sums, local_row = jax.vmap(one)(*args)
             accumulator = jax.tree.map(
                 lambda a, s: a + jnp.sum(s, axis=0, dtype=s.dtype)[None], accumulator, sums
             )
-        return (accumulator, own) if local else accumulator
+        return (accumulator, local_row) if local else accumulator
 
     clients, whole = PartitionSpec(AXIS), PartitionSpec()
     of_chunk = Chunk._make([*[clients] * (len(Chunk._fields) - 1), whole])  # resident: whole

@@ -62,7 +62,7 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
-def own_rows(mesh: Mesh, rows: int) -> slice:
+def process_rows(mesh: Mesh, rows: int) -> slice:
     """Which of a chunk's rows are on this process's devices.
 
     Args:
@@ -81,7 +81,7 @@ def own_rows(mesh: Mesh, rows: int) -> slice:
     return slice(own[0] * each, (own[-1] + 1) * each)
 
 
-def place(tree: Any, sharding: Any) -> Any:
+def transfer(tree: Any, sharding: Any) -> Any:
     """Puts a pytree that every process holds whole, and alike, on the devices of all.
 
     Args:
@@ -97,8 +97,8 @@ def place(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-def place_rows(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts a pytree whose arrays hold this process's rows (see `own_rows`) on the devices."""
+def transfer_rows(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts a pytree whose arrays hold this process's rows (see `process_rows`) on the devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
@@ -142,7 +142,7 @@ def connect() -> None:
     """Lets the devices of all processes find each other, while the processes are in step."""
     if jax.process_count() > 1:
         mesh = Mesh(np.asarray(jax.devices()), ("all",))
-        ones = place(np.ones(mesh.size), NamedSharding(mesh, PartitionSpec("all")))
+        ones = transfer(np.ones(mesh.size), NamedSharding(mesh, PartitionSpec("all")))
         total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
         total(ones).block_until_ready()
 

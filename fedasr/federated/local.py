@@ -27,7 +27,7 @@ import numpy as np
 
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientMetrics, ClientUpdate, Params
-from fedasr.federated.subset import keep, matches, merge
+from fedasr.federated.subset import matches, merge, select
 
 PROTOTYPES = ("init", "mean", "last")
 ROWS_FILE, SLOTS_FILE = "rows.f32", "slots.i64"
@@ -60,21 +60,21 @@ class Layout:
     def shared(self) -> list[bool]:
         """For each variable in order, whether clients train it and send its update."""
         trained = self.trained or (True,) * len(self.local)
-        return [t and not own for t, own in zip(trained, self.local, strict=True)]
+        return [t and not stays for t, stays in zip(trained, self.local, strict=True)]
 
     def extract(self, tree: Params) -> jax.Array:
         """The local variables of a tree shaped like the model's as a row, float32 [size]."""
         leaves = zip(jax.tree.leaves(tree), self.local, strict=True)
-        rows = [jnp.ravel(x).astype(jnp.float32) for x, own in leaves if own]
+        rows = [jnp.ravel(x).astype(jnp.float32) for x, stays in leaves if stays]
         return jnp.concatenate(rows)
 
     def insert(self, params: Params, row: jax.Array) -> Params:
         """The parameters with a row's values, in the variables' dtypes."""
-        like = [x for x, own in zip(jax.tree.leaves(params), self.local, strict=True) if own]
+        like = [x for x, stays in zip(jax.tree.leaves(params), self.local, strict=True) if stays]
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         parts = jnp.split(row, ends[:-1])
-        own = [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, like, strict=True)]
-        return merge(own, params, self.local)
+        values = [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, like, strict=True)]
+        return merge(values, params, self.local)
 
 
 def make_layout(
@@ -92,7 +92,9 @@ def make_layout(
         to share.
     """
     local = matches(params, patterns, "local.patterns")
-    shapes = [tuple(x.shape) for x, own in zip(jax.tree.leaves(params), local, strict=True) if own]
+    shapes = [
+        tuple(x.shape) for x, stays in zip(jax.tree.leaves(params), local, strict=True) if stays
+    ]
     layout = Layout(tuple(local), None if trained is None else tuple(trained), tuple(shapes))
     if not shapes:
         raise UserError("local.patterns: no variable would be local")
@@ -115,7 +117,7 @@ def with_local(client_update: ClientUpdate, layout: Layout) -> LocalUpdate:
         start = layout.insert(params, row)
         delta, metrics = client_update(start, *args, **kwargs)
         whole = merge(delta, jax.tree.map(jnp.zeros_like, start), layout.trained)
-        return keep(whole, layout.shared), metrics, row - layout.extract(whole)
+        return select(whole, layout.shared), metrics, row - layout.extract(whole)
 
     return update
 
@@ -192,14 +194,15 @@ class LocalStore:
         data = self._slots.read()
         return np.frombuffer(data[: len(data) // _PAIR * _PAIR], np.int64).reshape(-1, 2)
 
-    def restore(self, round: int) -> None:
+    def restore(self, round: int, forget: bool = True) -> None:
         """The rows as they were after `round`; what was written later is forgotten for good.
 
         Args:
           round: rounds done, not before the last `release`; 0 for no rows.
+          forget: False to look only: no row may be written after it.
         """
         written, user = self._records()[1:].T
-        if not self._read_only:
+        if forget and not self._read_only:
             for slot in np.flatnonzero(written > round):
                 self._record(int(slot), 0, 0)
         used = np.flatnonzero((written > 0) & (written <= round))
@@ -283,6 +286,16 @@ class LocalStore:
                 self._old.append((self.round, old))
             self._slot[user] = slot
         self._written, self._mean = [], None
+
+    def advance(self, round: int) -> None:
+        """Makes `round` the next to be written: no row has changed in those before it.
+
+        Raises:
+          UserError: it is not later than the last.
+        """
+        if round < self._next_round():
+            raise UserError(f"the local parameters are of round {self.round}, not before {round}")
+        self.round = round - 1
 
     def flush(self) -> None:
         """Returns when all that was written is on the disk itself."""

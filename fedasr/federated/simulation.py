@@ -24,7 +24,6 @@ from fedasr.federated.client import Params
 from fedasr.federated.clientside import client_side
 from fedasr.federated.cohort import (
     AXIS,
-    MODEL,
     CohortSum,
     client_sharding,
     make_cohort,
@@ -37,7 +36,7 @@ from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import CohortRows
 from fedasr.federated.metrics import RoundMetrics, round_metrics
 from fedasr.federated.server import ServerState, init_server, server_step
-from fedasr.federated.subset import keep as keep_part
+from fedasr.federated.subset import select as select_part
 from fedasr.federated.subset import transform_part
 from fedasr.privacy.adaptive import ClientView, hold, scales_of
 from fedasr.privacy.clipping import layer_names
@@ -55,6 +54,15 @@ class Draws(NamedTuple):
 
     sampler: Any
     order: int
+
+
+class _Arguments(NamedTuple):
+    """Shapes. state: the server's. of_clients: of the cohort's `add`. total, votes: of the step."""
+
+    state: ServerState
+    of_clients: tuple[Any, ...]
+    total: Params
+    votes: dict[str, Any]
 
 
 class Simulation:
@@ -99,10 +107,10 @@ class Simulation:
             seed,
             devices=self._lanes,
             weights=_weights(corpus, mechanism, algorithm),
-            rows=hosts.own_rows(self.mesh, self.chunk * self._lanes),
+            rows=hosts.process_rows(self.mesh, self.chunk * self._lanes),
             turns=self._most_turns(),
         )
-        self._resident = hosts.place(batching.resident, replicated(self.mesh))
+        self._resident = hosts.transfer(batching.resident, replicated(self.mesh))
         self._round_key_of = jax.jit(
             lambda root, round: jax.random.fold_in(key(root, Stream.CLIENTS), round),
             out_shardings=replicated(self.mesh),
@@ -167,7 +175,7 @@ class Simulation:
         """
         root = self.root_of(params) if root is None else np.asarray(root, np.uint32)
         state = init_server(params, self._chain(root), root)
-        return self.place(state)
+        return self.transfer(state)
 
     def draws(self, state: ServerState) -> Draws:
         """How users and their examples are drawn in the run of a state."""
@@ -179,9 +187,9 @@ class Simulation:
         root = make_root(self.seed) if root is None else root
         return self._round_key_of(root, round)
 
-    def place(self, state: ServerState) -> ServerState:
+    def transfer(self, state: ServerState) -> ServerState:
         """Puts a state, such as a restored one, on every device."""
-        return hosts.place(state, model_sharding(self.mesh, state))
+        return hosts.transfer(state, model_sharding(self.mesh, state))
 
     def _items(
         self, draws: Draws, first: int, last: int
@@ -201,7 +209,7 @@ class Simulation:
         users = None
         if chunk is not None and self.store is not None:
             users = np.where(chunk.num_steps > 0, chunk.user, -1)
-        chunk = hosts.place_rows(chunk, client_sharding(self.mesh))
+        chunk = hosts.transfer_rows(chunk, client_sharding(self.mesh))
         if chunk is not None:
             chunk = chunk._replace(resident=self._resident)
         return chunk, padding, last, users
@@ -212,7 +220,9 @@ class Simulation:
         The next chunks are read and transferred by a thread while the devices compute.
         """
         first, root = int(state.round), _root(state)
-        own = None if self.store is None else CohortRows(self.store, int(state.round), state.params)
+        cohort_rows = (
+            None if self.store is None else CohortRows(self.store, int(state.round), state.params)
+        )
         items = self._items(self.draws(state), first, first + rounds)
         with Prefetcher(items, transfer=self._transfer) as prefetched:
             round, sums = first, None
@@ -225,24 +235,24 @@ class Simulation:
                 if not last:
                     clients = self._round_key(np.int32(round), root)
                     view = self._view(state)
-                    if own is not None:
+                    if cohort_rows is not None:
                         # Not by the thread, which reads ahead: a user's last round must be written.
-                        rows = jax.device_put(own.gather(users), client_sharding(self.mesh))
+                        rows = jax.device_put(cohort_rows.gather(users), client_sharding(self.mesh))
                         chunk = chunk._replace(local=rows)
                     if sums is None:
                         sums = self._cohort.zeros(view, chunk)
                     sums = self._cohort.add(sums, view, chunk, clients, np.int32(round))
-                    if own is not None:
+                    if cohort_rows is not None:
                         sums, rows = sums
-                        own.take_back(users, rows)
+                        cohort_rows.take_back(users, rows)
                     continue
                 # A Poisson round may be empty: the server still adds its noise and steps.
                 total = self._cohort.total(sums) if sums is not None else None
                 scales = self._view(state).scales if self._adaptive else np.zeros(0, np.float32)
                 state = self._step(state, self._delta(state, total), **self._votes(state, total))
                 jax.block_until_ready(state.params)
-                if own is not None:  # not before: a step that fails is done again
-                    own.commit()
+                if cohort_rows is not None:  # not before: a step that fails is done again
+                    cohort_rows.commit()
                 seconds = time.perf_counter() - began
                 scales = jax.device_get(scales)
                 yield state, round_metrics(round + 1, total, scales, padding, seconds, waiting)
@@ -259,14 +269,14 @@ class Simulation:
         """What adaptive bounds, or noise in shares, need to know of a round."""
         if self.mechanism.secure is not None:
             rotation = rotation_key(self._round_key(np.int32(state.round), _root(state)))
-            nobody = hosts.place(jnp.int32(0), replicated(self.mesh))
+            nobody = hosts.transfer(jnp.int32(0), replicated(self.mesh))
             return {"clients": nobody if total is None else total.clients, "rotation": rotation}
         if not self._adaptive:
             return {}
         if total is None:
             layers = len(self.layer_names(state.params))
             nobody = {"clipped": jnp.zeros(layers), "clients": jnp.float32(0)}
-            return hosts.place(nobody, replicated(self.mesh))
+            return hosts.transfer(nobody, replicated(self.mesh))
         valid = (total.clients - total.invalid).astype(jnp.float32)
         return {"clipped": total.clipped, "clients": valid}
 
@@ -275,26 +285,65 @@ class Simulation:
             return self._reweigh(total) if self._reweigh else total.delta
         if self.mechanism.secure is not None:
             zeros = jnp.zeros(self.mechanism.encoding.dimension, jnp.int32)
-            return hosts.place(zeros, replicated(self.mesh))
-        like = keep_part(state.params, self._trained)
+            return hosts.transfer(zeros, replicated(self.mesh))
+        like = select_part(state.params, self._trained)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
-        return hosts.place(zeros, model_sharding(self.mesh, zeros))
+        return hosts.transfer(zeros, model_sharding(self.mesh, zeros))
 
     def chunk_bytes(self, params: Params) -> int:
         """Bytes of a device's memory that rounds take, by compiling for the largest chunk.
 
-        The largest of the first round with anybody in it: later ones may be larger, where there are
-        several buckets or users with many steps. Counted are the compiled program, chunks on their
-        way, the server's state and as much again for its step.
+        Counted are the compiled program, chunks on their way, the server's state and as much again
+        for its step.
 
         Args:
           params: arrays or their shapes.
+        """
+        arguments = self._arguments(params)
+        found: Any = self._cohort.add.lower(*arguments.of_clients).compile().memory_analysis()
+        return program_bytes(found) + self.beside_bytes(params)
+
+    def beside_bytes(self, params: Params) -> int:
+        """Bytes of a device's memory that are held beside the program that trains clients.
+
+        They are chunks on their way, the server's state and as much again for its step.
+        """
+        arguments = self._arguments(params)
+        _, _, chunk, *_ = arguments.of_clients
+        waiting = _QUEUED * _bytes(chunk._replace(resident=None)) // self._lanes
+        kept = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
+            arguments.state,
+        )
+        return waiting + 2 * _bytes(kept)
+
+    def trace(self, params: Params) -> dict[str, jax.stages.Traced]:
+        """The programs of a round, to lower for the simulation's devices, which need not be there.
+
+        Args:
+          params: arrays or their shapes.
+
+        Returns:
+          "clients": training of the largest chunk and adding it up; "server": the noise and the
+          optimiser's step.
+        """
+        arguments = self._arguments(params)
+        return {
+            "clients": self._cohort.add.trace(*arguments.of_clients),
+            "server": self._step.trace(arguments.state, arguments.total, **arguments.votes),
+        }
+
+    def _arguments(self, params: Params) -> _Arguments:
+        """What the programs of a round are called with, as shapes.
+
+        The chunk is the largest of the first round with anybody in it: later ones may be larger,
+        where there are several buckets or users with many steps.
         """
         round, example = 0, None
         while example is None:
             example = self.batcher.example_chunk(self.mechanism.sampler.cohort(round), round)
             round += 1
-        root = make_root(self.seed)
+        root, whole = make_root(self.seed), replicated(self.mesh)
         state = jax.eval_shape(lambda p: init_server(p, self._chain(root), root), params)
         view = jax.eval_shape(self._view, state)
         chunk = jax.tree.map(
@@ -306,30 +355,23 @@ class Simulation:
         if self.store is not None:
             rows = (chunk.user.shape[0], self.store.layout.size)
             chunk = chunk._replace(local=jax.ShapeDtypeStruct(rows, np.float32))
-        waiting = _QUEUED * _bytes(chunk) // self._lanes
-        chunk = chunk._replace(resident=self._resident)
+        chunk = _laid(chunk, client_sharding(self.mesh))._replace(resident=self._resident)
         sums = jax.eval_shape(self._cohort.zeros, view, chunk)
-        clients = jax.eval_shape(self._round_key, 0)
-        if MODEL in self.mesh.shape:
-            sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
-            view = _laid(view, model_sharding(self.mesh, view))
-        lowered = self._cohort.add.lower(sums, view, chunk, clients, np.int32(0))
-        found: Any = lowered.compile().memory_analysis()
-        program = (
-            found.argument_size_in_bytes
-            + found.temp_size_in_bytes
-            + found.output_size_in_bytes
-            - found.alias_size_in_bytes
-        )
-        kept = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
+        key = _laid(jax.eval_shape(self._round_key, 0), whole)
+        sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
+        total = jax.eval_shape(self._cohort.total, sums)
+        votes = jax.eval_shape(self._votes, state, total)
+        delta = jax.eval_shape(self._delta, state, total)
+        return _Arguments(
             _laid(state, model_sharding(self.mesh, state)),
+            (sums, _laid(view, model_sharding(self.mesh, view)), chunk, key, np.int32(0)),
+            _laid(delta, model_sharding(self.mesh, delta)),
+            _laid(votes, whole),
         )
-        return int(program + waiting + 2 * _bytes(kept))
 
     def layer_names(self, params: Params) -> list[str]:
         """Names of the layers that metrics by layer are about: those of the trained variables."""
-        return layer_names(keep_part(params, self._trained), self.mechanism.layers)
+        return layer_names(select_part(params, self._trained), self.mechanism.layers)
 
     def compilations(self) -> int:
         """Compiled shapes of the cohort's sum so far: one for each shape of chunk."""
@@ -383,7 +425,17 @@ def _laid(tree: Any, sharding: Any) -> Any:
     if isinstance(sharding, NamedSharding):
         sharding = jax.tree.map(lambda _: sharding, tree)
     return jax.tree.map(
-        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), tree, sharding
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding
+    )
+
+
+def program_bytes(memory: Any) -> int:
+    """Bytes of a device's memory that a compiled program takes, by its `memory_analysis`."""
+    return int(
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
     )
 
 

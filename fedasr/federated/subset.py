@@ -45,7 +45,7 @@ def check_patterns(patterns: Sequence[str], setting: str) -> None:
             raise UserError(f"{setting}: {pattern!r}: {error}") from error
 
 
-def keep(tree: Any, kept: Sequence[bool] | None) -> Any:
+def select(tree: Any, kept: Sequence[bool] | None) -> Any:
     """The tree with `optax.MaskedNode` in place of the variables that are not kept.
 
     Args:
@@ -60,7 +60,7 @@ def keep(tree: Any, kept: Sequence[bool] | None) -> Any:
 
 
 def merge(part: Any, tree: Any, kept: Sequence[bool] | None) -> Any:
-    """The tree with the leaves of `part`, made by `keep`, in place of its own."""
+    """The tree with the leaves of `part`, made by `select`, in place of its own."""
     if kept is None:
         return part
     leaves, treedef = jax.tree.flatten(tree)
@@ -77,17 +77,17 @@ def transform_part(
 
     Args:
       transform: sees kept variables only.
-      kept: see `keep`.
+      kept: see `select`.
 
     Returns:
-      A transformation whose `update` takes what `keep` made and returns the whole tree.
+      A transformation whose `update` takes what `select` made and returns the whole tree.
     """
     if kept is None:
         return transform
     transform = optax.with_extra_args_support(transform)
 
     def update(updates, state, params, **extra):
-        updates, state = transform.update(updates, state, keep(params, kept), **extra)
+        updates, state = transform.update(updates, state, select(params, kept), **extra)
         return merge(updates, jax.tree.map(jnp.zeros_like, params), kept), state
 
-    return optax.GradientTransformationExtraArgs(lambda p: transform.init(keep(p, kept)), update)
+    return optax.GradientTransformationExtraArgs(lambda p: transform.init(select(p, kept)), update)

@@ -65,10 +65,10 @@ class JointTraining:
             server.root,
         )
 
-    def place(self, state: JointState) -> JointState:
+    def transfer(self, state: JointState) -> JointState:
         """Puts a state, such as a restored one, on every device."""
         placed: Any = state  # it takes any state of arrays
-        return cast(JointState, self._simulation.place(placed))
+        return cast(JointState, self._simulation.transfer(placed))
 
     def run(self, state: JointState, rounds: int) -> Iterator[tuple[JointState, RoundMetrics]]:
         """Trains, yielding the state and the federated round's metrics after each round."""

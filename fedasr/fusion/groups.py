@@ -130,7 +130,7 @@ def train(
         round = until
         model = jax.device_get(fuse([state.params for state in states], round))
         states = [
-            simulation.place(state._replace(params=model))
+            simulation.transfer(state._replace(params=model))
             for simulation, state in zip(simulations, states, strict=True)
         ]
         yield Fused(round, model, list(states), metrics)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedasr.data.batching import Bucket, place
+from fedasr.data.batching import Bucket, write_example
 from fedasr.data.corpus import Corpus, Example
 from fedasr.errors import UserError
 from fedasr.federated.client import Loss, Params
@@ -32,8 +32,8 @@ def with_day(params: Params, day: jax.Array | int) -> Params:
 
 def stack_days(params: Params, days: int) -> Params:
     """The parameters of one day with its layer repeated for so many days."""
-    own = jax.tree.map(lambda a: jnp.broadcast_to(a, (days, *a.shape)), params[DAY])
-    return {**params, DAY: own}
+    layers = jax.tree.map(lambda a: jnp.broadcast_to(a, (days, *a.shape)), params[DAY])
+    return {**params, DAY: layers}
 
 
 def set_day(params: Params, day: int, like: int | Sequence[int] | None) -> Params:
@@ -52,8 +52,8 @@ def set_day(params: Params, day: int, like: int | Sequence[int] | None) -> Param
     else:
         rows = np.atleast_1d(np.asarray(like))
         prototype = jax.tree.map(lambda a: a[rows].mean(axis=0), params[DAY])
-    own = jax.tree.map(lambda a, b: jnp.asarray(a).at[day].set(b), params[DAY], prototype)
-    return {**params, DAY: own}
+    layers = jax.tree.map(lambda a, b: jnp.asarray(a).at[day].set(b), params[DAY], prototype)
+    return {**params, DAY: layers}
 
 
 def by_day(loss: Loss) -> Loss:
@@ -72,7 +72,7 @@ def day_batch(
     """Pads sentences of one day to a batch of `slots`, with "mask" and "day"."""
     batch: dict[str, np.ndarray] = {}
     for slot, example in enumerate(examples):
-        place(batch, (slot,), (slots,), example, bucket, ARRAYS)
+        write_example(batch, (slot,), (slots,), example, bucket, ARRAYS)
     batch["day"] = np.full(slots, day, np.int32)
     return batch
 
@@ -129,10 +129,11 @@ def batches(
 def published_optimizer(
     learning_rate: float, steps: int | None, grad_clip: float = 10.0
 ) -> optax.GradientTransformation:
-    """Adam with epsilon 0.1 after a clip of the gradient's norm.
+    """Adam with the published epsilon, 0.1, after a clip of the gradient's norm.
 
-    As in PyTorch; the TensorFlow baseline's Adam applies epsilon elsewhere, and its rate falls over
-    more steps than it trains (docs/fidelity.md).
+    Epsilon is where optax and PyTorch have it; the original program's is Keras'
+    (`fedasr.federated.keras_adam`), and its rate falls over more steps than it trains: the recipe
+    `neural` has both.
 
     Args:
       learning_rate: at the first step. steps: after which it has fallen to 0, linearly; None for a

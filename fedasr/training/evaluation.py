@@ -13,7 +13,7 @@ from fedasr.decoding.registry import Decoder
 from fedasr.errors import UserError
 from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
 from fedasr.federated.local import Layout
-from fedasr.models.recogniser import ARRAYS, Recogniser
+from fedasr.models.recogniser import INPUTS, Recogniser
 from fedasr.text import CharTokenizer, Tokenizer, tokenizer_for
 from fedasr.training.metrics import (
     ErrorRate,
@@ -76,7 +76,7 @@ class Evaluator:
         compute: Any = recogniser.evaluate if decoder is None else recogniser.scores
         if compute is None:
             raise UserError(
-                "this model has no scores that a beam could search (objective 'rnnt'): choose the "
+                "this model has no scores that a beam could search (no CTC): choose the "
                 "decoder 'greedy'"
             )
         self._decoder = decoder
@@ -97,7 +97,7 @@ class Evaluator:
             outputs = compute(layout.insert(params, row), batch)
             return jax.tree.map(lambda x: x[0], outputs)
 
-        self._evaluate_own: Any = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+        self._evaluate_local: Any = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
 
     def transcripts(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
@@ -119,7 +119,7 @@ class Evaluator:
         references, hypotheses, losses, count = [], [], 0.0, 0
         frames: list[int] = []
         placed: dict[Any, Any] = {}
-        for batch in eval_batches(corpus, self._buckets, self._sizes, ARRAYS, owners=True):
+        for batch in eval_batches(corpus, self._buckets, self._sizes, INPUTS, owners=True):
             users = batch.pop("user")
             mesh = self._one if len(users) % self._mesh.shape[AXIS] else self._mesh
             if mesh not in placed:  # placed otherwise they would compile again
@@ -129,8 +129,8 @@ class Evaluator:
             if rows is None:
                 outputs = self._evaluate(placed[mesh], on_device)
             else:
-                own = jax.device_put(rows(users), sharding)
-                outputs = self._evaluate_own(placed[mesh], own, on_device)
+                local_rows = jax.device_put(rows(users), sharding)
+                outputs = self._evaluate_local(placed[mesh], local_rows, on_device)
             found, lengths, loss, valid = jax.device_get(outputs)
             losses += float(loss.sum())
             count += int(valid.sum())
@@ -145,7 +145,7 @@ class Evaluator:
 
     def compilations(self) -> int:
         """How many programs were compiled: one for each bucket."""
-        return self._evaluate._cache_size() + self._evaluate_own._cache_size()
+        return self._evaluate._cache_size() + self._evaluate_local._cache_size()
 
     def __call__(
         self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None

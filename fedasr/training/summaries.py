@@ -99,7 +99,7 @@ def _published(final: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 def of_seed(session: Session, params: Any) -> dict[str, Any]:
     """Of a seed that was trained, or found, by itself: where it lies, and its error rates."""
     parts = session.parts
-    folder = seeds.place(session, session.workdir)
+    folder = seeds.folder_of(session, session.workdir)
     rates = session.evaluate(params, parts.config.evaluation.while_training)
     return to_json(
         {

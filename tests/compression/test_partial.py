@@ -10,7 +10,7 @@ import pytest
 from fedasr.compression.partial import Subset, deal, partial_training
 from fedasr.errors import UserError
 from fedasr.federated.client import local_training
-from fedasr.federated.subset import keep, merge
+from fedasr.federated.subset import merge, select
 
 LAYERS, WIDTH, STEPS, BATCH = 6, 8, 3, 4
 
@@ -63,11 +63,13 @@ def by_hand(trained):
     start = parameters()
     optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.1, weight_decay=0.1))
     params = start
-    state = optimizer.init(keep(params, trained))
+    state = optimizer.init(select(params, trained))
     for i in range(STEPS):
         batch = jax.tree.map(lambda x: x[i], data())  # noqa: B023
         gradients = jax.grad(lambda p: network(p, batch, None)[0])(params)  # noqa: B023
-        updates, state = optimizer.update(keep(gradients, trained), state, keep(params, trained))
+        updates, state = optimizer.update(
+            select(gradients, trained), state, select(params, trained)
+        )
         zeros = jax.tree.map(jnp.zeros_like, params)
         params = optax.apply_updates(params, merge(updates, zeros, trained))
     return jax.tree.map(lambda a, b: a - b, start, params)
@@ -85,14 +87,14 @@ def agree(found, expected):
 def test_keep_and_merge_are_inverse():
     params = parameters()
     kept = [i % 3 == 0 for i in range(2 * LAYERS)]
-    part = keep(params, kept)
+    part = select(params, kept)
     assert len(jax.tree.leaves(part)) == sum(kept)
     paths = {jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(part)}
     assert paths < {jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)}
     doubled = merge(jax.tree.map(lambda x: 2 * x + 1, part), params, kept)
     for a, b, yes in zip(*map(jax.tree.leaves, (doubled, params)), kept, strict=True):
         np.testing.assert_array_equal(a, 2 * b + 1 if yes else b)
-    assert keep(params, None) is params and merge(part, params, None) is part
+    assert select(params, None) is params and merge(part, params, None) is part
 
 
 def test_fixed_patterns_train_what_they_name():
@@ -102,7 +104,7 @@ def test_fixed_patterns_train_what_they_name():
     assert subset.uploaded(parameters()) == [float(x) for x in trained]
     delta = train(subset)
     assert len(jax.tree.leaves(delta)) == sum(trained)
-    agree(delta, keep(by_hand(trained), trained))
+    agree(delta, select(by_hand(trained), trained))
 
 
 def test_frozen_variables_have_no_backward_pass():
@@ -141,7 +143,7 @@ def test_a_round_trains_one_group_for_everybody():
     assert seen == {0, 1, 2}
     trained = [g in (None, group) for g in groups]
     delta = train(subset, 0, round)
-    agree(keep(delta, trained), keep(by_hand(trained), trained))
+    agree(select(delta, trained), select(by_hand(trained), trained))
     assert subset.uploaded(parameters()) == [1 / 3 if g is not None else 1.0 for g in groups]
 
 
@@ -166,8 +168,8 @@ def test_users_train_shares_of_their_own():
     assert len({tuple(mask) for mask in masks}) > 2
     assert masks[0] == changed(train(subset, 0))
     agree(
-        keep(train(subset, 1), masks[1]),
-        keep(by_hand(masks[1]), masks[1]),
+        select(train(subset, 1), masks[1]),
+        select(by_hand(masks[1]), masks[1]),
     )
     assert subset.uploaded(parameters()) == [1.0, 1 / 3] * LAYERS
 

@@ -443,7 +443,7 @@ def test_step_slots_are_few():
 def test_only_the_kept_arrays_are_read():
     corpus = speech_corpus([2])
     batcher = ClientBatcher(
-        corpus, LocalBatches(1, steps=1), make_buckets([corpus]), 1, 0, keep=("features",)
+        corpus, LocalBatches(1, steps=1), make_buckets([corpus]), 1, 0, select=("features",)
     )
     chunk, padding = next(batcher.chunks([0], 0))
     assert set(chunk.batches) == {"features", "features_length", "mask"}

@@ -291,7 +291,7 @@ def test_padding_of_the_published_corpora(name, seconds, most):
     )
     local = LocalBatches(frames=100 * seconds, epochs=10)
     grid = Grid(4, {"features": 24, "labels": 4}, {"labels": 0.2})
-    batcher = ClientBatcher(corpus, local, grid, 1, 0, keep=("features",), micro_batch=2)
+    batcher = ClientBatcher(corpus, local, grid, 1, 0, select=("features",), micro_batch=2)
     total, programs = Padding(0, 0), set()
     # The users of Common Voice differ a thousandfold in their data: more are needed.
     rounds = 1 if name == "librispeech" else 3

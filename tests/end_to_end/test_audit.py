@@ -275,7 +275,7 @@ def test_canaries(corpus_dir):
             InMemoryCorpus(kinds, ARRAYS),
             Mechanism(1.0, "uniform", 0.0, ShuffledSampler(2, 1, seed=0)),
             FedAvg(local_training(recogniser.loss, optax.sgd(0.5, momentum=0.9)), optax.sgd(1.0)),
-            Batching(2, steps=2, keep=ARRAYS),
+            Batching(2, steps=2, select=ARRAYS),
             hardware=Hardware(jax.devices()[:1]),
         )
 

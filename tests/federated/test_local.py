@@ -416,9 +416,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
             break
     again = simulation(tmp_path / "parts", mechanism=mechanism)
     with pytest.raises(UserError, match="restore"):
-        next(again.run(again.place(states[2]), 3))
+        next(again.run(again.transfer(states[2]), 3))
     again.store.restore(3)
-    *_, (state, _) = again.run(again.place(states[2]), 3)
+    *_, (state, _) = again.run(again.transfer(states[2]), 3)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), states[-1])
     rows = [sim.store.gather(range(6), np.zeros(4, np.float32)) for sim in (whole, again)]
     np.testing.assert_array_equal(*rows)

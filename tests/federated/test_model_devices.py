@@ -106,7 +106,7 @@ def test_central_training_and_evaluation_split_the_model_too():
             seed=0,
             buckets=[BUCKET],
             devices=jax.devices()[:model_devices],
-            keep=ARRAYS,
+            select=ARRAYS,
             model_devices=model_devices,
         )
         state = training.init(RECOGNISER.init(jax.random.key(0)))

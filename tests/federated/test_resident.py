@@ -81,7 +81,7 @@ def rounds(resident, how, chunk, devices, parts, own=None, model_devices=1):
         Batching(
             **how,
             buckets=Grid(1, MULTIPLES, {"y": 0.5}),
-            keep=KEEP,
+            select=KEEP,
             micro_batch=2 if parts else 0,
             resident=make_resident(CORPUS, make_buckets([CORPUS], 1, MULTIPLES), KEEP)
             if resident
@@ -176,7 +176,7 @@ def test_a_resident_corpus_is_every_example_in_order(ragged):
         rows |= {user: index for steps, user, index in there if steps}
     for user, own in enumerate([{0}, {1, 2, 3}, {4, 5}]):
         assert set(rows[user][rows[user] >= 0].tolist()) == own
-    assert set(make_resident(corpus, buckets, keep=("x",)).arrays) == {"x"}
+    assert set(make_resident(corpus, buckets, select=("x",)).arrays) == {"x"}
 
 
 def test_what_makes_no_sense_is_refused(monkeypatch):
@@ -195,7 +195,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
                 optax.sgd(1.0),
                 weigh=lambda params, delta, batches, key: jnp.float32(1),
             ),
-            Batching(1, steps=1, buckets=buckets, keep=KEEP, resident=found),
+            Batching(1, steps=1, buckets=buckets, select=KEEP, resident=found),
         )
     monkeypatch.setattr(arrays, "MAX_ARRAY_BYTES", 100)
     with pytest.raises(UserError, match="'x' of all users"):
@@ -203,11 +203,11 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
 
 
 def test_what_lies_on_the_devices_is_not_copied():
-    placed = hosts.place(
+    placed = hosts.transfer(
         make_resident(CORPUS, make_buckets([CORPUS], 2, MULTIPLES), KEEP),
         replicated(client_mesh(jax.devices()[:2])),
     )
-    again = hosts.place(placed, replicated(client_mesh(jax.devices()[:2])))
+    again = hosts.transfer(placed, replicated(client_mesh(jax.devices()[:2])))
     for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(again), strict=True):
         pointers = [[s.data.unsafe_buffer_pointer() for s in x.addressable_shards] for x in (a, b)]
         assert pointers[0] == pointers[1]

@@ -178,7 +178,7 @@ def test_same_seed_same_run_and_resume_is_bit_identical(corpus, noisy):
     # A new process would have a new simulation and the state as plain arrays.
     saved = jax.tree.map(np.array, jax.device_get(states[1]))
     resumed = simulation(corpus, clip=0.5, noise=0.2, server=optax.adam(0.1, eps=0.1))
-    rest = list(resumed.run(resumed.place(saved), 2))
+    rest = list(resumed.run(resumed.transfer(saved), 2))
     assert [metrics.round for _, metrics in rest] == [3, 4]
     assert_identical(rest[-1][0], states[-1])
 

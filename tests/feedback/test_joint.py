@@ -80,7 +80,7 @@ def test_a_restored_state_goes_on_bit_for_bit(parts, tmp_path):
     with Checkpointer(tmp_path, 1) as checkpointer:
         checkpointer.save(2, half, {})
         restored, _ = checkpointer.restore(2, jax.device_get(joint.init(PARAMS)))
-    *_, (resumed, _) = joint.run(joint.place(restored), 3)
+    *_, (resumed, _) = joint.run(joint.transfer(restored), 3)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
 
 

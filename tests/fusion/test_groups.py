@@ -64,7 +64,7 @@ def test_rounds_of_each_group_then_one_model_for_all(simulations):
         mean = (np.asarray(states[0].params["w"]) + np.asarray(states[1].params["w"])) / 2
         np.testing.assert_allclose(fused.model["w"], mean, atol=1e-6)
         states = [
-            one.place(state._replace(params=fused.model))
+            one.transfer(state._replace(params=fused.model))
             for one, state in zip(simulations, states, strict=True)
         ]
         # Optimisers and noise counters are each group's own, and go on.
@@ -89,7 +89,7 @@ def test_interrupted_it_ends_the_same(simulations, tmp_path):
         checkpointer.save(2, {"states": first.states}, {})
         like = jax.device_get({"states": starts(simulations)})
         states = checkpointer.restore(2, like)[0]["states"]
-    states = [s.place(state) for s, state in zip(simulations, states, strict=True)]
+    states = [s.transfer(state) for s, state in zip(simulations, states, strict=True)]
     *_, resumed = groups.train(simulations, states, 6, 2, fuse)
     jax.tree.map(np.testing.assert_array_equal, resumed.model, whole.model)
     jax.tree.map(np.testing.assert_array_equal, resumed.states, whole.states)

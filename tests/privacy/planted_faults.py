@@ -352,18 +352,18 @@ FAULTS = (
          'np.asarray(state.root).astype("<u4").tobytes().hex()', SECRET),
     # ----------------------------------------------------------------- resume, stages, memory
     edit("resume, stages, memory", "a resumed run has another root", "it is not the same run",
-         f"{FEDERATED}:FederatedTrainer._begin", "simulation.place(restored)",
-         "simulation.place(restored._replace(root=state.root))", SECRET),
+         f"{FEDERATED}:FederatedTrainer._begin", "simulation.transfer(restored)",
+         "simulation.transfer(restored._replace(root=state.root))", SECRET),
     edit("resume, stages, memory", "the noise begins anew on resume", "rounds share noise",
-         f"{FEDERATED}:FederatedTrainer._begin", "simulation.place(restored)",
-         "simulation.place(restored._replace(opt_state=state.opt_state))", STAGES),
+         f"{FEDERATED}:FederatedTrainer._begin", "simulation.transfer(restored)",
+         "simulation.transfer(restored._replace(opt_state=state.opt_state))", STAGES),
     edit("resume, stages, memory", "buffers are empty after a resume", "noise is lost",
-         f"{FEDERATED}:FederatedTrainer._begin", "simulation.place(restored)",
-         "simulation.place(restored._replace(opt_state=jax.tree.map("
+         f"{FEDERATED}:FederatedTrainer._begin", "simulation.transfer(restored)",
+         "simulation.transfer(restored._replace(opt_state=jax.tree.map("
          "lambda a, b: b if a.ndim else a, restored.opt_state, state.opt_state)))", STAGES),
     edit("resume, stages, memory", "the noise begins anew with a smaller chunk",
          "rounds share noise", f"{FEDERATED}:FederatedTrainer._rounds",
-         "state = self.simulations[number][1].place(state)",
+         "state = self.simulations[number][1].transfer(state)",
          "new = self.simulations[number][1]; "
          "state = new.init(state.params, state.root)._replace(round=state.round)", STAGES),
     edit("resume, stages, memory", "the noise begins anew with augmentation",
@@ -400,8 +400,8 @@ FAULTS = (
          f"{OF_LEDGER}::test_search_costs_all_its_runs"),
     # ---------------------------------------------------------------------------- local parameters
     edit("local parameters", "they leak into what is sent", "what never leaves the client does",
-         "fedasr.federated.local:with_local", "return keep(whole, layout.shared), metrics,",
-         "return keep(jax.tree.map(lambda d: d + jnp.where("
+         "fedasr.federated.local:with_local", "return select(whole, layout.shared), metrics,",
+         "return select(jax.tree.map(lambda d: d + jnp.where("
          "jnp.isfinite(row.sum()), 1e-3 * row.sum(), 0).astype(d.dtype), whole), layout.shared), "
          "metrics,",
          f"{OF_SENSITIVITY}::test_local_parameters_have_no_path_to_the_server[global-float32-1-1]"),
@@ -411,7 +411,7 @@ FAULTS = (
          f"{MECHANISM}:Mechanism.check_local", "overflow_probability > _NEVER",
          "overflow_probability > 1", REFUSED),
     edit("local parameters", "rows of clients that are not valid change", "garbage is kept",
-         COHORT, "jnp.where(valid & jnp.all(jnp.isfinite(new)), new, own)", "new",
+         COHORT, "jnp.where(valid & jnp.all(jnp.isfinite(new)), new, local_row)", "new",
          "tests/federated/test_local.py::test_clients_that_are_not_valid_keep_what_they_had"),
 )
 # fmt: on

@@ -175,7 +175,7 @@ def test_invalid_updates_have_no_vote(corpus):
 def test_a_resumed_run_goes_on_with_its_bounds(corpus):
     sim = simulation(corpus, noise=0.5)
     states, _ = run(sim, 4)
-    restored = sim.place(jax.device_get(states[1]))
+    restored = sim.transfer(jax.device_get(states[1]))
     again, _ = run(sim, 2, restored)
     jax.tree.map(np.testing.assert_array_equal, again[-1], states[-1])
 

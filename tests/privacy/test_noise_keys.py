@@ -158,7 +158,7 @@ def keys_of(simulation, state, rounds):
     """Keys of all clients and their steps, and of all noise, by rounds; and the last state."""
     clients, drawn = [], []
     for _ in range(rounds):
-        ((state, _),) = simulation.run(simulation.place(state._replace(params=KEY_PARAMS)), 1)
+        ((state, _),) = simulation.run(simulation.transfer(state._replace(params=KEY_PARAMS)), 1)
         mean = [-np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
         drawn.append([np.round(leaf[-1]) for leaf in mean])
         clients.append(np.concatenate([leaf[:-1] - leaf[-1] for leaf in mean]) * USERS)

@@ -5,7 +5,7 @@ A user's arrays are padded along axis 0 to the shape of a *bucket*; one bucket a
 steps make one compiled program.
 """
 
-from fedasr.data.batching.arrays import place
+from fedasr.data.batching.arrays import write_example
 from fedasr.data.batching.buckets import (
     Grid,
     best_boundaries,
@@ -16,6 +16,7 @@ from fedasr.data.batching.buckets import (
     round_up,
     rounded_slots,
 )
+from fedasr.data.batching.by_user import UserBatcher
 from fedasr.data.batching.clients import ClientBatcher
 from fedasr.data.batching.group import Batching
 from fedasr.data.batching.parts import part_shapes
@@ -38,6 +39,7 @@ __all__ = [
     "Resident",
     "Shape",
     "Store",
+    "UserBatcher",
     "best_boundaries",
     "bucket_padding",
     "eval_batches",
@@ -48,8 +50,8 @@ __all__ = [
     "pack",
     "pack_sorted",
     "part_shapes",
-    "place",
     "pooled_buckets",
     "round_up",
     "rounded_slots",
+    "write_example",
 ]

@@ -41,13 +41,13 @@ def unfilled(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def place(
+def write_example(
     batches: dict[str, np.ndarray],
     position: tuple[int, ...],
     shape: tuple[int, ...],
     example: Example,
     bucket: Bucket,
-    keep: Sequence[str] | None = None,
+    select: Sequence[str] | None = None,
     fill: bool = True,
 ) -> None:
     """Writes one example into zero-padded arrays of leading `shape`, making them when missing.
@@ -58,7 +58,7 @@ def place(
       UserError: an array would be larger than `MAX_ARRAY_BYTES`.
     """
     for name, value in example.items():
-        if keep is not None and name not in keep:
+        if select is not None and name not in select:
             continue
         value = np.asarray(value)
         tail = (bucket[name], *value.shape[1:]) if name in bucket else value.shape

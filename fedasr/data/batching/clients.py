@@ -32,7 +32,7 @@ class ClientBatcher:
         (as those of `make_buckets` do).
       chunk_size: clients per chunk over all devices.
       seed: of the order of examples.
-      keep: names of the arrays that the loss needs; default all.
+      select: names of the arrays that the loss needs; default all.
       devices: among which a chunk is divided; each computes the steps of its own longest client.
       weights: of the users, [users], such as their numbers of examples; None for 1.
       rows: of a chunk that this process needs, counted without turns; the others are not read (but
@@ -56,7 +56,7 @@ class ClientBatcher:
         buckets: Sequence[Bucket] | Grid,
         chunk_size: int,
         seed: int,
-        keep: Sequence[str] | None = None,
+        select: Sequence[str] | None = None,
         devices: int = 1,
         weights: np.ndarray | None = None,
         rows: slice | None = None,
@@ -84,7 +84,7 @@ class ClientBatcher:
         self._division: Division = (
             Micro(micro_batch, local, grid, cells) if micro_batch else Whole(local)
         )
-        self._source = Source(corpus, keep)
+        self._source = Source(corpus, select)
         self._layout = self._choose(resident)
 
     def _choose(self, resident: Resident | None) -> Layout:

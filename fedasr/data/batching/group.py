@@ -22,7 +22,7 @@ class Batching(LocalBatches):
     Attributes:
       buckets: padded lengths, see `ClientBatcher`; None for a `Grid`.
       micro_batch: above 0, batches are computed in parts of at most so many examples.
-      keep: names of the example arrays that the loss needs; None for all.
+      select: names of the example arrays that the loss needs; None for all.
       resident: the corpus's examples, from `make_resident`, to put on every device at once: batches
         are then gathered there, and rounds read, pad and transfer nothing but indices. For corpora
         that fit there; None to read users' examples when they take part.
@@ -33,7 +33,7 @@ class Batching(LocalBatches):
 
     buckets: Sequence[Bucket] | Grid | None = dataclasses.field(default=None, kw_only=True)
     micro_batch: int = dataclasses.field(default=0, kw_only=True)
-    keep: Sequence[str] | None = dataclasses.field(default=None, kw_only=True)
+    select: Sequence[str] | None = dataclasses.field(default=None, kw_only=True)
     resident: Resident | None = dataclasses.field(
         default=None, kw_only=True, compare=False, repr=False
     )
@@ -51,7 +51,7 @@ class Batching(LocalBatches):
             Grid() if self.buckets is None else self.buckets,
             chunk_size,
             seed,
-            keep=self.keep,
+            select=self.select,
             micro_batch=self.micro_batch,
             resident=self.resident,
             **more,

@@ -54,11 +54,11 @@ class Source:
 
     Args:
       corpus: of the users.
-      keep: names of the arrays that the loss needs; None for all.
+      select: names of the arrays that the loss needs; None for all.
     """
 
-    def __init__(self, corpus: Corpus, keep: Sequence[str] | None) -> None:
-        self._corpus, self._keep = corpus, keep
+    def __init__(self, corpus: Corpus, select: Sequence[str] | None) -> None:
+        self._corpus, self._select = corpus, select
         self.varying = frozenset(corpus.lengths(0))
         self._sample: dict[str, np.ndarray] | None = None
 
@@ -68,7 +68,7 @@ class Source:
 
     def kept(self, example: Example) -> dict[str, np.ndarray]:
         """The arrays that the loss needs."""
-        names = [n for n in example if self._keep is None or n in self._keep]
+        names = [n for n in example if self._select is None or n in self._select]
         return {name: np.asarray(example[name]) for name in names}
 
     def template(self, client: Client) -> dict[str, np.ndarray]:
@@ -148,14 +148,14 @@ class Dense:
         batches: dict[str, np.ndarray] = {}
         mask = np.zeros(size, np.bool_)
         if not held:
-            memory.place(
+            memory.write_example(
                 batches, (0, 0, 0), size, self._source.template(clients[0]), bucket, fill=False
             )
         for position, client in held:
             examples = self._source.examples(client)
             if not batches:
                 first = self._source.kept(examples[0])
-                memory.place(batches, (0, 0, 0), size, first, bucket, fill=False)
+                memory.write_example(batches, (0, 0, 0), size, first, bucket, fill=False)
             per_batch = len(client.plan[0])  # the same in all of the plan's
             mask[position, :, :per_batch] = True
             picked = client.where.tolist()

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fedasr.data.batching.arrays import place
+from fedasr.data.batching.arrays import write_example
 from fedasr.data.batching.buckets import (
     fitting_bucket,
     fitting_buckets,
@@ -24,7 +24,7 @@ def eval_batches(
     corpus: Corpus,
     buckets: Sequence[Bucket],
     batch_size: int | Sequence[int],
-    keep: Sequence[str] | None = None,
+    select: Sequence[str] | None = None,
     owners: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example of a corpus once, each bucket's in batches of equal shape (see "mask").
@@ -45,7 +45,7 @@ def eval_batches(
             users = np.searchsorted(ends, picked, side="right")
             for slot, (user, row) in enumerate(zip(users, picked, strict=True)):
                 example = corpus.get(int(user), [int(row - ends[user] + sizes[user])])[0]
-                place(batches, (slot,), (size,), example, bucket, keep)
+                write_example(batches, (slot,), (size,), example, bucket, select)
             if owners:
                 batches["user"] = np.full(size, -1, np.int32)
                 batches["user"][: len(users)] = users
@@ -67,7 +67,7 @@ class PooledBatcher:
       frames: a batch holds about so many frames (see `pack`), counted in the array that the
         buckets name first.
       multiple: batches are padded with masked examples to a multiple of this.
-      keep: names of the arrays that the loss needs; default all.
+      select: names of the arrays that the loss needs; default all.
 
     Raises:
       UserError: neither or both of batch_size and frames, or a window too short for an example.
@@ -82,12 +82,12 @@ class PooledBatcher:
         batch_size: int | None = None,
         frames: int | None = None,
         multiple: int = 1,
-        keep: Sequence[str] | None = None,
+        select: Sequence[str] | None = None,
         stream: Stream = Stream.CENTRAL,
     ) -> None:
         if (batch_size is None) == (frames is None):
             raise UserError("set exactly one of the central batch size and batch frames")
-        self._corpus, self._buckets, self._seed, self._keep = corpus, tuple(buckets), seed, keep
+        self._corpus, self._buckets, self._seed, self._select = corpus, tuple(buckets), seed, select
         self._frames, self._multiple, self._stream = frames, multiple, stream
         self._ends = np.cumsum(corpus.sizes)
         total = int(self._ends[-1])
@@ -201,7 +201,7 @@ class PooledBatcher:
         batches: dict[str, np.ndarray] = {}
         for slot, (user, index) in enumerate(places):
             example = self._corpus.get(user, [index])[0]
-            place(batches, (slot,), (slots,), example, bucket, self._keep)
+            write_example(batches, (slot,), (slots,), example, bucket, self._select)
         return batches
 
 

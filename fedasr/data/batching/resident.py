@@ -12,7 +12,7 @@ from fedasr.errors import UserError
 
 
 def make_resident(
-    corpus: Corpus, buckets: Sequence[Bucket], keep: Sequence[str] | None = None
+    corpus: Corpus, buckets: Sequence[Bucket], select: Sequence[str] | None = None
 ) -> Resident:
     """Reads all examples of a corpus.
 
@@ -30,7 +30,7 @@ def make_resident(
     ends: dict[str, np.ndarray] = {}
     for user, (end, size) in enumerate(zip(user_ends.tolist(), sizes.tolist(), strict=True)):
         read = corpus.get(user, range(size))
-        for name in [n for n in read[0] if keep is None or n in keep]:
+        for name in [n for n in read[0] if select is None or n in select]:
             rows = [np.asarray(x[name]) for x in read]
             if name not in arrays:
                 if name in ragged:  # or known to be of one length

@@ -21,7 +21,9 @@ def seed_training(parts: Parts) -> CentralTraining:
     """Of the seed, which each process trains alike."""
     corpus, loss = parts.data.seed, parts.recogniser.loss
     assert corpus is not None  # where the seed is trained on
-    return pooled.central_training(parts.config, "seed_training", corpus, loss, parts.own_devices)
+    return pooled.central_training(
+        parts.config, "seed_training", corpus, loss, parts.process_devices
+    )
 
 
 def train_seed(session: Session, latest: int | None, units: int) -> Any:
@@ -30,21 +32,21 @@ def train_seed(session: Session, latest: int | None, units: int) -> Any:
     params = models.initial_params(parts.recogniser, parts.config)
     if not parts.seed_steps:
         return params
-    kept = seeds.place(session, session.workdir) if parts.config.seed_training.reuse else None
+    kept = seeds.folder_of(session, session.workdir) if parts.config.seed_training.reuse else None
     if kept is not None and (found := seeds.find(kept, params)) is not None:
         session.message(f"the seed is that of {kept}, which has the same settings and data")
         return found
     state = _steps(session, "seed", seed_training(parts), params, latest, units, parts.seed_steps)
     params = hosts.leaders(state.params)
     if kept is not None:
-        seeds.keep(session, kept, params)
+        seeds.save(session, kept, params)
     return params
 
 
 def _steps(
     session: Session,
     stage: str,
-    training: CentralTraining,
+    training: Any,
     params: Any,
     latest: int | None,
     units: int,
@@ -52,7 +54,7 @@ def _steps(
 ) -> ServerState:
     state = training.init(params)
     if latest is not None:
-        state = training.place(session.checkpointer.restore(latest, jax.device_get(state))[0])
+        state = training.transfer(session.checkpointer.restore(latest, jax.device_get(state))[0])
     before = 0 if stage == "seed" else session.parts.seed_steps
     config, over = session.parts.config, False
     every = config.checkpoint.seed_every
@@ -86,19 +88,22 @@ def _rates(session: Session, state: ServerState, done: int, total: int) -> dict[
 class CentralTrainer:
     """The baseline: the training users' examples, pooled. A unit is a step."""
 
+    chunk = None
+
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._total = parts.config.central.steps
         self._users = Users.of(parts.data.train.users)
 
-    def _training(self) -> CentralTraining:
+    def _training(self, session: Session | None = None) -> Any:
+        """What trains, within a session if there is one."""
         parts = self._parts
         corpus, loss = parts.data.train, parts.recogniser.loss
         return pooled.central_training(parts.config, "central", corpus, loss, parts.devices)
 
     def train(self, session: Session, params: Any, latest: int | None, units: int) -> ServerState:
         """See `Trainer`."""
-        training = self._training()
+        training = self._training(session)
         if latest is None:
             start = training.init(params)
             session.save("main", 0, start)
