@@ -2,13 +2,17 @@
 
     fedasr evaluate --checkpoint=DIR --data=DIR [--split=test] [--json]
                     [--decoder=beam|lexicon --lm=FILE.arpa|from_train --lexicon=FILE|from_train]
+                    [--hypotheses=FILE.jsonl]
 
 The checkpoint is a work directory of `fedasr train` (its last checkpoint), or one checkpoint's
 folder. If the run had local parameters and they are still beside it, users who have trained are
 evaluated with their own. How texts are found in the scores is as the run was told
 (`config.decoding`), unless flags say otherwise; a language model in an ARPA file may come from
-KenLM, one "from_train" is made from the transcripts of that split of the data. Exit status: 0 when
-done, 2 for a mistake that the user can mend.
+KenLM, one "from_train" is made from the transcripts of that split of the data. --hypotheses writes
+a line for each utterance: user, reference, hypothesis, their alignment and errors, and what the
+data's source said of it (see `fedasr.evaluation.hypotheses`). "served" has the errors by user:
+mean, spread, worst tenth, and gaps between groups, each with a 95% interval over users. Exit
+status: 0 when done, 2 for a mistake that the user can mend.
 """
 
 import dataclasses
@@ -28,6 +32,8 @@ def run() -> None:
     common.configure_devices()
     from fedasr.data.records import open_corpus
     from fedasr.data.records import read_metadata as read_corpus_metadata
+    from fedasr.evaluation.hypotheses import write_hypotheses
+    from fedasr.training import served
     from fedasr.training.builders.corpora import fitting_tokenizer
     from fedasr.training.builders.decoders import make_run_decoder
     from fedasr.training.builders.models import build_recogniser
@@ -58,7 +64,11 @@ def run() -> None:
         published=config.evaluation.published,
         decoder=decoder,
     )
-    rates = evaluator(params, corpus, rows)
+    decoded, loss = evaluator.decoded(params, corpus, rows)
+    rates = evaluator.rates(decoded, loss)
+    found = served.hypotheses_of(flags.FLAGS.data, flags.FLAGS.split, corpus, decoded)
+    if flags.FLAGS.hypotheses:
+        write_hypotheses(flags.FLAGS.hypotheses, found)
     common.show(
         {
             **rates,
@@ -67,6 +77,7 @@ def run() -> None:
             **{name: value for name in ("lm", "lexicon") if (value := getattr(decoding, name))},
             "utterances": int(corpus.sizes.sum()),
             "users": len(corpus.users),
+            "served": served.in_short(served.describe_users(found, None)),
             "stage": metadata["stage"],
             "rounds": metadata["units"],
         }
@@ -102,6 +113,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A work directory or one checkpoint.")
     flags.DEFINE_string("data", None, "A folder written by `fedasr prepare`.")
     flags.DEFINE_string("split", "test", "Which split of it.")
+    flags.DEFINE_string("hypotheses", None, "File for each utterance's texts, JSON a line.")
     flags.DEFINE_string("decoder", None, "greedy, beam or lexicon; default as the run was told.")
     flags.DEFINE_string("lm", None, "ARPA file of words, or from_SPLIT of the data; '' for none.")
     flags.DEFINE_string("lexicon", None, "File, a word a line, or from_SPLIT; '' for none.")

@@ -22,7 +22,7 @@ from fedasr.training.builders import corpora, devices, evaluators, identities, m
 from fedasr.training.cadence import Cadence
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader
 from fedasr.training.config import Config
-from fedasr.training.evaluation import Evaluator
+from fedasr.training.evaluation import Decoded, Evaluator
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import RunLogger, read_metrics, say, to_json
 from fedasr.training.overfitting import Watch
@@ -109,6 +109,7 @@ class Session:
       latest: number of the newest checkpoint at the start; None if there was none.
       past: (entries, whether known) of the ledger that the run started with.
       totals: what it adds up. initial, final: error rates by split, as soon as they are known.
+      decoded: what the last evaluation of each split heard.
       cadence: when checkpoints are due.
       selection: of the main stage's states, once it begins. watch: of its losses, likewise.
       name: of the run, which its root makes. history: of earlier ends.
@@ -128,6 +129,7 @@ class Session:
         self.totals = Totals()
         self.initial: dict[str, Any] = {}
         self.final: dict[str, Any] | None = None
+        self.decoded: dict[str, list[Decoded]] = {}
         self.history: list[dict[str, Any]] = []
         config = parts.config
         self.name = public_name(make_root(identities.run_identity(config)))
@@ -257,10 +259,16 @@ class Session:
         if jax.process_count() > 1:
             params = hosts.on_host(params)
         return {
-            split: self.parts.evaluator(params, corpora[split], self._rows(params, split))
+            split: self._evaluate(params, split)
             for split in (corpora if splits is None else splits)
             if split in corpora
         }
+
+    def _evaluate(self, params: Any, split: str) -> dict[str, float]:
+        corpus, evaluator = self.parts.data.evaluation[split], self.parts.evaluator
+        decoded, loss = evaluator.decoded(params, corpus, self._rows(params, split))
+        self.decoded[split] = decoded
+        return evaluator.rates(decoded, loss)
 
     def _rows(self, params: Any, split: str) -> Any:
         """From a split's users to their local parameters; None if there are none."""

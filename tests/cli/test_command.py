@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 SHIMS = {
     "train": "train",
     "evaluate": "evaluate",
+    "compare": "compare",
     "prepare_data": "prepare",
     "plan_privacy": "plan",
     "audit_privacy": "audit",
@@ -168,3 +169,31 @@ def test_help_is_the_program_s_own():
         assert done.stdout.startswith(module.__doc__.splitlines()[0])
         for flag in ("--target_epsilon", "--[no]json", "--population"):
             assert flag in done.stdout
+
+
+def test_two_runs_are_compared(monkeypatch, capsys, tmp_path):
+    from absl import flags
+
+    from fedasr.evaluation.hypotheses import Hypothesis, write_hypotheses
+
+    for name, heard in (("a", "one two"), ("b", "one")):
+        (tmp_path / name).mkdir()
+        found = [Hypothesis("test", user, 0, "one two", heard) for user in ("u", "v")]
+        write_hypotheses(tmp_path / name / "hypotheses.jsonl", found)
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+
+    def compared(*arguments):
+        for flag in ("split",):
+            if flag in flags.FLAGS:
+                delattr(flags.FLAGS, flag)
+        return called(monkeypatch, capsys, "compare", *arguments)
+
+    status, said, _ = compared(*both)
+    assert status == 0 and "0 users gain, 2 lose" in said
+    for arguments, why in (
+        (both[:1], "give two runs"),
+        ([*both, "--split=dev"], "has test"),
+        ([both[0], str(tmp_path / "no")], "--hypotheses=FILE"),
+    ):
+        status, said, complaint = compared(*arguments)
+        assert status == 2 and not said and why in complaint and complaint.count("\n") == 1
