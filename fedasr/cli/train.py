@@ -14,6 +14,8 @@ alone and keeps it in .seeds beside the work directory, where runs with
 the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
 """
 
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +59,8 @@ def train() -> int | None:
     common.configure_compilation(workdir.parent)
     only_seed = flags.FLAGS.action == "seed_only"
     try:
-        summary = loop.run(config, workdir, flags.FLAGS.extend, only_seed)
+        command = shlex.join(["fedasr", "train", *sys.argv[1:]])
+        summary = loop.run(config, workdir, flags.FLAGS.extend, only_seed, command)
     except loop.Interrupted as stopped:
         return common.fail(stopped, common.STOPPED)
     if only_seed:

@@ -169,9 +169,9 @@ def in_words(found: dict[str, Any], names: tuple[str, str] = ("the first", "the 
     ):
         lines.append(f"{name:24}{_with(first, key):>21}{_with(second, key):>21}")
     low, high = change["intervals"]["mean"]
+    interval = f", 95% interval {low:+.1f} to {high:+.1f}" if math.isfinite(low) else ""
     lines += [
-        f"difference of users' means: {change['mean']:+.1f} points, 95% interval "
-        f"{low:+.1f} to {high:+.1f}",
+        f"difference of users' means: {change['mean']:+.1f} points{interval}",
         f"{found['gained']} users gain, {found['lost']} lose, {found['equal']} stay; sign-flip "
         f"test over users: p = {found['sign_flip_p']:.3g}",
         f"MAPSSWE: {test['segments']} segments, z = {test['z']:.2f}, p = {test['p']:.3g}",

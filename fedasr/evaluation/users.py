@@ -133,7 +133,7 @@ def statistics(users: Sequence[UserErrors], what: str = "wer", seed: int = 0) ->
       {"users", "all", "mean", "sd", "p10", "p50", "p90", "worst_decile", "intervals"} in percent:
       "all" is all errors over all tokens, the others are of the users' own rates, each user once;
       "worst_decile" is the mean of the worst tenth of the users (at least one). "intervals" has
-      (low, high) of each, at 95% by bootstrap over users; NaN for fewer than two users.
+      (low, high) of each, at 95% by bootstrap over users; NaN for fewer than eight users.
     """
     errors, totals = _counts(users, what)
     rates = 100.0 * errors / np.maximum(totals, 1)

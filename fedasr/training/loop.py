@@ -35,6 +35,7 @@ from fedasr.training.trainer import Trainer
 from fedasr.training.trainers.central import CentralTrainer
 from fedasr.training.trainers.federated import FederatedTrainer
 from fedasr.training.workdir import (
+    COMMAND_FILE,
     CONFIG_FILE,
     SUMMARY_FILE,
     check_same,
@@ -56,6 +57,7 @@ def run(
     workdir: str | Path,
     extend: int | None = None,
     only_seed: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:
     """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
 
@@ -64,6 +66,7 @@ def run(
       workdir: made if missing.
       extend: rounds to go on to instead of the configuration's, in a directory that holds a run.
       only_seed: end with the seed, which is kept for later runs (`seed_training.reuse`).
+      command: that asked for it, which the report names; kept in `workdir/command.txt`.
 
     Returns:
       The summary, also in `workdir/summary.json`; of a seed, `fedasr.training.summaries.of_seed`.
@@ -104,6 +107,9 @@ def run(
         # Not before: a mistake must not claim the directory.
         if hosts.is_leader() and read_json(workdir / CONFIG_FILE) != config.tree():
             write_json_atomic(workdir / CONFIG_FILE, config.tree())
+        if hosts.is_leader() and command:
+            with contextlib.suppress(OSError):
+                (workdir / COMMAND_FILE).write_text(command + "\n", "utf-8", "surrogateescape")
         summary = stages.run_stages(session, start, only_seed)
         hosts.wait_for_all("ended")  # who leaves before would end the others
         return summary

@@ -21,7 +21,7 @@ from fedasr.training.config import HOW, Config, fingerprint
 from fedasr.training.logging import from_json, to_json
 from fedasr.training.values import bucket
 
-CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
+CONFIG_FILE, SUMMARY_FILE, COMMAND_FILE = "config.json", "summary.json", "command.txt"
 # Where things lie; beside each, what they are.
 PLACES = {"data.dir": "data.identity", "init_from": "start"}
 # Fields that releases added, with what older ones did: what lacks one is of such a release.

@@ -183,7 +183,7 @@ def test_two_runs_are_compared(monkeypatch, capsys, tmp_path):
     both = [str(tmp_path / "a"), str(tmp_path / "b")]
 
     def compared(*arguments):
-        for flag in ("split",):
+        for flag in ("split", "report"):
             if flag in flags.FLAGS:
                 delattr(flags.FLAGS, flag)
         return called(monkeypatch, capsys, "compare", *arguments)

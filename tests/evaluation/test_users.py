@@ -146,7 +146,8 @@ def test_draws_are_of_users_within_their_strata():
     counts = bootstrap.weights([3, 5], 50, seed=1)
     assert (counts[:, :3].sum(1) == 3).all() and (counts[:, 3:].sum(1) == 5).all()
     assert not (counts == bootstrap.weights([3, 5], 50, seed=2)).all()
-    assert np.isnan(bootstrap.interval(np.array([1.0, 2.0]), 1)).all()
+    assert np.isnan(bootstrap.interval(np.array([1.0, 2.0]), 7)).all()
+    assert np.isfinite(bootstrap.interval(np.array([1.0, 2.0, np.nan]), 8)).all()
 
 
 def test_confusions_count_edits():
