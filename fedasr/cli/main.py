@@ -11,6 +11,7 @@ PROGRAMS = {
     "prepare": "inspects, prepares or verifies a corpus",
     "plan": "noise, cohort and population of a deployment, and its epsilon",
     "audit": "attacks the round code: a lower bound on epsilon beside the claim",
+    "attack": "attacks on a run's updates and model: success beside chance and epsilon's bound",
     "compare": "who gains and who loses between two runs, and whether it is chance",
     "sweep": "runs tables or grids of trainings and collects the results",
     "fuse": "merges trained models",

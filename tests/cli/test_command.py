@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 SHIMS = {
     "train": "train",
     "evaluate": "evaluate",
+    "attack": "attack",
     "compare": "compare",
     "prepare_data": "prepare",
     "plan_privacy": "plan",
