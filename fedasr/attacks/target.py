@@ -151,6 +151,7 @@ class Target:
         return found
 
     def _tree(self, row: np.ndarray) -> Any:
+        treedef: Any
         leaves, treedef = jax.tree.flatten(self.params)
         ends = np.cumsum([leaf.size for leaf in leaves])
         parts = np.split(row, ends[:-1])

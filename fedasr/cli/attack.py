@@ -71,7 +71,7 @@ def run() -> int | None:
         seed=flags.FLAGS.seed,
     )
     kept = _earlier(workdir, wanted)
-    found = []
+    found: list[Any] = []
     for name in wanted:
         began = time.monotonic()
         found += attacks.ATTACKS[name](target, settings)
