@@ -14,6 +14,12 @@ SUBWORDS = {  # read tokenizers that were learned elsewhere
 }
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
+TRACKERS = {  # told of a run's metrics by `fedasr train --track`
+    "wandb": ["wandb>=0.18"],
+    "mlflow": ["mlflow>=2.16"],
+    "trackio": ["trackio>=0.4"],
+}
+SEARCH = ["optuna>=4.0"]  # `fedasr sweep --search=optuna`
 DOCS = [
     "mkdocs>=1.6,<2",  # the site of docs/
     "mkdocstrings[python]>=1.0",  # its reference of the API, from the source's docstrings
@@ -64,6 +70,8 @@ setup(
         "neural": NEURAL,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
+        **TRACKERS,
+        "search": SEARCH,
         **SUBWORDS,
         "dev": [*CHECKS, "pre-commit>=4.0"],  # .pre-commit-config.yaml runs them, beside ruff
         "cuda": ["jax[cuda12]>=0.8"],
@@ -76,6 +84,7 @@ setup(
             *HUGGINGFACE,
             *CHECKS,
             *DOCS,
+            *SEARCH,
             *SUBWORDS["sentencepiece"],
             *SUBWORDS["tokenizers"],
             "hypothesis>=6.100",

@@ -60,7 +60,9 @@ def train() -> int | None:
     only_seed = flags.FLAGS.action == "seed_only"
     try:
         command = shlex.join(["fedasr", "train", *sys.argv[1:]])
-        summary = loop.run(config, workdir, flags.FLAGS.extend, only_seed, command)
+        summary = loop.run(
+            config, workdir, flags.FLAGS.extend, only_seed, command, flags.FLAGS.track
+        )
     except loop.Interrupted as stopped:
         return common.fail(stopped, common.STOPPED)
     if only_seed:
@@ -149,6 +151,7 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer("extend", None, "Rounds that the run in --workdir goes on to.")
     flags.DEFINE_enum("action", "train", ["train", "seed_only"], "All of the run, or its seed.")
+    flags.DEFINE_list("track", [], "Trackers to tell: wandb, mlflow, trackio; locally by default.")
     flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or 'auto'.")
     flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)

@@ -12,7 +12,7 @@ training, `session` and `stages` are a run that goes on, `trainers` the two kind
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fedasr.training.logging import say, write_json_atomic
 from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.session import Interrupted as Interrupted
 from fedasr.training.session import Session, make_parts
+from fedasr.training.trackers import check_trackers
 from fedasr.training.trainer import Trainer
 from fedasr.training.trainers.central import CentralTrainer
 from fedasr.training.trainers.federated import FederatedTrainer
@@ -58,6 +59,7 @@ def run(
     extend: int | None = None,
     only_seed: bool = False,
     command: str = "",
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
 
@@ -67,6 +69,7 @@ def run(
       extend: rounds to go on to instead of the configuration's, in a directory that holds a run.
       only_seed: end with the seed, which is kept for later runs (`seed_training.reuse`).
       command: that asked for it, which the report names; kept in `workdir/command.txt`.
+      trackers: of others that are told its metrics, by name (`fedasr.training.trackers`).
 
     Returns:
       The summary, also in `workdir/summary.json`; of a seed, `fedasr.training.summaries.of_seed`.
@@ -77,6 +80,7 @@ def run(
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
     workdir, config = local_path(workdir), whole.checked(config)
+    check_trackers(trackers)
     if only_seed:
         config = _for_seed_only(config)
     with disk_errors(workdir), contextlib.ExitStack() as stack:
@@ -99,6 +103,7 @@ def run(
         session = _begin(config, directory, workdir, logs, stop)
         if only_seed:
             _check_seed(session)
+        session.trackers = trackers
         session.history = history(before, config.rounds)
         # Before anything is written all have read, and the same.
         hosts.wait_for_all("begun")

@@ -110,6 +110,7 @@ class Session:
       past: (entries, whether known) of the ledger that the run started with.
       totals: what it adds up. initial, final: error rates by split, as soon as they are known.
       decoded: what the last evaluation of each split heard.
+      trackers: of others that are told of it, by name.
       cadence: when checkpoints are due.
       selection: of the main stage's states, once it begins. watch: of its losses, likewise.
       name: of the run, which its root makes. history: of earlier ends.
@@ -130,6 +131,7 @@ class Session:
         self.initial: dict[str, Any] = {}
         self.final: dict[str, Any] | None = None
         self.decoded: dict[str, list[Decoded]] = {}
+        self.trackers: Sequence[str] = ()
         self.history: list[dict[str, Any]] = []
         config = parts.config
         self.name = public_name(make_root(identities.run_identity(config)))

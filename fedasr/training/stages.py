@@ -43,7 +43,13 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
         session.totals = Totals(**metadata["totals"])
         session.initial = metadata["initial"]
     stream = None if hosts.is_leader() else io.StringIO()
-    session.logger = RunLogger(session.logs, *_logged(session, stage, units), stream=stream)
+    session.logger = RunLogger(
+        session.logs,
+        *_logged(session, stage, units),
+        stream=stream,
+        trackers=session.trackers if hosts.is_leader() else (),
+        config=session.parts.config.tree(),
+    )
     try:
         with session.logger, session.checkpointer:
             if latest is not None:
