@@ -114,19 +114,25 @@ def test_wandb_has_every_round_once(tmp_path, monkeypatch):
 
 
 def history(path):
-    """Rows of a file of an offline run."""
+    """Rows of a file of an offline run: a header of 7 bytes, then a log in LevelDB's format."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block is empty
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind not in (1, 4):  # whole, or the last part
+            continue
+        record = wandb_internal_pb2.Record.FromString(whole)
+        whole = b""
         if record.WhichOneof("record_type") == "history":
-            items = record.history.item
             yield {
-                item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
             }
 
 

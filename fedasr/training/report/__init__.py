@@ -46,7 +46,7 @@ from fedasr.training.report.tables import (
 from fedasr.training.report.words import escaped, headline_text, privacy_sentence, status_text
 from fedasr.training.workdir import COMMAND_FILE
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --faint: #57606a;
   --grid: #d0d7de; --soft: #f0f4f8; --mark: #0072B2; --alarm: #a33b00;
   --series-0: #0072B2; --series-1: #D55E00; --series-2: #009E73; --series-3: #B5568C;
@@ -142,7 +142,7 @@ def _page(workdir: Path, other: Any) -> str:
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>Training report: {escaped(workdir.resolve().name)}</title>\n"
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
     )
 
 
