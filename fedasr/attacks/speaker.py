@@ -40,12 +40,16 @@ def attack(target: Target, settings: Settings, given: Halves | None = None) -> l
 
 
 def identified(target: Target, settings: Settings, found: Halves) -> Iterable[Result]:
-    """The results by setting."""
+    """The results by setting; each half of a user's speech is what is known of them, in turn."""
     users = len(found.users)
-    for release in releases(target, settings, found.observed):
-        plain = release.noise_multiplier is None
-        enrolled = found.enrolled if plain else target.clipped(found.enrolled)
-        guesses = scores(enrolled, release.seen).argmax(-1)
-        right = guesses == np.arange(users)
+    turns = (found.enrolled, found.observed), (found.observed, found.enrolled)
+    sides = [(known, releases(target, settings, sent)) for known, sent in turns]
+    for both in zip(*(seen for _, seen in sides), strict=True):
+        right = []
+        for (known, _), release in zip(sides, both, strict=True):
+            plain = release.noise_multiplier is None
+            enrolled = known if plain else target.clipped(known)
+            guesses = scores(enrolled, release.seen).argmax(-1)
+            right.append(guesses == np.arange(users))
         what = f"the sender named among {users} speakers"
-        yield result(target, "speaker", release, right, 1 / users, what)
+        yield result(target, "speaker", both[0], np.stack(right), 1 / users, what)

@@ -43,11 +43,11 @@ class Settings:
       seed: of all that is drawn.
     """
 
-    users: int = 16
+    users: int = 32
     noise: tuple[float, ...] = (0.0,)
-    draws: int = 4
-    rounds: int = 8
-    shadows: int = 8
+    draws: int = 2
+    rounds: int = 6
+    shadows: int = 6
     candidates: int = 50
     seed: int = 0
 

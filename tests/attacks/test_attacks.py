@@ -87,7 +87,7 @@ def test_a_speaker_is_known_by_an_update_and_not_under_noise(target, given):
     found = by_noise(speaker.attack(target, settings, given))
     assert found[None].success >= 5 / 6 and found[None].interval[0] > found[None].chance
     assert found[0.0].success >= 5 / 6 and found[0.0].bound == 1.0
-    assert found[LOUD].targets == 20 * USERS
+    assert found[LOUD].targets == 2 * 20 * USERS
     assert found[LOUD].success <= found[LOUD].bound < 0.3
     assert not any(one.exceeds for one in found.values())
 
