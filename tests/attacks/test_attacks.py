@@ -139,6 +139,7 @@ def test_attributes_come_from_others(target, given, monkeypatch):
     assert attribute.attack(target, Settings(users=USERS), given) == []
 
 
+@pytest.mark.slow
 def test_planted_names_are_found_and_not_under_noise(target):
     settings = Settings(users=USERS, noise=(LOUD,), rounds=12, candidates=12)
     found = by_noise(names.attack(target, settings))
