@@ -7,12 +7,19 @@ from setuptools import find_packages, setup
 SPEECH = ["soundfile>=0.12", "soxr>=0.4"]
 QUICKSTART = [*SPEECH, "espeakng-loader>=0.2.4"]
 FUSION = ["evosax>=0.3", "scikit-learn>=1.4"]
-MERGING = ["safetensors>=0.8"]  # checkpoints that others made
+SAFETENSORS = ["safetensors>=0.8"]  # checkpoints that others made
 SUBWORDS = {  # read tokenizers that were learned elsewhere
     "sentencepiece": ["sentencepiece>=0.2"],
     "tokenizers": ["tokenizers>=0.20"],
 }
+PRETRAINED = [  # models that others trained
+    *SAFETENSORS,
+    *SUBWORDS["tokenizers"],
+    "PyYAML>=6.0",  # settings in NeMo's archives
+]
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
+G2P = ["g2p_en>=2.1"]  # pronounces words as the published speech decoders' labels were
+RESCORING = ["torch>=2.4", "transformers>=4.45"]  # judges n-best lists by a causal language model
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
 TRACKERS = {  # told of a run's metrics by `fedasr train --track`
     "wandb": ["wandb>=0.18"],
@@ -20,6 +27,12 @@ TRACKERS = {  # told of a run's metrics by `fedasr train --track`
     "trackio": ["trackio>=0.4"],
 }
 SEARCH = ["optuna>=4.0"]  # `fedasr sweep --search=optuna`
+COMPILERS = [  # of accelerators that are not there: `fedasr compile`
+    "libtpu>=0.0.30",
+    "jax-cuda13-plugin>=0.8",
+    "jax-cuda13-pjrt>=0.8",
+    "nvidia-cuda-nvcc>=13",  # ptxas
+]
 DOCS = [
     "mkdocs>=1.6,<2",  # the site of docs/
     "mkdocstrings[python]>=1.0",  # its reference of the API, from the source's docstrings
@@ -66,12 +79,16 @@ setup(
         "speech": SPEECH,
         "quickstart": QUICKSTART,
         "fusion": FUSION,
-        "merging": MERGING,
+        "merging": SAFETENSORS,
+        "pretrained": PRETRAINED,
         "neural": NEURAL,
+        "g2p": G2P,
+        "rescoring": RESCORING,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
         **TRACKERS,
         "search": SEARCH,
+        "compilers": COMPILERS,
         **SUBWORDS,
         "dev": [*CHECKS, "pre-commit>=4.0"],  # .pre-commit-config.yaml runs them, beside ruff
         "cuda": ["jax[cuda12]>=0.8"],
@@ -79,14 +96,13 @@ setup(
         "test": [
             *QUICKSTART,
             *FUSION,
-            *MERGING,
+            *PRETRAINED,
             *NEURAL,
             *HUGGINGFACE,
             *CHECKS,
             *DOCS,
             *SEARCH,
             *SUBWORDS["sentencepiece"],
-            *SUBWORDS["tokenizers"],
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook
             "jiwer>=4.0",  # word error rates by other code

@@ -29,7 +29,7 @@ WORDS = {
     "data.eval": "Splits that are evaluated.",
     "model.name": "Which encoder.",
     "augment.enabled": "Whether SpecAugment masks the training features.",
-    "augment.options": "SpecAugment's: numbers and widths of masks.",
+    "augment.options": "SpecAugment's: numbers and widths of masks, and warps.",
     "seed_training.split": "Split of the users whose data trains the seed model, without privacy.",
     "steps": "Steps of training.",
     "seed_training.steps": "Steps of training before the federated rounds; 0: none.",

@@ -4,7 +4,8 @@
 
 Every run must end with the parameters of one that was left alone, bit for bit, or be refused in one
 line that names a file and what to do about it; the script then does that and goes on. Anything else
-(a traceback, another result, a process that hangs) is counted as a failure and printed. Faults:
+(a traceback, another result, a process that hangs) is counted as a failure and printed. Every other
+run keeps its best state. Faults:
 
     kill         kill -9 at a random moment
     stop         SIGTERM, which has to end in a checkpoint and status 3
@@ -15,6 +16,7 @@ line that names a file and what to do about it; the script then does that and go
     clock        the clock jumps by up to a day, forwards or backwards
     memory       there is less memory than a run takes: the kernel kills it, or, half of the time, a
                  limit (as of ulimit -v) has its allocations fail from a random moment on
+    files        likewise it may open a few files more, and no others (as of ulimit -n)
     garble       some bytes of a file in the work directory change while nothing runs
     cut          a file is cut off
     lose         a file is deleted
@@ -50,14 +52,14 @@ from fedasr.errors import UserError
 
 KINDS = (
     *("kill", "stop", "full", "read_only", "broken", "slow"),
-    *("clock", "memory", "garble", "cut", "lose"),
+    *("clock", "memory", "files", "garble", "cut", "lose"),
 )
 _OF_FILES = ("garble", "cut", "lose")
 _NEED_ROOT = ("full",)
 _NEED_COMPILER = {"read_only": "r", "broken": "i", "slow": "s"}  # what `chaos_disk.c` is told
 # What passes by itself: the refusal names no file, and the same command goes on.
-_PASSING = ("full", *_NEED_COMPILER, "memory")
-_REMEDIES = ("disk", "room", "mend", "memory")
+_PASSING = ("full", *_NEED_COMPILER, "memory", "files")
+_REMEDIES = ("disk", "room", "mend", "memory", "threads", "open files")
 LONGEST = 600.0  # seconds that a process may take: then it hangs
 _SIZE = "64m"  # of the small disk
 
@@ -79,8 +81,11 @@ def tiny_corpus(folder: Path) -> Path:
     return folder
 
 
-def tiny_config(corpus: Path) -> dict[str, Any]:
-    """Two steps of a seed and six rounds with privacy, LAMB and a checkpoint every other round."""
+def tiny_config(corpus: Path, best: bool = False) -> dict[str, Any]:
+    """Two steps of a seed and six rounds with privacy, LAMB and a checkpoint every other round.
+
+    With `best`, the state that is best on "dev" is kept.
+    """
     from fedasr.training.config import default_config
     from fedasr.training.logging import to_json
 
@@ -93,6 +98,8 @@ def tiny_config(corpus: Path) -> dict[str, Any]:
     config.checkpoint.every, config.checkpoint.seed_every = 2, 1
     config.evaluation.every = 3
     config.privacy.sampler, config.privacy.deployments = "fixed", ()
+    if best:
+        config.evaluation.every, config.selection.split = 1, "dev"
     return to_json(config.to_dict())
 
 
@@ -127,6 +134,13 @@ def _child(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def source() -> str:
+    """A hash of the program as it lies on the disk now."""
+    from fedasr.training import exactness
+
+    return exactness.source.__wrapped__()
 
 
 class _MemoryGroup:
@@ -197,6 +211,7 @@ class Chaos:
     ) -> None:
         from fedasr.training.checkpoint import restore_params
 
+        self._source = source()
         self._random = random.Random(seed)
         self._folder, self._say = folder, say
         self._disk, self._told = folder / "disk", folder / "fault"
@@ -217,13 +232,17 @@ class Chaos:
         self.failures: list[str] = []
         self._story: list[str] = []  # faults of the run under way, and how each ended
         self._workdir: Path | None = None
-        self._config = tiny_config(tiny_corpus(folder / "corpus"))
-        self._seconds = LONGEST
-        for name in ("compiled", "whole"):
+        corpus = tiny_corpus(folder / "corpus")
+        # Runs take turns.
+        self._configs = [tiny_config(corpus, best) for best in (False, True)]
+        self._seconds, self._turn = LONGEST, 0
+        self._wholes = []
+        for self._turn, name in ((0, "compiled"), (0, "whole"), (1, "best")):
             status, errors = self._run(folder / name)
-        if status:
-            raise UserError(f"the run without faults failed: {errors[-300:]}")
-        self._whole = restore_params(folder / "whole")
+            if status:
+                raise UserError(f"the run without faults failed: {errors[-300:]}")
+            if name != "compiled":
+                self._wholes.append(restore_params(folder / name))
 
     def _preload(self, folder: Path) -> str:
         """The library with the faults of disks; "" if it cannot be made."""
@@ -270,6 +289,7 @@ class Chaos:
         while sum(self.results.values()) < faults:
             workdir = self._disk / f"run [{number}]"  # a path that has to be taken literally
             self._workdir, self._story = workdir, []
+            self._turn = number % len(self._configs)
             number += 1
             finished = False
             for _ in range(12):
@@ -296,8 +316,7 @@ class Chaos:
             else:
                 status, errors = self._run(workdir)
                 outcome = self._judge(workdir, kind, hurt, status, errors)
-                self._story.append(f"{kind} {hurt}: {outcome}")
-                self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
+                self._count(kind, hurt, outcome if len(self.failures) == before else "failed")
                 return outcome != "resumed"
         moment, jump = self._random.uniform(0, self._seconds), (0.0, 0.0)
         if kind == "clock":
@@ -308,9 +327,15 @@ class Chaos:
         status, errors = self._end(process, log)
         self._mend()
         outcome = self._judge(workdir, kind, "", status, errors)
-        self._story.append(f"{kind}: {outcome}")
-        self.results[kind, outcome if len(self.failures) == before else "failed"] += 1
+        self._count(kind, "", outcome if len(self.failures) == before else "failed")
         return outcome == "identical"
+
+    def _count(self, kind: str, hurt: str, end: str) -> None:
+        """Counts a fault, and tells of it."""
+        told = f"{kind} {hurt}".strip() + f": {end}"
+        self._story.append(told)
+        self.results[kind, end] += 1
+        self._say(f"{sum(self.results.values())}. {told}")
 
     def _during(self, kind: str, process: Any, moment: float) -> None:
         """Does to a process what a fault does, so many seconds after its start."""
@@ -327,6 +352,8 @@ class Chaos:
             self._fill()
         elif kind == "memory":
             self._bound(process.pid, self._random.randrange(64 << 20))
+        elif kind == "files":
+            self._bound_files(process.pid, self._random.randrange(12))
         elif kind in _NEED_COMPILER:
             self._told.write_text(_NEED_COMPILER[kind])
             if kind == "slow" and self._random.random() < 0.5:
@@ -340,11 +367,20 @@ class Chaos:
             has = pages * resource.getpagesize()
             resource.prlimit(pid, resource.RLIMIT_AS, (has + more, has + more))
 
+    def _bound_files(self, pid: int, more: int) -> None:
+        """A process may open so many more files, and no others."""
+        with contextlib.suppress(OSError, ValueError):
+            most = max(int(name) for name in os.listdir(f"/proc/{pid}/fd")) + 1 + more
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+
     def _judge(self, workdir: Path, kind: str, hurt: str, status: int | None, errors: str) -> str:
         """ "identical", "resumed" (to be gone on with) or "refused", after doing what was said."""
         where = f"{kind} {hurt}".strip()
         if status is None:
             self._fail(f"{where}: hangs")
+        elif source() != self._source:
+            # It is read by every process anew, and one that has old and new parts is neither.
+            raise UserError("the program's source has changed since: start again, in a copy")
         elif "Traceback" in errors:
             self._fail(f"{where}: a traceback, status {status}: {errors[-1500:]}")
         elif status == 0:
@@ -370,7 +406,8 @@ class Chaos:
     def _obey(self, workdir: Path, where: str, line: str) -> None:
         """Removes what a refusal says is to be removed, if it is in the work directory."""
         # The paths have a space and brackets.
-        found = re.findall(re.escape(str(workdir)) + r"(/[^\s:;,()]+)", line)
+        pattern = re.escape(str(workdir)) + r"(/[^\s:;,()]+)"
+        found = re.findall(pattern, line.rpartition("remove ")[2]) or re.findall(pattern, line)
         if "remove" not in line or not found:
             self._fail(f"{where}: neither a file nor a remedy in: {line}")
             return
@@ -399,12 +436,13 @@ class Chaos:
             if "cannot be read" not in str(error) and "no checkpoint" not in str(error):
                 self._fail(f"{where}: {error}")
             return
-        same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, self._whole)
+        whole = self._wholes[self._turn]
+        same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, whole)
         if not all(jax.tree.leaves(same)):
             names = [p for p, x in jax.tree_util.tree_leaves_with_path(same) if not x]
             most = max(
                 float(np.abs(np.float64(a) - b).max())
-                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(self._whole), strict=True)
+                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True)
             )
             self._fail(f"{where}: other parameters, in {len(names)} arrays, by up to {most:g}")
         rounds = [r.get("round") for r in read_metrics(workdir) if "round" in r]
@@ -447,7 +485,7 @@ class Chaos:
         disk = str(self._disk) if self._preloaded else ""
         process = self._context.Process(
             target=_child,
-            args=(self._config, str(workdir), str(log), jump, disk),
+            args=(self._configs[self._turn], str(workdir), str(log), jump, disk),
         )
         process.start()
         self._memory.join(process.pid, None)

@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config, items):
     workers finish together.
     """
     asked = config.option.markexpr or ""
-    for name in ("slow", "planted", "long"):
+    for name in ("slow", "planted", "long", "accelerator"):
         if not (name in asked or (name == "slow" and "planted" in asked)):
             items[:] = [item for item in items if not item.get_closest_marker(name)]
     items.sort(key=lambda item: "end_to_end" not in item.path.parts)

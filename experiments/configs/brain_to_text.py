@@ -75,7 +75,9 @@ def get_config() -> ConfigDict:
                 "steps": 120,
                 "today": 0.6,
                 "batch_size": 16,
-                "threshold": 0.0,  # the published 4.0 ended training too early
+                # The published 4.0, which belongs to training after every sentence (see
+                # `brain_recalibration`), ended this training too early.
+                "threshold": 0.0,
                 "window": 10,
             },
         }

@@ -6,13 +6,12 @@ not when the module is imported, for other programs have flags of the same names
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import logging
 import os
-import platform
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from typing import Any
 from absl import app, flags
 
 from fedasr import recipes
-from fedasr.cli import aborts
-from fedasr.errors import UserError, lacks_memory
+from fedasr.cli import aborts, exhaustion
+from fedasr.errors import UserError
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
@@ -74,9 +73,10 @@ def status_of(program: Callable[[], int | None]) -> int:
     """Runs a program; what it raises becomes a line on stderr and an exit status.
 
     Returns:
-      0 done, 2 a user's mistake or too little memory, 1 anything else. KeyboardInterrupt ends the
-      process here.
+      0 done, 2 a user's mistake or too little memory, threads or open files, 1 anything else.
+      KeyboardInterrupt ends the process here.
     """
+    exhaustion.install()
     try:
         return program() or 0
     except (UserError, flags.Error) as error:
@@ -89,11 +89,8 @@ def status_of(program: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # whoever read the result has gone
         return FAILED
     except Exception as error:
-        if lacks_memory(error):
-            return fail(
-                "out of memory: give the process more, or take smaller batches; what was saved "
-                f"is intact, and the same command goes on ({error})"
-            )
+        if what := exhaustion.found(error):
+            return fail(exhaustion.message(what, error))
         traceback.print_exc()
         return FAILED
 
@@ -244,15 +241,6 @@ def keep_memory() -> None:
             libc.mallopt(option, value)
 
 
-def _processor() -> str:
-    """Names the kind of CPU: code that was compiled for one need not run on another."""
-    described = f"{platform.machine()} {platform.processor()}"
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        described += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256(described.encode()).hexdigest()[:8]
-
-
 def configure_compilation(folder: Path) -> None:
     """Keeps compiled programs for the next process, and says on stderr what takes long to compile.
 
@@ -262,12 +250,15 @@ def configure_compilation(folder: Path) -> None:
     """
     import jax
 
+    from fedasr.training.exactness import processor
     from fedasr.training.logging import say
 
     settings: Any = jax.config  # its options are made when JAX is imported
     if not settings.jax_compilation_cache_dir:
-        cache = folder.absolute() / ".compile-cache" / _processor()
+        cache = folder.absolute() / ".compile-cache" / processor()
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+    _say_once("persistent compilation cache", "compiled programs are not kept")
 
     def report(event: str, duration_secs: float, **said: str | int) -> None:
         fun_name = said.get("fun_name", "")
@@ -278,6 +269,29 @@ def configure_compilation(folder: Path) -> None:
             say(f"compiled {fun_name} in {duration_secs:.1f} s")
 
     jax.monitoring.register_event_duration_secs_listener(report)
+
+
+def _say_once(text: str, meaning: str) -> None:
+    """Has a warning that libraries repeat, of what may fail without harm, said in one line.
+
+    Args:
+      text: that is in it. meaning: what it comes to.
+    """
+    from fedasr.training.logging import say
+
+    shown = warnings.showwarning
+    told: list[Any] = []
+
+    def show(message: Any, *args: Any, **more: Any) -> None:
+        if text not in str(message):
+            shown(message, *args, **more)
+        elif not told:
+            told.append(message)
+            said = " ".join(str(message).split())
+            # What failed comes behind the name of the program that was compiled.
+            say(f"warning: {meaning} ({said.rpartition(': ')[2][:200]})")
+
+    warnings.showwarning = show
 
 
 def in_step(

@@ -30,11 +30,10 @@ def run() -> None:
     if not flags.FLAGS.checkpoint or not flags.FLAGS.data:
         raise UserError("--checkpoint and --data are needed: give both folders")
     common.configure_devices()
-    from fedasr.data.records import open_corpus
     from fedasr.data.records import read_metadata as read_corpus_metadata
     from fedasr.evaluation.hypotheses import write_hypotheses
     from fedasr.training import served
-    from fedasr.training.builders.corpora import fitting_tokenizer
+    from fedasr.training.builders.corpora import fitting_tokenizer, open_split
     from fedasr.training.builders.decoders import make_run_decoder
     from fedasr.training.builders.models import build_recogniser
     from fedasr.training.checkpoint import read_metadata, restore_params
@@ -42,10 +41,10 @@ def run() -> None:
     from fedasr.training.rows import local_rows
     from fedasr.training.workdir import recorded_config
 
-    corpus = open_corpus(flags.FLAGS.data, flags.FLAGS.split)
     metadata = read_metadata(flags.FLAGS.checkpoint)
     params = restore_params(flags.FLAGS.checkpoint)
     config = recorded_config(metadata["config"])
+    corpus = open_split(flags.FLAGS.data, flags.FLAGS.split, config)
     recogniser = build_recogniser(config)
     buckets = evaluation_buckets([corpus])
     tokenizer = fitting_tokenizer(config, read_corpus_metadata(flags.FLAGS.data))
@@ -95,7 +94,10 @@ def _decoding(of_run: Any) -> Any:
 
     given: dict[str, Any] = {
         name: value
-        for name in ("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus")
+        for name in (
+            *("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus"),
+            "blank_penalty",
+        )
         if (value := flags.FLAGS["lm_order" if name == "order" else name].value) is not None
     }
     if flags.FLAGS.decoder is not None:
@@ -120,6 +122,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("lm_order", None, "Words in the longest n-grams of a model from_SPLIT.")
     flags.DEFINE_float("lm_weight", None, "Times the words' log probability.")
     flags.DEFINE_float("word_bonus", None, "For every word, in nats.")
+    flags.DEFINE_float("blank_penalty", None, "Taken from the blank in every frame, in nats.")
     flags.DEFINE_integer("beam", None, "Hypotheses kept after each frame.")
     flags.DEFINE_integer("batch_size", 32, "Utterances at a time.")
 

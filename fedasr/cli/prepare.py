@@ -11,9 +11,9 @@
 lists recordings with `audio_filepath`, `text` and `user`: JSON lines, a JSON array, CSV or TSV.
 LibriSpeech, Common Voice, TED-LIUM, Kaldi data directories, lhotse manifests and audio datasets of
 Hugging Face are read as they lie on disk (see `fedasr.data.sources`). Neural recordings are a
-folder of MATLAB files or a manifest of arrays, see `fedasr.data.neural`. The same command goes on
-with a preparation that was interrupted. `--verify` decodes again what is stored, and its sources.
-The summary goes to stdout, everything else to stderr.
+folder of MATLAB or TFRecord files, or a manifest of arrays, see `fedasr.data.neural`. The same
+command goes on with a preparation that was interrupted. `--verify` decodes again what is stored,
+and its sources. The summary goes to stdout, everything else to stderr.
 Exit status: 0 when the corpus is ready, 1 where --verify finds a difference, 2 for a mistake that
 the user can mend.
 """
@@ -58,6 +58,7 @@ def run() -> dict[str, Any]:
             flags.FLAGS.out,
             keep_letters=flags.FLAGS.keep_letters,
             **written,
+            rules="published" if flags.FLAGS.text_rules == "published" else "",
             store=flags.FLAGS.store,
             workers=flags.FLAGS.workers,
             dev_fraction=flags.FLAGS.dev_fraction,
@@ -77,7 +78,10 @@ def run() -> dict[str, Any]:
 def _written(language: str) -> dict[str, Any]:
     """What labels are written in, as arguments of `prepare`."""
     if flags.FLAGS.tokenizer:
-        return {"tokenizer": flags.FLAGS.tokenizer, "alphabet": flags.FLAGS.alphabet or ""}
+        found = text.prepared_with(flags.FLAGS.tokenizer)
+        if "alphabet" in found and (flags.FLAGS.alphabet or flags.FLAGS.keep_letters):
+            raise UserError("--tokenizer has its own characters: leave --alphabet and letters out")
+        return {"alphabet": flags.FLAGS.alphabet or "", **found}
     if flags.FLAGS.alphabet != text.FROM_DATA:
         return {
             "alphabet": text.script_alphabet(flags.FLAGS.alphabet) if flags.FLAGS.alphabet else ""
@@ -120,6 +124,9 @@ def _neural(path: str) -> dict[str, Any]:
             language=flags.FLAGS.language or "en",
             keep_letters=flags.FLAGS.keep_letters,
             lexicon=flags.FLAGS.lexicon,
+            labels=flags.FLAGS.labels or "",
+            g2p=flags.FLAGS.g2p,
+            final_silence=flags.FLAGS.final_silence,
             workers=flags.FLAGS.workers,
             progress=progress,
             overwrite=flags.FLAGS.overwrite,
@@ -301,11 +308,20 @@ def _define_flags() -> None:
         f"In place of the language's: {text.FROM_DATA} (all letters of the transcripts), or one of "
         f"{', '.join(text.SCRIPTS)}.",
     )
+    flags.DEFINE_enum(
+        "text_rules",
+        "words",
+        ["words", "published"],
+        "published: as the programs of arXiv 2310.00098 write transcripts, leaving out digits, "
+        "signs and punctuation; words: as they are said, and who cannot be written is skipped.",
+    )
     flags.DEFINE_integer(
         "alphabet_min_count", 1, "With from_data: characters that occur less often are left out."
     )
     flags.DEFINE_string(
-        "tokenizer", None, "In place of an alphabet: a SentencePiece model or a tokenizer.json."
+        "tokenizer",
+        None,
+        "In place of an alphabet: a SentencePiece model, a tokenizer.json, or a model's folder.",
     )
     flags.DEFINE_enum(
         "store", "features", list(STORES), "audio: features are computed whenever they are read."
@@ -336,6 +352,18 @@ def _define_flags() -> None:
     flags.DEFINE_bool("pipes", False, "kaldi: run the commands that wav.scp holds.")
     flags.DEFINE_string(
         "lexicon", None, "neural: pronunciations in the form of CMUdict; labels are then phonemes."
+    )
+    flags.DEFINE_enum(
+        "labels",
+        None,
+        ["characters", "phonemes", "handwriting"],
+        "neural: what sentences are written in; default characters, or phonemes with --lexicon.",
+    )
+    flags.DEFINE_bool(
+        "g2p", False, "neural: g2p_en pronounces the words that --lexicon lacks (extra g2p)."
+    )
+    flags.DEFINE_bool(
+        "final_silence", False, "neural: silence after the last word, too, as published."
     )
     flags.DEFINE_integer("stride", 4, "Bins of neural recordings per output of the model.")
     flags.DEFINE_float("dev_fraction", 0.1, "Share of undivided users held out for dev.")

@@ -50,7 +50,7 @@ def train() -> int | None:
     if flags.FLAGS.dry_run:
         summary = loop.dry_run(config, flags.FLAGS.workdir, flags.FLAGS.extend)
         if hosts.is_leader():
-            common.show(summary)
+            common.show(summary) if common.JSON.value else print("\n".join(_planned(summary)))
         return None
     name = f"{config['name']}-{config_lib.fingerprint(config_lib.what(config))}"
     workdir = local_path(flags.FLAGS.workdir or Path("runs") / name)
@@ -80,8 +80,6 @@ def train() -> int | None:
 
 def _describe(summary: dict) -> Iterator[str]:
     """The summary for people."""
-    from fedasr.privacy import ledger
-    from fedasr.privacy.accounting import epsilon_in_words
     from fedasr.training.logging import from_json
 
     summary = from_json(summary)
@@ -95,44 +93,90 @@ def _describe(summary: dict) -> Iterator[str]:
         )
     for text in summary.get("warnings") or []:
         yield f"warning: {text}"
-    privacy = summary["privacy"]
-    if not privacy["enabled"]:
-        yield "privacy: none (no clipping of client updates, no noise)"
-    else:
-        yield (
-            f"privacy as simulated: epsilon {epsilon_in_words(privacy['epsilon'])} at delta "
-            f"{privacy['delta']:g} ({privacy['accountant']}), {summary['cohort']} of "
-            f"{summary['population']} users expected in each of {summary['rounds']} rounds"
-        )
-        for case in privacy["extrapolations"]:
-            yield (
-                f"privacy as deployed with the same noise on the mean: epsilon "
-                f"{epsilon_in_words(case['epsilon'])} ({case['accountant']}), "
-                f"{case['cohort']:,} of {case['population']:,} users in each of {case['rounds']} "
-                f"rounds{_otherwise(case['neighbours'], privacy['neighbours'])}"
-            )
-        yield f"epsilon compares: {privacy['neighbours']}"
-        yield (
-            f"noise: {privacy['noise']}, {privacy['noise_multiplier']:.4g} times the clip norm on "
-            f"the sum of updates, {privacy['noise_over_sensitivity']:.4g} times what one user can "
-            "change in it"
-        )
-        if adaptive := privacy.get("adaptive"):
-            yield (
-                f"clip bounds were adaptive (quantile {adaptive['quantile']:g} of the users' "
-                f"norms); noise on the votes {adaptive['noise_multiplier']:.4g}, within epsilon"
-            )
-        yield (
-            "the noise's tails end: what lies beyond them adds at most "
-            f"{privacy['delta_at_tails']:.1g} to delta"
-        )
-        yield from ledger.in_words(privacy["ledger"] or {})
-        yield f"not covered by these figures: {'; '.join(privacy['not_covered'])}"
+    yield from _privacy(summary)
     if skipped := summary["skipped_utterances"]:
         yield f"utterances skipped: {skipped}"
     if invalid := summary["invalid_client_updates"]:
         yield f"client updates that were not finite, counted as zero: {invalid}"
+    if changes := summary.get("device_changes"):
+        yield (
+            "not bit for bit what a run without these changes comes to, to about 1e-5: "
+            f"{'; '.join(changes)}"
+        )
     yield f"{summary['wall_seconds']:.0f} s on {summary['device']}"
+
+
+def _privacy(summary: dict) -> Iterator[str]:
+    """Of a run, or of one that would be."""
+    from fedasr.privacy import ledger
+    from fedasr.privacy.accounting import epsilon_in_words
+
+    privacy = summary["privacy"]
+    if not privacy["enabled"]:
+        yield "privacy: none (no clipping of client updates, no noise)"
+        return
+    yield (
+        f"privacy as simulated: epsilon {epsilon_in_words(privacy['epsilon'])} at delta "
+        f"{privacy['delta']:g} ({privacy['accountant']}), {summary['cohort']} of "
+        f"{summary['population']} users expected in each of {summary['rounds']} rounds"
+    )
+    for case in privacy["extrapolations"]:
+        yield (
+            f"privacy as deployed with the same noise on the mean: epsilon "
+            f"{epsilon_in_words(case['epsilon'])} ({case['accountant']}), "
+            f"{case['cohort']:,} of {case['population']:,} users in each of {case['rounds']} "
+            f"rounds{_otherwise(case['neighbours'], privacy['neighbours'])}"
+        )
+    yield f"epsilon compares: {privacy['neighbours']}"
+    yield (
+        f"noise: {privacy['noise']}, {privacy['noise_multiplier']:.4g} times the clip norm on "
+        f"the sum of updates, {privacy['noise_over_sensitivity']:.4g} times what one user can "
+        "change in it"
+    )
+    if adaptive := privacy.get("adaptive"):
+        yield (
+            f"clip bounds are adaptive (quantile {adaptive['quantile']:g} of the users' "
+            f"norms); noise on the votes {adaptive['noise_multiplier']:.4g}, within epsilon"
+        )
+    yield (
+        "the noise's tails end: what lies beyond them adds at most "
+        f"{privacy['delta_at_tails']:.1g} to delta"
+    )
+    yield from ledger.in_words(privacy["ledger"] or {})
+    yield f"not covered by these figures: {'; '.join(privacy['not_covered'])}"
+
+
+def _planned(summary: dict) -> Iterator[str]:
+    """What a run would be, for people."""
+    from fedasr.training import config as config_lib
+    from fedasr.training.logging import from_json, to_json
+    from fedasr.training.workdir import flatten
+
+    summary = from_json(summary)
+    config = summary["config"]
+    yield (
+        f"{summary['name']}: would be trained ({summary['algorithm']}), "
+        f"{summary['parameters']:,} parameters, {summary['population']} training users, "
+        f"{summary['device']}"
+    )
+    if steps := config["seed_training"]["steps"]:
+        yield f"a seed first: {steps} steps on {config['seed_training']['split']!r}, if it is there"
+    if "rounds" in summary:
+        yield f"{summary['rounds']} rounds with {summary['cohort']} users expected in each"
+        for client in summary["clients"]:
+            yield (
+                f"a client receives {client['down_bytes'] / 1e6:.3g} MB a round and sends "
+                f"{client['up_bytes'] / 1e6:.3g} MB ({client['method']})"
+            )
+        if local := summary.get("local"):
+            yield f"of its own it keeps {local['parameters']:,} parameters"
+        yield from _privacy(summary)
+    else:
+        yield f"{config['central']['steps']} steps of central training, without privacy"
+    usual = flatten(to_json(config_lib.default_config().to_dict()))
+    own = {name: value for name, value in flatten(config).items() if usual.get(name, ...) != value}
+    yield "settings other than the defaults (--json prints all):"
+    yield from (f"  {name}={value}" for name, value in sorted(own.items()))
 
 
 def _otherwise(theirs: str, ours: str) -> str:

@@ -21,8 +21,8 @@ import numpy as np
 
 from fedasr.data import splits
 from fedasr.data.corpus import Corpus, Example, LazyUsers, checked
-from fedasr.data.views import FeaturesFromAudio
-from fedasr.errors import UserError
+from fedasr.data.views import AudioBlocks, FeaturesFromAudio
+from fedasr.errors import UserError, pass_exhaustion
 
 FORMAT_VERSION = 2
 METADATA_FILE = "corpus.json"
@@ -126,6 +126,7 @@ class ArrayRecordCorpus:
             # One by one: array_record starts threads for every request of several.
             example = source[row]
         except Exception as error:
+            pass_exhaustion(error, f"reading example {row} in {self._file_of(row)}")
             raise UserError(
                 f"example {row} in {self._file_of(row)} cannot be read "
                 f"({_one_line(error)}): prepare the corpus again"
@@ -152,6 +153,7 @@ class ArrayRecordCorpus:
             source = tfds.builder_from_directory(folder).as_data_source(self.split)
             rows = len(source)
         except Exception as error:
+            pass_exhaustion(error, f"opening {folder}")
             raise UserError(
                 f"{folder} cannot be opened ({_one_line(error)}): prepare the corpus again"
             ) from error
@@ -168,21 +170,27 @@ class ArrayRecordCorpus:
         return self.directory / list(split["files"])[shard]
 
 
-def open_corpus(directory: str | os.PathLike[str], split: str) -> Corpus:
+def open_corpus(directory: str | os.PathLike[str], split: str, audio: bool = False) -> Corpus:
     """Opens a split of a prepared corpus, or a part made of its splits.
 
     Args:
       directory: folder written by `write_corpus` (or `fedasr.data.preparation.prepare.prepare`).
       split: a stored split or an expression such as "train[:10%]" (see `fedasr.data.splits`).
+      audio: whether "features" are to be blocks of stored audio, see `AudioBlocks`.
 
     Returns:
       The corpus. Examples of prepared speech hold "features" and "labels" whether features or
       audio are stored.
 
     Raises:
-      UserError: as `ArrayRecordCorpus`, or an expression that makes no sense.
+      UserError: as `ArrayRecordCorpus`, an expression that makes no sense, or no stored audio.
     """
     metadata = read_metadata(directory)
+    if audio and metadata.get("options", {}).get("store") != "audio":
+        raise UserError(
+            f"{directory} holds features, and this model hears audio: prepare it again, with "
+            "--store=audio"
+        )
 
     def open_split(name: str) -> Corpus:
         corpus = ArrayRecordCorpus(directory, name)
@@ -191,7 +199,8 @@ def open_corpus(directory: str | os.PathLike[str], split: str) -> Corpus:
             return corpus
         from fedasr.audio.features import LogMelConfig
 
-        return FeaturesFromAudio(corpus, LogMelConfig(**options["features"]))
+        view = AudioBlocks if audio else FeaturesFromAudio
+        return view(corpus, LogMelConfig(**options["features"]))
 
     return splits.resolve(split, metadata["splits"], open_split, os.fspath(directory))
 
@@ -230,6 +239,7 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
         metadata = json.loads(path.read_bytes())
         version = metadata["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        pass_exhaustion(error, f"reading {path}")
         raise UserError(f"{path} is damaged ({error}): prepare the corpus again") from error
     if version != FORMAT_VERSION:
         raise UserError(
@@ -251,6 +261,7 @@ def _load_index(path: Path, rows: int) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        pass_exhaustion(error, f"reading {path}")
         raise UserError(f"{path} cannot be read ({_one_line(error)}): prepare again") from error
     if array.shape != (rows,):
         raise UserError(f"{path} holds {array.shape} entries instead of {rows}: prepare again")
@@ -269,6 +280,7 @@ def tfds_module() -> Any:
 
         tfds.core  # noqa: B018  (tfds resolves its modules when they are first used)
     except ImportError as error:
+        pass_exhaustion(error, "importing tensorflow_datasets")
         raise UserError(
             f"reading and writing corpora on disk needs tensorflow-datasets and array-record "
             f"({error}): install them with pip"

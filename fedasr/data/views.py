@@ -288,6 +288,34 @@ class FeaturesFromAudio:
         return {"features": features, **others}
 
 
+class AudioBlocks(FeaturesFromAudio):
+    """A corpus of audio as one whose frames are blocks of 10 ms, for models that hear audio.
+
+    Args:
+      corpus, config: as of `FeaturesFromAudio`; a block is as long as a hop.
+    """
+
+    def get(self, user: int, indices: Sequence[int]) -> list[Example]:
+        """The user's examples at `indices`, with two arrays in place of "audio".
+
+        "features" int16 [blocks, samples of a block], zeros after the last sample; "samples" int32,
+        how many of these are true.
+        """
+        return [self._with_features(example) for example in self._corpus.get(user, indices)]
+
+    def _with_frames(self, lengths: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        blocks = -(-lengths["audio"] // self._config.hop_samples)
+        others = {key: values for key, values in lengths.items() if key != "audio"}
+        return {"features": blocks.astype(np.int32), **others}
+
+    def _with_features(self, example: Example) -> Example:
+        audio, block = example["audio"], self._config.hop_samples
+        blocks = np.zeros((-(-len(audio) // block), block), np.int16)
+        blocks.reshape(-1)[: len(audio)] = audio
+        others = {key: value for key, value in example.items() if key != "audio"}
+        return {"features": blocks, "samples": np.asarray(len(audio), np.int32), **others}
+
+
 def _starts(sizes: np.ndarray) -> np.ndarray:
     """Where each user's examples begin among all examples, int64."""
     return np.cumsum(sizes) - sizes

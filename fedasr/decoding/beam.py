@@ -32,6 +32,7 @@ class BeamConfig:
     word_bonus: added for every word. unknown_penalty: taken for every word that the lexicon does
     not have, beside its probability as <unk>; it is taken as soon as no word of the lexicon begins
     like that. min_log_prob: tokens less likely than this in a frame extend no hypothesis there.
+    blank_penalty: taken from the blank's log probability in every frame.
     """
 
     beam: int = 32
@@ -39,10 +40,13 @@ class BeamConfig:
     word_bonus: float = 0.0
     unknown_penalty: float = 6.0
     min_log_prob: float = -7.0
+    blank_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.beam < 1 or self.lm_weight < 0 or self.unknown_penalty < 0:
-            raise UserError("beam must be positive, lm_weight and unknown_penalty not negative")
+        if self.beam < 1 or min(self.lm_weight, self.unknown_penalty, self.blank_penalty) < 0:
+            raise UserError(
+                "beam must be positive, lm_weight, unknown_penalty and blank_penalty not negative"
+            )
 
 
 class Hypothesis(NamedTuple):
@@ -164,7 +168,7 @@ class BeamDecoder:
         for frame in np.asarray(log_probs, np.float64):
             open_tokens = [int(i) for i in np.flatnonzero(frame > floor) if i != BLANK]
             values = frame.tolist()
-            blank = values[BLANK]
+            blank = values[BLANK] - self.config.blank_penalty
             new: dict[_Node, list[float]] = {}
             for node, (with_blank, without) in beam.items():
                 both = _add(with_blank, without)

@@ -194,14 +194,15 @@ class LocalStore:
         data = self._slots.read()
         return np.frombuffer(data[: len(data) // _PAIR * _PAIR], np.int64).reshape(-1, 2)
 
-    def restore(self, round: int) -> None:
+    def restore(self, round: int, forget: bool = True) -> None:
         """The rows as they were after `round`; what was written later is forgotten for good.
 
         Args:
           round: rounds done, not before the last `release`; 0 for no rows.
+          forget: False to look only: no row may be written after it.
         """
         written, user = self._records()[1:].T
-        if not self._read_only:
+        if forget and not self._read_only:
             for slot in np.flatnonzero(written > round):
                 self._record(int(slot), 0, 0)
         used = np.flatnonzero((written > 0) & (written <= round))
@@ -285,6 +286,16 @@ class LocalStore:
                 self._old.append((self.round, old))
             self._slot[user] = slot
         self._written, self._mean = [], None
+
+    def advance(self, round: int) -> None:
+        """Makes `round` the next to be written: no row has changed in those before it.
+
+        Raises:
+          UserError: it is not later than the last.
+        """
+        if round < self._next_round():
+            raise UserError(f"the local parameters are of round {self.round}, not before {round}")
+        self.round = round - 1
 
     def flush(self) -> None:
         """Returns when all that was written is on the disk itself."""

@@ -15,11 +15,13 @@ import optax
 
 from fedasr.errors import UserError
 from fedasr.federated.client import Params
+from fedasr.federated.keras_adam import keras_adam
 
 SERVER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adagrad": optax.adagrad,
     "adam": optax.adam,
     "adamw": optax.adamw,
+    "keras_adam": keras_adam,
     "lamb": optax.lamb,
     "lars": optax.lars,
     "sgd": optax.sgd,
@@ -57,7 +59,7 @@ def constant_then_exponential(
 def make_optimizer(
     name: str, learning_rate: float | optax.Schedule, **options: float
 ) -> optax.GradientTransformation:
-    """An optax optimiser by name (see `SERVER_OPTIMIZERS`), with optax's own options.
+    """An optimiser by name (see `SERVER_OPTIMIZERS`), with its own options: optax's, mostly.
 
     Raises:
       UserError: for an unknown name or option.

@@ -24,7 +24,6 @@ from fedasr.federated.client import Params
 from fedasr.federated.clientside import client_side
 from fedasr.federated.cohort import (
     AXIS,
-    MODEL,
     CohortSum,
     client_sharding,
     make_cohort,
@@ -55,6 +54,15 @@ class Draws(NamedTuple):
 
     sampler: Any
     order: int
+
+
+class _Arguments(NamedTuple):
+    """Shapes. state: the server's. of_clients: of the cohort's `add`. total, votes: of the step."""
+
+    state: ServerState
+    of_clients: tuple[Any, ...]
+    total: Params
+    votes: dict[str, Any]
 
 
 class Simulation:
@@ -285,18 +293,57 @@ class Simulation:
     def chunk_bytes(self, params: Params) -> int:
         """Bytes of a device's memory that rounds take, by compiling for the largest chunk.
 
-        The largest of the first round with anybody in it: later ones may be larger, where there are
-        several buckets or users with many steps. Counted are the compiled program, chunks on their
-        way, the server's state and as much again for its step.
+        Counted are the compiled program, chunks on their way, the server's state and as much again
+        for its step.
 
         Args:
           params: arrays or their shapes.
+        """
+        arguments = self._arguments(params)
+        found: Any = self._cohort.add.lower(*arguments.of_clients).compile().memory_analysis()
+        return program_bytes(found) + self.beside_bytes(params)
+
+    def beside_bytes(self, params: Params) -> int:
+        """Bytes of a device's memory that are held beside the program that trains clients.
+
+        They are chunks on their way, the server's state and as much again for its step.
+        """
+        arguments = self._arguments(params)
+        _, _, chunk, *_ = arguments.of_clients
+        waiting = _QUEUED * _bytes(chunk._replace(resident=None)) // self._lanes
+        kept = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
+            arguments.state,
+        )
+        return waiting + 2 * _bytes(kept)
+
+    def trace(self, params: Params) -> dict[str, jax.stages.Traced]:
+        """The programs of a round, to lower for the simulation's devices, which need not be there.
+
+        Args:
+          params: arrays or their shapes.
+
+        Returns:
+          "clients": training of the largest chunk and adding it up; "server": the noise and the
+          optimiser's step.
+        """
+        arguments = self._arguments(params)
+        return {
+            "clients": self._cohort.add.trace(*arguments.of_clients),
+            "server": self._step.trace(arguments.state, arguments.total, **arguments.votes),
+        }
+
+    def _arguments(self, params: Params) -> _Arguments:
+        """What the programs of a round are called with, as shapes.
+
+        The chunk is the largest of the first round with anybody in it: later ones may be larger,
+        where there are several buckets or users with many steps.
         """
         round, example = 0, None
         while example is None:
             example = self.batcher.example_chunk(self.mechanism.sampler.cohort(round), round)
             round += 1
-        root = make_root(self.seed)
+        root, whole = make_root(self.seed), replicated(self.mesh)
         state = jax.eval_shape(lambda p: init_server(p, self._chain(root), root), params)
         view = jax.eval_shape(self._view, state)
         chunk = jax.tree.map(
@@ -308,26 +355,19 @@ class Simulation:
         if self.store is not None:
             rows = (chunk.user.shape[0], self.store.layout.size)
             chunk = chunk._replace(local=jax.ShapeDtypeStruct(rows, np.float32))
-        waiting = _QUEUED * _bytes(chunk) // self._lanes
-        chunk = chunk._replace(resident=self._resident)
+        chunk = _laid(chunk, client_sharding(self.mesh))._replace(resident=self._resident)
         sums = jax.eval_shape(self._cohort.zeros, view, chunk)
-        clients = jax.eval_shape(self._round_key, 0)
-        if MODEL in self.mesh.shape:
-            sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
-            view = _laid(view, model_sharding(self.mesh, view))
-        lowered = self._cohort.add.lower(sums, view, chunk, clients, np.int32(0))
-        found: Any = lowered.compile().memory_analysis()
-        program = (
-            found.argument_size_in_bytes
-            + found.temp_size_in_bytes
-            + found.output_size_in_bytes
-            - found.alias_size_in_bytes
-        )
-        kept = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
+        key = _laid(jax.eval_shape(self._round_key, 0), whole)
+        sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
+        total = jax.eval_shape(self._cohort.total, sums)
+        votes = jax.eval_shape(self._votes, state, total)
+        delta = jax.eval_shape(self._delta, state, total)
+        return _Arguments(
             _laid(state, model_sharding(self.mesh, state)),
+            (sums, _laid(view, model_sharding(self.mesh, view)), chunk, key, np.int32(0)),
+            _laid(delta, model_sharding(self.mesh, delta)),
+            _laid(votes, whole),
         )
-        return int(program + waiting + 2 * _bytes(kept))
 
     def layer_names(self, params: Params) -> list[str]:
         """Names of the layers that metrics by layer are about: those of the trained variables."""
@@ -386,6 +426,16 @@ def _laid(tree: Any, sharding: Any) -> Any:
         sharding = jax.tree.map(lambda _: sharding, tree)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding
+    )
+
+
+def program_bytes(memory: Any) -> int:
+    """Bytes of a device's memory that a compiled program takes, by its `memory_analysis`."""
+    return int(
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
     )
 
 

@@ -17,7 +17,7 @@ from fedasr.data.batching import eval_batches, make_buckets
 from fedasr.data.corpus import Corpus
 from fedasr.data.records import open_corpus, read_metadata
 from fedasr.errors import UserError
-from fedasr.models.recogniser import ARRAYS, Recogniser
+from fedasr.models.recogniser import INPUTS, Recogniser, takes_audio
 from fedasr.privacy import ledger
 from fedasr.text import Tokenizer
 from fedasr.training.builders.corpora import fitting_tokenizer
@@ -44,6 +44,11 @@ class Parents(NamedTuple):
     metadata: Mapping[str, Any]
     tokenizer: Tokenizer
     ledgers: Sequence[Mapping[str, Any] | None] = ()
+
+    @property
+    def audio(self) -> bool:
+        """Whether they hear audio."""
+        return takes_audio(self.metadata["config"]["model"]["name"])
 
     def model(self, number: int) -> PyTree:
         """One parent's parameters."""
@@ -89,7 +94,7 @@ def utterance_scores(recogniser: Recogniser, corpus: Corpus, batch_size: int = 3
       recogniser: of the models. corpus: to score on. batch_size: utterances at a time.
     """
     buckets = make_buckets([corpus], 1, _MULTIPLES)
-    batches = list(eval_batches(corpus, buckets, batch_size, ARRAYS))
+    batches = list(eval_batches(corpus, buckets, batch_size, INPUTS))
     stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *batches)
     real = np.flatnonzero(np.concatenate([batch["mask"] for batch in batches]))
 
@@ -109,7 +114,7 @@ def error_rates(parents: Parents, data: str | Path, splits: Sequence[str]) -> An
     Args:
       parents: for their functions. data: a prepared corpus. splits: split expressions of it.
     """
-    corpora = {split: open_corpus(data, split) for split in splits}
+    corpora = {split: open_corpus(data, split, parents.audio) for split in splits}
     buckets = evaluation_buckets(list(corpora.values()))
     evaluator = Evaluator(parents.recogniser, buckets, tokenizer=parents.tokenizer)
 

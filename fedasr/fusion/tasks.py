@@ -84,7 +84,7 @@ def recognisers_task(
         to score on. by_module: whether each module of the model (the front end, a block, ...) is a
         chromosome, with a ratio and a split point of its own; otherwise the model is one.
     """
-    corpus = open_corpus(data, split)
+    corpus = open_corpus(data, split, parents.audio)
     start = parents.metadata["config"]["init_from"]
     return Task(
         recognisers.utterance_scores(parents.recogniser, corpus),

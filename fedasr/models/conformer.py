@@ -37,8 +37,8 @@ class ConformerConfig(ObjectiveConfig):
     identity, follows the features' norm: see `layers.InputLayer`. dtype: of the compute; parameters
     are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `kernels.checkpoint`;
-    "none" to keep everything. attention: "plain", or "fused" for `kernels.attention`. The
-    objective's fields: see `ObjectiveConfig`.
+    "none" to keep everything. attention: "plain", or "fused" for `kernels.attention`.
+    scan_blocks: see `TransformerConfig`. The objective's fields: see `ObjectiveConfig`.
 
     Raises:
       UserError: a size below 1, an unknown dtype, remat or objective, a stride other than 2, 4,
@@ -59,6 +59,7 @@ class ConformerConfig(ObjectiveConfig):
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "plain"
+    scan_blocks: bool = False
     input_layer: bool = False
 
     def __post_init__(self) -> None:
@@ -148,7 +149,7 @@ class Conformer(nn.Module):
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        k_input, *k_blocks = layers.split_keys(keys, 1 + c.blocks)
+        (k_input,) = layers.split_keys(keys, 1)
         x = layers.MaskedNorm(name="input_norm")(features.astype(jnp.float32), lengths)
         if c.input_layer:
             x = layers.InputLayer(name="input_layer")(x, lengths)
@@ -161,9 +162,8 @@ class Conformer(nn.Module):
             # A bias has given padding a sound, which the next layer's windows would hear.
             x = jnp.where(mask[..., None], x, jnp.zeros_like(x))
         x = layers.dropout(x, c.dropout, k_input)
-        for i, k in enumerate(k_blocks):
-            y = layers.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k)
-            x = layers.drop_block(y, x, c.layer_drop, k, _STREAMS)
+        blocks = [Block(c, name=f"{layers.BLOCK}{i}") for i in range(c.blocks)]
+        x = layers.apply_blocks(blocks, c, x, mask, keys, (1, _STREAMS))
         init = layers.uniform_fan_in()
         out = layers.Dense(c.outputs(c.vocab), kernel_init=init, dtype=dtype, name="output")(x)
         return out.astype(jnp.float32), lengths

@@ -116,6 +116,59 @@ def apply_block(block: nn.Module, remat: str, x: jax.Array, *rest: Any) -> jax.A
     return (function if remat == "none" else checkpoint(function))(params, x, *rest)
 
 
+def apply_blocks(
+    blocks: Sequence[nn.Module],
+    config: Any,
+    x: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array | None,
+    streams: tuple[int, int],
+    batch_key: jax.Array | None = None,
+) -> jax.Array:
+    """An encoder's blocks one after another, with layer drop.
+
+    Args:
+      blocks: submodules of the module that is being called; their names begin with `BLOCK`.
+      config: has `remat`, `layer_drop` and `scan_blocks`.
+      x: [b, t, d]. mask: bool [b, t].
+      keys: [b], or None for evaluation.
+      streams: of the keys' that of the first block, and of a block's keys that of its layer drop.
+      batch_key: of the layer drop; None to draw from the first utterance's.
+    """
+    first, dropping = streams
+
+    def add(x: jax.Array, apply: Callable[..., jax.Array], index: Any) -> jax.Array:
+        k = None
+        if keys is not None:
+            k = jax.vmap(lambda key: jax.random.fold_in(key, first + index))(keys)
+        y = apply(x, mask, k)
+        if keys is not None and batch_key is not None:
+            k = jax.random.fold_in(batch_key, index)[None]
+        return drop_block(y, x, config.layer_drop, k, dropping)
+
+    if config.scan_blocks and blocks and not blocks[0].is_initializing():
+        # Blocks are equal in shape: one is compiled, and all of them run through it.
+        each = [realise(block.variables["params"]) for block in blocks]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        alone = blocks[0].clone(parent=None)
+
+        def function(params: Any, *args: Any) -> Any:
+            return alone.apply({"params": params}, *args)
+
+        run: Callable[..., jax.Array] = function
+        if config.remat != "none":
+            run = checkpoint(function)
+
+        def turn(x: jax.Array, block: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            params, index = block
+            return add(x, lambda *args: run(params, *args), index), None
+
+        return jax.lax.scan(turn, x, (stacked, jnp.arange(len(blocks))))[0]
+    for i, block in enumerate(blocks):
+        x = add(x, lambda *args: apply_block(block, config.remat, *args), i)  # noqa: B023
+    return x
+
+
 def drop_block(
     new: jax.Array, old: jax.Array, rate: float, keys: jax.Array | None, index: int
 ) -> jax.Array:

@@ -1,47 +1,27 @@
 """Speech recognisers by name, as the pure functions that the rest of the framework needs."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedasr.audio.augment import SpecAugmentConfig, spec_augment
+from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.errors import UserError
-from fedasr.kernels.ctc import ctc_loss, greedy_decode
+from fedasr.kernels.ctc import ctc_loss
 from fedasr.kernels.rnnt import greedy_decode as rnnt_greedy_decode
 from fedasr.kernels.rnnt import rnnt_loss
-from fedasr.models import recurrent
+from fedasr.models import pretrained, recurrent
 from fedasr.models.conformer import Conformer, ConformerConfig
-from fedasr.models.layers import split_keys
+from fedasr.models.objectives import ARRAYS as ARRAYS
+from fedasr.models.objectives import INPUTS as INPUTS
+from fedasr.models.objectives import Recogniser as Recogniser
+from fedasr.models.objectives import from_forward, from_frames, streamed
 from fedasr.models.transducer import Transducer
 from fedasr.models.transformer import Transformer, TransformerConfig
-from fedasr.streams import Stream, fold
 
-ARRAYS = ("features", "labels")  # what a speech example must hold
 _TRANSDUCER = "transducer"  # its parameters, beside an encoder's
-
-
-class Recogniser(NamedTuple):
-    """A recogniser as pure functions over a plain pytree of parameters.
-
-    init(key) -> params. loss(params, batch, key) -> (loss, aux): training, with augmentation and
-    dropout. evaluate(params, batch) -> (tokens int32 [b, t], token counts int32 [b], loss float32
-    [b], valid bool [b]): greedy decoding without randomness; `valid` is False for padding and for
-    utterances whose transcript cannot be aligned with their frames. scores(params, batch) -> (log
-    probabilities of the tokens in each frame, float32 [b, t, vocab], frame counts int32 [b], loss,
-    valid): what the decoders of `fedasr.decoding` search; None where there are none (RNN-T).
-
-    A batch holds "features" [b, t, f], "features_length" [b], "labels" [b, u], "labels_length" [b]
-    and "mask" [b].
-    """
-
-    init: Callable[[jax.Array], Any]
-    loss: Callable[[Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, dict]]
-    evaluate: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, ...]]
-    scores: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, ...]] | None = None
 
 
 def ctc_recogniser(
@@ -62,27 +42,10 @@ def ctc_recogniser(
             {"params": params}, features, batch["features_length"], keys, **_shared(batch)
         )
         labels = batch["labels"], batch["labels_length"]
-        values, feasible = ctc_loss(logits, lengths, *labels, _streamed(logits, labels[0], keys))
+        values, feasible = ctc_loss(logits, lengths, *labels, streamed(logits, labels[0], keys))
         return values, values, feasible, (logits, lengths)
 
-    return _ctc(init, forward, augment, _draws_alike(module))
-
-
-def _ctc(
-    init: Callable, forward: Callable, augment: SpecAugmentConfig | None, alike: bool = False
-) -> Recogniser:
-    """What models with scores in each frame share; see `_recogniser`."""
-
-    def decode(params, outputs):
-        return greedy_decode(*outputs)
-
-    def scores(params, batch):
-        features = batch["features"].astype(jnp.float32)
-        _, values, feasible, (logits, lengths) = forward(params, batch, features, None)
-        valid = batch["mask"] & feasible
-        return jax.nn.log_softmax(logits), lengths, jnp.where(valid, values, 0.0), valid
-
-    return _recogniser(init, forward, decode, augment, alike)._replace(scores=scores)
+    return from_frames(init, forward, augment, _draws_alike(module))
 
 
 def rnnt_recogniser(
@@ -129,7 +92,7 @@ def rnnt_recogniser(
 
         return rnnt_greedy_decode(score, *outputs, config.context, config.max_symbols)
 
-    return _recogniser(init, forward, decode, augment, _draws_alike(module))
+    return from_forward(init, forward, decode, augment, _draws_alike(module))
 
 
 def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
@@ -142,18 +105,10 @@ def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
     def forward(params, batch, features, keys):
         outputs = recurrent.forward(params, features, batch["features_length"], keys, config)
         labels = batch["labels"], batch["labels_length"]
-        values, feasible = ctc_loss(*outputs, *labels, _streamed(outputs[0], labels[0], keys))
+        values, feasible = ctc_loss(*outputs, *labels, streamed(outputs[0], labels[0], keys))
         return values + recurrent.penalty(params, config), values, feasible, outputs
 
-    return _ctc(lambda key: recurrent.init(key, config), forward, None)
-
-
-_STREAMED = 1 << 24  # scores of all states in all frames, beyond which they are not kept
-
-
-def _streamed(logits: jax.Array, labels: jax.Array, keys: jax.Array | None) -> bool:
-    """Whether a loss should be computed without them: of long recordings, without a gradient."""
-    return keys is None and 2 * math.prod(logits.shape[:2]) * labels.shape[1] > _STREAMED
+    return from_frames(lambda key: recurrent.init(key, config), forward, None)
 
 
 def _draws_alike(module: Any) -> bool:
@@ -174,55 +129,15 @@ def _encoder_init(module: Any, features: int) -> Callable[[jax.Array], Any]:
     return init
 
 
-def _recogniser(
-    init: Callable,
-    forward: Callable,
-    decode: Callable,
-    augment: SpecAugmentConfig | None,
-    alike: bool = False,
-) -> Recogniser:
-    """What all objectives share.
-
-    forward(params, batch, features, keys or None) -> (losses to train with [b], losses to report
-    [b], feasible [b], outputs). decode(params, outputs) -> (tokens, counts). alike: whether
-    `forward` finds a "batch_key" in training batches, the same for all parts of one.
-    """
-
-    def loss(params, batch, key):
-        slots = jnp.arange(batch["mask"].shape[0])
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(slots)
-        keys, masks = split_keys(keys, 2)
-        if alike:
-            shared = fold(batch.get("batch_key", key), Stream.BATCH)
-            batch = {**batch, "batch_key": shared}
-        features = batch["features"].astype(jnp.float32)
-        if augment is not None:
-            features = jax.vmap(lambda x, n, k: spec_augment(x, n, k, augment))(
-                features, batch["features_length"], masks
-            )
-        values, _, feasible, _ = forward(params, batch, features, keys)
-        valid = batch["mask"] & feasible
-        mean = jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
-        aux = {
-            "utterances": jnp.sum(valid, dtype=jnp.int32),
-            "infeasible": jnp.sum(batch["mask"] & ~valid, dtype=jnp.int32),
-        }
-        return mean, aux
-
-    def evaluate(params, batch):
-        features = batch["features"].astype(jnp.float32)
-        _, values, feasible, outputs = forward(params, batch, features, None)
-        valid = batch["mask"] & feasible
-        tokens, counts = decode(params, outputs)
-        return tokens, counts, jnp.where(valid, values, 0.0), valid
-
-    # Op by op, the initialisation of a small model would take seconds.
-    return Recogniser(jax.jit(init), loss, evaluate)
-
-
 def model_configs() -> dict[str, type]:
     """The class of a model's options, by the model's name."""
-    return {name: pair[0] for name, pair in MODELS.items()} | _RECURRENT
+    others = {name: family.config for name, family in pretrained.FAMILIES.items()}
+    return {name: pair[0] for name, pair in MODELS.items()} | _RECURRENT | others
+
+
+def takes_audio(name: str) -> bool:
+    """Whether a model hears audio, with a front end of its own, and not log-mel features."""
+    return name in pretrained.FAMILIES
 
 
 def recogniser(
@@ -245,13 +160,13 @@ def make_recogniser(
     """Builds a recogniser by name.
 
     Args:
-      name: "transformer", "conformer" or "recurrent".
+      name: "transformer", "conformer", "recurrent" or one of `pretrained.FAMILIES`.
       options: fields of the model's configuration (`TransformerConfig`, `ConformerConfig`,
-        `RecurrentConfig`); the rest keep defaults.
+        `RecurrentConfig`, and those of the families); the rest keep defaults.
       augment: see `ctc_recogniser`.
 
     Raises:
-      UserError: for an unknown name or option, or SpecAugment for a recurrent model.
+      UserError: for an unknown name or option, or SpecAugment for a model that cannot have it.
     """
     configs = model_configs()
     if name not in configs:
@@ -265,6 +180,8 @@ def make_recogniser(
         if augment is not None:
             raise UserError("the recurrent model has noise of its own: set augment.enabled=False")
         return recurrent_recogniser(config)
+    if name in pretrained.FAMILIES:
+        return pretrained.FAMILIES[name].recogniser(config, augment)
     module = MODELS[name][1]
     if config.objective == "rnnt":
         return rnnt_recogniser(module(config), Transducer(config), augment)

@@ -34,6 +34,9 @@ class TransformerConfig(ObjectiveConfig):
     `layers.InputLayer`. dtype: of the compute; parameters are float32.
     remat: "block" to keep only the blocks' inputs for the backward pass, see `kernels.checkpoint`;
     "none" to keep everything. attention: "plain", or "fused" for `kernels.attention`.
+    scan_blocks: True to compile one block and run all through it: parameters keep their names and
+    values, compiling takes a time that does not grow with the blocks, and a step copies them once
+    more.
 
     The following are what the authors' programs do in another way, for the published recipes
     (docs/fidelity.md). branch_dropout: True also drops on the sum of the front end's output and the
@@ -70,6 +73,7 @@ class TransformerConfig(ObjectiveConfig):
     norm: str = "pre"
     remat: str = "none"
     attention: str = "plain"
+    scan_blocks: bool = False
     input_layer: bool = False
     branch_dropout: bool = True
     front_end: str = "centred"
@@ -85,6 +89,8 @@ class TransformerConfig(ObjectiveConfig):
         for name, options in _CHOICES.items():
             if (found := getattr(self, name)) not in options:
                 raise UserError(f"the model's {name} must be one of {options}: {found!r}")
+        if self.scan_blocks and self.norm == "post" and self.stream_dtype not in ("", self.dtype):
+            raise UserError("the model's scan_blocks needs blocks that keep the stream's dtype")
         if self.dim % self.heads or self.dim % 2:
             raise UserError(
                 f"the model's dim must be even and a multiple of its heads, not {self.dim} with "
@@ -145,7 +151,7 @@ class Transformer(nn.Module):
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        k_input, k_shift, *k_blocks = layers.split_keys(keys, 2 + c.blocks)
+        k_input, k_shift = layers.split_keys(keys, 2)
         same, lecun = c.front_end == "same", c.init == "lecun"
         x = jax.nn.glu(_windows(c, features.astype(jnp.float32), lengths))
         if not c.branch_dropout:
@@ -157,11 +163,8 @@ class Transformer(nn.Module):
         if c.branch_dropout:
             x = layers.dropout(x, c.dropout, k_input)
         mask = frames < out_lengths[:, None]
-        for i, k in enumerate(k_blocks):
-            y = layers.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k)
-            if keys is not None and batch_key is not None:
-                k = jax.random.fold_in(batch_key, i)[None]
-            x = layers.drop_block(y, x, c.layer_drop, k, 4)
+        blocks = [Block(c, name=f"{layers.BLOCK}{i}") for i in range(c.blocks)]
+        x = layers.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         out = layers.Dense(

@@ -528,16 +528,19 @@ _EVALUATION = (
     Item(
         "punctuation in transcripts",
         "removed: what `-`, `/` or `...` separate, and U+2014, becomes one word",
-        "separates words",
+        "separates words; the other with `prepare --text_rules=published`",
         DIFFERS,
         "words are as they are said",
+        test="test_published_text.py::test_by_hand",
     ),
     Item(
         "digits, `&`, other scripts in transcripts",
         "digits and signs removed, other scripts transliterated; the utterance is kept",
-        "the utterance is skipped and counted, in dev and test splits, too",
+        "the utterance is skipped and counted, in dev and test splits, too; the other with "
+        "`prepare --text_rules=published`",
         DIFFERS,
         "a label must be what is said",
+        test="test_published_text.py::test_an_utterance_stays_whatever_its_label_lacks",
     ),
     Item(
         "hyphens at the edges of words",
@@ -570,7 +573,6 @@ _EVALUATION = (
     ),
 )
 
-_LATER = "to be mended"
 _CONFORMER = (
     Item(
         "blocks",
@@ -594,34 +596,240 @@ _CONFORMER = (
         "not known",
     ),
 )
+_SPEECH = "neural:labels=phonemes,training=central"
+_WRITING = "neural:model=handwriting,labels=handwriting,training=central"
+_GRU, _CORP = "models/test_recurrent.py", "training/test_corp.py"
+
+
+def _decoder(name: str, published: str, test: str, **options: Any) -> Item:
+    named = {f"model.options.{option}": value for option, value in options.items()}
+    ours = ", ".join(f"`{field}={value!r}`" for field, value in named.items())
+    return Item(name, published, ours, OPTION, recipe=_SPEECH, fields=named, test=f"{_GRU}::{test}")
+
+
 _NEURAL = (
-    Item("competitionHoldOut", "decoded into a submission; its texts are withheld",
-         "skipped as empty text", DIFFERS, _LATER),
-    Item("recurrent initialisation", "orthogonal over the whole (u, 3u) matrix", "per gate",
-         DIFFERS, _LATER),
-    Item("Adam's epsilon, .1", "Keras: outside of the bias correction", "optax: inside", DIFFERS,
-         _LATER),
-    Item("CORP's learning rate", "decays over 100,000 batches, training stops at 20,000; the best "
-         "checkpoint on validation", "decays to 0; the last step", DIFFERS, _LATER),
-    Item("random-walk noise", "cumulative over channels", "over time", DIFFERS, _LATER),
-    Item("L2 penalty", "the GRU's input kernels and the day layer", "all matrices", DIFFERS,
-         _LATER),
-    Item("initial state", "learned, of the first layer", "of every layer", DIFFERS, _LATER),
-    Item("smoothing; windows of 32", "9 taps (TensorFlow), 20 (PyTorch); without padding",
-         "13; centred, with zeros", DIFFERS, _LATER),
-    Item("recalibration", "64 sentences mixed by day, backbone and today's layer, white noise .8 "
-         "alone, one optimiser all session, may stop after 2 steps, after every sentence",
-         "48 of one day, all days' layers, training noise, a fresh optimiser, 10 steps or more, "
-         "by portion", DIFFERS, _LATER),
-    Item("language model", "10-best of an n-gram, then GPT-2 XL; blank penalty",
-         "n-gram beam; n-best lists", DIFFERS, _LATER),
-    Item("handwriting tokens", "31, with , ' ~ ?", "29", DIFFERS, _LATER),
-    Item("phonemes", "g2p_en, silence also at the end", "the first entry of CMUdict, silence "
-         "between words; an unknown word drops the sentence", DIFFERS, _LATER),
-    Item("central baseline on real data", "Adam .02 to 0, 10,000 steps of 64, day layers",
-         "no command; `algorithm=central` trains one shared day layer", DIFFERS, _LATER),
-    Item("CORP's release", "tfrecords", "no reader", DIFFERS, _LATER),
-)  # fmt: skip
+    _of_recipe(
+        "sizes and noise of the speech decoder",
+        "five layers of 1,024, windows of 32 bins every 4, white noise 1.0, offset 0.2 (512 and 14 "
+        "in the released configuration)",
+        OPTION,
+        _SPEECH,
+        model__options__units=1024,
+        model__options__layers=5,
+        model__options__window=32,
+        model__options__stride=4,
+        model__options__white_noise=1.0,
+        model__options__offset_noise=0.2,
+    ),
+    _of_recipe(
+        "sizes and noise of the handwriting decoder",
+        "two layers of 512, white noise 1.2, offset 0.6, random walk 0.02",
+        OPTION,
+        _WRITING,
+        model__options__units=512,
+        model__options__layers=2,
+        model__options__white_noise=1.2,
+        model__options__offset_noise=0.6,
+        model__options__walk_noise=0.02,
+    ),
+    _decoder(
+        "recurrent initialisation",
+        "orthogonal over the whole (u, 3u) matrix",
+        "test_initial_parameters_as_published",
+        recurrent_init="matrix",
+    ),
+    _decoder(
+        "initial state",
+        "of the first layer, drawn and trained; zero in the others",
+        "test_initial_parameters_as_published",
+        initial_states="first",
+    ),
+    _decoder(
+        "random-walk noise",
+        "cumulative over channels",
+        "test_the_published_walk_is_over_the_channels",
+        walk_axis="channels",
+    ),
+    _decoder(
+        "L2 penalty",
+        "on the GRU's input kernels and the day layer of the batch",
+        "test_the_penalty_is_on_the_published_matrices",
+        l2_on="inputs",
+    ),
+    _decoder(
+        "smoothing",
+        "9 taps (TensorFlow), 20 (PyTorch: `taps=20`)",
+        "test_scores_agree_with_the_equations_whatever_the_padding_holds",
+        taps=9,
+    ),
+    _decoder(
+        "windows",
+        "whole ones alone, without padding",
+        "test_scores_agree_with_the_equations_whatever_the_padding_holds",
+        windows="inside",
+    ),
+    Item(
+        "noise and smoothing at a sentence's end",
+        "go on into the padding of the batch",
+        "end with the sentence",
+        DIFFERS,
+        "a result here never depends on padding",
+    ),
+    Item(
+        "Adam's epsilon, .1",
+        "Keras: outside of the bias correction",
+        "`central.optimizer='keras_adam'`",
+        OPTION,
+        recipe=_SPEECH,
+        fields={"central.optimizer": "keras_adam", "central.options.eps": 0.1},
+        test="federated/test_server.py::test_steps_of_the_published_options_equal_the_formulae",
+    ),
+    _of_recipe(
+        "central baseline on real data, speech",
+        "Adam .02 to 0 in 10,000 steps of 64 sentences of a day, a layer for each day",
+        OPTION,
+        _SPEECH,
+        algorithm="central",
+        local__patterns=["^day/"],
+        central__learning_rate=0.02,
+        central__decay_linear=True,
+        central__decay_steps=10_000,
+        central__steps=10_000,
+        central__batch_size=64,
+        central__grad_clip=10.0,
+    ),
+    _of_recipe(
+        "CORP's learning rate",
+        "decays from .01 over 100,000 batches of 48, training stops at 20,000",
+        OPTION,
+        _WRITING,
+        central__learning_rate=0.01,
+        central__decay_linear=True,
+        central__decay_steps=100_000,
+        central__steps=20_000,
+        central__batch_size=48,
+    ),
+    _of_recipe(
+        "state that is kept",
+        "the best on the test partition, every 50 batches (speech) or 500",
+        OPTION,
+        _WRITING,
+        selection__split="test",
+        evaluation__every_steps=500,
+    ),
+    Item(
+        "by what the best is chosen",
+        "characters or phonemes wrong",
+        "words wrong, which of phonemes are phonemes; then the loss",
+        DIFFERS,
+        "selection is that of all models",
+    ),
+    Item(
+        "sentences of a batch",
+        "a day at random, its sentences in shuffled passes",
+        "a day at random, its sentences at random, none twice",
+        DIFFERS,
+        "a batch is a function of the step alone, so that a run resumes",
+    ),
+    Item(
+        "layers of a new day",
+        "a copy of the last day's",
+        "the same",
+        OPTION,
+        recipe=_SPEECH,
+        fields={"local.prototype": "last"},
+    ),
+    Item(
+        "PyTorch port",
+        "bidirectional, rate .02 throughout, L2 on everything through Adam, loss by label, "
+        "dropout between layers",
+        "`bidirectional`, `l2_on='all'`; else the original's",
+        DIFFERS,
+        "it is another decoder than the paper's",
+    ),
+    Item(
+        "handwriting tokens",
+        "31, with , ' ~ ?",
+        "`prepare --labels=handwriting`, `model.options.vocab=32` with the blank",
+        OPTION,
+        recipe=_WRITING,
+        fields={"model.options.vocab": 32},
+        test="data/test_neural.py::test_handwriting_has_31_characters",
+    ),
+    Item(
+        "phonemes",
+        "g2p_en reads the sentence; silence also at the end",
+        "`prepare --labels=phonemes --final_silence` (extra `g2p`); or a dictionary's, `--lexicon`",
+        SAME,
+        test="data/test_neural.py::test_phonemes_as_published",
+    ),
+    Item(
+        "CORP's release",
+        "tfrecords; new days scaled by the ten sentences before",
+        "`prepare --dataset=neural`, scaled alike",
+        SAME,
+        test="data/test_neural_records.py::"
+        "test_sessions_of_recalibration_are_scaled_by_the_sentences_before",
+    ),
+    Item(
+        "constant channels",
+        "divided by 1e-8",
+        "zero",
+        DIFFERS,
+        "a channel that was constant says nothing, and would drown the others",
+    ),
+    Item(
+        "recalibration, training",
+        "64 sentences mixed by day, 60% of today, earlier days pooled; backbone and today's layer; "
+        "white noise .8 alone; Keras' Adam .01",
+        "`fedasr.training.corp`; ours in `fedasr.training.recalibration`",
+        SAME,
+        test=f"{_CORP}::test_a_step_is_the_published_one",
+    ),
+    Item(
+        "recalibration, when",
+        "after every sentence, one optimiser all day; until the mean of the last 10 losses, of so "
+        "many as there are, is below 4, at least 2 steps, at most 201",
+        "`fedasr.training.corp`; ours after portions of a day, for longer",
+        SAME,
+        test=f"{_CORP}::test_training_stops_as_published",
+    ),
+    Item(
+        "recalibration, earlier days",
+        "one pass over their sentences after each new one, then today's alone",
+        "pass after pass",
+        DIFFERS,
+        "the program's generator ends, which its description does not say",
+    ),
+    Item(
+        "competitionHoldOut",
+        "decoded into a submission; its texts are withheld",
+        "`fedasr decode`: a sentence a line, in the competition's order",
+        SAME,
+        test="end_to_end/test_decode.py::test_withheld_sentences_become_lines_in_their_order",
+    ),
+    Item(
+        "language model",
+        "10-best of an n-gram, then GPT-2 XL: alpha 1, acoustic scale .5",
+        "`fedasr decode --rescorer=gpt2-xl` (extra `rescoring`)",
+        SAME,
+        test="decoding/test_rescoring.py::test_a_causal_model_scores_token_by_token",
+    ),
+    Item(
+        "blank penalty",
+        "ln 2 (speech), ln 11 (handwriting)",
+        "`--blank_penalty`",
+        SAME,
+        test="decoding/test_beam.py::test_a_blank_penalty_is_taken_in_every_frame",
+    ),
+    Item(
+        "search with the n-gram model",
+        "an automaton of letters or phonemes, words and an n-gram model, in Kaldi's decoder",
+        "prefix beam search with the same parts",
+        DIFFERS,
+        "Kaldi is no package of Python",
+    ),
+)
 _FUSION = (
     Item("specialists", "one pair, of key 42, for all runs, on pixels of 0 to 16",
          "`--pretrained --raw` of the digits, with the draw of the installed JAX; "
@@ -655,7 +863,8 @@ _HEAD = """# What was published, and what is here
 
 Made by `python -m fedasr.recipes.fidelity` from the table in that module, which tests check
 against the code. The first six sections compare the recipes `librispeech` and `common_voice` with
-arXiv 2310.00098 and its authors' public programs.
+arXiv 2310.00098 and its authors' public programs; neural decoders are the recipe `neural` with
+`training=central`.
 
 * **same**: as published, without an option that was made for it.
 * **option**: the published recipes set it; other configurations keep a default of ours.

@@ -1,6 +1,7 @@
 """One's own speech: a few hours of a few dozen people, by arguments.
 
-    --config=own_speech:data=data/mine[,rounds=300][,seed_share=20][,language=train|seed|none]
+    --config=own_speech:data=data/mine[,rounds=300][,seed_share=20][,language=all|train|seed|none]
+                        [,model=transformer|conformer]
 
 Augmentation, dropout, the state that is best on dev, decoding with a lexicon and a language model
 from transcripts; cohort, local steps and rounds follow from the data, and a line on stderr says so.
@@ -9,11 +10,17 @@ deployed stays the same: --config.rounds=300 does that, too.
 
 data: a prepared corpus. rounds: 0 for as many as 20 turns of each user take. seed_share: percent of
 the training users that the seed is trained on, without privacy for them, where the data has no
-split "seed". language: whose transcripts the language model and the lexicon are made from.
+split "seed". language: whose transcripts the language model and the lexicon are made from: "all",
+those of the training users and of the seed's. model: which encoder, of its default size.
+
+    fedasr sweep --table=own_speech
+
+The recipe on data/mine, and what it is without each of its parts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
@@ -25,12 +32,22 @@ from ml_collections import ConfigDict, FieldReference
 
 from fedasr.data.records import has_split, open_corpus, read_metadata
 from fedasr.errors import UserError
+from fedasr.models.conformer import ConformerConfig
+from fedasr.models.transformer import TransformerConfig
 from fedasr.recipes import shared
+from fedasr.recipes.tables import Row, Table
 from fedasr.text import tokenizer_for
 from fedasr.training.builders.decoders import FROM, transcripts
 from fedasr.training.config import default_config
 
-ARGUMENTS: dict[str, Any] = {"data": "", "rounds": 0, "seed_share": 0, "language": "train"}
+ARGUMENTS: dict[str, Any] = {
+    "data": "",
+    "rounds": 0,
+    "seed_share": 0,
+    "language": "all",
+    "model": "transformer",
+}
+MODELS: dict[str, Any] = {"transformer": TransformerConfig, "conformer": ConformerConfig}
 _COHORT, _BATCH = 8, 4
 _TURNS, _FEWEST, _MOST = 20, 120, 600  # of a user; rounds
 _PASSES = 80  # of the seed's training
@@ -61,6 +78,10 @@ def get_config(arguments: str = "") -> ConfigDict:
     config = default_config()
     config.name = "own-speech"
     config.data.dir = args["data"]
+    if args["model"] != config.model.name:
+        model = shared.choose(args, "model", MODELS)
+        config.model.name = args["model"]
+        config.model.options = ConfigDict(dataclasses.asdict(model()))
     if Path(args["data"]).exists():
         _fit(config, args)
     else:  # whoever runs it is told that there is no such corpus
@@ -97,6 +118,11 @@ def _set_training(config: ConfigDict, users: int, utterances: float, rounds: int
     turns = int(np.clip(_TURNS * users // config.cohort, _FEWEST, _MOST))
     all_rounds = FieldReference(rounds or turns)
     config.rounds = all_rounds
+    # As many utterances as all rounds together have, for who forgets the users.
+    in_round = config.cohort * config.client.steps * _BATCH
+    config.central.steps = (
+        all_rounds * in_round + config.central.batch_size - 1
+    ) // config.central.batch_size
     config.server.learning_rate = 0.01
     config.server.decay_start = all_rounds * 2 // 3
     config.server.decay_rounds = (all_rounds + 3) // 4  # at least 1
@@ -128,7 +154,9 @@ def _set_seed(config: ConfigDict, metadata: Mapping[str, Any], share: int) -> st
 
 def _set_language(config: ConfigDict, metadata: Mapping[str, Any], source: str) -> str:
     """How texts are decoded, and what is said of it."""
-    splits = {"train": config.data.train, "seed": config.seed_training.split, "none": ""}
+    train, seed = config.data.train, config.seed_training.split
+    everyone = f"{train}+{seed}" if has_split(metadata, seed) else train
+    splits = {"all": everyone, "train": train, "seed": seed, "none": ""}
     split = shared.choose({"language": source}, "language", splits)
     characters = metadata["options"].get("characters")
     spaced = isinstance(characters, str) and " " in characters
@@ -164,3 +192,43 @@ def _unknown(directory: str, split: str, held_out: str) -> float:
 def _say(text: str) -> None:
     """Once: a configuration may be made several times for one command."""
     print(text, file=sys.stderr)
+
+
+def _table() -> Table:
+    """The recipe, and what it is without each of its parts, on data/mine."""
+    data = "data=data/mine"
+    greedy = {"decoding.name": "greedy", "decoding.lm": "", "decoding.lexicon": ""}
+    last = {"selection.split": "", "selection.patience": 0}
+    plain = {"augment.enabled": False, "model.options.dropout": 0.0}
+    constant = {"server.decay_start": 1_000_000_000}
+    without: dict[str, dict[str, Any]] = {
+        "without augmentation": {"augment.enabled": False},
+        "without dropout": {"model.options.dropout": 0.0},
+        "without decay": constant,
+        "the last state": last,
+        "without a language model": {"decoding.lm": ""},
+        "greedy decoding": greedy,
+        "as the quickstart": {**plain, **last, **greedy, "seed_training.steps": 250},
+        "with warps": {"augment.options.time_warp": 0.1, "augment.options.frequency_warp": 0.05},
+    }
+    off = {"privacy.enabled": False}
+    return Table(
+        name="own_speech",
+        title="The recipe own_speech on data/mine, and without each of its parts",
+        config="own_speech",
+        rows=(
+            Row("private", {}, arguments=data),
+            Row("federated", off, arguments=data),
+            Row("central", {"algorithm": "central"}, arguments=data),
+            *(Row(name, off | fields, arguments=data) for name, fields in without.items()),
+            Row("Conformer", off, arguments=f"{data},model=conformer"),
+        ),
+        seeds=(0, 1, 2),
+        expected="each part helps",
+        better=tuple(
+            ("federated", name) for name in ("private", *without) if not name.startswith("with ")
+        ),
+    )
+
+
+TABLES = {table.name: table for table in (_table(),)}

@@ -14,11 +14,14 @@ corpora: it changes nothing that could have been meant.
 from fedasr.text.alphabets import (
     CHARACTERS,
     FROM_DATA,
+    HANDWRITING,
     LANGUAGES,
     SCRIPTS,
     alphabet,
     script_alphabet,
 )
+from fedasr.text.folders import folder_tokenizer, prepared_with
+from fedasr.text.handwriting import handwriting_text
 from fedasr.text.learned import alphabet_of
 from fedasr.text.lexicon import pronounced, read_lexicon
 from fedasr.text.normalize import (
@@ -30,10 +33,13 @@ from fedasr.text.normalize import (
     normalize_text,
     parse_losses,
 )
+from fedasr.text.pronunciation import sentence_phonemes
+from fedasr.text.published import published_text
 from fedasr.text.tokenizers import (
     PHONEMES,
     SILENCE,
     CharTokenizer,
+    NormalisedTokenizer,
     PhonemeTokenizer,
     SubwordTokenizer,
     Tokenizer,
@@ -46,6 +52,7 @@ from fedasr.text.tokenizers import (
 __all__ = [
     "CHARACTERS",
     "FROM_DATA",
+    "HANDWRITING",
     "LANGUAGES",
     "PHONEMES",
     "REASONS",
@@ -54,20 +61,26 @@ __all__ = [
     "CharTokenizer",
     "Loss",
     "Normalised",
+    "NormalisedTokenizer",
     "PhonemeTokenizer",
     "SubwordTokenizer",
     "Tokenizer",
     "alphabet",
     "alphabet_of",
     "describe_losses",
+    "folder_tokenizer",
+    "handwriting_text",
     "learned_vocabulary",
     "normalise",
     "normalize_text",
     "parse_losses",
+    "prepared_with",
     "pronounced",
+    "published_text",
     "read_lexicon",
     "read_subwords",
     "script_alphabet",
+    "sentence_phonemes",
     "subwords_of",
     "tokenizer_for",
 ]

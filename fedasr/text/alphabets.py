@@ -6,6 +6,8 @@ from fedasr.errors import UserError
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz '-"
 FROM_DATA = "from_data"
+# Of attempted handwriting (Willett et al., 2021): space is written ">", the full stop "~".
+HANDWRITING = "abcdefghijklmnopqrstuvwxyz ,'.?"
 
 # The letters beside a-z that each language spells its own words with.
 _LETTERS = {

@@ -4,6 +4,7 @@ import base64
 import functools
 import hashlib
 import os
+import tarfile
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, pass_exhaustion
 from fedasr.text.alphabets import CHARACTERS
+from fedasr.text.normalize import normalise
 
 # Of CMUdict, without stress; silence separates words.
 PHONEMES = (
@@ -42,6 +44,8 @@ class CharTokenizer:
         self.characters = characters
         self.vocab_size = len(characters) + 1
         self._ids = {c: i for i, c in enumerate(characters, start=1)}
+        # Such stand for signs of tokens that others made (see `fedasr.text.folders`).
+        self._never = {self.blank, *(i for c, i in self._ids.items() if "\ue000" <= c <= "\uf8ff")}
 
     def encode(self, text: str, pad_space: bool = False) -> np.ndarray:
         """The ids of normalised text.
@@ -70,7 +74,7 @@ class CharTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without spaces at its ends; blanks (also used as padding) are skipped.
 
-        Letters and their marks are composed (NFC).
+        Letters and their marks are composed (NFC); private-use characters are left out.
 
         Args:
           ids: integers in 0..vocab_size - 1.
@@ -81,7 +85,7 @@ class CharTokenizer:
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
         if ((ids < 0) | (ids >= self.vocab_size)).any():
             raise ValueError(f"ids must lie in 0..{self.vocab_size - 1}")
-        text = "".join(self.characters[i - 1] for i in ids if i != self.blank).strip()
+        text = "".join(self.characters[i - 1] for i in ids if i not in self._never).strip()
         return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
@@ -142,6 +146,7 @@ class SubwordTokenizer:
       model: content of the file.
 
     Attributes:
+      unwritten: how many signs come after the last piece.
       kind: "sentencepiece" or "tokenizers". characters: the pieces, a list. alphabet: the
         characters that some piece holds, in lower case, for `fedasr.text.normalise`. vocab_size:
         the pieces and the blank. blank: 0. options: what `tokenizer_for` makes it from.
@@ -157,6 +162,8 @@ class SubwordTokenizer:
         self._backend: Any = _HuggingFace(model) if self.kind == "tokenizers" else _Pieces(model)
         self.characters: list[str] = self._backend.pieces
         self.vocab_size = len(self.characters) + 1
+        kept = [i for i in range(len(self.characters)) if i not in self._backend.signs]
+        self.unwritten = len(self.characters) - 1 - max(kept, default=-1)
         letters = {c for c in "".join(self._backend.texts) if c.isalpha()}
         self._upper = (
             bool(letters)
@@ -216,9 +223,10 @@ class _Pieces:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
             count = self._model.get_piece_size()
         except Exception as error:  # of a kind that depends on the version
+            pass_exhaustion(error, "reading a SentencePiece model")
             raise UserError(f"this is no SentencePiece model: {error}") from error
         self.pieces = [self._model.id_to_piece(i) for i in range(count)]
-        self._signs = {
+        self.signs = {
             i
             for i in range(count)
             if self._model.is_control(i) or self._model.is_unknown(i) or self._model.is_unused(i)
@@ -226,14 +234,14 @@ class _Pieces:
         self.texts = [
             piece.replace("\u2581", " ")
             for i, piece in enumerate(self.pieces)
-            if i not in self._signs and not self._model.is_byte(i)
+            if i not in self.signs and not self._model.is_byte(i)
         ]
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_bos=False, add_eos=False)
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode([i for i in ids if i not in self._signs])
+        return self._model.decode([i for i in ids if i not in self.signs])
 
 
 class _HuggingFace:
@@ -249,17 +257,18 @@ class _HuggingFace:
         try:
             self._model = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
         except Exception as error:  # of no kind of its own
+            pass_exhaustion(error, "reading a tokenizer.json")
             raise UserError(f"this is no tokenizer.json: {error}") from error
         count = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.pieces = [self._model.id_to_token(i) or f"<{i}>" for i in range(count)]
         added = self._model.get_added_tokens_decoder()
-        self._signs = {i for i, token in added.items() if token.special}
+        self.signs = {i for i, token in added.items() if token.special}
         unknown = getattr(self._model.model, "unk_token", None)
         if unknown is not None and (i := self._model.token_to_id(unknown)) is not None:
-            self._signs.add(i)
+            self.signs.add(i)
         self._model.no_padding()
         self._model.no_truncation()
-        kept = [i for i in range(count) if i not in self._signs]
+        kept = [i for i in range(count) if i not in self.signs]
         # Each by the tokenizer's own decoder: pieces may be bytes in disguise, or marked.
         self.texts = [self._model.decode([i]) for i in kept]
 
@@ -267,23 +276,49 @@ class _HuggingFace:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode([i for i in ids if i not in self._signs])
+        return self._model.decode([i for i in ids if i not in self.signs])
 
 
 def read_subwords(path: str | os.PathLike[str]) -> SubwordTokenizer:
-    """Reads a SentencePiece model or a `tokenizer.json`.
+    """Reads a SentencePiece model, also that of NeMo's archive of a model, or a `tokenizer.json`.
 
     Raises:
       UserError: it cannot be read, is neither, or the package that reads it is missing.
     """
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
+        content = _of_archive(path) if str(path).endswith(".nemo") else Path(path).read_bytes()
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"the tokenizer {path} cannot be read: {error}") from error
     try:
         return SubwordTokenizer(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _of_archive(path: str | os.PathLike[str]) -> bytes:
+    """The SentencePiece model in a tar."""
+    with tarfile.open(path) as archive:
+        for member in archive.getmembers():
+            if member.name.endswith("tokenizer.model") and (file := archive.extractfile(member)):
+                return file.read()
+    raise UserError(f"{path} holds no tokenizer of pieces (*tokenizer.model): use another model")
+
+
+class NormalisedTokenizer(SubwordTokenizer):
+    """A tokenizer whose texts are normalised: of models that write capitals and punctuation.
+
+    Args:
+      tokenizer: whose pieces it has.
+      language: of the normalisation.
+    """
+
+    def __init__(self, tokenizer: SubwordTokenizer, language: str = "en") -> None:
+        vars(self).update(vars(tokenizer))
+        self._language = language
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, normalised (see `normalise`); what cannot be written is left out."""
+        return normalise(super().decode(ids), self._language).text
 
 
 Tokenizer = CharTokenizer | PhonemeTokenizer | SubwordTokenizer

@@ -1,6 +1,6 @@
 """Ordinary training on pooled data: seeds for federated training, and central baselines."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,7 @@ class CentralTraining:
         stream: Stream = Stream.CENTRAL,
     ) -> None:
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
+        self._optimizer, self._per_report = optimizer, steps_per_report
         # Every device needs an equal share; the padding examples are masked.
         batches = dict(batch_size=batch_size, frames=frames, multiple=self._mesh.shape[AXIS])
         if buckets is None:
@@ -71,22 +72,16 @@ class CentralTraining:
         self._batcher = PooledBatcher(
             corpus, buckets, seed, select=select, stream=stream, **batches
         )
-        self._optimizer = optimizer
-        self._per_report = steps_per_report
-        root = seed_key(seed, stream)
+        # An argument, no constant: other seeds find the compiled program in the cache.
+        self._root = seed_key(seed, stream)
 
-        def step(state: ServerState, batch):
+        def step(state: ServerState, batch, root):
             key = jax.random.fold_in(root, state.round)
             (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
             state = server_step(state, grads, optimizer)
             return (settled(self._mesh, state) if model_devices > 1 else state), value
 
-        whole = replicated(self._mesh)
-        where: dict[str, Any] = {
-            "in_shardings": (whole, client_sharding(self._mesh)),
-            "out_shardings": whole,
-        }
-        self._step: Any = jax.jit(step, **({} if MODEL in self._mesh.shape else where))
+        self._step: Any = compiled_step(step, self._mesh)
 
     def padding(self, steps: int) -> Padding:
         """How much of the first `steps` batches is real; see `PooledBatcher.padding`."""
@@ -111,17 +106,42 @@ class CentralTraining:
           (state, steps done in all, mean loss since the last item) every `steps_per_report` steps
           and after the last.
         """
-        first = int(state.round)
-        batches = map(self._batcher.batch, range(first, first + steps))
+        return run_steps(
+            self._step, self._root, self._batcher.batch, state, steps, self._per_report, self._mesh
+        )
 
-        def transfer(batch):
-            return jax.device_put(batch, client_sharding(self._mesh))
 
-        losses = []
-        with Prefetcher(batches, transfer=transfer) as prefetched:
-            for done, batch in enumerate(prefetched, first + 1):
-                state, value = self._step(state, batch)
-                losses.append(value)
-                if done % self._per_report == 0 or done == first + steps:
-                    yield state, done, float(np.mean(jax.device_get(losses)))
-                    losses = []
+def compiled_step(step: Callable[[ServerState, Any, Any], Any], mesh: jax.sharding.Mesh) -> Any:
+    """A step (state, batch, root key) -> (state, value) whose batch a mesh's devices share."""
+    whole = replicated(mesh)
+    where: dict[str, Any] = {
+        "in_shardings": (whole, client_sharding(mesh), whole),
+        "out_shardings": whole,
+    }
+    return jax.jit(step, **({} if MODEL in mesh.shape else where))
+
+
+def run_steps(
+    step: Any,
+    root: Any,
+    batch: Callable[[int], Mapping[str, np.ndarray]],
+    state: ServerState,
+    steps: int,
+    per_report: int,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[tuple[ServerState, int, float]]:
+    """See `CentralTraining.run`; `step` is of `compiled_step`, `root` its key, `batch` of the
+    number of a step."""
+    first = int(state.round)
+
+    def transfer(batch):
+        return jax.device_put(batch, client_sharding(mesh))
+
+    losses = []
+    with Prefetcher(map(batch, range(first, first + steps)), transfer=transfer) as prefetched:
+        for done, prepared in enumerate(prefetched, first + 1):
+            state, value = step(state, prepared, root)
+            losses.append(value)
+            if done % per_report == 0 or done == first + steps:
+                yield state, done, float(np.mean(jax.device_get(losses)))
+                losses = []

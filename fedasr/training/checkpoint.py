@@ -22,12 +22,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedasr.errors import UserError, lacks_memory
+from fedasr.errors import REMEDIES, UserError, exhausted
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.stored import (
     CHECKSUMS,
     METADATA,
     STATE,
+    Unreadable,
     by_path,
     digests,
     fit,
@@ -192,7 +193,7 @@ class Checkpointer:
         for folder in self.directory.glob(f"{step}{_TEMPORARY_MARK}*"):
             shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
         older = max((x for x in saved_steps(self.directory) if x != step), default=None)
-        remedy = "give the process more memory" if lacks_memory(error) else "make room there"
+        remedy = REMEDIES.get(exhausted(error), "make room there")
         return UserError(
             f"the checkpoint {step} cannot be written to {self.directory} ({reason_of(error)}): "
             f"{remedy}; the same command goes on "
@@ -335,14 +336,14 @@ def _set_aside(directory: Path) -> dict[Path, str]:
         folder = directory / str(step)
         try:
             verify(folder)
-        except UserError as error:
+        except Unreadable as error:
             damaged[folder] = str(error)
             continue
         break
     else:
         if damaged:
             folder, why = next(iter(damaged.items()))
-            raise UserError(
+            raise Unreadable(
                 f"none of the {len(damaged)} checkpoints in {directory} can be read: put them back "
                 f"from a copy, or remove that folder to start afresh ({folder.name}: {why[:200]})"
             )

@@ -51,9 +51,9 @@ from fedasr.training.sections import (
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# What a run adds to its configuration: the data's content hash and its alphabet, and the hash of
-# the parameters that it started from.
-RECORDED = {"data": ("identity", "characters"), "": ("start",)}
+# What a run adds to its configuration: the data's content hash and its alphabet, the hash of files
+# that it decodes with, and that of the parameters that it started from.
+RECORDED = {"data": ("identity", "characters", "knowledge"), "": ("start",)}
 # How a run is kept, and not what it computes: it may change from one start of a run to the next.
 HOW = ("checkpoint.every_seconds", "checkpoint.deadline")
 _RECORDED = (*RECORDED["data"], "vocabulary")
@@ -93,8 +93,10 @@ class Config:
         "so many train a client together, for models too large for one",
     )
     init_from: str = setting(
-        checked("", values.check_place, "path"),
-        "work directory or checkpoint to start from; it replaces the seed",
+        checked("", values.check_start, "path"),
+        "work directory or checkpoint to start from; it replaces the seed. Or hf:FOLDER, a model "
+        "that others trained, which makes the model's section; hf-encoder:FOLDER for all of it but "
+        "a new output layer",
     )
     data: Data = section(Data)
     model: Model = section(Model)
@@ -176,7 +178,7 @@ def check_fields(config: Any) -> None:
     if isinstance(config, Mapping):
         config = {name: value for name, value in config.items() if name not in RECORDED[""]}
         if isinstance(data := config.get("data"), Mapping):
-            given = {name: value for name, value in data.items() if name not in RECORDED["data"]}
+            given = {name: value for name, value in data.items() if name not in _RECORDED}
             config["data"] = given
     check(config, fields())
 

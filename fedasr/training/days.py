@@ -129,10 +129,11 @@ def batches(
 def published_optimizer(
     learning_rate: float, steps: int | None, grad_clip: float = 10.0
 ) -> optax.GradientTransformation:
-    """Adam with epsilon 0.1 after a clip of the gradient's norm.
+    """Adam with the published epsilon, 0.1, after a clip of the gradient's norm.
 
-    As in PyTorch; the TensorFlow baseline's Adam applies epsilon elsewhere, and its rate falls over
-    more steps than it trains (docs/fidelity.md).
+    Epsilon is where optax and PyTorch have it; the original program's is Keras'
+    (`fedasr.federated.keras_adam`), and its rate falls over more steps than it trains: the recipe
+    `neural` has both.
 
     Args:
       learning_rate: at the first step. steps: after which it has fallen to 0, linearly; None for a

@@ -18,6 +18,7 @@ from fedasr.training import describe, ledgers, selection, starts
 from fedasr.training.builders import (
     clients,
     corpora,
+    decoders,
     devices,
     mechanisms,
     models,
@@ -56,7 +57,7 @@ def dry_run(
     Raises:
       UserError: as the run itself would.
     """
-    checked = whole.checked(config)
+    checked = whole.checked(config, None if workdir is None else local_path(workdir))
     selection.check(checked)
     with disk_errors(workdir):
         checked = _rehearse_place(checked, workdir, extend)
@@ -136,7 +137,8 @@ def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | No
     existing = None if workdir is None else read_existing(local_path(workdir))
     if extend is not None:
         config = extended(Path(workdir or "?"), existing, config, extend)
-    start = starts.read_start(config, existing, Path(workdir or "?"))
+    known = _characters(config.data)
+    start = starts.read_start(config.with_data(characters=known), existing, Path(workdir or "?"))
     if existing is None:
         return config
     ours = config.tree()
@@ -147,6 +149,7 @@ def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | No
     if config.data.dir and (directory := Path(config.data.dir)).exists():
         recorded["identity"] = corpora.content_hash(directory)
         recorded["characters"] = tokenizer_for(read_metadata(directory)).characters
+    recorded["knowledge"] = decoders.knowledge_hash(config.decoding)
     ours["data"] |= recorded
     rounds = {} if extend is None else {"rounds": extend}
     check_same(Path(workdir or "?"), {**existing, **rounds}, ours)
@@ -167,6 +170,7 @@ def _rehearse(config: Config, directory: Path) -> int:
     used = devices.run_devices(config)
     pooled.check_central(config, data, used)
     selection.check(config, data)
+    decoders.make_run_decoder(config.decoding, directory, data.tokenizer, data.evaluation)
     if config.has_rounds:
         with tempfile.TemporaryDirectory() as folder:
             store = None
@@ -191,6 +195,8 @@ def _rehearse_synthetic(config: Config) -> int:
     check_splits(config, synthetic.SPLITS, where, lambda text: None)
     corpora.fitting_tokenizer(config, {"options": {"characters": CharTokenizer().characters}})
     corpora.check_features(config, {"options": {}})
+    decoders.check_files(config.decoding)
+    decoders.check_splits(config.decoding, synthetic.SPLITS, config.data.eval)
     population = synthetic.expected_users(settings, config.data.train)
     if config.has_rounds:
         mechanisms.check_deployments(
@@ -200,6 +206,15 @@ def _rehearse_synthetic(config: Config) -> int:
             ),
         )
     return population
+
+
+def _characters(settings: Data) -> Any:
+    """The alphabet of the data; None if it is not there."""
+    if not settings.dir:
+        return CharTokenizer().characters
+    if not Path(settings.dir).exists():
+        return None
+    return tokenizer_for(read_metadata(settings.dir)).characters
 
 
 def _user_names(settings: Data) -> Sequence[str] | None:

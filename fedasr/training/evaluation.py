@@ -13,7 +13,7 @@ from fedasr.decoding.registry import Decoder
 from fedasr.errors import UserError
 from fedasr.federated.cohort import AXIS, client_mesh, client_sharding, model_sharding
 from fedasr.federated.local import Layout
-from fedasr.models.recogniser import ARRAYS, Recogniser
+from fedasr.models.recogniser import INPUTS, Recogniser
 from fedasr.text import CharTokenizer, Tokenizer, tokenizer_for
 from fedasr.training.metrics import (
     ErrorRate,
@@ -90,7 +90,7 @@ class Evaluator:
         compute: Any = recogniser.evaluate if decoder is None else recogniser.scores
         if compute is None:
             raise UserError(
-                "this model has no scores that a beam could search (objective 'rnnt'): choose the "
+                "this model has no scores that a beam could search (no CTC): choose the "
                 "decoder 'greedy'"
             )
         self._decoder = decoder
@@ -134,7 +134,7 @@ class Evaluator:
         found_all: list[Decoded] = []
         losses, count = 0.0, 0
         placed: dict[Any, Any] = {}
-        for batch in eval_batches(corpus, self._buckets, self._sizes, ARRAYS, owners=True):
+        for batch in eval_batches(corpus, self._buckets, self._sizes, INPUTS, owners=True):
             users, indices = batch.pop("user"), batch.pop("index")
             mesh = self._one if len(users) % self._mesh.shape[AXIS] else self._mesh
             if mesh not in placed:  # placed otherwise they would compile again

@@ -6,6 +6,7 @@ from pathlib import Path
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.training.builders import pretrained
 from fedasr.training.checkpoint import (
     has_checkpoint,
 )
@@ -21,6 +22,8 @@ def earlier_runs(config: Config) -> tuple[list[ledger.Entry], bool]:
     """
     if not config.init_from:
         return [], True
+    if pretrained.is_pretrained(config):
+        return [], False
     data = checkpoint_metadata(config.init_from).get("ledger")
     if data is None:
         return [], False

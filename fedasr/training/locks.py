@@ -110,6 +110,7 @@ class _Owner:
             "pid": os.getpid(),
             "started": _started(os.getpid()),
             "name": uuid.uuid4().hex,
+            "folder": path.parent.stat().st_ino,
         }
         self._stop = threading.Event()
 
@@ -175,6 +176,8 @@ def _lives(path: Path) -> bool:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         owner = json.loads(seen)
         if owner["host"] == socket.gethostname() and owner["boot"] == _boot():
+            if owner.get("folder") not in (None, path.parent.stat().st_ino):
+                return False  # the copy of a folder that was in use
             return _started(owner["pid"]) == owner["started"] is not None
     until = time.monotonic() + SILENT_SECONDS
     while time.monotonic() < until:

@@ -169,6 +169,7 @@ class RunLogger:
 
     Attributes:
         failures: {sink: what was wrong first}.
+      kept: records of before that the run will not repeat.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class RunLogger:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self.failures: dict[str, str] = {}
+        self.kept: list[dict[str, Any]] = []
         self._to_terminal = Sink("progress", self._failed, patience)
         self._to_file = Sink(METRICS_FILE, self._failed, patience)
         # Events may come late: nobody looks at them between two rounds.
@@ -197,7 +199,6 @@ class RunLogger:
             self._trackers[name] = sink, Told(name, workdir, config or {})
         self._file = _LineFile(workdir / METRICS_FILE)
         self._logged: set[tuple[str, Any]] = set()
-        self._to_file(self._keep, workdir, resume_round, resume_step)
         self._tensorboard = workdir / TENSORBOARD_FOLDER if tensorboard else None
         self._resumed = {"seed": resume_step, "federated": resume_round}
         if resume_round is None:
@@ -206,6 +207,8 @@ class RunLogger:
         self._progress: _Progress | None = None
         self._interval = interval
         self._stream = stream or sys.stderr
+        # Last: what fails is said by means of the rest.
+        self._to_file(self._keep, workdir, resume_round, resume_step)
 
     def _failed(self, name: str, what: str) -> None:
         self.failures[name] = what
@@ -218,6 +221,7 @@ class RunLogger:
         if round is not None:
             kept = [r for r in read_metrics(workdir) if not _is_after(r, round, step)]
         self._logged.update(_phase_and_number(r) for r in kept)
+        self.kept = kept
         _replace(workdir / METRICS_FILE, "".join(json.dumps(to_json(r)) + "\n" for r in kept))
 
     def start(self, total: int, done: int = 0, phase: str = "federated") -> None:
@@ -322,8 +326,16 @@ class _LineFile:
         self._file: Any = None
 
     def write(self, line: str) -> None:
+        removed = self._file is not None and not os.fstat(self._file.fileno()).st_nlink
+        if removed:
+            self.close()
         if self._file is None:
             self._file = self._path.open("ab", buffering=0)
+        self._append(line)
+        if removed:
+            raise OSError(f"{self._path} was removed while the run wrote to it; it begins anew")
+
+    def _append(self, line: str) -> None:
         data, before = line.encode(), self._file.seek(0, os.SEEK_END)
         try:
             written = self._file.write(data)

@@ -22,7 +22,7 @@ from fedasr.federated import hosts
 from fedasr.federated.local import remove_rows
 from fedasr.text import learned_vocabulary, tokenizer_for
 from fedasr.training import stages, starts
-from fedasr.training.builders import corpora, models, whole
+from fedasr.training.builders import corpora, decoders, models, whole
 from fedasr.training.checkpoint import lock_directory
 from fedasr.training.config import Config
 from fedasr.training.dry_run import dry_run as dry_run
@@ -34,6 +34,7 @@ from fedasr.training.session import Session, make_parts
 from fedasr.training.trackers import check_trackers
 from fedasr.training.trainer import Trainer
 from fedasr.training.trainers.central import CentralTrainer
+from fedasr.training.trainers.central_local import LocalCentralTrainer
 from fedasr.training.trainers.federated import FederatedTrainer
 from fedasr.training.workdir import (
     COMMAND_FILE,
@@ -79,7 +80,8 @@ def run(
         `workdir` of another configuration, or a disk that does not take what must not be lost.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    workdir, config = local_path(workdir), whole.checked(config)
+    workdir = local_path(workdir)
+    config = whole.checked(config, workdir)
     check_trackers(trackers)
     if only_seed:
         config = _for_seed_only(config)
@@ -171,6 +173,7 @@ def _record_data(config: Config) -> tuple[Config, Path]:
         # What the model's outputs mean: of the checkpoints, too.
         characters=tokenizer_for(metadata).characters,
         vocabulary=learned_vocabulary(metadata) or None,
+        knowledge=decoders.knowledge_hash(config.decoding),
     )
     return config, directory
 
@@ -198,6 +201,8 @@ def _begin(config: Config, directory: Path, workdir: Path, logs: Path, stop: Sto
     trainer: Trainer
     if config.has_rounds:
         trainer = FederatedTrainer(parts, workdir)
+    elif parts.store is not None:
+        trainer = LocalCentralTrainer(parts)
     else:
         trainer = CentralTrainer(parts)
     return Session(parts, trainer, workdir, logs, stop)

@@ -1,9 +1,9 @@
 """Recalibration without labels: a decoder keeps up with drifting recordings by its own output.
 
-After Fan et al., "Plug-and-play stability for intracortical brain-computer interfaces" (CORP,
-NeurIPS 2023): the sentences of a new day are decoded and corrected by a language model, and what
-comes out is trained on as if it were true, mixed with data of earlier days. A new day's layer
-starts as a copy of the last day's.
+Ours; as published it is `fedasr.training.corp`. After Fan et al., "Plug-and-play stability for
+intracortical brain-computer interfaces" (CORP, NeurIPS 2023): the sentences of a new day are
+decoded and corrected by a language model, and what comes out is trained on as if it were true,
+mixed with data of earlier days. A new day's layer starts as a copy of the last day's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedasr.training.days import DayData, Step, random_batch, train
 
 @dataclass(frozen=True)
 class RecalibrationConfig:
-    """How a decoder is trained for a new day; the published way is another (docs/fidelity.md).
+    """How a decoder is trained for a new day; the published way is `fedasr.training.corp`.
 
     steps: at most so many. today: probability that a batch is of today, otherwise of an earlier
     day, each alike (0: of earlier days only). batch_size: sentences. threshold, window: training

@@ -17,7 +17,6 @@ from fedasr.fields import (
     section,
     setting,
     several,
-    text,
     whole,
 )
 from fedasr.training import values
@@ -44,7 +43,8 @@ class Data:
     """What is trained and evaluated on.
 
     Attributes:
-      identity, characters, vocabulary: no settings, but what a run records of its data: the hash of
+      identity, characters, vocabulary, knowledge: no settings, but what a run records of its data
+        and of the files that it decodes with (`knowledge`, a hash of their content): the hash of
         its content, its alphabet, and what the privacy says nothing of where that was learned; None
         for what is not known.
     """
@@ -78,6 +78,7 @@ class Data:
     identity: str | None = None
     characters: str | None = None
     vocabulary: str | None = None
+    knowledge: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,9 @@ class Central:
     decay_rate: float = setting(real(0.5, above=0, most=1))
     decay_smooth: bool = setting(
         flag(False), "from decay_start on a little in every step, decay_rate in decay_steps of them"
+    )
+    decay_linear: bool = setting(
+        flag(False), "from decay_start on linearly, to 0 after decay_steps of them"
     )
     grad_clip: float = setting(real(1.0, above=0, most=1e12))
 
@@ -349,12 +353,13 @@ class Decoding:
         "a list alone",
     )
     lm: str = setting(
-        text(""),
+        checked("", values.check_place, "path"),
         'ARPA file of words (KenLM); or made from transcripts: "from_train", "from_seed", or of '
         'any split; "": none',
     )
     lexicon: str = setting(
-        text(""), 'file, a word a line; or "from_train" and so on; "": the language model\'s words'
+        checked("", values.check_place, "path"),
+        'file, a word a line; or "from_train" and so on; "": the language model\'s words',
     )
     order: int = setting(whole(3, 1, 10, "words"), "of a language model that is made")
     beam: int = setting(whole(32, 1, 100_000, "hypotheses"), "kept after each frame")
@@ -362,6 +367,9 @@ class Decoding:
     word_bonus: float = setting(real(0.0, -1000, 1000, unit="nats"), "for every word")
     unknown_penalty: float = setting(
         real(6.0, unit="nats"), 'taken by "beam" for every word that the lexicon lacks'
+    )
+    blank_penalty: float = setting(
+        real(0.0, most=1000, unit="nats"), "taken by a search from the blank in every frame"
     )
 
 

@@ -7,7 +7,6 @@ the data, this program's source, JAX and the devices.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -18,10 +17,10 @@ from typing import Any
 
 import jax
 
-import fedasr
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.privacy import ledger
+from fedasr.training import exactness
 from fedasr.training.builders.devices import device_name
 from fedasr.training.checkpoint import Checkpointer
 from fedasr.training.config import Config
@@ -29,16 +28,6 @@ from fedasr.training.session import Session
 from fedasr.training.stored import find_step, fit, has_checkpoint, verify
 
 FOLDER = ".seeds"  # beside the work directories
-
-
-@functools.cache
-def _source() -> str:
-    """A hash of this package's source: what it computes may have changed with it."""
-    folder, found = Path(fedasr.__file__).parent, hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        found.update(f"{path.relative_to(folder)} ".encode())
-        found.update(hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()
 
 
 def identity(config: Config, devices: Any) -> str:
@@ -52,7 +41,7 @@ def identity(config: Config, devices: Any) -> str:
     training = {k: v for k, v in tree["seed_training"].items() if k != "reuse"}
     augment = {k: v for k, v in tree["augment"].items() if k != "start_round"}
     data = {k: tree["data"].get(k) for k in ("identity", "characters")}
-    made_by = [_source(), jax.__version__, device_name(devices), len(devices)]
+    made_by = [exactness.source(), jax.__version__, device_name(devices), len(devices)]
     parts = [tree["seed"], tree["model"], tree["model_devices"], training, augment, data, made_by]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -21,7 +21,7 @@ from fedasr.federated.server import ServerState
 from fedasr.training.builders.corpora import Data
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader, read_metadata
 from fedasr.training.config import Config
-from fedasr.training.stored import BEST_FOLDER, has_checkpoint
+from fedasr.training.stored import BEST_FOLDER, Unreadable, has_checkpoint
 
 Rates = Mapping[str, Mapping[str, float]]
 
@@ -41,7 +41,7 @@ def check(config: Config, data: Data | None = None) -> None:
                 "evaluated while training, such as dev"
             )
         return
-    if config.local.patterns:
+    if config.local.patterns and config.has_rounds:
         raise UserError(
             "selection.split keeps a state of the shared model: users' local parameters of an "
             "earlier round are gone; unset local.patterns or selection.split"
@@ -81,6 +81,11 @@ def not_covered(config: Config) -> list[str]:
     ]
 
 
+def _reader(folder: Path, keep: int) -> CheckpointReader:
+    del keep
+    return CheckpointReader(folder)
+
+
 class Selection:
     """The best state so far.
 
@@ -88,12 +93,18 @@ class Selection:
       config: of the run.
       workdir: of the run; only its leader writes there.
       begun: whether the run goes on from a checkpoint; what an abandoned start left is removed.
+      known: units after which that checkpoint had its best state; None for none, or not known.
 
     Attributes:
       best: (units, word error rate in percent, loss) of the state that is kept; None for none yet.
+
+    Raises:
+      UserError: the best state is lost.
     """
 
-    def __init__(self, config: Config, workdir: Path, begun: bool) -> None:
+    def __init__(
+        self, config: Config, workdir: Path, begun: bool, known: int | None = None
+    ) -> None:
         self._split, self._patience = config.selection.split, config.selection.patience
         evaluation = config.evaluation
         self._every = evaluation.every if config.has_rounds else evaluation.every_steps
@@ -102,13 +113,26 @@ class Selection:
         self._writer: Checkpointer | CheckpointReader | None = None
         if not self._split:
             return
-        if begun and has_checkpoint(self._folder):
-            kept = read_metadata(self._folder)["selection"]
-            self.best = kept["units"], kept["wer"], kept["loss"]
         leader = hosts.is_leader()
         if leader and not begun:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._writer = Checkpointer(self._folder, 1) if leader else CheckpointReader(self._folder)
+        try:
+            self._writer = (Checkpointer if leader else _reader)(self._folder, 1)
+            if begun and has_checkpoint(self._folder):
+                kept = read_metadata(self._folder)["selection"]
+                self.best = kept["units"], kept["wer"], kept["loss"]
+        except Unreadable as error:
+            raise self._lost(workdir, str(error)[:200]) from error
+        # What there is may be later than the checkpoint: the run gets there again.
+        if begun and known is not None and (self.best is None or self.best[0] < known):
+            raise self._lost(workdir, "it is not there")
+
+    def _lost(self, workdir: Path, why: str) -> UserError:
+        # A run that went on without would keep another state, and not say so.
+        return UserError(
+            f"the best state so far, in {self._folder}, is lost ({why}): put it back from a copy; "
+            f"or, to train again from the start, remove {workdir / 'checkpoints'}"
+        )
 
     @property
     def wanted(self) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
 from fedasr.streams import make_root, public_name
-from fedasr.training import ledgers, selection
+from fedasr.training import exactness, ledgers, selection
 from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
 from fedasr.training.cadence import Cadence
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader
 from fedasr.training.config import Config
 from fedasr.training.evaluation import Decoded, Evaluator
 from fedasr.training.interrupts import StopFlag
-from fedasr.training.logging import RunLogger, read_metrics, say, to_json
+from fedasr.training.logging import RunLogger, say, to_json
 from fedasr.training.overfitting import Watch
 from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.selection import Selection
@@ -112,11 +112,14 @@ class Session:
       decoded: what the last evaluation of each split heard.
       trackers: of others that are told of it, by name.
       cadence: when checkpoints are due.
+      refresh_rows: brings the store up to date, where training keeps the users' local parameters
+        elsewhere; called before they are read or saved.
       selection: of the main stage's states, once it begins. watch: of its losses, likewise.
       name: of the run, which its root makes. history: of earlier ends.
     """
 
     logger: RunLogger
+    refresh_rows: Callable[[], None] | None = None
     selection: Selection
     watch: Watch | None = None
 
@@ -172,10 +175,12 @@ class Session:
     def _metadata(self, stage: str, units: int) -> dict[str, Any]:
         """Of a checkpoint."""
         earlier, known = self.past
+        store = self.parts.store
         return {
+            **({} if store is None else {"local_users": int(store.known.sum())}),
             "stage": stage,
             "units": units,
-            "devices": devices.described(self.parts.devices),
+            **exactness.here(self.parts.devices, self.trainer.chunk),
             "config": self.parts.config.tree(),
             "ledger": {
                 "known": known,
@@ -184,20 +189,22 @@ class Session:
             },
             "totals": dataclasses.asdict(self.totals) | {"wall_seconds": self.wall_seconds()},
             "initial": to_json(self.initial),
+            "best": self.selection.best[0] if stage == "main" and self.selection.best else None,
         }
 
     def _save(self, stage: str, units: int, state: ServerState) -> None:
         seed_steps, store = self.parts.seed_steps, self.parts.store
+        if store is not None:
+            self._refresh()
+            store.flush()
         metadata = self._metadata(stage, units)
         if stage == "main":
             self.selection.settle()
-        if store is not None:
-            metadata["local_users"] = int(store.known.sum())
-            store.flush()
         number = units if stage == "seed" else seed_steps + units
         self.checkpointer.save(number, state, metadata)
         if store is not None and (oldest := self.checkpointer.oldest_step()) is not None:
-            store.release(oldest - seed_steps)
+            best = self.selection.best if stage == "main" else None
+            store.release(min(oldest - seed_steps, best[0] if best else oldest))
 
     def run_entries(self, stage: str, units: int) -> list[ledger.Entry]:
         """What this run's users have been charged for, by stage."""
@@ -219,19 +226,20 @@ class Session:
             hosts.wait_for_all("stopped")
             raise Interrupted(f"stopped in {stage} at {units}: run the same command to go on")
 
-    def begin_main(self, begun: bool, unit: str) -> None:
+    def begin_main(self, begun: bool, unit: str, best: int | None = None) -> None:
         """Before the main stage.
 
         Args:
           begun: whether it goes on from a checkpoint of its own.
           unit: "round" or "step", what it counts.
+          best: of that checkpoint's metadata.
         """
         config = self.parts.config
-        self.selection = Selection(config, self.workdir, begun)
+        self.selection = Selection(config, self.workdir, begun, best)
         named = (config.selection.split, *config.evaluation.while_training)
         split = next((name for name in named if name in self.parts.data.evaluation), None)
         if split is not None:
-            self.watch = Watch(unit, split, self.selection.wanted, read_metrics(self.logs))
+            self.watch = Watch(unit, split, self.selection.wanted, self.logger.kept)
 
     def evaluated(self, units: int, record: Mapping[str, Any], state: ServerState) -> bool:
         """After each record of the main stage: keeps what is best, and warns.
@@ -272,11 +280,16 @@ class Session:
         self.decoded[split] = decoded
         return evaluator.rates(decoded, loss)
 
+    def _refresh(self) -> None:
+        if self.refresh_rows is not None:
+            self.refresh_rows()
+
     def _rows(self, params: Any, split: str) -> Any:
         """From a split's users to their local parameters; None if there are none."""
         data, store = self.parts.data, self.parts.store
         if store is None:
             return None
+        self._refresh()
         if split not in self._known:
             self._known[split] = find_users(data.train, data.evaluation[split])
         return store.rows_of(self._known[split], params)

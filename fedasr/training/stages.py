@@ -1,12 +1,13 @@
 """The stages of a run, from wherever its last checkpoint is: seed, main stage, summary, report."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedasr.federated import hosts
-from fedasr.training import rows, served, summaries
-from fedasr.training.builders import devices, models
+from fedasr.training import exactness, rows, served, summaries
+from fedasr.training.builders import models
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.logging import RunLogger, say, write_json_atomic
 from fedasr.training.report import write_report
@@ -16,6 +17,11 @@ from fedasr.training.totals import Totals
 from fedasr.training.trainers.central import train_seed
 from fedasr.training.workdir import SUMMARY_FILE
 
+NEW_ORDER = (
+    "sums are in another order, so that parameters agree to about 1e-5 with those of a run that "
+    "stays, and not bit for bit"
+)
+NEW_CODE = "what is computed may be another, too"
 _REPORT_SECONDS = 300.0  # that the run waits for its plots
 
 
@@ -40,7 +46,7 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
     if latest is not None:
         metadata = checkpoint_metadata(session.checkpointer.directory / str(latest))
         stage, units = metadata["stage"], metadata["units"]
-        session.totals = Totals(**metadata["totals"])
+        session.totals = Totals.of(metadata["totals"])
         session.initial = metadata["initial"]
     stream = None if hosts.is_leader() else io.StringIO()
     session.logger = RunLogger(
@@ -53,7 +59,7 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
     try:
         with session.logger, session.checkpointer:
             if latest is not None:
-                order = _order_of_sums(session, metadata.get("devices"), latest)
+                order = _order_of_sums(session, metadata, latest)
                 session.message(f"resuming in stage {stage!r} at {units}{order}")
             params = None
             if stage == "seed":
@@ -61,7 +67,7 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
                 if only_seed:
                     return summaries.of_seed(session, params)
                 latest, units = None, 0
-            summary = _main(session, params, latest, units, start)
+            summary = _main(session, params, latest, units, start, metadata.get("best"))
             if hosts.is_leader():
                 summary["served"] = _served(session)
     except Interrupted:
@@ -74,24 +80,24 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
     return summary
 
 
-def _order_of_sums(session: Session, theirs: str | None, number: int) -> str:
+def _order_of_sums(session: Session, metadata: Mapping[str, Any], number: int) -> str:
     """Whether a resumed run is the same bit for bit; "" for a checkpoint that does not say.
 
     Args:
-      session: of the run; a change is kept in its totals.
-      theirs: devices that the checkpoint was made on.
+      session: of the run; changes are kept in its totals.
+      metadata: of the checkpoint.
       number: of the checkpoint.
     """
-    ours = devices.described(session.parts.devices)
-    if theirs is None:
+    if metadata.get("devices") is None:
         return ""
-    if theirs == ours:
-        return f", exactly: on {ours} as before"
-    session.totals.device_changes.append(f"{theirs} -> {ours} at {number}")
-    return (
-        f" on {ours} after {theirs}: sums are in another order, so that parameters agree to about "
-        "1e-5 with those of a run that stays, and not bit for bit"
-    )
+    begun = metadata["stage"] == "main" and metadata["units"]  # before that nothing is summed
+    ours = exactness.here(session.parts.devices, session.trainer.chunk if begun else None)
+    changes = exactness.changes(metadata, ours)
+    if not changes:
+        return f", exactly: on {ours['devices']} as before"
+    session.totals.device_changes += [f"{change} at {number}" for change in changes]
+    other = any(change.startswith("code ") for change in changes)
+    return f" with {', '.join(changes)}: {NEW_CODE if other else NEW_ORDER}"
 
 
 def _logged(session: Session, stage: str, units: int) -> tuple[int | None, int | None]:
@@ -104,7 +110,12 @@ def _logged(session: Session, stage: str, units: int) -> tuple[int | None, int |
 
 
 def _main(
-    session: Session, params: Any, latest: int | None, units: int, start: Any
+    session: Session,
+    params: Any,
+    latest: int | None,
+    units: int,
+    start: Any,
+    best: int | None,
 ) -> dict[str, Any]:
     """The main stage; then the summary."""
     parts = session.parts
@@ -115,13 +126,16 @@ def _main(
     if params is None:
         params = models.initial_params(parts.recogniser, parts.config)
     unit = "round" if parts.config.has_rounds else "step"
-    session.begin_main(latest is not None, unit)
+    session.begin_main(latest is not None, unit, best)
     if latest is None:
         session.initial = session.evaluate(params)
         session.message("before: " + summaries.wer_line(session.initial))
     state = session.trainer.train(session, params, latest, units)
     session.checkpointer.wait()
     state = session.selection.chosen(state)
+    if parts.store is not None and session.selection.best is not None:
+        session.refresh_rows = None
+        parts.store.restore(session.selection.best[0], forget=False)
     session.selection.close()
     return summaries.of_run(session, state, seeded=parts.seed_steps > 0 and start is None)
 

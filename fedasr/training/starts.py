@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
-from fedasr.training.builders import models
+from fedasr.training.builders import models, pretrained
 from fedasr.training.checkpoint import (
     has_checkpoint,
     restore_params,
@@ -20,8 +20,8 @@ from fedasr.training.stored import find_step
 
 def check_there(config: Config, workdir: Path) -> None:
     """Raises UserError if a run would have nothing to start from; before data is made for it."""
-    if config.init_from and not has_checkpoint(workdir):
-        find_step(config.init_from)
+    if config.init_from and not has_checkpoint(workdir) and not pretrained.is_pretrained(config):
+        find_step(config.init_from)  # of others `pretrained.resolved` has looked
 
 
 def read_start(
@@ -43,6 +43,9 @@ def _read_start(config: Config) -> dict[str, Any]:
     """Raises UserError if there is none, or it is of another model or alphabet."""
     path = config.init_from
     shapes = models.variable_shapes(config)
+    if pretrained.is_pretrained(config):
+        pretrained.check_tokenizer(config, config.data.characters)
+        return models.as_kept(pretrained.read_params(config, shapes), config)
     start = _loaded(path, shapes)
     theirs = checkpoint_metadata(path).get("config", {}).get("data", {}).get("characters")
     ours = theirs if config.data.characters is None else config.data.characters
@@ -62,4 +65,4 @@ def _loaded(path: str, like: Any) -> Any:
             f"init_from={path} holds another model: {name} is {theirs.get(name)} there, "
             f"{ours.get(name)} here"
         )
-    return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(lambda x, own: jnp.asarray(x, own.dtype), params, like)

@@ -17,16 +17,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedasr.errors import UserError, lacks_memory
+from fedasr.errors import UserError, pass_exhaustion
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.values import bucket
 
 PyTree = Any
 
+
+class Unreadable(UserError):
+    """A checkpoint is damaged; another one may be whole."""
+
+
+# Of errors that say nothing about what lies on the disk.
+_NO_DAMAGE = re.compile(
+    "Permission denied|Operation not permitted|Stale file handle|endpoint is not connected"
+    "|timed out|Host is down|No route to host"
+)
 BEST_FOLDER = "best"  # of a work directory whose run keeps the best state on a split
 STATE, METADATA, CHECKSUMS = "state", "metadata", "checksums"
 # Written by orbax inside every complete step folder.
 _STEP_MARKER = "_CHECKPOINT_METADATA"
+_NUMBER = re.compile("0|[1-9][0-9]*")  # as a checkpoint is called
 # Paths that mean themselves to every library: others may be taken for patterns or escapes.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.+=,-]*")
 
@@ -43,7 +54,8 @@ def restore_params(path: str | Path) -> PyTree:
         The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.
 
     Raises:
-        UserError: if there is no complete checkpoint at `path`, or none with parameters.
+        UserError: if there is no complete checkpoint at `path`, or none with parameters, or they
+            are not what was saved.
     """
     folder = find_step(path)
     tree = read_shapes(folder)
@@ -52,7 +64,10 @@ def restore_params(path: str | Path) -> PyTree:
             f"the checkpoint {folder} holds no model parameters: give the work directory of a "
             "training run"
         )
-    return read_arrays(folder, {"params": tree["params"]})["params"]
+    params = read_arrays(folder, {"params": tree["params"]})
+    if (expected := read_checksums(folder)) is not None:
+        _compare(folder, expected, digests(by_path(params)))
+    return params["params"]
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -64,21 +79,29 @@ def verify(folder: Path) -> None:
     """Reads one checkpoint and compares it with its checksums, if it has any.
 
     Raises:
-        UserError: it cannot be read, or holds something else than was saved.
+        Unreadable: it cannot be read, or holds something else than was saved.
+        UserError: it cannot be read now, and may be as good as ever.
     """
     metadata = read_json(folder)
     arrays = by_path(read_arrays(folder, read_shapes(folder)))
     if (expected := read_checksums(folder)) is None:
         return
     found = digests(arrays, metadata)
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    _compare(folder, expected, dict.fromkeys(expected, "") | found)
+
+
+def _compare(folder: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises Unreadable unless what was found is what was saved."""
+    for name in sorted(found):
+        if expected.get(name) != found[name]:
             raise unreadable(folder, OSError(f"{name} is not what was saved"))
 
 
-def digests(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 by path of kind, shape and bytes, and of the metadata as "metadata"."""
-    digests = {"metadata": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())}
+def digests(arrays: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """SHA-256 by path of kind, shape and bytes, and of the metadata, if given, as "metadata"."""
+    digests = {}
+    if metadata is not None:
+        digests["metadata"] = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for path, leaf in arrays.items():
         value = np.ascontiguousarray(leaf)
         head = f"{value.dtype} {np.shape(leaf)} ".encode()
@@ -104,7 +127,9 @@ def plain_path(path: str | Path) -> Iterator[Path]:
     if _PLAIN_PATH.fullmatch(str(path)):
         yield path
         return
-    places = [p for p in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")]
+    places = ["/tmp", "/var/tmp", "/dev/shm"]
+    with contextlib.suppress(OSError):  # no folder for temporary files has room
+        places.insert(0, tempfile.gettempdir())
     for place in filter(_PLAIN_PATH.fullmatch, places):
         try:
             folder = tempfile.TemporaryDirectory(prefix="fedasr-", dir=place)
@@ -129,7 +154,7 @@ def is_step(folder: Path) -> bool:
 def saved_steps(directory: Path) -> list[int]:
     """Numbers of the complete checkpoints in a folder, which may be missing."""
     folders = directory.iterdir() if directory.is_dir() else ()
-    return [int(f.name) for f in folders if f.name.isdecimal() and is_step(f)]
+    return [int(f.name) for f in folders if _NUMBER.fullmatch(f.name) and is_step(f)]
 
 
 def step_folders(directory: str | Path) -> list[Path]:
@@ -169,10 +194,20 @@ def reason_of(error: Exception) -> str:
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:
-    """Says so, and how to go on; raises MemoryError where the checkpoint may be as good as ever."""
-    if lacks_memory(error):
-        raise MemoryError(f"reading {folder}: {reason_of(error)}") from error
-    return UserError(
+    """Says so, and how to go on.
+
+    Raises:
+      Exhausted, UserError: the checkpoint may be as good as ever.
+    """
+    pass_exhaustion(error, f"reading {folder}")
+    if isinstance(error, UserError):
+        raise error
+    if found := _NO_DAMAGE.search(str(error)):
+        raise UserError(
+            f"the checkpoint {folder} cannot be read now ({found[0]}): mend that, and the same "
+            "command goes on"
+        ) from error
+    return Unreadable(
         f"the checkpoint {folder} cannot be read ({reason_of(error)}): remove that "
         "folder to use an earlier checkpoint"
     )

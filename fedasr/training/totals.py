@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from fedasr.federated.metrics import RoundMetrics
 
@@ -26,6 +28,17 @@ class Totals:
     # "2 x cpu -> 1 x cpu at 40": where the run went on with sums in another order.
     device_changes: list[str] = dataclasses.field(default_factory=list)
     bad_rounds: int = 0  # in a row, up to the last, in which most updates were invalid
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> "Totals":
+        """Those of a checkpoint, by whatever release."""
+        return cls(
+            **{
+                field.name: tree[field.name]
+                for field in dataclasses.fields(cls)
+                if field.name in tree
+            }
+        )
 
     def add(self, metrics: RoundMetrics, compiled: bool) -> None:
         """Counts a round; one that compiled something says nothing about speed."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 class Trainer(Protocol):
     """A kind of training. Its units, which checkpoints count, are rounds or steps."""
 
+    @property
+    def chunk(self) -> int | None:
+        """Clients that are computed together; None where there are none."""
+
     def train(self, session: Session, params: Any, latest: int | None, units: int) -> ServerState:
         """Trains to the end.
 

@@ -74,6 +74,23 @@ def check_place(value: Any) -> str | None:
     return bucket(value)
 
 
+# How a start begins that is a model that others trained: all of it, or with a new output layer.
+WHOLE, ENCODER = "hf:", "hf-encoder:"
+
+
+def parse_start(value: str) -> tuple[str, str]:
+    """(`WHOLE`, `ENCODER` or "", the path) of what a run starts from."""
+    for scheme in (WHOLE, ENCODER):
+        if value.startswith(scheme):
+            return scheme, value.removeprefix(scheme)
+    return "", value
+
+
+def check_start(value: Any) -> str | None:
+    """Of what a run starts from."""
+    return check_place(parse_start(value)[1] if isinstance(value, str) else value)
+
+
 def check_chunk(value: Any) -> str | None:
     """Of a number of clients that are computed together."""
     good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1_000_000

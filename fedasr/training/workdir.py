@@ -19,11 +19,17 @@ from fedasr.errors import UserError
 from fedasr.training.checkpoint import read_metadata, step_folders
 from fedasr.training.config import HOW, Config, fingerprint
 from fedasr.training.logging import from_json, to_json
+from fedasr.training.stored import Unreadable
 from fedasr.training.values import bucket
 
 CONFIG_FILE, SUMMARY_FILE, COMMAND_FILE = "config.json", "summary.json", "command.txt"
 # Where things lie; beside each, what they are.
-PLACES = {"data.dir": "data.identity", "init_from": "start"}
+PLACES = {
+    "data.dir": "data.identity",
+    "init_from": "start",
+    "decoding.lm": "data.knowledge",
+    "decoding.lexicon": "data.knowledge",
+}
 # Fields that releases added, with what older ones did: what lacks one is of such a release.
 # Whatever is added to the declaration, or to a model's options, is to be added to these.
 # A run's identity leaves them out while they hold what is said here: all that is random in it
@@ -32,17 +38,28 @@ LATER: dict[str, Any] = {
     "central.options": {},
     "central.decay_start": 0,
     "central.decay_smooth": False,
+    "central.decay_linear": False,
     "seed_training.options": {},
     "seed_training.decay_start": 0,
     "seed_training.decay_smooth": False,
+    "seed_training.decay_linear": False,
     "client.batch_buffer": 0,
+    "decoding.blank_penalty": 0.0,
     "evaluation.published": False,
     "augment.options.inclusive": True,
+    "augment.options.time_warp": 0.0,
+    "augment.options.frequency_warp": 0.0,
     "model.options.branch_dropout": True,
     "model.options.front_end": "centred",
     "model.options.init": "third",
     "model.options.layer_drop_per": "part",
     "model.options.stream_dtype": "",
+    "model.options.recurrent_init": "gates",
+    "model.options.initial_states": "all",
+    "model.options.walk_axis": "time",
+    "model.options.l2_on": "all",
+    "model.options.taps": 0,
+    "model.options.windows": "centred",
 }
 # Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {
@@ -152,7 +169,8 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     if "data.labels_per_frame" not in flatten(theirs):
         found.discard("data.buckets")  # it counted shapes that were fitted to the data
     for place, content in PLACES.items():
-        if content == "start" and place not in found:
+        unknown = content == "data.knowledge" and None in (old.get(content), new.get(content))
+        if (content == "start" or unknown) and place not in found:
             found.discard(content)  # the same place: what was there when the run began counts
         elif old.get(content) and old.get(content) == new.get(content):
             found.discard(place)
@@ -187,7 +205,8 @@ def recorded_config(tree: Mapping[str, Any]) -> Config:
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that name a configuration wherever its data lies."""
     flat = flatten(to_json(config))
-    left_out = (*PLACES, *HOW)
+    files = flat.get("data.knowledge") is not None  # without, these are names of splits
+    left_out = {place for place in PLACES if files or not place.startswith("decoding.")} | set(HOW)
     return fingerprint({name: value for name, value in flat.items() if name not in left_out})
 
 
@@ -208,7 +227,7 @@ def read_existing(workdir: Path) -> dict[str, Any] | None:
         try:
             carried = read_metadata(folder).get("config")
             break
-        except UserError:
+        except Unreadable:
             continue  # damaged: the next older one counts, see `Checkpointer`
     if not isinstance(carried, dict):
         return written

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedasr.audio.augment import SpecAugmentConfig, _spans, spec_augment
+from fedasr.audio.augment import SpecAugmentConfig, _sources, _spans, spec_augment
 from fedasr.errors import UserError
 
 CONFIG = SpecAugmentConfig()
@@ -125,3 +125,74 @@ def test_published_masks_are_narrower_and_never_at_the_end(inclusive):
                 assert masked.tolist() == list(range(start, start + width))
                 assert width <= widest - (not inclusive) or width == 0
                 assert not width or start + width <= extent - (not inclusive)
+
+
+WARPED = SpecAugmentConfig(frequency_masks=0, time_masks=0, time_warp=0.1, frequency_warp=0.05)
+
+
+@pytest.mark.parametrize(
+    ("point", "move", "extent"), [(0.5, 0.1, 41), (0.25, -0.2, 60), (0.75, 0.2, 7), (0.5, 0.1, 1)]
+)
+def test_a_warp_moves_a_point_and_keeps_the_ends(point, move, extent):
+    found = np.asarray(_sources(point, jnp.float32(move), extent, 64))
+    last = extent - 1
+    knots = [0, point * last, last], [0, (point + move) * last, last]
+    expected = np.interp(np.arange(extent), *knots) if last else np.zeros(1)
+    np.testing.assert_allclose(found[:extent], expected, atol=1e-4)
+    np.testing.assert_array_equal(found[extent:], np.arange(extent, 64))
+
+
+@given(st.integers(0, 60), st.integers(0, 2**31 - 1))
+@settings(deadline=None, max_examples=30)
+def test_warped_features_lie_between_their_neighbours(length, seed):
+    """Of a plane, whose value says where it comes from."""
+    frames, channels = np.arange(60.0), np.arange(80.0)
+    x = np.add.outer(frames, 100 * channels).astype(np.float32)
+    y = np.asarray(augment(x, length, jax.random.key(seed), WARPED))
+    np.testing.assert_array_equal(y[length:], x[length:])
+    if not length:
+        return
+    channel = y[0] / 100
+    np.testing.assert_allclose(channel[[0, -1]], [0, 79], atol=1e-3)
+    assert (np.diff(channel) > 0).all() and np.abs(channel - channels).max() <= 0.05 * 79 + 1e-3
+    time = y[:length, 0]
+    np.testing.assert_allclose(time[[0, -1]], [0, length - 1], atol=1e-3)
+    assert (np.diff(time) > 0).all()
+    assert np.abs(time - frames[:length]).max() <= 0.1 * length
+    np.testing.assert_allclose(y[:length], np.add.outer(time, 100 * channel), atol=0.02)
+
+
+def test_warps_move_both_ways_and_as_far_as_they_may():
+    x = np.add.outer(np.arange(41.0), 100 * np.arange(80.0)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 300)
+    y = np.asarray(jax.jit(jax.vmap(lambda key: spec_augment(x, 41, key, WARPED)))(keys))
+    time = y[:, :, 0] - x[:, 0]
+    furthest = np.take_along_axis(time, np.abs(time).argmax(1)[:, None], 1)[:, 0]
+    channel = (y[:, 0] - x[0])[:, 60] / 100
+    for found, most in ((furthest, 4.0), (channel, 4.0)):
+        assert found.min() < -0.8 * most and found.max() > 0.8 * most
+        assert abs(found.mean()) < 0.15 * most
+
+
+def test_warps_leave_padding_and_its_neighbours_alone():
+    x = np.random.default_rng(0).standard_normal((120, 80)).astype(np.float32)
+    x[45:] = np.nan
+    for seed in range(5):
+        long = np.asarray(augment(x, 45, jax.random.key(seed), WARPED))
+        short = np.asarray(augment(x[:50], 45, jax.random.key(seed), WARPED))
+        assert np.isfinite(long[:45]).all() and np.isnan(long[45:]).all()
+        np.testing.assert_allclose(short[:45], long[:45], atol=1e-5)
+        assert not np.allclose(long[:45], x[:45], atol=0.1)
+
+
+def test_masks_lie_on_warped_features():
+    both = SpecAugmentConfig(time_warp=0.1)
+    x = np.random.default_rng(0).standard_normal((60, 80)).astype(np.float32) + 10
+    y = np.asarray(augment(x, 60, jax.random.key(2), both))
+    assert (y == 0).any() and not np.isin(y[(y != 0)][:50], x).all()
+
+
+@pytest.mark.parametrize("name", ["time_warp", "frequency_warp"])
+def test_a_warp_that_leaves_nothing_is_refused(name):
+    with pytest.raises(UserError, match=name):
+        SpecAugmentConfig(**{name: 0.3})

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fedasr.data.neural import synthetic as neural_synthetic
 from fedasr.data.neural.synthetic import NeuralConfig
 from fedasr.data.records import open_corpus, read_metadata
 from fedasr.errors import UserError
-from fedasr.text import CharTokenizer, tokenizer_for
+from fedasr.text import CharTokenizer, pronunciation, sentence_phonemes, tokenizer_for
 
 TINY = NeuralConfig(
     days=2,
@@ -101,6 +102,83 @@ def test_labels_may_be_phonemes(tmp_path):
     lexicon.write_text("ONE\n")
     with pytest.raises(UserError, match="line 1"):
         prepared(tmp_path, lexicon=lexicon, overwrite=True)
+
+
+class Reader:
+    """Stands in for g2p_en's: three words, one of them a heteronym that the sentence decides."""
+
+    def __call__(self, text):
+        said = {"one": ["W", "AH1", "N"], "i": ["AY1"], "read": ["R", "IY1", "D"]}
+        if text.startswith("one"):
+            said["read"] = ["R", "EH1", "D"]
+        found = []
+        for word in text.split():
+            found += [*said[word], " "]
+        return [*found[:-1], "'"]  # punctuation is no phoneme
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    monkeypatch.setitem(sys.modules, "g2p_en", SimpleNamespace(G2p=Reader))
+    pronunciation._g2p.cache_clear()
+    yield
+    pronunciation._g2p.cache_clear()
+
+
+def test_phonemes_as_published(tmp_path, reader):
+    """Of whole sentences by g2p_en, stress left out, silence after every word."""
+    write_day(tmp_path / "raw" / "train" / "t1.mat", ["One read.", "I read"])
+    prepared(tmp_path, labels="phonemes", final_silence=True, workers=1)
+    tokenizer = tokenizer_for(read_metadata(tmp_path / "out"))
+    found = open_corpus(tmp_path / "out", "train").get(0, range(2))
+    names = [" ".join(tokenizer.characters[i - 1] for i in x["labels"]) for x in found]
+    assert names == ["W AH N SIL R EH D SIL", "AY SIL R IY D SIL"]
+
+
+def test_words_that_a_dictionary_lacks_may_be_guessed(reader):
+    lexicon = {"read": [("L", "EH", "K"), ("R", "EH", "D")]}
+    assert sentence_phonemes("i read", lexicon, False, False) == ("", ["i"])
+    assert sentence_phonemes("i read", lexicon, True, False) == ("AY SIL L EH K", [])
+    assert lexicon.keys() == {"read"}
+
+
+def test_without_g2p_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "g2p_en", None)
+    pronunciation._g2p.cache_clear()
+    with pytest.raises(UserError, match=r"fedasr\[g2p\]"):
+        sentence_phonemes("i", None, True, True)
+
+
+def test_handwriting_has_31_characters(tmp_path):
+    texts = ["Don>t>go,>he>said~", "Isn\u2019t it?  No.", "2 of them"]
+    write_day(tmp_path / "raw" / "train" / "t1.mat", texts)
+    summary, _ = prepared(tmp_path, labels="handwriting", stride=1)
+    assert summary["skipped"] == {"unknown_characters": 1}
+    tokenizer = tokenizer_for(read_metadata(tmp_path / "out"))
+    found = open_corpus(tmp_path / "out", "train").get(0, range(2))
+    assert [tokenizer.decode(x["labels"]) for x in found] == ["don t go, he said.", "isn't it? no."]
+    assert tokenizer.vocab_size == 32
+    # The authors' order, whose blank is the last; ours is the first.
+    order = "abcdefghijklmnopqrstuvwxyz>,'~?".replace(">", " ").replace("~", ".")
+    assert tokenizer.characters == order
+    with pytest.raises(UserError, match="phonemes"):
+        prepared(tmp_path, labels="handwriting", final_silence=True)
+    with pytest.raises(UserError, match="labels"):
+        prepared(tmp_path, labels="letters")
+
+
+def test_withheld_sentences_are_kept_in_their_order(tmp_path):
+    write_day(tmp_path / "raw" / "train" / "t1.mat")
+    write_day(tmp_path / "raw" / "competitionHoldOut" / "t2.mat", ["", " ", ""], seed=1)
+    write_day(tmp_path / "raw" / "competitionHoldOut" / "t1.mat", ["", "", " "], seed=2)
+    summary, _ = prepared(tmp_path)
+    assert summary["skipped"] == {} and summary["splits"]["competitionHoldOut"]["utterances"] == 6
+    corpus = open_corpus(tmp_path / "out", "competitionHoldOut")
+    assert list(corpus.users) == ["t1", "t2"]
+    for user in (0, 1):
+        examples = corpus.get(user, range(3))
+        assert [len(x["features"]) for x in examples] == [40, 43, 46]  # as they lie in the file
+        assert all(len(x["labels"]) == 0 for x in examples)
 
 
 def test_folders_become_splits_and_a_day_is_one_user(tmp_path):

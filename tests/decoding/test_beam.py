@@ -80,6 +80,24 @@ def spelled(text, tokens=TOKENS, sure=0.9):
     return np.log(rows)
 
 
+def test_a_blank_penalty_is_taken_in_every_frame():
+    """Kaldi's, of the published decoders: the scores that are searched sum to less than one."""
+    found = scores(4, seed=3)
+    lowered = found.copy()
+    lowered[:, 0] -= np.log(11)
+    config = BeamConfig(lm_weight=0.7, **EVERYTHING)
+    penalised = BeamDecoder(
+        TOKENS, " ", MODEL, config=BeamConfig(lm_weight=0.7, blank_penalty=np.log(11), **EVERYTHING)
+    )
+    expected = BeamDecoder(TOKENS, " ", MODEL, config=config).best(lowered, 20)
+    got = penalised.best(found, 20)
+    assert [h.text for h in got] == [h.text for h in expected]
+    assert [h.score for h in got] == pytest.approx([h.score for h in expected])
+    assert got[0].score != pytest.approx(
+        BeamDecoder(TOKENS, " ", MODEL, config=config).best(found, 1)[0].score
+    )
+
+
 def test_words_outside_the_lexicon_are_spelled_at_a_price():
     said = spelled("ab bba")
     known = BeamDecoder(TOKENS, " ", MODEL, config=BeamConfig(unknown_penalty=1.0))

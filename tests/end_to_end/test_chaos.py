@@ -24,7 +24,8 @@ def test_a_few_faults_of_every_kind(tmp_path, monkeypatch):
         assert not chaos.failures, chaos.failures
         assert sum(chaos.results.values()) == 6
         # It notices what it is there to notice: here, another result.
-        chaos._whole["output"]["bias"] += 1.0
+        chaos._turn = 0
+        chaos._wholes[0]["output"]["bias"] += 1.0
         chaos._compare(tmp_path / "whole", "planted")
         (failure,) = chaos.failures
         assert failure.startswith("planted: other parameters, in 1 arrays, by up to 1")

@@ -83,6 +83,15 @@ def wait_for_round(number, workdir, processes):
         time.sleep(0.01)
 
 
+def alike(one, other):
+    """Sums in another order leave parameters so close."""
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=0),
+        restore_params(one),
+        restore_params(other),
+    )
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_run_and_end_together(start, tiny_flags, tmp_path):
     flags = (*tiny_flags, "--config.rounds=9", "--config.checkpoint.every=1")
@@ -123,11 +132,23 @@ def test_two_processes_are_one_run_and_end_together(start, tiny_flags, tmp_path)
     expected = json.loads(output.splitlines()[-1])
     assert expected["device"].startswith("1 x ")
     assert summary["privacy"] == expected["privacy"]
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=0),
-        restore_params(tmp_path / "both"),
-        restore_params(tmp_path / "alone"),
-    )
+    alike(tmp_path / "both", tmp_path / "alone")
+
+    # The last round again, by fewer processes and by more: as close, and said.
+    names = {"alone": "1 x cpu", "both": "8 x cpu in 2 processes"}
+    for name, other, processes in (("alone", "both", 2), ("both", "alone", 1)):
+        folder = tmp_path / f"{name} by {processes}"
+        shutil.copytree(tmp_path / name, folder)
+        (folder / "summary.json").unlink()
+        shutil.rmtree(folder / "checkpoints" / "9")
+        them = start((*flags, f"--workdir={folder}"), processes)
+        outputs = [process.communicate(timeout=LONGEST) for process in them]
+        assert [process.returncode for process in them] == [0] * processes, outputs
+        change = f"{names[name]} -> {names[other]}"
+        assert f"at 8 with {change}: sums are in another order" in outputs[0][1]
+        summary = json.loads(outputs[0][0].splitlines()[-1])
+        assert summary["device_changes"] == [f"{change} at 8"]
+        alike(folder, tmp_path / "alone")
 
 
 @pytest.mark.slow

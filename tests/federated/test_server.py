@@ -138,11 +138,21 @@ def yogi(g, state, p, t):
     return m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-3)
 
 
-@pytest.mark.parametrize("oracle", [lamb, lars, adagrad, yogi], ids=lambda f: f.__name__)
+def keras_adam(g, state, p, t):
+    """Keras' Adam with the published decoders' epsilon, .1: outside of the bias correction."""
+    m = state["m"] = 0.9 * state.get("m", 0) + 0.1 * g
+    v = state["v"] = 0.999 * state.get("v", 0) + 0.001 * g**2
+    return np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 0.1)
+
+
+@pytest.mark.parametrize(
+    "oracle", [lamb, lars, adagrad, yogi, keras_adam], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("scale", [1.0, 1e-5])
 def test_steps_of_the_published_options_equal_the_formulae(oracle, scale):
     name, rate = oracle.__name__, 0.006
-    chain = make_optimizer(name, rate, **SERVER_OPTIONS.get(name, {}))
+    options = {"eps": 0.1} if oracle is keras_adam else SERVER_OPTIONS.get(name, {})
+    chain = make_optimizer(name, rate, **options)
     state = init_server(PARAMS, chain)
     params = {k: v.astype(np.float64) for k, v in PARAMS.items()}
     memory = {k: {} for k in params}
@@ -155,7 +165,19 @@ def test_steps_of_the_published_options_equal_the_formulae(oracle, scale):
     for k, p in params.items():
         np.testing.assert_allclose(state.params[k], p, rtol=1e-6, atol=1e-6)
     moved = max(np.abs(p - PARAMS[k]).max() for k, p in params.items())
-    assert moved > 1e-5 or name == "yogi"  # no bound that nothing would pass, too
+    # No bound that nothing would pass, too: epsilons as large leave tiny deltas without effect.
+    assert moved > 1e-5 or (scale < 1 and name in ("yogi", "keras_adam"))
+
+
+def test_the_first_step_of_keras_adam_is_31_times_smaller_than_optax():
+    """Of small gradients with an epsilon of .1."""
+    total = jax.tree.map(lambda x: 1e-3 * x, TOTAL)
+    moved = []
+    for name in ("adam", "keras_adam"):
+        chain = make_optimizer(name, 0.1, eps=0.1)
+        after = server_step(init_server(PARAMS, chain), total, chain)
+        moved.append(sum(np.abs(after.params[k] - p).sum() for k, p in PARAMS.items()))
+    assert moved[0] / moved[1] == pytest.approx(np.sqrt(1000), rel=0.05)
 
 
 def test_adagrad_as_published_is_no_sgd():

@@ -7,6 +7,7 @@ import pytest
 
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.errors import UserError
+from fedasr.models import objectives
 from fedasr.models import recogniser as recogniser_module
 from fedasr.models.recogniser import ctc_recogniser, make_recogniser
 from fedasr.models.transformer import TransformerConfig
@@ -92,7 +93,7 @@ def test_model_and_augmentation_share_no_randomness(monkeypatch):
     """Two draws from one key would be the same numbers."""
     augmented = []
     monkeypatch.setattr(
-        recogniser_module,
+        objectives,
         "spec_augment",
         lambda x, n, k, c: jax.debug.callback(augmented.append, jax.random.key_data(k)) or x,
     )

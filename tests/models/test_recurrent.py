@@ -9,12 +9,13 @@ from scipy.ndimage import gaussian_filter1d
 from fedasr.errors import UserError
 from fedasr.models import recurrent
 from fedasr.models.recogniser import make_recogniser, recurrent_recogniser
-from fedasr.models.recurrent import SPEECH, RecurrentConfig
+from fedasr.models.recurrent import PUBLISHED, SPEECH, RecurrentConfig
 
 TINY = RecurrentConfig(
     vocab=6, features=5, units=4, layers=2, subsample=2, window=3, stride=2, l2=0.0
 )
 BOTH = dataclasses.replace(TINY, bidirectional=True, day_layer="softsign", day_dropout=0.2)
+AS_PUBLISHED = dataclasses.replace(BOTH, **PUBLISHED)
 LENGTHS = np.int32([17, 24])
 
 
@@ -38,8 +39,8 @@ def gru_by_hand(p, x, backwards):
     def sigmoid(a):
         return 1 / (1 + np.exp(-a))
 
-    u = len(p["initial"])
-    h, out = p["initial"], np.zeros((len(x), u))
+    u = len(p["recurrent_bias"])
+    h, out = p.get("initial", np.zeros(u)), np.zeros((len(x), u))
     for t in reversed(range(len(x))) if backwards else range(len(x)):
         w, r = x[t] @ p["input"] + p["bias"], h @ p["recurrent"]
         update, reset = sigmoid(w[:u] + r[:u]), sigmoid(w[u : 2 * u] + r[u : 2 * u])
@@ -51,13 +52,22 @@ def gru_by_hand(p, x, backwards):
 def by_hand(params, x, config):
     """Scores of one utterance [time, channels], without noise, in numpy."""
     p = jax.tree.map(np.asarray, params)
-    x = gaussian_filter1d(x, config.smoothing, axis=0, mode="constant", radius=6)
+    radius = 6
+    if config.taps:  # those of the public code: of at least a hundredth, from a filter of one
+        one = gaussian_filter1d(np.eye(100)[50], config.smoothing)
+        assert (one > 0.01).sum() == config.taps
+        radius = config.taps // 2
+    x = gaussian_filter1d(x, config.smoothing, axis=0, mode="constant", radius=radius)
     x = x[:: config.subsample] @ p["day"]["kernel"] + p["day"]["bias"]
     if config.day_layer == "softsign":
         x = x / (1 + np.abs(x))
-    left = (config.window - 1) // 2
-    padded = np.pad(x, ((left, config.window), (0, 0)))
-    x = np.stack([padded[i : i + config.window].ravel() for i in range(0, len(x), config.stride)])
+    if config.windows == "inside":
+        starts = range(0, len(x) - config.window + 1, config.stride)
+        padded = x
+    else:
+        starts = range(0, len(x), config.stride)
+        padded = np.pad(x, (((config.window - 1) // 2, config.window), (0, 0)))
+    x = np.stack([padded[i : i + config.window].ravel() for i in starts])
     for i in range(config.layers):
         states = [gru_by_hand(p["shared"][f"gru_{i}"], x, False)]
         if config.bidirectional:
@@ -66,13 +76,13 @@ def by_hand(params, x, config):
     return x @ p["shared"]["head"]["kernel"] + p["shared"]["head"]["bias"]
 
 
-@pytest.mark.parametrize("config", [TINY, BOTH])
+@pytest.mark.parametrize("config", [TINY, BOTH, AS_PUBLISHED])
 def test_scores_agree_with_the_equations_whatever_the_padding_holds(config):
     params, x = random_params(config), features(40)
     run = jax.jit(lambda p, x, n: recurrent.forward(p, x, n, None, config))
     for time in (24, 40):
         logits, lengths = run(params, x[:, :time], LENGTHS)
-        assert lengths.tolist() == [5, 6]
+        assert lengths.tolist() == ([4, 5] if config is AS_PUBLISHED else [5, 6])
         for i, n in enumerate(LENGTHS):
             expected = by_hand(params, x[i, :n], config)
             np.testing.assert_allclose(logits[i, : lengths[i]], expected, atol=2e-6)
@@ -189,6 +199,57 @@ def test_every_parameter_learns_and_clients_can_be_mapped():
     assert float(trained) == pytest.approx(float(reported.mean() + 1e-3 * squares), rel=1e-5)
 
 
+def test_initial_parameters_as_published():
+    """As Keras draws them: one orthogonal matrix for all gates, the first layer's initial state."""
+    config = dataclasses.replace(AS_PUBLISHED, units=16)
+    shared = recurrent.init(jax.random.key(0), config)["shared"]
+    for name in ("gru_0", "gru_0_back", "gru_1", "gru_1_back"):
+        matrix = np.asarray(shared[name]["recurrent"])
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(16), atol=1e-5)
+        assert np.linalg.norm(matrix) == pytest.approx(4)  # sqrt(u), not sqrt(3 u)
+    assert [name for name, part in shared.items() if "initial" in part] == ["gru_0", "gru_0_back"]
+    start = np.asarray(shared["gru_0"]["initial"])
+    assert 0.2 < np.abs(start).max() <= np.sqrt(6 / 17)
+    assert not np.array_equal(start, shared["gru_0_back"]["initial"])
+
+
+def test_the_penalty_is_on_the_published_matrices():
+    config = dataclasses.replace(AS_PUBLISHED, l2=0.5)
+    params = random_params(config)
+    matrices = [params["day"]["kernel"]]
+    matrices += [
+        params["shared"][f"gru_{i}{end}"]["input"] for i in (0, 1) for end in ("", "_back")
+    ]
+    expected = 0.5 * sum((a**2).sum() for a in matrices)
+    assert float(recurrent.penalty(params, config)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_published_walk_is_over_the_channels():
+    quiet = {"white_noise": 0.0, "offset_noise": 0.0, "walk_noise": 0.5}
+    config = dataclasses.replace(TINY, **quiet, walk_axis="channels")
+    walk = np.asarray(recurrent.noisy(jnp.zeros((2, 4000, 3)), keys(), config))
+    spread = walk.std(axis=1)
+    assert spread == pytest.approx(np.tile(0.5 * np.sqrt([1, 2, 3]), (2, 1)), rel=0.1)
+    assert np.abs(np.corrcoef(walk[0, :-1, 0], walk[0, 1:, 0])[0, 1]) < 0.1  # bins are independent
+
+
+def test_an_even_number_of_taps_is_that_of_the_pytorch_port():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    x = np.random.default_rng(0).normal(size=(1, 30, 1)).astype(np.float32)
+    at = np.arange(20) - 9.5
+    weights = np.exp(-((at / 2) ** 2) / 2)
+    kernel = torch.tensor(weights / weights.sum(), dtype=torch.float32)[None, None]
+    expected = torch.nn.functional.conv1d(torch.tensor(x[:, :, 0])[:, None], kernel, padding="same")
+    found = recurrent.smooth(jnp.asarray(x), 2.0, taps=20)
+    np.testing.assert_allclose(found[0, :, 0], expected[0, 0].numpy(), atol=1e-6)
+
+
+def test_a_sentence_shorter_than_a_window_has_no_frames():
+    params = random_params(AS_PUBLISHED)
+    logits, lengths = recurrent.forward(params, features(4), np.int32([4, 3]), None, AS_PUBLISHED)
+    assert logits.shape[1] == 1 and lengths.tolist() == [0, 0]
+
+
 def test_published_sizes():
     def count(config):
         return sum(
@@ -205,6 +266,7 @@ def test_published_sizes():
     assert count(RecurrentConfig()) == n * n + n + layer(n, 512) + layer(512, 512) + 513 * 32
     expected = 256 * 257 + layer(32 * 256, 1024) + 4 * layer(1024, 1024) + 1025 * 41
     assert count(SPEECH) == expected
+    assert count(dataclasses.replace(SPEECH, **PUBLISHED)) == expected - 4 * 1024
 
 
 def test_mistakes():
@@ -212,6 +274,11 @@ def test_mistakes():
         make_recogniser("recurrent", {"day_layer": "deep"})
     with pytest.raises(UserError, match="no option"):
         make_recogniser("recurrent", {"depth": 3})
+    for name in ("recurrent_init", "initial_states", "walk_axis", "l2_on", "windows"):
+        with pytest.raises(UserError, match=name):
+            RecurrentConfig(**{name: "other"})
+    with pytest.raises(UserError, match="taps"):
+        RecurrentConfig(taps=-1)
     with pytest.raises(UserError, match="units"):
         RecurrentConfig(units=0)
     with pytest.raises(UserError, match="white_noise"):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +8,11 @@ import pytest
 
 from fedasr.data.batching import PooledBatcher, make_buckets
 from fedasr.data.corpus import InMemoryCorpus
+from fedasr.errors import UserError
 from fedasr.streams import Stream, seed_key
-from fedasr.training.builders.optimizers import central_optimizer, central_schedule
+from fedasr.training.builders.optimizers import central_optimizer, central_schedule, check
 from fedasr.training.central import CentralTraining
+from fedasr.training.config import Config, default_config
 from fedasr.training.sections import Central
 
 PARAMS = {"w": np.float32([0.5, -1.0])}
@@ -126,6 +130,18 @@ def test_schedules_are_constant_until_they_decay():
     assert rates([0, 9, 10, 19, 20], decay_start=10, decay_steps=10) == pytest.approx(from_zero)
     smooth = rates([0, 40, 45, 50, 60], decay_start=40, decay_steps=10, decay_smooth=True)
     assert smooth == pytest.approx([0.5, 0.5, 0.5 * 0.5**0.5, 0.25, 0.125])
+    # As Keras' polynomial decay of power 1: the published decoder stops where a fifth is gone.
+    linear = rates([0, 50, 90, 100, 120], decay_steps=100, decay_linear=True)
+    assert linear == pytest.approx([0.5, 0.25, 0.05, 0, 0])
+    late = rates([0, 10, 15, 25], decay_start=10, decay_steps=10, decay_linear=True)
+    assert late == pytest.approx([0.5, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("change", [{"decay_smooth": True, "decay_steps": 9}, {"decay_steps": 0}])
+def test_a_linear_decay_needs_its_end(change):
+    settings = dataclasses.replace(Central(), decay_linear=True, **change)
+    with pytest.raises(UserError, match="decay_linear falls"):
+        check(dataclasses.replace(Config.of(default_config().to_dict()), central=settings))
 
 
 def test_central_optimisers_take_options():

@@ -397,3 +397,84 @@ def test_too_little_memory_to_read_is_no_damage(tmp_path, monkeypatch):
             Checkpointer(tmp_path)
     with Checkpointer(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 1 and not checkpoints.damaged
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "file"),
+        ValueError("PERMISSION_DENIED: Error opening file: Permission denied [OS error 13]"),
+        OSError(116, "Stale file handle"),
+        UserError("no folder for temporary files can hold a link to it"),
+    ],
+)
+def test_what_cannot_be_read_now_is_no_damage(tmp_path, monkeypatch, error):
+    """It is said, and nothing is set aside: the next start may read it."""
+    import orbax.checkpoint as ocp
+
+    with Checkpointer(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"params": np.ones(2)}, {})
+
+    def fail(*args, **more):
+        raise error
+
+    for handler, name in (("PyTree", "restore"), ("PyTree", "metadata"), ("Json", "restore")):
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(ocp, f"{handler}CheckpointHandler"), name, fail)
+            with pytest.raises(UserError) as caught:
+                Checkpointer(tmp_path)
+        said = str(caught.value)
+        assert "can be read: put them back" not in said and "remove" not in said
+        assert error is caught.value or "cannot be read now" in said
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 2 and not checkpoints.damaged
+
+
+def test_without_room_for_temporary_files(tmp_path, monkeypatch):
+    """Only paths that need a link need any; and their checkpoints are not taken for damaged."""
+    from fedasr.training import stored
+
+    def nowhere(*args, **more):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    for name in ("plain", "a[1]"):
+        with Checkpointer(tmp_path / name) as checkpoints:
+            checkpoints.save(1, {"params": np.ones(2)}, {})
+    monkeypatch.setattr(stored.tempfile, "TemporaryDirectory", nowhere)
+    monkeypatch.setattr(stored.tempfile, "gettempdir", nowhere)
+    restore_params(tmp_path / "plain")
+    with pytest.raises(UserError, match="set TMPDIR"):
+        Checkpointer(tmp_path / "a[1]")
+    assert [p.name for p in (tmp_path / "a[1]").iterdir()] == ["1"]
+
+
+def test_parameters_that_are_not_what_was_saved_are_not_handed_out(tmp_path, monkeypatch):
+    """To evaluations and to runs that start from them."""
+    from fedasr.training import stored
+
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": {"w": np.ones(2)}, "other": np.ones(2)}, {})
+    read = stored.read_arrays
+
+    def other(folder, tree):
+        return jax.tree.map(lambda x: x + 1, read(folder, tree))
+
+    assert restore_params(tmp_path)["w"].tolist() == [1, 1]
+    monkeypatch.setattr(stored, "read_arrays", other)
+    with pytest.raises(UserError, match="params/w is not what was saved"):
+        restore_params(tmp_path)
+    shutil.rmtree(tmp_path / "1" / "checksums")  # of an older release
+    assert restore_params(tmp_path)["w"].tolist() == [2, 2]
+
+
+def test_folders_that_are_called_like_checkpoints_are_none(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(7, {"params": np.ones(2)}, {})
+    for name in ("0008", "٩", "10 (copy)", "-11", "1e2"):
+        shutil.copytree(tmp_path / "7", tmp_path / name)
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 7
+        checkpoints.save(9, {"params": np.ones(2)}, {})
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 9

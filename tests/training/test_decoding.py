@@ -96,7 +96,9 @@ def test_what_privacy_does_not_cover():
     assert said() == []
     (text,) = said(name="beam", lm="from_train")
     assert "transcripts of 'train'" in text and "language model" in text
-    assert len(said(name="lexicon", lm="from_train", lexicon="from_train")) == 2
+    (both,) = said(name="lexicon", lm="from_train", lexicon="from_train")  # once, not twice
+    assert "language model and lexicon were made" in both
+    assert len(said(name="lexicon", lm="from_train", lexicon="words.txt")) == 2
     assert "words.txt" in said(name="lexicon", lexicon="words.txt")[0]
     assert said(name="beam", lm="from_seed") == []  # of users whose privacy nobody claims
     config = Config(decoding=Decoding(name="beam", lm="from_seed"))

@@ -70,8 +70,13 @@ SENSIBLE = {
     ("selection.split", "empty text"),
     ("seed_training.options", "empty mapping"),
 }
+BEAM = {"decoding.name": "beam", "decoding.lm": "from_train"}
 # What does not fit the rest of this configuration.
-MISFITS = {("compression.measure", "True")}
+MISFITS = {
+    ("compression.measure", "True"),
+    ("central.decay_linear", "True"),  # to 0 in no steps
+    ("seed_training.decay_linear", "True"),
+}
 
 
 class Reached(Exception):
@@ -199,6 +204,17 @@ def test_options_are_checked_by_their_classes(options):
         ({"init_from": "no/such/run"}, "no checkpoint"),
         ({"init_from": "gs://bucket/run"}, r"init_from='gs://bucket/run' is not on a file system"),
         ({"data.dir": "s3://bucket/data"}, r"dir='s3://bucket/data' is not on a file system"),
+        (BEAM | {"decoding.lm": "/no/such.arpa"}, r"decoding.lm=/no/such.arpa: .*cannot be read"),
+        (BEAM | {"decoding.lm": "/dev/null"}, "decoding.lm=/dev/null: .* no whole ARPA file"),
+        (BEAM | {"decoding.lm": "from_tset"}, "decoding.lm=from_tset: there is no split 'tset'"),
+        (BEAM | {"decoding.lm": "from_dev"}, "what its error rate is measured with"),
+        (BEAM | {"decoding.lm": "gs://bucket/x"}, "lm='gs://bucket/x' is not on a file system"),
+        (BEAM | {"decoding.lexicon": "."}, "decoding.lexicon=.: .*cannot be read"),
+        (BEAM | {"decoding.lexicon": "~"}, "decoding.lexicon=~: .*cannot be read"),
+        # The same where the synthetic corpus is still to be made.
+        (BEAM | {"data.dir": "", "decoding.lm": "no.arpa"}, "decoding.lm=no.arpa: .*cannot be"),
+        (BEAM | {"data.dir": "", "decoding.lm": "from_tset"}, "there is no split 'tset'"),
+        (BEAM | {"data.dir": "", "decoding.lm": "from_test"}, "what its error rate is measured"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_alike(verdicts, changes, words):

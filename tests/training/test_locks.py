@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -82,6 +83,18 @@ def test_an_owner_elsewhere_lives_as_long_as_its_file_changes(tmp_path, without_
     for damaged in ("", "[]", "{}", "\0"):
         (tmp_path / ".owner").write_text(damaged)
         lock_directory(tmp_path).close()
+
+
+def test_the_copy_of_a_directory_in_use_is_free(tmp_path, without_flock):
+    without_flock(errno.ENOSYS)
+    (tmp_path / "run").mkdir()
+    with lock_directory(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with pytest.raises(UserError, match="in use"):
+            lock_directory(tmp_path / "run")
+        began = time.monotonic()
+        with lock_directory(tmp_path / "copy"):
+            assert time.monotonic() - began < 0.4
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):

@@ -69,7 +69,7 @@ def test_detours_change_no_transcript(monkeypatch):
     plain = jax.device_get(jax.jit(recogniser.evaluate)(params, batch))
     monkeypatch.setattr(attention, "LONG", 8)
     monkeypatch.setattr(attention, "_QUERIES", 8)
-    monkeypatch.setattr("fedasr.models.recogniser._STREAMED", 1)
+    monkeypatch.setattr("fedasr.models.objectives._STREAMED", 1)
     detour = jax.device_get(jax.jit(lambda *args: recogniser.evaluate(*args))(params, batch))
     for one, other in zip(plain, detour, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4)
@@ -145,7 +145,7 @@ def test_central_training_pads_little_and_compiles_few_programs(sizes):
         seed=0,
         multiples=evaluation.MULTIPLES,
         devices=jax.devices()[:1],
-        keep=("features",),
+        select=("features",),
         **sizes,
     )
     *_, (state, steps, _) = training.run(training.init(jnp.float32(0)), 45)

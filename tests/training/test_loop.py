@@ -543,7 +543,7 @@ def test_prototypes_of_other_users_are_refused_with_privacy(configure):
 
 @pytest.mark.slow
 def test_out_of_memory_halves_the_chunk_once(configure, tmp_path, monkeypatch, capsys, no_report):
-    """And the run that is resumed begins with the half."""
+    """And the run that is resumed begins with the half; all of it is said, for bits differ then."""
     config = configure({"chunk": 2, "rounds": 3, "privacy.sampler": "fixed", "checkpoint.every": 1})
     seen = []
 
@@ -561,7 +561,9 @@ def test_out_of_memory_halves_the_chunk_once(configure, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(Simulation, "run", limited(1))
         summary = loop.run(config, tmp_path / "2")
-    assert "out of memory on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "out of memory on" in said and "from round 2 on sums are in another order" in said
+    assert summary["device_changes"] == ["chunk=2 -> chunk=1 at 1"]
     assert seen == [(2, 1), (2, 2), (1, 2), (1, 3)]
     assert summary["chunk"] == 1 and summary["status"] == "completed"
     assert json.loads((tmp_path / "2" / "chunk.json").read_text())["chunk"] == 1
@@ -577,3 +579,19 @@ def test_out_of_memory_halves_the_chunk_once(configure, tmp_path, monkeypatch, c
         with pytest.raises(UserError, match="chunk=1"):
             loop.run(config, tmp_path / "3")
         assert seen == [(1, 2)]
+
+    # Killed before a checkpoint could keep that: what goes on says it, whatever file is lost.
+    for number, lost in enumerate((False, True)):
+        folder = tmp_path / f"killed-{number}"
+        shutil.copytree(tmp_path / "3", folder)
+        if lost:
+            (folder / "chunk.json").unlink()
+        seen.clear()
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(Simulation, "run", limited(9))
+            summary = loop.run(config, folder)
+        chunk, changes = (2, []) if lost else (1, ["chunk=2 -> chunk=1 at 1"])
+        assert [c for c, _ in seen] == [chunk] * 2 and summary["device_changes"] == changes
+        said = capsys.readouterr().err
+        assert ("exactly: on" in said) == lost and ("with chunk=2 -> chunk=1: sums" in said) != lost

@@ -137,5 +137,5 @@ def test_the_identity_is_of_all_that_makes_a_seed(monkeypatch):
     }.items():
         assert seeds.identity(named(*path, value=value), devices) != own, path
     assert seeds.identity(config, jax.devices()) != own or len(jax.devices()) == 1
-    monkeypatch.setattr(seeds, "_source", lambda: "changed")
+    monkeypatch.setattr(seeds.exactness, "source", lambda: "changed")
     assert seeds.identity(config, devices) != own

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -196,6 +198,37 @@ def test_ties_go_to_the_lower_loss_then_to_the_earlier(tmp_path):
     fresh = Selection(config, tmp_path, False)  # the folder is of a start that came to nothing
     assert fresh.best is None and not list((tmp_path / "best").iterdir())
     fresh.close()
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged", "earlier"])
+def test_a_best_state_that_is_lost_is_not_replaced_by_another(corpus, rates, tmp_path, how):
+    """What went on without would keep another state than an undisturbed run, and not say so."""
+    rates([90.0, 80.0, 50.0, 60.0, 55.0, 70.0, 85.0])
+    config, folder = configure(corpus), tmp_path / "run"
+    expected = loop.run(config, folder)["selection"]
+    assert read_metadata(folder / "checkpoints" / "6")["best"] == 2
+    whole = restore_params(folder)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "6")
+    best = folder / "best"
+    if how == "lost":
+        shutil.rmtree(best)
+    elif how == "damaged":
+        for file in best.rglob("*"):
+            if file.is_file() and file.parent.name == "d":
+                file.write_bytes(file.read_bytes()[:-1])
+    else:  # of before the checkpoint
+        (best / "2").rename(best / "1")
+        file = best / "1" / "metadata" / "metadata"
+        text = json.loads(file.read_text())
+        text["selection"]["units"] = 1
+        file.write_text(json.dumps(text))
+        shutil.rmtree(best / "1" / "checksums")
+    with pytest.raises(UserError, match=r"is lost .* or, to train again from the start") as caught:
+        loop.run(config, folder)
+    shutil.rmtree(str(caught.value).split("remove ")[-1])
+    assert loop.run(config, folder)["selection"] == expected
+    jax.tree.map(np.testing.assert_array_equal, restore_params(folder), whole)
 
 
 MISTAKES = {

@@ -133,3 +133,31 @@ def test_a_sink_is_waited_for_once_and_again_when_it_answers():
     sink(done.append, 50)
     assert done[-1] == 50
     assert told == [("slow", "it has not answered for 0.2 s")]
+
+
+def test_metrics_that_are_removed_begin_anew_and_it_is_said(tmp_path):
+    out = io.StringIO()
+    with RunLogger(tmp_path, tensorboard=False, stream=out) as log:
+        rounds(log, [1, 2])
+        (tmp_path / "metrics.jsonl").unlink()
+        rounds(log, [3, 4])
+        (tmp_path / "metrics.jsonl").unlink()
+        rounds(log, [5])
+    assert [record["round"] for record in read_metrics(tmp_path)] == [5]
+    assert "was removed while the run wrote to it" in log.failures["metrics.jsonl"]
+    assert out.getvalue().count("metrics.jsonl") == 2  # one line with its path
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe"])
+def test_something_else_that_is_called_like_the_metrics(tmp_path, what):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir() if what == "folder" else os.mkfifo(path)
+    began = time.monotonic()
+    out = io.StringIO()
+    log = RunLogger(tmp_path, 3, 0, tensorboard=False, stream=out, patience=0.2)
+    rounds(log, [4, 5])
+    log._to_file.close(0.1)
+    assert log.kept == [] and list(log.failures) == ["metrics.jsonl"]
+    log._to_terminal.close(1.0)
+    assert out.getvalue().count("warning: metrics.jsonl") == 1
+    assert time.monotonic() - began < 5

@@ -1,5 +1,6 @@
 """What a work directory is known by: moved, extended, older, damaged and foreign ones."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,9 +16,10 @@ from fedasr.data.preparation.prepare import prepare
 from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.federated.metrics import RoundMetrics
+from fedasr.models.recogniser import model_configs
 from fedasr.training import config as config_lib
-from fedasr.training import loop, stages, workdir
-from fedasr.training.builders import corpora, devices
+from fedasr.training import exactness, loop, session, stages, workdir
+from fedasr.training.builders import corpora, decoders, devices
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.config import Config
 from fedasr.training.logging import read_metrics, to_json
@@ -198,6 +200,41 @@ def test_files_of_another_run_do_not_make_it_another(whole, halfway, configure, 
     assert accept(configure(), halfway) == "completed"
 
 
+def test_files_that_are_decoded_with_are_known_by_their_content(
+    halfway, configure, accept, tmp_path
+):
+    """Which state is kept follows from them."""
+    lists = {name: tmp_path / name for name in ("words", "same", "others")}
+    for name, path in lists.items():
+        path.write_text("one\ntwo\n" + ("three\n" if name == "others" else ""))
+
+    def using(path):
+        return configure({"decoding.name": "lexicon", "decoding.lexicon": str(path)})
+
+    file = halfway / "checkpoints" / "2" / "metadata" / "metadata"
+    carried = json.loads(file.read_text())
+    shutil.rmtree(halfway / "checkpoints" / "2" / "checksums")
+    for known in (True, False):  # older releases did not note it
+        config = using(lists["words"])
+        config["data"] |= {k: carried["config"]["data"][k] for k in ("identity", "characters")}
+        config["data"] |= {"knowledge": decoders.knowledge_hash(Config.of(config).decoding)}
+        if not known:
+            del config["data"]["knowledge"]
+        file.write_text(json.dumps(carried | {"config": config | {"start": ""}}))
+        (halfway / "config.json").unlink(missing_ok=True)
+        assert accept(using(lists["words"]), halfway) == "reached"
+        (halfway / "config.json").unlink()
+        if known:
+            assert accept(using(lists["same"]), halfway) == "reached"
+            (halfway / "config.json").unlink()
+        with pytest.raises(UserError, match=r"differs in .*decoding\.lexicon"):
+            accept(using(lists["others"]), halfway)
+    config["data"]["knowledge"] = "of another"
+    file.write_text(json.dumps(carried | {"config": config | {"start": ""}}))
+    with pytest.raises(UserError, match=r"differs in data\.knowledge"):
+        accept(using(lists["words"]), halfway)
+
+
 @pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", "memory://run", "gs:/b"])
 def test_a_bucket_is_refused_and_no_folder_made_of_its_name(
     configure, accept, monkeypatch, tmp_path, place
@@ -318,6 +355,12 @@ def test_when_a_result_is_worth_nothing(rounds, words):
     assert words in totals.problem() and bool(words) == bool(totals.problem())
 
 
+def test_totals_are_read_whatever_release_wrote_them():
+    tree = dataclasses.asdict(Totals(real=3, device_changes=["1 -> 2"]))
+    del tree["bad_rounds"]
+    assert Totals.of(tree | {"of_a_later_release": 1}) == Totals(real=3, device_changes=["1 -> 2"])
+
+
 def test_a_run_of_invalid_updates_is_not_completed(configure, tmp_path):
     """Clients that blow up are counted as zero: the parameters stay finite."""
     changes = {"client.learning_rate": 1e4, "client.grad_clip": 1e12, "client.steps": 4}
@@ -341,9 +384,10 @@ def test_a_report_that_fails_does_not_take_the_run_with_it(halfway, configure, m
 
 def test_every_field_that_is_not_in_the_first_release_has_its_history():
     """A new field must say what directories without it did."""
-    flat = set(workdir.flatten(to_json(config_lib.default_config().to_dict())))
-    assert set(workdir.ADDED) - flat <= {"start"}
     ours = to_json(config_lib.default_config().to_dict()) | {"start": ""}
+    for options in model_configs().values():  # those of all models at once
+        ours["model"]["options"] |= to_json(dataclasses.asdict(options()))
+    assert set(workdir.ADDED) - set(workdir.flatten(ours)) == set()
     ours["data"] |= {"identity": "x", "characters": "y"}
     theirs = json.loads(json.dumps(ours))
     for name in workdir.ADDED:
@@ -411,7 +455,7 @@ def test_a_run_goes_on_with_other_devices_and_says_that_it_did(
     same_params(stays, whole)
     changes, said = run(moves, 2, since=1)
     assert changes == ["1 x cpu -> 2 x cpu at 1"]
-    assert "at 1 on 2 x cpu after 1 x cpu: sums are in another order" in said and "1e-5" in said
+    assert "at 1 with 1 x cpu -> 2 x cpu: sums are in another order" in said and "1e-5" in said
     changes, said = run(moves, 1, since=3)
     assert changes == ["1 x cpu -> 2 x cpu at 1", "2 x cpu -> 1 x cpu at 3"]
     jax.tree.map(
@@ -419,3 +463,46 @@ def test_a_run_goes_on_with_other_devices_and_says_that_it_did(
         restore_params(moves),
         restore_params(whole),
     )
+
+
+def test_what_else_bits_follow_from_is_compared_with_the_checkpoint(
+    halfway, whole, configure, capsys, monkeypatch
+):
+    monkeypatch.setattr(exactness, "source", lambda: "0123456789")
+    summary = loop.run(configure(), halfway)
+    (change,) = summary["device_changes"]
+    assert change.startswith("code ") and change.endswith(" -> code 01234567 at 2")
+    said = capsys.readouterr().err
+    assert f"at 2 with {change.removesuffix(' at 2')}: what is computed may be another" in said
+    same_params(halfway, whole[0])
+
+    ours = exactness.here(jax.devices()[:1], 4)
+    assert ours["devices"] == "1 x cpu" and ours["jax"] == jax.__version__ and ours["processor"]
+    assert exactness.changes({}, ours) == exactness.changes(dict(ours), ours) == []
+    theirs = {**ours, "chunk": 2, "jax": "0.1", "processor": "other", "devices": "2 x cpu"}
+    assert exactness.changes(theirs, ours) == [
+        "2 x cpu -> 1 x cpu",
+        "chunk=2 -> chunk=4",
+        f"processor other -> processor {ours['processor']}",
+        f"jax 0.1 -> jax {jax.__version__}",
+    ]
+    assert exactness.changes({**theirs, "chunk": None}, ours)[1].startswith("processor")
+
+
+def test_a_lost_chunk_file_is_that_of_the_checkpoint(halfway, monkeypatch):
+    """Found anew it might be another, as the memory is that there is now."""
+    (folder,) = (halfway / "checkpoints" / "2" / "metadata").glob("metadata")
+    carried = json.loads(folder.read_text())
+    assert carried["chunk"] == 1 and carried["devices"] == f"{len(jax.devices())} x cpu"
+    config = Config.of(carried["config"])
+    parts = session.make_parts(config, Path(config.data.dir), halfway)
+
+    def chunk_of(metadata):
+        monkeypatch.setattr(federated, "read_metadata", lambda folder: metadata)
+        return federated.FederatedTrainer(parts, halfway).chunk
+
+    assert chunk_of(carried | {"chunk": 2}) == 1  # chunk.json says so
+    (halfway / "chunk.json").unlink()
+    assert chunk_of(carried | {"chunk": 2}) == 2
+    assert chunk_of(carried | {"chunk": 2, "devices": "8 x H200"}) == 1
+    assert chunk_of({}) == 1

@@ -63,6 +63,8 @@ def run(config: dict[str, Any]) -> Report:
       UserError: for a mistake in flags or configuration.
     """
     from fedasr.training import loop
+    from fedasr.training.builders import pretrained
+    from fedasr.training.config import Config
 
     options = flags.FLAGS
     if options.rounds is not None:
@@ -73,6 +75,8 @@ def run(config: dict[str, Any]) -> Report:
     config["seed_training"]["steps"] = 0
     config["privacy"]["deployments"] = []
     population = loop.dry_run(config)["population"]
+    if pretrained.is_pretrained(typed := Config.of(config)):
+        config |= pretrained.resolved(typed).tree()
     delta = config["privacy"]["delta"] if options.delta is None else options.delta
     other = "many_runs" if options.method == "one_run" else "one_run"
     methods = [options.method, other] if options.side_by_side else [options.method]

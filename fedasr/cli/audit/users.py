@@ -97,7 +97,6 @@ def audit_users(
     import jax
 
     from fedasr import auditing
-    from fedasr.data.records import open_corpus
     from fedasr.data.views import UnionCorpus
     from fedasr.training.builders import corpora, models
     from fedasr.training.config import Config
@@ -108,7 +107,9 @@ def audit_users(
     data = corpora.Data(directory, typed, log)
     if not data.evaluation:
         raise UserError("there is no held-out split: data.eval names those to take canaries from")
-    held_out = UnionCorpus([open_corpus(directory, split) for split in data.evaluation])
+    held_out = UnionCorpus(
+        [corpora.open_split(directory, split, typed) for split in data.evaluation]
+    )
     if canaries is None:
         canaries = 1 if method == "many_runs" else len(held_out.users)
     elif method == "many_runs" and canaries != 1:
@@ -171,12 +172,11 @@ def _with_canaries(
     import copy
 
     from fedasr.data.corpus import InMemoryCorpus
-    from fedasr.data.records import open_corpus
     from fedasr.data.views import UnionCorpus
-    from fedasr.training.builders import simulations
+    from fedasr.training.builders import corpora, simulations
     from fedasr.training.config import Config
 
-    train = open_corpus(directory, config["data"]["train"])
+    train = corpora.open_split(directory, config["data"]["train"], Config.of(config))
     members = {
         canary.user: canary.present if here else canary.absent
         for canary, here in zip(canaries, present.tolist(), strict=True)
@@ -191,9 +191,14 @@ def _start(config: Mapping[str, Any], recogniser: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from fedasr.training.builders import models, pretrained
     from fedasr.training.checkpoint import restore_params
+    from fedasr.training.config import Config
 
     if config["init_from"]:
+        typed = Config.of(config)
+        if pretrained.is_pretrained(typed):
+            return pretrained.read_params(typed, models.variable_shapes(typed))
         return jax.tree.map(jnp.asarray, restore_params(config["init_from"]))
     return recogniser.init(seed_key(config["seed"], Stream.INIT))
 
@@ -212,13 +217,13 @@ def inserted_losses(
 
     from fedasr.data.batching import eval_batches, make_buckets
     from fedasr.data.corpus import InMemoryCorpus
-    from fedasr.models.recogniser import ARRAYS
+    from fedasr.models.recogniser import ARRAYS, INPUTS
 
     examples = {f"{i:012d}": [canary.inserted] for i, canary in enumerate(canaries)}
     corpus = InMemoryCorpus(examples, ragged=ARRAYS)
     buckets = make_buckets([corpus], 1, {"features": 24, "labels": 4})
     losses: list[float] = []
-    for batch in eval_batches(corpus, buckets, min(32, len(canaries)), ARRAYS):
+    for batch in eval_batches(corpus, buckets, min(32, len(canaries)), INPUTS):
         found = jax.device_get(evaluate(params, batch)[2])
         losses += found[batch["mask"]].astype(np.float64).tolist()
     return np.array(losses)

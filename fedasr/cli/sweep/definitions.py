@@ -17,7 +17,7 @@ from fedasr.recipes.tables import Table
 from fedasr.training.logging import write_json_atomic
 
 TABLE_FILE = "table.json"
-_REGISTRIES = ("fedasr.recipes.published", "fedasr.recipes.mini")
+_REGISTRIES = ("fedasr.recipes.published", "fedasr.recipes.mini", "fedasr.recipes.own_speech")
 
 
 def registry(path: str = "") -> dict[str, Table]:

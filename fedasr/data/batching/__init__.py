@@ -16,6 +16,7 @@ from fedasr.data.batching.buckets import (
     round_up,
     rounded_slots,
 )
+from fedasr.data.batching.by_user import UserBatcher
 from fedasr.data.batching.clients import ClientBatcher
 from fedasr.data.batching.group import Batching
 from fedasr.data.batching.parts import part_shapes
@@ -38,6 +39,7 @@ __all__ = [
     "Resident",
     "Shape",
     "Store",
+    "UserBatcher",
     "best_boundaries",
     "bucket_padding",
     "eval_batches",

@@ -20,6 +20,9 @@ from fedasr.data.utterances import Progress, Utterance
 from fedasr.errors import UserError
 
 CHANNELS_FILE = "channels.json"
+LABELS = ("characters", "phonemes", "handwriting")
+# The split whose texts were withheld: its sentences are kept, to be decoded into a submission.
+WITHHELD = "competitionHoldOut"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class NeuralConverter:
     channels: of every sentence. stride: bins per output frame of the model. min_bins: shorter
     sentences are left out. language, keep_letters: of the texts. lexicon: a pronouncing dictionary
     (see `fedasr.text.read_lexicon`) to write phonemes instead of letters, or "". lexicon_digest:
-    of that file.
+    of that file. labels: one of `LABELS`, "" for phonemes where there is a lexicon, else
+    characters. g2p, final_silence: see
+    `fedasr.text.sentence_phonemes`.
     """
 
     channels: int
@@ -41,13 +46,22 @@ class NeuralConverter:
     lexicon: str = ""
     lexicon_digest: str = ""
     store: str = "features"
+    labels: str = ""
+    g2p: bool = False
+    final_silence: bool = False
 
     @property
     def characters(self) -> str | list[str]:
         """The alphabet of the labels."""
-        if self.lexicon:
+        if self._phonemes:
             return text_lib.PhonemeTokenizer().characters
+        if self.labels == "handwriting":
+            return text_lib.HANDWRITING
         return text_lib.alphabet(self.language, self.keep_letters)
+
+    @property
+    def _phonemes(self) -> bool:
+        return self.labels == "phonemes" or bool(self.lexicon and not self.labels)
 
     @property
     def trailing(self) -> tuple[int, ...]:
@@ -64,23 +78,35 @@ class NeuralConverter:
 
         Raises:
           Skip: it cannot be used.
+          UserError: no sentence can be, such as for want of a package.
         """
-        text = utterance.text
-        letters = text_lib.alphabet(self.language, self.keep_letters)
-        labels = labels_of(text, self.language, text_lib.CharTokenizer(letters), self.pad_space)
-        if self.lexicon:
-            words, _ = text_lib.normalize_text(text, self.language, self.keep_letters)
-            phonemes, unknown = text_lib.pronounced(
-                words, _lexicon(self.lexicon, self.lexicon_digest)
-            )
-            if unknown:
-                raise Skip("unknown_words", f"{unknown} in {text!r}")
-            labels = text_lib.PhonemeTokenizer().encode(phonemes, self.pad_space)
+        withheld = utterance.split == WITHHELD and not utterance.text.strip()
+        labels = np.zeros(0, np.int32) if withheld else self._labels(utterance.text)
         signal, rate = utterance.audio()
         if len(signal) < self.min_bins:
             raise Skip("too_short", f"{len(signal)} bins, at least {self.min_bins}")
         check_feasible(labels, len(signal), self.stride)
         return Converted(signal.astype(np.float32), labels, len(signal) / rate, False)
+
+    def _labels(self, text: str) -> np.ndarray:
+        """Of a sentence, int32 [labels]."""
+        if self.labels == "handwriting":
+            found = text_lib.handwriting_text(text)
+            if found.losses:
+                raise Skip("unknown_characters", text_lib.describe_losses(found.losses, text))
+            if not found.text:
+                raise Skip("empty_text", repr(text))
+            return text_lib.CharTokenizer(text_lib.HANDWRITING).encode(found.text, self.pad_space)
+        letters = text_lib.alphabet(self.language, self.keep_letters)
+        labels = labels_of(text, self.language, text_lib.CharTokenizer(letters), self.pad_space)
+        if not self._phonemes:
+            return labels
+        words, _ = text_lib.normalize_text(text, self.language, self.keep_letters)
+        known = _lexicon(self.lexicon, self.lexicon_digest) if self.lexicon else None
+        phonemes, unknown = text_lib.sentence_phonemes(words, known, self.g2p, self.final_silence)
+        if unknown:
+            raise Skip("unknown_words", f"{unknown} in {text!r}")
+        return text_lib.PhonemeTokenizer().encode(phonemes, self.pad_space)
 
 
 @functools.lru_cache(maxsize=1)
@@ -98,6 +124,9 @@ def prepare_sessions(
     keep_letters: bool = False,
     pad_space: bool = False,
     lexicon: str | os.PathLike[str] | None = None,
+    labels: str = "",
+    g2p: bool = False,
+    final_silence: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
     overwrite: bool = False,
@@ -111,6 +140,10 @@ def prepare_sessions(
       source: what to read. stride: bins per output frame of the model, all its steps together.
       lexicon: a pronouncing dictionary, for labels that are phonemes; sentences with a word that it
         does not have are skipped ("unknown_words").
+      labels: one of `LABELS`; "" for phonemes where there is a lexicon, else characters. Phonemes
+        without a lexicon are g2p_en's.
+      g2p: words that the lexicon does not have are pronounced by g2p_en (extra `g2p`).
+      final_silence: silence after the last word, too, as in the published labels.
       out, language, keep_letters, pad_space, workers, progress, overwrite: see
         `fedasr.data.preparation.prepare.prepare`.
 
@@ -120,6 +153,11 @@ def prepare_sessions(
     """
     if stride < 1:
         raise UserError(f"stride must be at least 1, not {stride}")
+    named = labels or ("phonemes" if lexicon else "characters")
+    if named not in LABELS:
+        raise UserError(f"labels={labels!r} must be one of {', '.join(LABELS)}")
+    if named != "phonemes" and (lexicon or g2p or final_silence):
+        raise UserError("lexicon, g2p and final_silence are for labels that are phonemes")
     if lexicon:
         text_lib.read_lexicon(lexicon)  # a clear error if it is none
     converter = NeuralConverter(
@@ -132,6 +170,10 @@ def prepare_sessions(
         lexicon_digest=hashlib.sha256(Path(lexicon).read_bytes()).hexdigest()[:16]
         if lexicon
         else "",
+        # As older releases named it, whose folders are to go on.
+        labels="" if named == ("phonemes" if lexicon else "characters") else named,
+        g2p=g2p or (named == "phonemes" and not lexicon),
+        final_silence=final_silence,
     )
 
     def write_broken(folder: Path) -> None:

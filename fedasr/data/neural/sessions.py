@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fedasr.data.neural import tfrecords
 from fedasr.data.neural.areas import SPEECH_AREAS, Area
 from fedasr.data.neural.arrays import load_array, manifest_sentence, read_lines
 from fedasr.data.neural.competition import SPLITS, Sentence, read_day
@@ -32,8 +33,10 @@ class NeuralSessions:
     "bad_manifest_line". The converter adds its own reasons, such as "empty_text".
 
     Args:
-      path: the folder of the competition layout, or a manifest (.jsonl).
-      areas: channels to use; None for the speech motor area, or for all of a manifest's channels.
+      path: the folder of the competition layout, or of CORP's release (`tfrecords`), or a manifest
+        (.jsonl).
+      areas: channels to use; None for the speech motor area of the competition, or for all channels
+        of the others.
 
     Attributes:
       channels: of every sentence.
@@ -51,21 +54,26 @@ class NeuralSessions:
         self.notes: dict[str, int] = {}
         self.broken: dict[str, dict[str, list[int]]] = {}
         self.total: int | None = None
-        if self.path.is_dir():
-            self._files = [
-                (file, split)
-                for split in SPLITS
-                for file in sorted(self.path.glob(f"{split}/*.mat"))
-            ]
-            if not self._files:
-                raise UserError(f"{path} has no MATLAB files in {', '.join(SPLITS)}")
-            self.areas: tuple[Area, ...] | None = tuple(areas or SPEECH_AREAS)
-            self._lines: list[dict[str, Any] | Rejected] = []
+        self._lines: list[dict[str, Any] | Rejected] = []
+        self._records: list[tuple[str, str, str, list[Path]]] = []
+        self._files = [
+            (file, split) for split in SPLITS for file in sorted(self.path.glob(f"{split}/*.mat"))
+        ]
+        self.areas: tuple[Area, ...] | None = tuple(areas) if areas else None
+        if self._files:
+            self.areas = self.areas or SPEECH_AREAS
             seen = [file for file, _ in self._files]
+        elif self.areas and any(area.field != "features" for area in self.areas):
+            raise UserError("areas of a manifest or of records are written as features[0:192]")
+        elif self.path.is_dir():
+            self._records = tfrecords.find_sessions(self.path)
+            if not self._records:
+                raise UserError(
+                    f"{path} has no MATLAB files in {', '.join(SPLITS)}, and no folders of "
+                    "sessions with .tfrecord files"
+                )
+            seen = [file for *_, files in self._records for file in files]
         else:
-            self.areas = tuple(areas) if areas else None
-            if self.areas and any(area.field != "features" for area in self.areas):
-                raise UserError("areas of a manifest are written as features[0:192]")
             self._lines = read_lines(self.path)
             self.total = len(self._lines)
             named = {line["features"] for line in self._lines if not isinstance(line, Rejected)}
@@ -76,9 +84,11 @@ class NeuralSessions:
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
 
     def _channels(self) -> int:
-        """Of the areas, or of the first line of a manifest."""
+        """Of the areas, or of the first sentence."""
         if self.areas is not None:
             return sum(area.stop - area.start for area in self.areas)
+        for *_, files in self._records:
+            return tfrecords.channels_of(files[0])
         for line in self._lines:
             if not isinstance(line, Rejected):
                 array = load_array(self.path.parent / line["features"], line.get("array"))
@@ -88,16 +98,18 @@ class NeuralSessions:
     def __iter__(self) -> Iterator[Utterance | Rejected]:
         self.broken.clear()
         self.notes.clear()
-        if self.path.is_dir():
-            for file, split in self._files:
-                yield from self._day(file.stem, read_day(file, split, self.areas or SPEECH_AREAS))
-            return
+        for file, split in self._files:
+            yield from self._day(file.stem, read_day(file, split, self.areas or SPEECH_AREAS))
+        for day, split, scale, files in self._records:
+            yield from self._day(day, tfrecords.read_session(day, split, files, self.areas), scale)
         yield from (line for line in self._lines if isinstance(line, Rejected))
         lines = [line for line in self._lines if not isinstance(line, Rejected)]
         for session in sorted({line["session"] for line in lines}):
             yield from self._day(session, self._read_session(lines, session))
 
-    def _day(self, day: str, sentences: Sequence[Sentence]) -> Iterator[Utterance | Rejected]:
+    def _day(
+        self, day: str, sentences: Sequence[Sentence], scale: str = "block"
+    ) -> Iterator[Utterance | Rejected]:
         groups: dict[tuple[str, str], list[int]] = {}
         ready: list[Utterance | Rejected] = []
         for i, one in enumerate(sentences):
@@ -115,8 +127,14 @@ class NeuralSessions:
             ready.append(Rejected(one.id, reason, detail))
         for (split, block), group in groups.items():
             recorded = [x for i in group if (x := sentences[i].signal) is not None]
-            signals, report = z_score_block(recorded)
-            self._report(f"{split}/{day} block {block}", report)
+            if scale == "block":
+                signals, report = z_score_block(recorded)
+                self._report(f"{split}/{day} block {block}", report)
+            else:
+                # A few channels that are NaN: zero, as those of a block are.
+                signals = [np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in recorded]
+                if scale == tfrecords.ROLLING:
+                    signals = tfrecords.rolling_z_scores(signals)
             for i, signal in zip(group, signals, strict=True):
                 one, read = sentences[i], functools.partial(_recorded, signal)
                 ready[i] = Utterance(one.id, day, one.text, one.split, read)

@@ -77,6 +77,7 @@ class Converter:
     alphabet: str = ""
     subwords: Mapping[str, str] | None = None
     learned: bool = False
+    rules: str = ""
 
     @property
     def characters(self) -> str | list[str]:
@@ -109,7 +110,9 @@ class Converter:
         """
         from fedasr.audio import features as features_lib
 
-        labels = labels_of(utterance.text, self.language, self._tokenizer, self.pad_space)
+        labels = labels_of(
+            utterance.text, self.language, self._tokenizer, self.pad_space, self.rules
+        )
         audio, rate, complaints = _decoded(utterance)
         if not rate > 0:
             raise Skip("unreadable_audio", f"a sample rate of {rate}")
@@ -144,17 +147,24 @@ class Converter:
         return Converted(signal, labels, seconds, False, recording, complaints)
 
 
+# How transcripts are written: words as they are said, or as published (`text.published_text`).
+RULES = ("", "published")
+
+
 def labels_of(
-    text: str, language: str, tokenizer: text_lib.Tokenizer, pad_space: bool
+    text: str, language: str, tokenizer: text_lib.Tokenizer, pad_space: bool, rules: str = ""
 ) -> np.ndarray:
-    """The ids of a transcript, int32 [tokens].
+    """The ids of a transcript, int32 [tokens], written by one of `RULES`.
 
     Raises:
       Skip: "unknown_characters" or "empty_text".
     """
     # A subword tokenizer's pieces are no alphabet; the characters in them are.
     characters: Any = getattr(tokenizer, "alphabet", tokenizer.characters)
-    found = text_lib.normalise(text, language, characters)
+    if rules:
+        found = text_lib.Normalised(text_lib.published_text(text), ())
+    else:
+        found = text_lib.normalise(text, language, characters)
     if found.losses:
         raise Skip("unknown_characters", text_lib.describe_losses(found.losses, text))
     if not found.text:

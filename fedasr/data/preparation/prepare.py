@@ -16,7 +16,7 @@ from fedasr.data import records, writing
 from fedasr.data.corpus import Example
 from fedasr.data.listing import UTTERANCES_FILE
 from fedasr.data.preparation import parts as parts_lib
-from fedasr.data.preparation.conversion import STORES, Conversion, Converter
+from fedasr.data.preparation.conversion import RULES, STORES, Conversion, Converter
 from fedasr.data.preparation.division import divide, json_digest
 from fedasr.data.preparation.folder import PARTS, UNFINISHED, prepared_folder
 from fedasr.data.preparation.parts import Row
@@ -49,6 +49,7 @@ def prepare(
     alphabet: str = "",
     learned: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
+    rules: str = "",
     store: str = "features",
     pad_space: bool = True,
     dev_fraction: float = 0.1,
@@ -112,6 +113,9 @@ def prepare(
       learned: whether that alphabet was found in the transcripts: runs then say that it is not
         covered by their privacy.
       tokenizer: a SentencePiece model or a `tokenizer.json`, in place of an alphabet.
+      rules: "published" for transcripts as the programs of arXiv 2310.00098 write them
+        (`fedasr.text.published_text`): what cannot be written is left out of a label, and the
+        utterance stays.
       store: "features" or "audio".
       pad_space: put a space on both sides of the labels, as in the paper's targets.
       dev_fraction: share of the undivided users held out for dev, at least one user of three.
@@ -156,10 +160,18 @@ def prepare(
         raise UserError(f"workers must be 0 (one a core) or more, not {workers}")
     if tokenizer is not None and (alphabet or keep_letters):
         raise UserError("a tokenizer has its own characters: leave the alphabet and letters out")
+    if rules not in RULES:
+        raise UserError(f"rules={rules!r}: use one of {RULES}")
+    if rules and (alphabet or keep_letters or tokenizer is not None):
+        raise UserError(
+            "the published rules write a-z, space, apostrophe and hyphen: leave alphabet, letters "
+            "and tokenizer out"
+        )
     converter = Converter(
         alphabet=_characters(alphabet),
         subwords=None if tokenizer is None else text_lib.read_subwords(tokenizer).options,
         learned=learned,
+        rules=rules,
         features=feature_config or features_lib.LogMelConfig(),
         language=language,
         keep_letters=keep_letters,
@@ -185,6 +197,11 @@ def prepare(
         overwrite=overwrite,
         source=source,
     )
+
+
+# Options that releases added, with what older ones did: what holds that is left out of what a
+# corpus is known by, so that a preparation goes on in a folder of theirs.
+_LATER: dict[str, Any] = {"rules": "", "labels": "", "g2p": False, "final_silence": False}
 
 
 def _check_shares(dev_fraction: float, test_fraction: float) -> None:
@@ -237,8 +254,9 @@ def prepare_with(
 
     Returns and raises: see `prepare`.
     """
+    told = dataclasses.asdict(converter)
     options = {
-        **dataclasses.asdict(converter),
+        **{name: value for name, value in told.items() if _LATER.get(name, told) != value},
         "characters": converter.characters,
         "dev_fraction": dev_fraction,
         "test_fraction": test_fraction,

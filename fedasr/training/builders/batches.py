@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fedasr.audio.features import LogMelConfig
 from fedasr.data.batching import Batching, Bucket, Grid, Resident
 from fedasr.errors import UserError
-from fedasr.models.recogniser import ARRAYS
+from fedasr.models.recogniser import INPUTS
 from fedasr.training.config import Config
 from fedasr.training.sections import Central, Client
 
@@ -48,7 +48,7 @@ def make_batching(
         buffer=client.batch_buffer or None,
         buckets=buckets,
         micro_batch=client.micro_batch,
-        select=ARRAYS,
+        select=INPUTS,
         resident=resident,
     )
 

@@ -17,9 +17,9 @@ from fedasr.data.records import METADATA_FILE, has_split, open_corpus, read_meta
 from fedasr.data.views import ReshuffledCorpus
 from fedasr.errors import UserError
 from fedasr.federated import hosts
-from fedasr.models.recogniser import ARRAYS
+from fedasr.models.recogniser import INPUTS, takes_audio
 from fedasr.models.recurrent import RecurrentConfig
-from fedasr.text import Tokenizer, tokenizer_for
+from fedasr.text import NormalisedTokenizer, SubwordTokenizer, Tokenizer, tokenizer_for
 from fedasr.training.builders.splits import check_splits
 from fedasr.training.config import Config
 from fedasr.training.evaluation import MULTIPLES
@@ -29,13 +29,18 @@ def data_directory(config: Config) -> Path:
     """The prepared corpus of a configuration; makes the synthetic one when first needed."""
     if config.data.dir:
         return Path(config.data.dir)
-    return _synthetic(config.data.task)
+    return _synthetic(config.data.task, "audio" if takes_audio(config.model.name) else "features")
 
 
-def _synthetic(task: str) -> Path:
+def _synthetic(task: str, store: str) -> Path:
     from fedasr.data.synthetic import SyntheticConfig, prepare_synthetic
 
-    return prepare_synthetic(SyntheticConfig(task=task))
+    return prepare_synthetic(SyntheticConfig(task=task), store=store)
+
+
+def open_split(directory: str | Path, split: str, config: Config) -> Corpus:
+    """A split as the configured model hears it: `fedasr.data.records.open_corpus`."""
+    return open_corpus(directory, split, takes_audio(config.model.name))
 
 
 def content_hash(directory: Path) -> str:
@@ -60,6 +65,8 @@ def fitting_tokenizer(config: Config, metadata: Mapping[str, Any]) -> Tokenizer:
         raise UserError(
             f"the model writes the characters {trained_for!r}, the data {tokenizer.characters!r}"
         )
+    if takes_audio(config.model.name):
+        return _fitting_pretrained(config, tokenizer)
     default = RecurrentConfig.vocab if config.model.name == "recurrent" else None
     vocab = config.model.options.get("vocab", default or tokenizer.vocab_size)
     if vocab != tokenizer.vocab_size:
@@ -67,6 +74,23 @@ def fitting_tokenizer(config: Config, metadata: Mapping[str, Any]) -> Tokenizer:
             f"the data's alphabet has {tokenizer.vocab_size} tokens with the blank, the model "
             f"{vocab}: set model.options.vocab={tokenizer.vocab_size} for it"
         )
+    return tokenizer
+
+
+def _fitting_pretrained(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+    """Likewise of a pretrained model: its output may have signs that no text holds, and more."""
+    options, needed = config.model.options, tokenizer.vocab_size
+    # The file's last signs, such as its blank, may be among the tokens of a tokenizer.
+    needed -= getattr(tokenizer, "unwritten", 0)
+    words = options.get("objective", "ctc") != "ctc"
+    if (vocab := options["vocab"]) < needed or (vocab > tokenizer.vocab_size and not words):
+        raise UserError(
+            f"the data's alphabet has {tokenizer.vocab_size} tokens with the blank, the model "
+            f"{vocab}: prepare the data with --tokenizer=FOLDER of the model, or begin with a new "
+            f"output layer: init_from=hf-encoder:FOLDER, model.options.vocab={tokenizer.vocab_size}"
+        )
+    if words and isinstance(tokenizer, SubwordTokenizer):
+        return NormalisedTokenizer(tokenizer)
     return tokenizer
 
 
@@ -85,7 +109,7 @@ class Data:
         check_splits(config, metadata["splits"], directory, log)
         self.tokenizer = fitting_tokenizer(config, metadata)
         check_features(config, metadata)
-        self.train = open_corpus(directory, settings.train)
+        self.train = open_split(directory, settings.train, config)
         if settings.iid:
             self.train = ReshuffledCorpus(self.train, config.seed)
         if (published := settings.population) and published != len(self.train.users):
@@ -94,11 +118,11 @@ class Data:
         seed_split = config.seed_training.split
         if config.seed_training.steps and not config.init_from:
             if has_split(metadata, seed_split):
-                self.seed = open_corpus(directory, seed_split)
+                self.seed = open_split(directory, seed_split, config)
             else:
                 log(f"no split {seed_split!r} in {directory}: training starts from scratch")
         self.evaluation = {
-            split: open_corpus(directory, split)
+            split: open_split(directory, split, config)
             for split in settings.eval
             if has_split(metadata, split)
         }
@@ -127,7 +151,7 @@ class Data:
             return None
         if self._resident is None or self._resident[:2] != (self.train, sharding):
             self._resident = None  # not two at once
-            found = make_resident(self.train, self.buckets, ARRAYS)
+            found = make_resident(self.train, self.buckets, INPUTS)
             self._resident = (self.train, sharding, hosts.transfer(found, sharding))
         return self._resident[2]
 

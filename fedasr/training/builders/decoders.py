@@ -7,7 +7,9 @@ they hold; the report says so (see `not_covered`).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +56,11 @@ def make_knowledge(
     Raises:
       UserError: a file that cannot be read, a split that there is not, or one that is evaluated.
     """
+    check_splits(settings, read_metadata(directory)["splits"], evaluated)
     texts: dict[str, list[str]] = {}
 
-    def of_split(field: str, value: str) -> list[str]:
+    def of_split(value: str) -> list[str]:
         split = value.removeprefix(FROM)
-        stored = read_metadata(directory)["splits"]
-        if seen := _named(split, stored) & {x for e in evaluated for x in _named(e, stored)}:
-            raise UserError(
-                f"{field}={value}: the texts of {sorted(seen)[0]!r} are what its error rate is "
-                "measured with: make it from another split (from_train), or decode without"
-            )
         if split not in texts:
             texts[split] = transcripts(open_corpus(directory, split), tokenizer)
         return texts[split]
@@ -71,21 +68,78 @@ def make_knowledge(
     model: NGram | None = None
     words: frozenset[str] | None = None
     if settings.lexicon.startswith(FROM):
-        said = of_split("decoding.lexicon", settings.lexicon)
-        words = frozenset(word for text in said for word in text.split())
+        words = frozenset(word for text in of_split(settings.lexicon) for word in text.split())
     elif settings.lexicon:
-        words = read_words(settings.lexicon)
+        words = _read("decoding.lexicon", read_words, settings.lexicon)
     if settings.lm.startswith(FROM):
-        model = estimate(of_split("decoding.lm", settings.lm), settings.order, words)
+        model = estimate(of_split(settings.lm), settings.order, words)
     elif settings.lm:
-        model = read_arpa(settings.lm)
+        model = _read("decoding.lm", read_arpa, settings.lm)
     beam = BeamConfig(
         beam=settings.beam,
         lm_weight=settings.lm_weight,
         word_bonus=settings.word_bonus,
         unknown_penalty=settings.unknown_penalty,
+        blank_penalty=settings.blank_penalty,
     )
     return Knowledge(model, words, beam)
+
+
+def _read(field: str, read: Callable[[str], Any], place: str) -> Any:
+    try:
+        return read(place)
+    except UserError as error:
+        raise UserError(f"{field}={place}: {error}") from error
+
+
+def check_files(settings: Decoding) -> None:
+    """Raises UserError for a file that cannot be read; where there is no data yet."""
+    if settings.lexicon and not settings.lexicon.startswith(FROM):
+        _read("decoding.lexicon", read_words, settings.lexicon)
+    if settings.lm and not settings.lm.startswith(FROM):
+        _read("decoding.lm", read_arpa, settings.lm)
+
+
+def check_splits(settings: Decoding, stored: Collection[str], evaluated: Collection[str]) -> None:
+    """Raises UserError for a split that there is not, or one that is evaluated.
+
+    Args:
+      settings: whose "from_..." name splits.
+      stored: splits of the data.
+      evaluated: splits that are decoded: nothing is made from these.
+    """
+    seen = {x for e in evaluated for x in _named(e, stored)}
+    for field in ("lexicon", "lm"):
+        value: str = getattr(settings, field)
+        if not value.startswith(FROM):
+            continue
+        split = value.removeprefix(FROM)
+        if not can_open(split, stored):
+            raise UserError(
+                f"decoding.{field}={value}: there is no split {split!r}: choose one of "
+                f"{', '.join(stored)}"
+            )
+        if both := _named(split, stored) & seen:
+            raise UserError(
+                f"decoding.{field}={value}: the texts of {sorted(both)[0]!r} are what its error "
+                "rate is measured with: make it from another split (from_train), or decode without"
+            )
+
+
+def knowledge_hash(settings: Decoding) -> str | None:
+    """Names the content of the files that are decoded with, sixteen hexadecimal digits.
+
+    None if there are none, or one is not there: whoever reads it says so.
+    """
+    files = [place for place in (settings.lm, settings.lexicon) if place]
+    files = [place for place in files if not place.startswith(FROM)]
+    if not files or not all(map(os.path.isfile, files)):
+        return None
+    found = hashlib.sha256()
+    for place in files:
+        with open(place, "rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def _named(expression: str, stored: Collection[str]) -> set[str]:
@@ -129,25 +183,33 @@ def check(config: Config) -> None:
                 can_open(value.removeprefix(FROM), ())
             except UserError as error:
                 raise UserError(f"decoding.{field}={value}: {error}") from error
-    if settings.name != GREEDY and config.model.options.get("objective", "ctc") != "ctc":
+    objective = config.model.options.get("objective", "ctc")
+    if settings.name != GREEDY and objective != "ctc":
         raise UserError(
             f"decoding.name={settings.name!r} searches scores of CTC: set decoding.name='greedy' "
-            "for model.options.objective='rnnt'"
+            f"for model.options.objective={objective!r}"
         )
 
 
 def not_covered(config: Config) -> list[str]:
     """What decoding tells of transcripts, which no epsilon is about."""
-    found = []
+    names: dict[str, list[str]] = {}
     for field, name in (("lm", "language model"), ("lexicon", "lexicon")):
         value: Any = getattr(config.decoding, field)
-        if not value or value == FROM + config.seed_training.split:
-            continue
+        if value and value != FROM + config.seed_training.split:
+            names.setdefault(value, []).append(name)
+    found = []
+    for value, made in names.items():
+        knowledge = " and ".join(made)
         if value.startswith(FROM):
             found.append(
-                f"the transcripts of {value.removeprefix(FROM)!r}, which the decoder's {name} was "
-                "made from without noise: it tells which words were said, and how often"
+                f"the transcripts of {value.removeprefix(FROM)!r}, which the decoder's {knowledge} "
+                f"{'were' if len(made) > 1 else 'was'} made from without noise: "
+                f"{'they tell' if len(made) > 1 else 'it tells'} which words were said, and how "
+                "often"
             )
         else:
-            found.append(f"the texts behind the decoder's {name} {value}, if they are of users")
+            found.append(
+                f"the texts behind the decoder's {knowledge} {value}, if they are of users"
+            )
     return found

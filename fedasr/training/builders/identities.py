@@ -19,6 +19,7 @@ def run_identity(config: Config) -> str:
     tree = copy.deepcopy(what(config.tree()))
     del tree["data"]["dir"], tree["init_from"], tree["decoding"], tree["selection"]
     del tree["evaluation"]["every_steps"], tree["seed_training"]["reuse"]
+    tree["data"].pop("knowledge", None)  # of decoding
     tree.pop("start", None)  # the root has the parameters themselves
     for name, value in LATER.items():
         *sections, leaf = name.split(".")

@@ -37,12 +37,34 @@ def build_recogniser(config: Config, augmented: bool = True) -> Recogniser:
 
 def initial_params(recogniser: Recogniser, config: Config) -> Any:
     """The untrained model of a configuration: the same for all runs of one seed."""
-    return recogniser.init(seed_key(config.seed, Stream.INIT))
+    return as_kept(recogniser.init(seed_key(config.seed, Stream.INIT)), config)
 
 
 def variable_shapes(config: Config) -> Any:
     """Shapes of a configuration's parameters, without allocating them."""
-    return jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
+    init = build_recogniser(config).init
+    return jax.eval_shape(lambda key: as_kept(init(key), config), jax.random.key(0))
+
+
+def as_kept(params: Any, config: Config) -> Any:
+    """Parameters in the types that a run keeps them in.
+
+    Pretrained models may have variables that no client trains in bfloat16 (`frozen_dtype`): half
+    the memory, of which there is one copy for all clients that are computed together.
+    """
+    dtype = config.model.options.get("frozen_dtype", "float32")
+    if dtype == "float32":
+        return params
+    subset = clients.make_subset(config)
+    trained = None if subset is None else subset.trained(params)
+    if trained is None:
+        raise UserError(
+            f"model.options.frozen_dtype={dtype!r} is for variables that are not trained: set "
+            'partial.mode="fixed" and partial.patterns'
+        )
+    leaves, treedef = jax.tree.flatten(params)
+    kept = [x if yes else x.astype(dtype) for x, yes in zip(leaves, trained, strict=True)]
+    return jax.tree.unflatten(treedef, kept)
 
 
 def parameter_count(recogniser: Recogniser) -> int:
@@ -57,10 +79,12 @@ def local_layout(config: Config) -> Layout | None:
     Raises:
       UserError: see `fedasr.federated.local.make_layout`.
     """
-    if not config.has_rounds or not (patterns := config.local.patterns):
+    if not (patterns := config.local.patterns):
         return None
     shapes = variable_shapes(config)
-    return make_layout(shapes, patterns, trained_variables(config))
+    # Central training knows no partial model: it trains all.
+    trained = trained_variables(config) if config.has_rounds else None
+    return make_layout(shapes, patterns, trained)
 
 
 def shared_variables(config: Config) -> list[bool] | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedasr.errors import UserError
+from fedasr.errors import UserError, pass_exhaustion
 from fedasr.federated.client import ClientUpdate, Loss, local_training
 from fedasr.federated.server import constant_then_exponential, make_optimizer
 from fedasr.training.config import Config
@@ -24,6 +24,13 @@ def check(config: Config) -> None:
         settings = getattr(config, section)
         options = getattr(settings, "options", {})
         _check_optimizer(settings.optimizer, options, f"{section}.options")
+    for section in ("seed_training", "central"):
+        settings = getattr(config, section)
+        if settings.decay_linear and (settings.decay_smooth or not settings.decay_steps):
+            raise UserError(
+                f"{section}.decay_linear falls to 0 in {section}.decay_steps steps: set these, and "
+                "no decay_smooth"
+            )
 
 
 def _check_optimizer(name: str, options: Mapping[str, Any], where: str) -> None:
@@ -45,6 +52,7 @@ def _check_optimizer(name: str, options: Mapping[str, Any], where: str) -> None:
     except UserError:
         raise
     except Exception as error:
+        pass_exhaustion(error, f"trying {where}")
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: {name!r} does not take {dict(options)}: {reason}") from error
 
@@ -94,11 +102,14 @@ def central_schedule(settings: Central) -> float | optax.Schedule:
     """The learning rate by the number of steps done; a number where it is constant.
 
     Constant for `decay_start` steps. Then times `decay_rate` at once and again every `decay_steps`,
-    or smoothly: times decay_rate^((steps - decay_start) / decay_steps).
+    or smoothly: times decay_rate^((steps - decay_start) / decay_steps). Or linearly: times
+    1 - (steps - decay_start) / decay_steps, until it is 0.
     """
     rate, start, every = settings.learning_rate, settings.decay_start, settings.decay_steps
     if not every:
         return rate
+    if settings.decay_linear:
+        return optax.linear_schedule(rate, 0.0, every, start)
     if settings.decay_smooth:
         return constant_then_exponential(rate, start, every, settings.decay_rate)
     if not start:

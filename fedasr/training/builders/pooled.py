@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import jax
 
 from fedasr.data.corpus import Corpus
+from fedasr.errors import UserError
 from fedasr.federated.client import Loss
-from fedasr.models.recogniser import ARRAYS
+from fedasr.models.recogniser import INPUTS
 from fedasr.streams import Stream
 from fedasr.training.builders import batches, corpora, models, optimizers
 from fedasr.training.central import CentralTraining
+from fedasr.training.central_local import LocalCentralTraining
 from fedasr.training.config import Config
 from fedasr.training.evaluation import MULTIPLES
 
@@ -48,8 +50,41 @@ def central_training(
         # Saved and evaluated when reported.
         steps_per_report=math.gcd(10, config.checkpoint.seed_every, evaluated),
         devices=devices,
-        select=ARRAYS,
+        select=INPUTS,
         model_devices=config.model_devices,
+    )
+
+
+def local_central_training(
+    config: Config, corpus: Corpus, loss: Loss, devices: Sequence[jax.Device]
+) -> LocalCentralTraining:
+    """The baseline in which users keep local parameters, as the configuration says.
+
+    Args:
+      config, corpus, loss, devices: of the run.
+
+    Raises:
+      UserError: for batches and devices that it does not know.
+    """
+    layout, settings = models.local_layout(config), config.central
+    assert layout is not None  # where there are local patterns
+    if settings.batch_seconds or config.model_devices > 1:
+        raise UserError(
+            "central training with local parameters takes batches of one user, counted in "
+            "examples, on devices that hold the model each: unset central.batch_seconds and "
+            "model_devices, or local.patterns"
+        )
+    return LocalCentralTraining(
+        corpus,
+        loss,
+        optimizers.central_optimizer(settings),
+        layout,
+        settings.batch_size,
+        seed=config.seed,
+        multiples=MULTIPLES,
+        steps_per_report=math.gcd(10, config.checkpoint.seed_every, config.evaluation.every_steps),
+        devices=devices,
+        select=INPUTS,
     )
 
 
@@ -57,7 +92,9 @@ def check_central(config: Config, data: corpora.Data, devices: Sequence[jax.Devi
     """Raises UserError for central training that could not begin, before something else does."""
     loss = models.build_recogniser(config).loss
     stages = {"seed_training": data.seed}
-    if not config.has_rounds:
+    if not config.has_rounds and config.local.patterns:
+        local_central_training(config, data.train, loss, devices)
+    elif not config.has_rounds:
         stages["central"] = data.train
     for section, corpus in stages.items():
         if corpus is not None:

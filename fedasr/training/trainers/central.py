@@ -46,7 +46,7 @@ def train_seed(session: Session, latest: int | None, units: int) -> Any:
 def _steps(
     session: Session,
     stage: str,
-    training: CentralTraining,
+    training: Any,
     params: Any,
     latest: int | None,
     units: int,
@@ -90,19 +90,22 @@ def _rates(session: Session, state: ServerState, done: int, total: int) -> dict[
 class CentralTrainer:
     """The baseline: the training users' examples, pooled. A unit is a step."""
 
+    chunk = None
+
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._total = parts.config.central.steps
         self._users = Users.of(parts.data.train.users)
 
-    def _training(self) -> CentralTraining:
+    def _training(self, session: Session | None = None) -> Any:
+        """What trains, within a session if there is one."""
         parts = self._parts
         corpus, loss = parts.data.train, parts.recogniser.loss
         return pooled.central_training(parts.config, "central", corpus, loss, parts.devices)
 
     def train(self, session: Session, params: Any, latest: int | None, units: int) -> ServerState:
         """See `Trainer`."""
-        training = self._training()
+        training = self._training(session)
         if latest is None:
             start = training.init(params)
             session.save("main", 0, start)

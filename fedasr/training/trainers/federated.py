@@ -19,10 +19,12 @@ from fedasr.privacy.ledger import Users
 from fedasr.streams import ROOT_WORDS, public_name, secret_root
 from fedasr.training import describe, ledgers
 from fedasr.training.builders import batches, clients, mechanisms, models, simulations
-from fedasr.training.builders.devices import device_name
+from fedasr.training.builders.devices import described, device_name
+from fedasr.training.checkpoint import read_metadata, step_folders
 from fedasr.training.config import fingerprint
 from fedasr.training.logging import write_json_atomic
 from fedasr.training.session import Parts, Session
+from fedasr.training.stored import Unreadable
 from fedasr.training.totals import Totals
 from fedasr.training.workdir import STATE_ADDED, read_json
 
@@ -48,9 +50,7 @@ class FederatedTrainer:
         config = parts.config
         self._parts, self._chunk_file = parts, workdir / CHUNK_FILE
         self._users = Users.of(parts.data.train.users)
-        kept = read_chunk(self._chunk_file)
-        same = kept.get("device") == device_name(parts.devices)
-        self.simulations = self._make(kept["chunk"] if same else None)
+        self.simulations = self._make(self._kept_chunk(workdir))
         mechanisms.check_deployments(config, self.simulations[0][1].mechanism)
 
     def _make(self, chunk: int | None) -> list[tuple[int, Simulation]]:
@@ -67,6 +67,28 @@ class FederatedTrainer:
             made.append((until, simulation))
             chunk = made[0][1].chunk
         return made
+
+    @property
+    def chunk(self) -> int:
+        """See `Trainer`."""
+        return self.simulations[0][1].chunk
+
+    def _kept_chunk(self, workdir: Path) -> int | None:
+        """What it was before, on the same devices; None for a start.
+
+        As its file says; and where that was lost, the latest checkpoint.
+        """
+        devices = self._parts.devices
+        kept = read_chunk(self._chunk_file)
+        if kept.get("device") == device_name(devices):
+            return kept["chunk"]
+        for folder in reversed(step_folders(workdir / "checkpoints")):
+            try:
+                metadata = read_metadata(folder)
+            except Unreadable:
+                continue  # damaged: the next older one counts, see `Checkpointer`
+            return metadata.get("chunk") if metadata.get("devices") == described(devices) else None
+        return None
 
     def _keep_chunk(self, chunk: int | None = None) -> None:
         """The float additions of a resumed run are in the order of the first."""
@@ -144,17 +166,22 @@ class FederatedTrainer:
             except jax.errors.JaxRuntimeError as error:
                 if not chunks.is_out_of_memory(error) or jax.process_count() > 1:
                     raise
-                self._halve(session, simulation.chunk, shrunk, error)
+                self._halve(session, done, shrunk, error)
                 shrunk = True
                 state = self.simulations[number][1].transfer(state)
                 self._keep_chunk()
 
-    def _halve(self, session: Session, chunk: int, shrunk: bool, error: Exception) -> None:
+    def _halve(self, session: Session, done: int, shrunk: bool, error: Exception) -> None:
         """Makes the simulations anew with half as many clients at a time, once.
+
+        Args:
+          session: of the run, whose totals keep that it was so.
+          done: rounds. shrunk: whether they were halved before. error: of the device.
 
         Raises:
           UserError: they were halved before, or there is one client at a time already.
         """
+        chunk = self.chunk
         short = f"out of memory on {device_name(self._parts.devices)} with chunk={chunk}"
         if shrunk or chunk == 1:
             self._keep_chunk(max(1, chunk // 2))
@@ -162,8 +189,14 @@ class FederatedTrainer:
                 f"{short}: the same command tries half of that; or take smaller batches or "
                 "gradient checkpointing"
             ) from error
-        session.message(f"{short}: going on with chunk={chunk // 2}")
+        session.message(
+            f"{short}: going on with chunk={chunk // 2}: from round {done + 1} on sums are in "
+            "another order, so that parameters agree to about 1e-5 with those of a run that has "
+            "the memory, and not bit for bit"
+        )
         self.simulations = self._make(chunk // 2)
+        number = self._parts.seed_steps + done
+        session.totals.device_changes.append(f"chunk={chunk} -> chunk={chunk // 2} at {number}")
 
     def _rates(self, session: Session, state: ServerState, round: int) -> dict[str, Any]:
         """Error rates and epsilon, of the rounds that have them."""

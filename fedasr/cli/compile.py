@@ -1,0 +1,102 @@
+"""Compiles a run's programs for accelerators that are not there, by their own compilers.
+
+    fedasr compile [--config=NAME|FILE.py] [--config.section.field=value ...]
+                   [--targets=v5e,v5p,v6e,h100,h200,t4,v5e-8,...] [--chunk=N | --fit]
+                   [--seconds=15] [--labels_per_second=14] [--json]
+
+For each target: whether the round's programs compile, memory by kind beside the device's, launches
+of a local step, loops, FLOPs, bytes, the roofline and what bounds it, the compiler's own estimate
+(TPUs), and how long compiling took. --fit finds the largest chunk that the device's memory holds.
+Utterances are all --seconds long. The data is not read. No device is needed, only the target's
+compiler: `pip install 'jax[tpu]'` for TPUs; `jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc`
+for GPUs. Exit status: 0 when all is compiled, 2 for a mistake that the user can mend.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from fedasr.cli import common
+from fedasr.compiling import targets
+
+_GIB = 2**30
+
+
+def run() -> None:
+    """Compiles and prints."""
+    options = flags.FLAGS
+    chosen = [targets.target_by_name(name) for name in options.targets]
+    targets.prepare([target for target, _ in chosen])
+    from fedasr.compiling import figures
+    from fedasr.training.builders import whole
+    from fedasr.training.config import resolve
+
+    wanted = resolve(common.plain_config())
+    # The devices here are none of the run's: a configuration is checked as if for one.
+    config = whole.checked(wanted | {"model_devices": 1, "devices": 0})
+    config = dataclasses.replace(config, model_devices=wanted["model_devices"])
+    lengths = {"seconds": options.seconds, "labels_per_second": options.labels_per_second}
+    rows: list[figures.Figures] = []
+    for target, count in chosen:
+        devices = targets.devices(target, count)
+        chunk = options.chunk or (config.chunk if isinstance(config.chunk, int) else 1)
+        if options.fit:
+            chunk = figures.largest_chunk(config, target, devices, config.cohort or 1, **lengths)
+        rows += figures.measure(config, target, devices, chunk, options.programs, **lengths)
+    if common.JSON.value:
+        common.show({"programs": [dataclasses.asdict(row) for row in rows]})
+    else:
+        print("\n".join(table(rows)))
+
+
+def table(rows: list) -> list[str]:
+    """The figures for people."""
+    header = (
+        "program", "target", "chunk", "fits", "GiB", "of", "launches", "loops", "TFLOP", "GB",
+        "bound", "ms", "estimate", "compiled in",
+    )  # fmt: skip
+    lines = [header, *(_row(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines]
+
+
+def _row(row) -> tuple[str, ...]:
+    memory = {kind: size / _GIB for kind, size in row.memory.items()}
+    taken = sum(size for kind, size in memory.items() if kind not in ("device", "code"))
+    loops = " ".join(f"{turns or '?'}x{launches}" for turns, launches in row.loops) or "-"
+    return (
+        row.program,
+        row.target if row.devices == 1 else f"{row.target}-{row.devices}",
+        str(row.chunk),
+        "yes" if row.fits else "no",
+        f"{taken:.2f}",
+        f"{memory['device']:.0f}",
+        str(row.kernels),
+        loops,
+        f"{row.flops / 1e12:.3g}",
+        f"{row.bytes / 1e9:.3g}",
+        row.bound,
+        f"{1e3 * max(row.seconds.values()):.3g}",
+        "-" if row.estimate is None else f"{1e3 * row.estimate:.3g} ms",
+        f"{row.compile_seconds:.1f} s",
+    )
+
+
+def _define_flags() -> None:
+    common.define_config("quickstart")
+    flags.DEFINE_list("targets", ["v5e", "h200"], "Accelerators; v5e-8 is eight devices.")
+    flags.DEFINE_list("programs", ["clients", "server"], "Of a round.")
+    flags.DEFINE_integer("chunk", 0, "Clients vmapped together; 0: the configuration's, or 1.", 0)
+    flags.DEFINE_bool("fit", False, "Find the largest chunk that fits: compiles several times.")
+    flags.DEFINE_float("seconds", 15.0, "Of each utterance.", 0.1, 3_600.0)
+    flags.DEFINE_float("labels_per_second", 14.0, "Of an utterance.", 0.1, 100.0)
+
+
+def main() -> None:
+    """The command `fedasr compile`: parses the flags, runs and exits."""
+    _define_flags()
+    common.main(run, __name__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""One line where memory, threads or open files give out, whoever meets that first.
+
+What fails then fails in many places at once: in threads of libraries, in finalisers, in callbacks,
+each of which would print a traceback of its own. The program says it once.
+"""
+
+import _thread
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fedasr.errors import REMEDIES, exhausted
+
+_NAMES = {"memory": "out of memory", "threads": "no more threads", "open files": "no open files"}
+_STDERR, _PROBE = 2, 16 << 20  # bytes
+_RESERVE: list[bytearray] = []  # given back when memory is out, so that there is some to say so
+_SEEN: list[str] = []  # what gave out, elsewhere than where the program was
+_KEPT: list[Any] = []  # what C calls must stay
+
+
+def message(what: str, reason: object = "") -> str:
+    """What is said.
+
+    Args:
+      what: of `fedasr.errors.exhausted`. reason: the error.
+    """
+    _RESERVE.clear()
+    said = " ".join(str(reason).split())[:300]
+    return (
+        f"{_NAMES[what]}: {REMEDIES[what]}; what was saved is intact, and the same command goes on"
+        + (f" ({said})" if said else "")
+    )
+
+
+def found(error: BaseException | None = None) -> str:
+    """What gave out: by an error, or by one before it in another thread; "" if nothing did."""
+    return exhausted(error) or next(iter(_SEEN), "")
+
+
+def install() -> None:
+    """Has threads, finalisers and loggers say nothing of it, and `abort` of C++ a line; once."""
+    if _RESERVE:
+        return
+    _RESERVE.append(bytearray(1 << 20))
+    _SEEN.clear()
+    if _KEPT:  # hooks are in place
+        return
+    threading.excepthook = _hooked(threading.excepthook)
+    sys.unraisablehook = _hooked(sys.unraisablehook)
+    logging.raiseExceptions = False
+    for logger in ("", "absl", "asyncio", "concurrent.futures", "jax"):
+        logging.getLogger(logger).addFilter(_is_news)
+    for handler in (logging.lastResort, *logging.getLogger().handlers):
+        if handler is not None:
+            handler.addFilter(_is_news)
+    _catch_aborts()
+
+
+def _hooked(before: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A hook of exceptions that nobody catches."""
+
+    def hook(args: Any) -> None:
+        if what := exhausted(args.exc_value):
+            _SEEN.append(what)
+        else:
+            before(args)
+
+    return hook
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record of a log is about anything else."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    if what := exhausted(error):
+        _SEEN.append(what)
+    return not what
+
+
+def _catch_aborts() -> None:
+    """C++ ends a process that gets no memory or thread; then, and only then, a line says so."""
+    _KEPT.append(None)
+    if os.name != "posix":
+        return
+    libc = ctypes.CDLL(None)
+    # Not by Python's module: its handlers wait for the main thread, which may never come back.
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_aborted)
+    _KEPT.append(handler)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(int(signal.SIGABRT), ctypes.cast(handler, ctypes.c_void_p))
+
+
+def _aborted(number: int) -> None:
+    """Returns if nothing seems to be missing: then the process ends as it would have."""
+    del number
+    what = _missing()
+    if what:
+        with contextlib.suppress(OSError):
+            os.write(_STDERR, f"error: {message(what, 'a library ended the process')}\n".encode())
+        os._exit(2)
+
+
+def _missing() -> str:
+    """What there is none of now."""
+    try:
+        _thread.start_new_thread(lambda: None, ())
+    except RuntimeError:
+        return "threads"
+    except MemoryError:
+        return "memory"
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+        mmap.mmap(-1, _PROBE).close()
+    except (OSError, MemoryError) as error:
+        return exhausted(error) or "memory"
+    return next(iter(_SEEN), "")

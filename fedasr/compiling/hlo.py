@@ -1,0 +1,203 @@
+"""Reads a compiled program's text: what is launched, how often, and what it moves.
+
+XLA prints a module as computations of instructions. An instruction of a computation that runs by
+itself (the entry, a loop's body) is a launch on the device, unless it only names or groups values.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain",
+}  # fmt: skip
+_COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+_HOST = re.compile(r"xla_\w*callback|^(?:infeed|outfeed)\b|is_host_transfer=true|MoveToHost")
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_OPCODE = re.compile(r"^\s*(?P<opcode>[\w\-]+)\((?P<operands>[^)]*)\)?")
+_SHAPE = re.compile(r"\b(pred|bf16|c64|c128|f8\w*|[suf]\d+)\[([\d,]*)\]")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What runs between a beginning and an end, once for the whole program.
+
+    Attributes:
+      trips: how often; None if that is known only when it runs.
+      launches: instructions that a device starts in one turn, without those of loops within.
+      moved: bytes that these read and write, each array that one of them names counted whole; an
+        array that goes through a loop within counts once each way.
+      loops: within.
+    """
+
+    trips: int | None
+    launches: int
+    moved: int
+    loops: tuple["Loop", ...]
+
+    @property
+    def total(self) -> int:
+        """Launches of one turn with those of the loops within, of unknown ones one turn."""
+        return self.launches + sum((loop.trips or 1) * loop.total for loop in self.loops)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What stands in a program's text.
+
+    Attributes:
+      entry: the program as a loop of one turn.
+      collectives: {kind: how many stand in the text}.
+      from_host: names of instructions that call the host or wait for it.
+      float64: whether any array has 64 bits of float.
+    """
+
+    entry: Loop
+    collectives: dict[str, int]
+    from_host: tuple[str, ...]
+    float64: bool
+
+    @property
+    def step(self) -> Loop:
+        """One turn of the innermost loop whose turns nobody knows: a client's local step."""
+        found = self.entry
+        while unknown := [loop for loop in found.loops if loop.trips is None]:
+            found = max(unknown, key=lambda loop: loop.total)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+    root: bool
+
+
+def read(text: str) -> Program:
+    """Reads what `compiled.as_text()` gives.
+
+    Raises:
+      ValueError: it is no such text.
+    """
+    computations, entry = _computations(text)
+    if entry is None:
+        raise ValueError("the text has no entry computation")
+    every = [x for found in computations.values() for x in found]
+    kinds: dict[str, int] = {}
+    for instruction in every:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            kinds[kind] = kinds.get(kind, 0) + 1
+    host = tuple(x.name for x in every if _HOST.search(f"{x.opcode} {x.text}"))
+    wide = any(re.search(r"\b(f64|c128)\[", x.shape) for x in every)
+    return Program(_loop(computations, entry, 1), kinds, host, wide)
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+    found: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] | None = None
+    entry = None
+    for line in text.splitlines():
+        if opened := _COMPUTATION.match(line):
+            current = found.setdefault(opened["name"], [])
+            if opened["entry"]:
+                entry = opened["name"]
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (instruction := _instruction(line)) is not None:
+            current.append(instruction)
+    return found, entry
+
+
+def _instruction(line: str) -> _Instruction | None:
+    if (matched := _INSTRUCTION.match(line)) is None:
+        return None
+    shape, rest = _shape_and_rest(matched["rest"])
+    if (opcode := _OPCODE.match(rest)) is None:
+        return None
+    operands = tuple(re.findall(r"%([\w.\-]+)", opcode["operands"]))
+    return _Instruction(
+        matched["name"], shape, opcode["opcode"], operands, rest, bool(matched["root"])
+    )
+
+
+def _shape_and_rest(text: str) -> tuple[str, str]:
+    """An instruction's shape, which may be a tuple with brackets within, and what follows."""
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return text[: i + 1], text[i + 1 :]
+    return text, ""
+
+
+def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | None) -> Loop:
+    instructions = computations.get(name, [])
+    sizes = {x.name: shape_bytes(x.shape) for x in instructions}
+    launches = moved = 0
+    loops: list[Loop] = []
+    for instruction in instructions:
+        if instruction.opcode == "while":
+            (body,) = _called(instruction, "body")
+            loops.append(_loop(computations, body, _trips(computations, instruction)))
+            moved += 2 * sizes[instruction.name]
+        elif instruction.opcode in ("call", "conditional"):
+            parts = [_loop(computations, callee, 1) for callee in _callees(instruction)]
+            if parts:
+                part = max(parts, key=lambda loop: loop.total)
+                launches, moved = launches + part.launches, moved + part.moved
+                loops += part.loops
+        elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+            launches += 1
+            moved += sizes[instruction.name]
+            moved += sum(sizes.get(operand, 0) for operand in instruction.operands)
+    return Loop(trips, launches, moved, tuple(loops))
+
+
+def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> int | None:
+    """How often a loop turns: as the compiler says, or as its condition counts up to a constant."""
+    if known := _TRIPS.search(loop.text):
+        return int(known[1])
+    (condition,) = _called(loop, "condition")
+    constants = {}
+    for instruction in computations.get(condition, []):
+        value = re.match(r"\s*constant\((\d+)\)", instruction.text)
+        if value:
+            constants[instruction.name] = int(value[1])
+        if instruction.root and instruction.opcode == "compare" and "=LT" in instruction.text:
+            return constants.get(instruction.operands[-1])
+    return None
+
+
+def _called(instruction: _Instruction, attribute: str) -> list[str]:
+    return re.findall(rf"\b{attribute}=%?([\w.\-]+)", instruction.text)
+
+
+def _callees(instruction: _Instruction) -> Iterator[str]:
+    for attribute in ("to_apply", "calls", "true_computation", "false_computation"):
+        yield from _called(instruction, attribute)
+    for group in re.findall(r"branch_computations=\{([^}]*)\}", instruction.text):
+        yield from re.findall(r"%?([\w.\-]+)", group)
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of a shape as XLA writes it, such as "bf16[8,144]{1,0}" or a tuple of such."""
+    total = 0
+    for kind, sizes in _SHAPE.findall(shape):
+        bits = _BITS.get(kind) or (8 if kind.startswith("f8") else int(kind[1:]))
+        total += bits * math.prod(int(size) for size in sizes.split(",") if size)
+    return total // 8

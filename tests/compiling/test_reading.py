@@ -1,0 +1,187 @@
+"""What is read from programs' texts and jaxprs, against programs whose figures are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fedasr.compiling import figures, hlo, targets
+from fedasr.compiling.flops import matrix_flops
+from fedasr.errors import UserError
+
+MODULE = """HloModule jit_step, is_scheduled=true
+
+%body.1 (p.1: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)S(1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x.1 = f32[8,4]{1,0} get-tuple-element(%p.1), index=1
+  %f.1 = f32[8,4]{1,0} fusion(%x.1), kind=kLoop, calls=%fused
+  %c.1 = bf16[8,4]{1,0} copy(%f.1)
+  ROOT %t.1 = (s32[], f32[8,4]{1,0}) tuple(%i.1, %f.1)
+}
+
+%counted (p.2: (s32[], f32[8,4])) -> pred[] {
+  %seven = s32[]{:T(128)} constant(7)
+  %p.2 = (s32[], f32[8,4]) parameter(0)
+  %i.2 = s32[] get-tuple-element(%p.2), index=0
+  ROOT %lt = pred[] compare(%i.2, %seven), direction=LT
+}
+
+%unknown (p.3: (s32[], f32[8,4])) -> pred[] {
+  %p.3 = (s32[], f32[8,4]) parameter(0)
+  %i.3 = s32[] get-tuple-element(%p.3), index=0
+  ROOT %lt.3 = pred[] compare(%i.3, %i.3), direction=LT
+}
+
+%outer (p.4: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p.4 = (s32[], f32[8,4]) parameter(0)
+  %w.4 = (s32[], f32[8,4]{1,0}) while(%p.4), condition=%counted, body=%body.1
+  %w.5 = (s32[], /*index=1*/f32[8,4]{1,0}) while(%w.4), condition=%c, body=%body.1, KNOWN
+  %x.4 = f32[8,4]{1,0} get-tuple-element(%w.5), index=1
+  %r.4 = f32[8,4]{1,0} all-reduce(%x.4), to_apply=%sum
+  ROOT %t.4 = (s32[], f32[8,4]{1,0}) tuple(%p.4, %r.4)
+}
+
+ENTRY %main (a: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %a = (s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[8,4]{1,0}) while(%a), condition=%unknown, body=%outer
+}
+"""
+
+
+MODULE = MODULE.replace("KNOWN", 'backend_config={"known_trip_count":{"n":"5"},"x":"("}')
+
+
+def test_loops_and_launches_of_a_text():
+    found = hlo.read(MODULE)
+    assert found.entry.launches == 0 and found.collectives == {"all-reduce": 1}
+    (outer,) = found.entry.loops
+    assert outer is found.step and outer.trips is None and outer.launches == 1
+    assert [(loop.trips, loop.launches) for loop in outer.loops] == [(7, 2), (5, 2)]
+    assert outer.total == 1 + 7 * 2 + 5 * 2
+    # The fusion reads and writes 128 bytes, the copy reads 128 and writes 64.
+    assert outer.loops[0].moved == 256 + 192
+    # An all-reduce in and out, and what is carried into both loops and out.
+    assert outer.moved == 256 + 2 * 2 * (128 + 4)
+    assert not found.from_host and not found.float64
+
+
+@pytest.mark.parametrize(
+    ("line", "host", "wide"),
+    [
+        ('%h = f32[2]{0} custom-call(), custom_call_target="xla_ffi_python_cpu_callback"', 1, 0),
+        ('%h = f32[2]{0} custom-call(), custom_call_target="xla_python_gpu_callback"', 1, 0),
+        ("%h = (f32[2], token[]) outfeed(%a)", 1, 0),
+        ("%h = f64[2]{0} fusion(%a), kind=kLoop", 0, 1),
+        ('%h = f32[2]{0} custom-call(%a), custom_call_target="__cublas$gemm"', 0, 0),
+    ],
+)
+def test_the_host_and_wide_floats_are_found(line, host, wide):
+    found = hlo.read(
+        MODULE.replace("ENTRY %main", f"%more () -> f32[2] {{\n  {line}\n}}\n\nENTRY %main")
+    )
+    assert (len(found.from_host), found.float64) == (host, bool(wide))
+
+
+def test_a_real_callback_is_found():
+    def step(x):
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(lambda y: y, shape, x.sum())
+
+    text = jax.jit(step).lower(jnp.ones(3)).compile().as_text()
+    assert hlo.read(text).from_host
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no entry"):
+        hlo.read("HloModule nothing")
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[8,4]{1,0}", 128),
+        ("bf16[3]", 6),
+        ("pred[]", 1),
+        ("(s32[], f8e4m3fn[2,2])", 8),
+        ("u4[8]", 4),
+    ],
+)
+def test_sizes_of_shapes(shape, size):
+    assert hlo.shape_bytes(shape) == size
+
+
+def test_a_compiled_scan_turns_as_often_as_it_says():
+    def turn(x, _):
+        return jnp.sin(x @ x) + 1, None
+
+    text = jax.jit(lambda x: jax.lax.scan(turn, x, length=11)[0]).lower(jnp.ones((8, 8)))
+    (loop,) = hlo.read(text.compile().as_text()).entry.loops
+    assert loop.trips == 11
+
+
+def test_products_are_counted():
+    x, y = jnp.ones((3, 5)), jnp.ones((5, 7))
+    product = 2 * 3 * 5 * 7
+    assert matrix_flops(jax.jit(jnp.matmul).trace(x, y).jaxpr) == product
+    batched = jax.jit(jax.vmap(jnp.matmul)).trace(jnp.ones((4, 3, 5)), jnp.ones((4, 5, 7)))
+    assert matrix_flops(batched.jaxpr) == 4 * product
+
+    def loops(x, y, n):
+        x = jax.lax.scan(lambda c, _: (c + (c @ y) @ y.T, None), x, length=6)[0]
+        x = jax.lax.fori_loop(0, n, lambda _, c: c + (c @ y) @ y.T, x)  # turns nobody knows: one
+        return jax.lax.cond(n > 2, lambda: (x @ y).sum(), lambda: x.sum())
+
+    assert matrix_flops(jax.jit(loops).trace(x, y, 3).jaxpr) == product * (2 * 6 + 2 + 1)
+    grad = jax.jit(jax.grad(lambda x, y: jnp.sum(jax.checkpoint(jnp.matmul)(x, y) ** 2), (0, 1)))
+    assert matrix_flops(grad.trace(x, y).jaxpr) in (3 * product, 4 * product)
+
+
+def test_convolutions_are_counted():
+    x, kernel = jnp.ones((2, 10, 4)), jnp.ones((3, 4, 6))
+    conv = jax.jit(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+    )
+    assert matrix_flops(conv.trace(x, kernel).jaxpr) == 2 * (2 * 8 * 6) * (3 * 4)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "kept"), [(1.2, 1.2), (0.1, None), (-1202.0, None), (None, None), (1e6, None)]
+)
+def test_estimates_that_cannot_be_are_left_out(estimate, kept):
+    assert figures.sane_estimate(estimate, 1.0) == kept
+
+
+def test_targets_by_name():
+    assert targets.target_by_name("v5e-8") == (targets.TARGETS["v5e"], 8)
+    assert targets.target_by_name("h200") == (targets.TARGETS["h200"], 1)
+    for name in ("v7", "v5e-", "v5e-none", "v5e-0", ""):
+        with pytest.raises(UserError, match="--targets="):
+            targets.target_by_name(name)
+
+
+@pytest.mark.parametrize(
+    ("devices", "axes", "shape"),
+    [
+        (1, 2, "2x2"),
+        (4, 2, "2x2"),
+        (8, 2, "4x2"),
+        (16, 2, "4x4"),
+        (1, 3, "2x2x1"),
+        (16, 3, "4x2x2"),
+    ],
+)
+def test_topologies_are_the_smallest(devices, axes, shape):
+    assert targets._shape(devices, axes) == shape
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    def nothing(name):
+        raise targets.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(targets.importlib.metadata, "distribution", nothing)
+    with pytest.raises(UserError, match=r"v5e: its compiler is missing: pip install 'jax\[tpu\]'"):
+        targets.devices(targets.TARGETS["v5e"])
+    with pytest.raises(UserError, match=r"h200: .*pip install 'jax-cuda13-plugin'"):
+        targets.devices(targets.TARGETS["h200"])

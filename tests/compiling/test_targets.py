@@ -1,0 +1,139 @@
+"""Every kind of program compiles for a TPU and a GPU, by their own compilers, without a device.
+
+JAX_PLATFORMS=cpu pytest -m accelerator     # with the extra `compilers`
+"""
+
+import os
+
+import jax
+import pytest
+
+from fedasr.compiling import figures, hlo, programs, targets
+from fedasr.errors import UserError
+from fedasr.models.recogniser import make_recogniser
+from fedasr.training.builders import models
+from fedasr.training.config import Config, default_config, resolve
+from fedasr.training.logging import to_json
+
+pytestmark = pytest.mark.accelerator
+TINY = {"dim": 32, "blocks": 1, "heads": 2, "mlp": 64}
+MODELS = {
+    "transformer": ("transformer", TINY),
+    "bfloat16": ("transformer", TINY | {"dtype": "bfloat16", "dropout": 0.1, "layer_drop": 0.1}),
+    "fused attention": ("transformer", TINY | {"attention": "fused", "remat": "block"}),
+    "rnnt": ("transformer", TINY | {"objective": "rnnt", "prediction_dim": 16, "joint_dim": 16}),
+    "conformer": ("conformer", TINY | {"conv_kernel": 4}),
+    "recurrent": ("recurrent", {"vocab": 30, "units": 16, "layers": 1}),
+}
+WAYS = {
+    "adaptive": {"privacy.adaptive.quantile": 0.5},
+    "banded": {"privacy.noise": "banded", "privacy.sampler": "shuffled", "privacy.bands": 2},
+    "skellam": {"privacy.noise": "skellam"},
+    "micro-batch": {"client.micro_batch": 1},
+    "partial": {"partial.patterns": ("block_0",), "compression.download": "bfloat16"},
+    "large batch": {"client.batch_seconds": 8.0},
+    "adam": {"server.optimizer": "adam", "client.optimizer": "adam"},
+}
+OF_CPU = ("attention_mean_by_output", "front_end_from_product")
+
+
+def config(model="transformer", **changes):
+    name, options = MODELS[model]
+    found = default_config()
+    found.update(cohort=4, rounds=2)
+    found.privacy.deployments = ()
+    found.model.name, found.model.options = name, options
+    found.update_from_flattened_dict(changes)
+    return Config.of(resolve(to_json(found.to_dict())))
+
+
+@pytest.fixture(scope="module", params=["v5e", "h200"])
+def target(request):
+    found = targets.TARGETS[request.param]
+    if requirement := targets.missing_wheel(found):
+        pytest.skip(f"{requirement} is not installed: pip install -e '.[compilers]'")
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        pytest.skip("the compilers load with JAX_PLATFORMS=cpu in the environment only")
+    targets.prepare([found])
+    return found
+
+
+def check(found):
+    """Nothing of a program is left to the host, or made for another platform."""
+    assert not found.from_host and not found.float64 and found.fits
+    assert found.kernels > 0 and all(size >= 0 for size in found.memory.values())
+
+
+def compiled(target, chosen, devices=1, chunk=2, **lengths):
+    there = targets.devices(target, devices)
+    lengths = {"seconds": 1.0, "labels_per_second": 4.0} | lengths
+    return figures.measure(chosen, target, there, chunk, **lengths)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_and_objective(target, model):
+    clients, server = compiled(target, config(model))
+    check(clients)
+    check(server)
+    assert clients.flops > 0 and clients.bytes > 0 and clients.bound in clients.seconds
+    assert (clients.estimate is None) or target.platform == "tpu"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_a_round(target, way):
+    chunk = 1 if way == "micro-batch" else 2
+    for found in compiled(target, config(**WAYS[way]), chunk=chunk):
+        check(found)
+
+
+def test_no_branch_of_the_cpu(target):
+    there = targets.devices(target)
+    simulation = programs.make_simulation(config(), there, 2, seconds=1.0, labels_per_second=4.0)
+    traced = simulation.trace(models.variable_shapes(config()))["clients"]
+    text = traced.lower().compile().as_text()
+    assert not any(name in text for name in OF_CPU) and "front_end_plainly" in text
+
+
+def test_evaluation(target):
+    recogniser = make_recogniser("transformer", TINY)
+    sharding = jax.sharding.SingleDeviceSharding(targets.devices(target)[0])
+
+    def shape(*sizes, dtype="float32"):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    batch = {
+        "features": shape(2, 96, 80),
+        "features_length": shape(2, dtype="int32"),
+        "labels": shape(2, 8, dtype="int32"),
+        "labels_length": shape(2, dtype="int32"),
+        "mask": shape(2, dtype="bool"),
+    }
+    params = jax.eval_shape(recogniser.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), params)
+    text = jax.jit(recogniser.evaluate).lower(params, batch).compile().as_text()
+    found = hlo.read(text)
+    assert not found.from_host and not found.float64
+
+
+def test_a_model_over_several_devices(target):
+    if target.platform != "tpu":
+        pytest.skip("collectives of GPUs need several hosts' descriptions")
+    whole, split = (
+        compiled(target, config(**{"model_devices": parts, "chunk": 1}), 4, 1)[1]
+        for parts in (1, 4)
+    )
+    assert split.collectives and split.memory["arguments"] < whole.memory["arguments"]
+
+
+def test_the_largest_chunk(target):
+    chosen = config()
+    there = targets.devices(target)
+    assert figures.largest_chunk(chosen, target, there, 2, seconds=1.0) == 2
+
+
+def test_a_program_that_does_not_fit_is_refused_or_said(target):
+    large = {"dim": 4096, "blocks": 2, "heads": 8, "mlp": 65_536}
+    chosen = config(**{"model.options": large})
+    if target.platform == "tpu":
+        with pytest.raises(UserError, match="v5e: clients at chunk 64"):
+            compiled(target, chosen, chunk=64)
