@@ -9,14 +9,13 @@ folder. If the run had local parameters and they are still beside it, users who 
 evaluated with their own. How texts are found in the scores is as the run was told
 (`config.decoding`), unless flags say otherwise; a language model in an ARPA file may come from
 KenLM, one "from_train" is made from the transcripts of that split of the data. --hypotheses writes
-a line for each utterance: the user, its id (in a split that is made of others its number among the
-user's), reference and hypothesis. Exit status: 0 when done, 2 for a mistake that the user can mend.
+a line for each utterance: user, reference, hypothesis, their alignment and errors, and what the
+data's source said of it (see `fedasr.evaluation.hypotheses`). "served" has the errors by user:
+mean, spread, worst tenth, and gaps between groups, each with a 95% interval over users. Exit
+status: 0 when done, 2 for a mistake that the user can mend.
 """
 
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -30,6 +29,8 @@ def run() -> None:
         raise UserError("--checkpoint and --data are needed: give both folders")
     common.configure_devices()
     from fedasr.data.records import read_metadata as read_corpus_metadata
+    from fedasr.evaluation.hypotheses import write_hypotheses
+    from fedasr.training import served
     from fedasr.training.builders.corpora import fitting_tokenizer, open_split
     from fedasr.training.builders.decoders import make_run_decoder
     from fedasr.training.builders.models import build_recogniser
@@ -62,9 +63,9 @@ def run() -> None:
     )
     decoded, loss = evaluator.decoded(params, corpus, rows)
     rates = evaluator.rates(decoded, loss)
+    found = served.hypotheses_of(flags.FLAGS.data, flags.FLAGS.split, corpus, decoded)
     if flags.FLAGS.hypotheses:
-        ids = _utterance_ids(flags.FLAGS.data, flags.FLAGS.split)
-        _write_hypotheses(flags.FLAGS.hypotheses, decoded, corpus.users, ids)
+        write_hypotheses(flags.FLAGS.hypotheses, found)
     common.show(
         {
             **rates,
@@ -73,54 +74,11 @@ def run() -> None:
             **{name: value for name in ("lm", "lexicon") if (value := getattr(settings, name))},
             "utterances": int(corpus.sizes.sum()),
             "users": len(corpus.users),
+            "served": served.in_short(served.describe_users(found, None)),
             "stage": metadata["stage"],
             "rounds": metadata["units"],
         }
     )
-
-
-def _utterance_ids(directory: str, split: str) -> dict[str, list[str]]:
-    """Ids of a stored split's utterances by user, in its order; {} where they are not known."""
-    from fedasr.data.preparation.prepare import UTTERANCES_FILE
-
-    found: dict[str, list[str]] = {}
-    try:
-        with (Path(directory) / UTTERANCES_FILE).open(encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                if row["split"] == split:
-                    found.setdefault(row["user"], []).append(row["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return found
-
-
-def _write_hypotheses(path: str, decoded: Any, users: Any, ids: dict[str, list[str]]) -> None:
-    """One JSON object a line: user, utterance, reference, hypothesis; in the corpus's order.
-
-    An utterance is named by its id or, in splits made of others, by its number among the user's.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-
-    def name(one: Any) -> str | int:
-        own = ids.get(users[one.user], [])
-        return own[one.place] if one.place < len(own) else one.place
-
-    rows = [
-        {
-            "user": users[one.user],
-            "utterance": name(one),
-            "reference": one.reference,
-            "hypothesis": one.hypothesis,
-        }
-        for one in sorted(decoded)
-    ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    try:
-        Path(path).write_text(text, encoding="utf-8", errors="surrogatepass")
-    except OSError as error:
-        raise UserError(f"--hypotheses={path} cannot be written: {error.strerror}") from error
 
 
 def _define_flags() -> None:

@@ -15,6 +15,8 @@ PROGRAMS = {
     "plan": "noise, cohort and population of a deployment, and its epsilon",
     "compile": "compiles a run's programs for accelerators that are not there",
     "audit": "attacks the round code: a lower bound on epsilon beside the claim",
+    "attack": "attacks on a run's updates and model: success beside chance and epsilon's bound",
+    "compare": "who gains and who loses between two runs, and whether it is chance",
     "sweep": "runs tables or grids of trainings and collects the results",
     "fuse": "merges trained models",
 }

@@ -40,12 +40,12 @@ def evaluation_buckets(
 class Decoded(NamedTuple):
     """An utterance as it was decoded.
 
-    user: number of whose it is in the corpus. place: its number among the user's. reference,
-    hypothesis: what was said, and what was found. frames: of the features.
+    user: index of whose it is in the corpus. number: of it among the user's. reference, hypothesis:
+    what was said, and what was found. frames: of the features.
     """
 
     user: int
-    place: int
+    number: int
     reference: str
     hypothesis: str
     frames: int

@@ -22,7 +22,7 @@ from fedasr.training.logging import from_json, to_json
 from fedasr.training.stored import Unreadable
 from fedasr.training.values import bucket
 
-CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
+CONFIG_FILE, SUMMARY_FILE, COMMAND_FILE = "config.json", "summary.json", "command.txt"
 # Where things lie; beside each, what they are.
 PLACES = {
     "data.dir": "data.identity",

@@ -65,7 +65,9 @@ def _steps(
     every = config.checkpoint.seed_every
     session.logger.start(before + total, before + units, "seed")
     for state, done, loss in training.run(state, total - units):
-        record = {"loss": loss, **(_rates(session, state, done, total) if stage == "main" else {})}
+        record: dict[str, Any] = {"loss": loss}
+        if stage == "main":  # whose steps are counted on from the seed's
+            record |= {"stage": stage, **_rates(session, state, done, total)}
         session.logger.step(before + done, record)
         session.totals.loss_is_finite = math.isfinite(loss)
         if stage == "main":
