@@ -54,6 +54,7 @@ LATER: dict[str, Any] = {
     "model.options.init": "third",
     "model.options.layer_drop_per": "part",
     "model.options.stream_dtype": "",
+    "model.options.scan_blocks": False,
     "model.options.recurrent_init": "gates",
     "model.options.initial_states": "all",
     "model.options.walk_axis": "time",
