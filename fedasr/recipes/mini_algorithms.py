@@ -46,7 +46,6 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.client.steps = 0
     config.client.epochs = 1
     config.client.max_steps = 8
-    config.evaluation.by_user = True
     return config
 
 

@@ -1,8 +1,7 @@
 """Word and character error rates of a recogniser over a corpus."""
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,6 +37,20 @@ def evaluation_buckets(
     return fewest_buckets(corpora, _PADDING, _MOST_BUCKETS, multiples)
 
 
+class Decoded(NamedTuple):
+    """An utterance as it was decoded.
+
+    user: index of whose it is in the corpus. number: of it among the user's. reference, hypothesis:
+    what was said, and what was found. frames: of the features.
+    """
+
+    user: int
+    number: int
+    reference: str
+    hypothesis: str
+    frames: int
+
+
 class Evaluator:
     """Decodes every utterance of a corpus, in batches of one compiled shape a bucket.
 
@@ -55,7 +68,6 @@ class Evaluator:
       model_devices: devices that hold the model together, see `client_mesh`.
       published: whether "wer_published" is reported, too (see `published_word_error_rate`), of
         utterances of at most 30 s.
-      by_user: whether `distribution` over users is reported, too.
       decoder: of the scores, on the host; None for greedy decoding on the devices.
 
     Raises:
@@ -73,9 +85,8 @@ class Evaluator:
         model_devices: int = 1,
         published: bool = False,
         decoder: Decoder | None = None,
-        by_user: bool = False,
     ) -> None:
-        self._published, self._by_user = published, by_user
+        self._published = published
         compute: Any = recogniser.evaluate if decoder is None else recogniser.scores
         if compute is None:
             raise UserError(
@@ -113,18 +124,18 @@ class Evaluator:
           rows: from the corpus's users (int32 [b], -1 for padding) to their local parameters
             (float32 [b, n]); None for those in `params`.
         """
-        return self._decoded(params, corpus, rows)[:3]
+        decoded, loss = self.decoded(params, corpus, rows)
+        return [x.reference for x in decoded], [x.hypothesis for x in decoded], loss
 
-    def _decoded(
-        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None
-    ) -> tuple[list[str], list[str], float, list[int], list[int]]:
-        """What `transcripts` returns, the utterances' frames if they are asked for, and users."""
-        references, hypotheses, losses, count = [], [], 0.0, 0
-        owners: list[int] = []
-        frames: list[int] = []
+    def decoded(
+        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> tuple[list[Decoded], float]:
+        """Every utterance once, and the mean loss of alignable ones; see `transcripts`."""
+        found_all: list[Decoded] = []
+        losses, count = 0.0, 0
         placed: dict[Any, Any] = {}
         for batch in eval_batches(corpus, self._buckets, self._sizes, INPUTS, owners=True):
-            users = batch.pop("user")
+            users, indices = batch.pop("user"), batch.pop("index")
             mesh = self._one if len(users) % self._mesh.shape[AXIS] else self._mesh
             if mesh not in placed:  # placed otherwise they would compile again
                 placed[mesh] = jax.device_put(params, model_sharding(mesh, params))
@@ -140,13 +151,17 @@ class Evaluator:
             count += int(valid.sum())
             for i in np.flatnonzero(batch["mask"]):
                 labels = batch["labels"][i, : batch["labels_length"][i]]
-                references.append(self._tokenizer.decode(labels))
                 decode = self._decoder or self._tokenizer.decode
-                hypotheses.append(decode(found[i, : lengths[i]]))
-                owners.append(int(users[i]))
-                if self._published:
-                    frames.append(int(batch["features_length"][i]))
-        return references, hypotheses, losses / max(count, 1), frames, owners
+                found_all.append(
+                    Decoded(
+                        int(users[i]),
+                        int(indices[i]),
+                        self._tokenizer.decode(labels),
+                        decode(found[i, : lengths[i]]),
+                        int(batch["features_length"][i]),
+                    )
+                )
+        return found_all, losses / max(count, 1)
 
     def compilations(self) -> int:
         """How many programs were compiled: one for each bucket."""
@@ -160,64 +175,23 @@ class Evaluator:
         "wer" is that of the corpus: all its word errors over all its words. Of labels that are
         phonemes it is the phoneme error rate, and "cer" says nothing.
         """
-        references, hypotheses, loss, frames, owners = self._decoded(params, corpus, rows)
+        return self.rates(*self.decoded(params, corpus, rows))
+
+    def rates(self, decoded: Sequence[Decoded], loss: float) -> dict[str, float]:
+        """The rates of what `decoded` returns; see `__call__`."""
+        references = [x.reference for x in decoded]
+        hypotheses = [x.hypothesis for x in decoded]
         rates: tuple[ErrorRate, ErrorRate] = (
             word_errors(references, hypotheses),
             char_errors(references, hypotheses),
         )
         found = {"wer": rates[0].percent, "cer": rates[1].percent, "loss": loss}
         if self._published:
-            kept = [i for i, count in enumerate(frames) if count <= _PUBLISHED_FRAMES]
+            kept = [x for x in decoded if x.frames <= _PUBLISHED_FRAMES]
             found["wer_published"] = published_word_error_rate(
-                [references[i] for i in kept], [hypotheses[i] for i in kept]
+                [x.reference for x in kept], [x.hypothesis for x in kept]
             )
-        if self._by_user:
-            found |= distribution(rates_of_users(references, hypotheses, owners).values())
         return found
-
-    def users(
-        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
-    ) -> dict[int, ErrorRate]:
-        """Words of each of the corpus's users who has any, by number; see `transcripts`."""
-        references, hypotheses, _, _, owners = self._decoded(params, corpus, rows)
-        return rates_of_users(references, hypotheses, owners)
-
-
-def rates_of_users(
-    references: Sequence[str], hypotheses: Sequence[str], owners: Sequence[int]
-) -> dict[int, ErrorRate]:
-    """Word errors by user: of texts in the same order as their owners."""
-    found: dict[int, list[int]] = {}
-    for i, user in enumerate(owners):
-        found.setdefault(user, []).append(i)
-    return {
-        user: word_errors([references[i] for i in own], [hypotheses[i] for i in own])
-        for user, own in sorted(found.items())
-    }
-
-
-def distribution(rates: Collection[ErrorRate]) -> dict[str, float]:
-    """How word error rates lie over users, each of whom counts once.
-
-    Args:
-      rates: of each user.
-
-    Returns:
-      "wer_user_mean", "wer_user_median" and "wer_user_worst" (mean of the tenth of the users, at
-      least one, with the highest), in percent; "wer_user_interval", half the width of the mean's
-      95% interval over users (normal), NaN for one user; {} for none.
-    """
-    if not rates:
-        return {}
-    percent = np.sort([rate.percent for rate in rates])
-    worst = percent[-max(1, len(percent) // 10) :]
-    spread = percent.std(ddof=1) if len(percent) > 1 else math.nan
-    return {
-        "wer_user_mean": float(percent.mean()),
-        "wer_user_median": float(np.median(percent)),
-        "wer_user_worst": float(worst.mean()),
-        "wer_user_interval": float(1.96 * spread / math.sqrt(len(percent))),
-    }
 
 
 def evaluate(

@@ -1,9 +1,11 @@
 """Models of users who adapt the common one to some of their speech, before they are evaluated."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from fedasr.data.batching import Batching, make_buckets
@@ -14,7 +16,7 @@ from fedasr.federated.client import local_training
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.streams import Stream, seed_key
 from fedasr.training.evaluation import Evaluator
-from fedasr.training.metrics import ErrorRate
+from fedasr.training.metrics import ErrorRate, word_errors
 
 
 def fine_tuned(
@@ -80,5 +82,32 @@ def evaluate_fine_tuned(
         place = places.get(str(adapted.users[user]))
         if place is not None:
             alone = UserSubset(held_out, [place])
-            (found[place],) = evaluator.users(own, alone).values()
+            decoded, _ = evaluator.decoded(own, alone)
+            found[place] = word_errors(
+                [x.reference for x in decoded], [x.hypothesis for x in decoded]
+            )
     return dict(sorted(found.items()))
+
+
+def distribution(rates: Collection[ErrorRate]) -> dict[str, float]:
+    """How word error rates lie over users, each of whom counts once.
+
+    Args:
+      rates: of each user.
+
+    Returns:
+      "wer_user_mean", "wer_user_median" and "wer_user_worst" (mean of the tenth of the users, at
+      least one, with the highest), in percent; "wer_user_interval", half the width of the mean's
+      95% interval over users (normal), NaN for one user; {} for none.
+    """
+    if not rates:
+        return {}
+    percent = np.sort([rate.percent for rate in rates])
+    worst = percent[-max(1, len(percent) // 10) :]
+    spread = percent.std(ddof=1) if len(percent) > 1 else math.nan
+    return {
+        "wer_user_mean": float(percent.mean()),
+        "wer_user_median": float(np.median(percent)),
+        "wer_user_worst": float(worst.mean()),
+        "wer_user_interval": float(1.96 * spread / math.sqrt(len(percent))),
+    }

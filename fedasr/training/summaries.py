@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedasr.errors import UserError
 from fedasr.federated.extras import MemoryLayout
 from fedasr.federated.local import LocalStore
 from fedasr.federated.server import ServerState
@@ -14,6 +15,7 @@ from fedasr.training import seeds
 from fedasr.training.builders.devices import device_name
 from fedasr.training.logging import to_json
 from fedasr.training.session import Session
+from fedasr.training.stored import has_checkpoint
 from fedasr.training.trainers.central import seed_training
 from fedasr.training.workdir import identity
 
@@ -68,7 +70,6 @@ def of_run(session: Session, state: ServerState, seeded: bool) -> dict[str, Any]
             "wer": {split: rates["wer"] for split, rates in final.items()},
             "cer": {split: rates["cer"] for split, rates in final.items()},
             **_published(final),
-            **_by_user(final),
             "initial_wer": {split: rates["wer"] for split, rates in session.initial.items()},
             "selection": selected,
             "warnings": session.watch.told if session.watch else [],
@@ -110,21 +111,13 @@ def _published(final: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return {name: found} if found else {}
 
 
-def _by_user(final: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """How the rates lie over users, where the run asks for it."""
-    names = ("wer_user_mean", "wer_user_median", "wer_user_worst", "wer_user_interval")
-    found = {
-        split: {name.removeprefix("wer_user_"): rates[name] for name in names}
-        for split, rates in final.items()
-        if names[0] in rates
-    }
-    return {"wer_users": found} if found else {}
-
-
 def of_seed(session: Session, params: Any) -> dict[str, Any]:
     """Of a seed that was trained, or found, by itself: where it lies, and its error rates."""
     parts = session.parts
     folder = seeds.folder_of(session, session.workdir)
+    if not has_checkpoint(folder):
+        why = session.logger.failures.get("seed", "it is not there")
+        raise UserError(f"--action=seed_only: no seed in {folder}: {why}")
     rates = session.evaluate(params, parts.config.evaluation.while_training)
     return to_json(
         {

@@ -9,13 +9,8 @@ from fedasr.data.corpus import InMemoryCorpus
 from fedasr.errors import UserError
 from fedasr.models.recogniser import recogniser
 from fedasr.text import CharTokenizer
-from fedasr.training.evaluation import (
-    Evaluator,
-    distribution,
-    evaluation_buckets,
-    rates_of_users,
-)
-from fedasr.training.fine_tuning import evaluate_fine_tuned, fine_tuned
+from fedasr.training.evaluation import Evaluator, evaluation_buckets
+from fedasr.training.fine_tuning import distribution, evaluate_fine_tuned, fine_tuned
 from fedasr.training.metrics import ErrorRate
 
 RNG = np.random.default_rng(0)
@@ -35,10 +30,7 @@ def speech(users, utterances):
     )
 
 
-def test_rates_by_user_and_how_they_lie():
-    texts = ["a b", "a b", "a", "a"]
-    found = rates_of_users(texts, ["a b", "a c", "x", "y"], [3, 1, 1, 3])
-    assert found == {1: ErrorRate(2, 3), 3: ErrorRate(1, 3)}
+def test_how_rates_lie_over_users():
     rates = [ErrorRate(n, 100) for n in range(20)]
     said = distribution(rates)
     assert said["wer_user_mean"] == 9.5 and said["wer_user_median"] == 9.5
@@ -81,8 +73,7 @@ def test_each_user_adapts_alone_and_from_the_common_model(model):
 def test_users_are_found_by_name(model):
     made, params = model
     adapted, held_out = speech("abc", 1), speech("ca", 2)
-    evaluator = Evaluator(made, evaluation_buckets([held_out]), 2, by_user=True)
-    assert {"wer_user_mean", "wer"} <= evaluator(params, held_out).keys()
+    evaluator = Evaluator(made, evaluation_buckets([held_out]), 2)
     found = evaluate_fine_tuned(evaluator, made, params, adapted, held_out, rate=0.1)
     assert sorted(found) == [0, 1]
     assert all(rate.total == 2 for rate in found.values())

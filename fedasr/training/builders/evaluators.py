@@ -41,5 +41,4 @@ def make_evaluator(
         config.model_devices,
         config.evaluation.published,
         decoder,
-        config.evaluation.by_user,
     )
