@@ -11,7 +11,7 @@ from fedasr.data.records import open_corpus
 from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.training import loop, rows, selection, stages
-from fedasr.training.builders import corpora, whole
+from fedasr.training.builders import algorithms, corpora, models, whole
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.config import default_config
 from fedasr.training.logging import read_metrics, to_json
@@ -185,3 +185,17 @@ def test_training_users_differ_as_is_asked(corpus_dir):
     assert apart.skew["distance"] < 5 / 6 and apart.skew["gini"] > 0
     assert apart.train.sizes.sum() == natural.train.sizes.sum() == 12
     assert users({**APART, "data.quantity_skew": 1.0}).skew == apart.skew
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "ditto"])
+def test_what_is_remembered_is_of_what_is_trained(algorithm, corpus_dir):
+    """With low-rank adaptation, control variates and users' own models are as small as that."""
+    changes = {"peft.kind": "lora"}
+    plain, small = (
+        whole.checked(configured(corpus_dir, algorithm, {}, more)) for more in ({}, changes)
+    )
+    sizes = [models.local_layout(config).size for config in (plain, small)]
+    assert 0 < sizes[1] < sizes[0] / 2
+    sent = [{"method": "", "down_bytes": 0, "up_bytes": 0}]
+    found = algorithms.with_extras(small, sent)[-1]["up_bytes"]
+    assert found == (4 * sizes[1] if algorithm == "scaffold" else 0)

@@ -78,7 +78,7 @@ def check(config: Config) -> None:
 def _without_data(config: Config) -> Algorithm:
     """The algorithm, of a loss and a store that nobody may use."""
     layout: Any = models.local_layout(config)
-    trained = models.trained_variables(config) if config.partial.mode == "fixed" else None
+    trained = models.trained_variables(config)
     store: Any = None if layout is None else types.SimpleNamespace(layout=layout)
 
     def loss(params, batch, key):
