@@ -17,10 +17,17 @@ PRETRAINED = [  # models that others trained
     *SUBWORDS["tokenizers"],
     "PyYAML>=6.0",  # settings in NeMo's archives
 ]
+ONNX = ["jax2onnx>=0.17", "onnxruntime>=1.24"]  # graphs for other runtimes; 0.17.1 needs jax<0.12
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 G2P = ["g2p_en>=2.1"]  # pronounces words as the published speech decoders' labels were
 RESCORING = ["torch>=2.4", "transformers>=4.45"]  # judges n-best lists by a causal language model
 HUGGINGFACE = ["pyarrow>=15"]  # reads parquet files and what save_to_disk writes
+TRACKERS = {  # told of a run's metrics by `fedasr train --track`
+    "wandb": ["wandb>=0.18"],
+    "mlflow": ["mlflow>=2.16"],
+    "trackio": ["trackio>=0.4"],
+}
+SEARCH = ["optuna>=4.0"]  # `fedasr sweep --search=optuna`
 COMPILERS = [  # of accelerators that are not there: `fedasr compile`
     "libtpu>=0.0.30",
     "jax-cuda13-plugin>=0.8",
@@ -78,8 +85,11 @@ setup(
         "neural": NEURAL,
         "g2p": G2P,
         "rescoring": RESCORING,
+        "onnx": ONNX,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
+        **TRACKERS,
+        "search": SEARCH,
         "compilers": COMPILERS,
         **SUBWORDS,
         "dev": [*CHECKS, "pre-commit>=4.0"],  # .pre-commit-config.yaml runs them, beside ruff
@@ -93,6 +103,7 @@ setup(
             *HUGGINGFACE,
             *CHECKS,
             *DOCS,
+            *SEARCH,
             *SUBWORDS["sentencepiece"],
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook

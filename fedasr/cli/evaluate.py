@@ -2,22 +2,24 @@
 
     fedasr evaluate --checkpoint=DIR --data=DIR [--split=test] [--json]
                     [--decoder=beam|lexicon --lm=FILE.arpa|from_train --lexicon=FILE|from_train]
+                    [--hypotheses=FILE.jsonl]
 
 The checkpoint is a work directory of `fedasr train` (its last checkpoint), or one checkpoint's
 folder. If the run had local parameters and they are still beside it, users who have trained are
 evaluated with their own. How texts are found in the scores is as the run was told
 (`config.decoding`), unless flags say otherwise; a language model in an ARPA file may come from
-KenLM, one "from_train" is made from the transcripts of that split of the data. Exit status: 0 when
-done, 2 for a mistake that the user can mend.
+KenLM, one "from_train" is made from the transcripts of that split of the data. --hypotheses writes
+a line for each utterance: user, reference, hypothesis, their alignment and errors, and what the
+data's source said of it (see `fedasr.evaluation.hypotheses`). "served" has the errors by user:
+mean, spread, worst tenth, and gaps between groups, each with a 95% interval over users. Exit
+status: 0 when done, 2 for a mistake that the user can mend.
 """
 
-import dataclasses
 import sys
-from typing import Any
 
 from absl import flags
 
-from fedasr.cli import common
+from fedasr.cli import common, decoding
 from fedasr.errors import UserError
 
 
@@ -27,6 +29,8 @@ def run() -> None:
         raise UserError("--checkpoint and --data are needed: give both folders")
     common.configure_devices()
     from fedasr.data.records import read_metadata as read_corpus_metadata
+    from fedasr.evaluation.hypotheses import write_hypotheses
+    from fedasr.training import served
     from fedasr.training.builders.corpora import fitting_tokenizer, open_split
     from fedasr.training.builders.decoders import make_run_decoder
     from fedasr.training.builders.models import build_recogniser
@@ -46,8 +50,8 @@ def run() -> None:
     if rows is None and config.local.patterns:
         text = "warning: users' own parameters are not beside the checkpoint, or of other data"
         print(text, file=sys.stderr)
-    decoding = _decoding(config.decoding)
-    decoder = make_run_decoder(decoding, flags.FLAGS.data, tokenizer, [flags.FLAGS.split])
+    settings = decoding.settings(config.decoding)
+    decoder = make_run_decoder(settings, flags.FLAGS.data, tokenizer, [flags.FLAGS.split])
     evaluator = Evaluator(
         recogniser,
         buckets,
@@ -57,61 +61,32 @@ def run() -> None:
         published=config.evaluation.published,
         decoder=decoder,
     )
-    rates = evaluator(params, corpus, rows)
+    decoded, loss = evaluator.decoded(params, corpus, rows)
+    rates = evaluator.rates(decoded, loss)
+    found = served.hypotheses_of(flags.FLAGS.data, flags.FLAGS.split, corpus, decoded)
+    if flags.FLAGS.hypotheses:
+        write_hypotheses(flags.FLAGS.hypotheses, found)
     common.show(
         {
             **rates,
             "split": flags.FLAGS.split,
-            "decoder": decoding.name,
-            **{name: value for name in ("lm", "lexicon") if (value := getattr(decoding, name))},
+            "decoder": settings.name,
+            **{name: value for name in ("lm", "lexicon") if (value := getattr(settings, name))},
             "utterances": int(corpus.sizes.sum()),
             "users": len(corpus.users),
+            "served": served.in_short(served.describe_users(found, None)),
             "stage": metadata["stage"],
             "rounds": metadata["units"],
         }
     )
 
 
-def _decoding(of_run: Any) -> Any:
-    """The run's settings of decoding (`fedasr.training.config.Decoding`), with the flags' changes.
-
-    Raises:
-      UserError: a flag's value that such a setting cannot have.
-    """
-    from fedasr.fields import check
-    from fedasr.training.config import fields
-
-    given: dict[str, Any] = {
-        name: value
-        for name in (
-            *("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus"),
-            "blank_penalty",
-        )
-        if (value := flags.FLAGS["lm_order" if name == "order" else name].value) is not None
-    }
-    if flags.FLAGS.decoder is not None:
-        given["name"] = flags.FLAGS.decoder
-    elif of_run.name == "greedy" and (given.get("lm") or given.get("lexicon")):
-        given["name"] = "beam"
-    if given.get("name") == "greedy":  # of which these are of no use
-        given = {"lm": "", "lexicon": ""} | given
-    changed = dataclasses.replace(of_run, **given)
-    check({"decoding": dataclasses.asdict(changed)}, {"decoding": fields()["decoding"]})
-    return changed
-
-
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A work directory or one checkpoint.")
     flags.DEFINE_string("data", None, "A folder written by `fedasr prepare`.")
     flags.DEFINE_string("split", "test", "Which split of it.")
-    flags.DEFINE_string("decoder", None, "greedy, beam or lexicon; default as the run was told.")
-    flags.DEFINE_string("lm", None, "ARPA file of words, or from_SPLIT of the data; '' for none.")
-    flags.DEFINE_string("lexicon", None, "File, a word a line, or from_SPLIT; '' for none.")
-    flags.DEFINE_integer("lm_order", None, "Words in the longest n-grams of a model from_SPLIT.")
-    flags.DEFINE_float("lm_weight", None, "Times the words' log probability.")
-    flags.DEFINE_float("word_bonus", None, "For every word, in nats.")
-    flags.DEFINE_float("blank_penalty", None, "Taken from the blank in every frame, in nats.")
-    flags.DEFINE_integer("beam", None, "Hypotheses kept after each frame.")
+    flags.DEFINE_string("hypotheses", None, "File for each utterance's texts, JSON a line.")
+    decoding.define_flags()
     flags.DEFINE_integer("batch_size", 32, "Utterances at a time.")
 
 

@@ -14,6 +14,8 @@ alone and keeps it in .seeds beside the work directory, where runs with
 the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
 """
 
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +59,10 @@ def train() -> int | None:
     common.configure_compilation(workdir.parent)
     only_seed = flags.FLAGS.action == "seed_only"
     try:
-        summary = loop.run(config, workdir, flags.FLAGS.extend, only_seed)
+        command = shlex.join(["fedasr", "train", *sys.argv[1:]])
+        summary = loop.run(
+            config, workdir, flags.FLAGS.extend, only_seed, command, flags.FLAGS.track
+        )
     except loop.Interrupted as stopped:
         return common.fail(stopped, common.STOPPED)
     if only_seed:
@@ -190,6 +195,7 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer("extend", None, "Rounds that the run in --workdir goes on to.")
     flags.DEFINE_enum("action", "train", ["train", "seed_only"], "All of the run, or its seed.")
+    flags.DEFINE_list("track", [], "Trackers to tell: wandb, mlflow, trackio; locally by default.")
     flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or 'auto'.")
     flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)

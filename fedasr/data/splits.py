@@ -94,6 +94,16 @@ def _missing(terms: Sequence[_Term], splits: Collection[str]) -> list[str]:
     return [name for term in terms for name in term.stored(splits) if name not in splits]
 
 
+def stored_names(expression: str, splits: Collection[str]) -> list[str]:
+    """The stored splits that an expression names, those that are not there left out.
+
+    Raises:
+      UserError: it is not a split expression.
+    """
+    names = itertools.chain(*(term.stored(splits) for term in _parse(expression)))
+    return [name for name in dict.fromkeys(names) if name in splits]
+
+
 def can_open(expression: str, splits: Collection[str]) -> bool:
     """Whether every split that an expression names is among the stored `splits`.
 

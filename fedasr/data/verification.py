@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from fedasr.data import identity, records
+from fedasr.data.listing import UTTERANCES_FILE
 from fedasr.data.preparation.conversion import Converter, Skip
-from fedasr.data.preparation.prepare import UTTERANCES_FILE
 from fedasr.data.utterances import Rejected, Utterance
 from fedasr.errors import UserError
 

@@ -1,7 +1,7 @@
 """Word and character error rates of a recogniser over a corpus."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +35,20 @@ def evaluation_buckets(
 ) -> tuple[dict[str, int], ...]:
     """Buckets for an `Evaluator`: few, for each is compiled, but a long recording has its own."""
     return fewest_buckets(corpora, _PADDING, _MOST_BUCKETS, multiples)
+
+
+class Decoded(NamedTuple):
+    """An utterance as it was decoded.
+
+    user: index of whose it is in the corpus. number: of it among the user's. reference, hypothesis:
+    what was said, and what was found. frames: of the features.
+    """
+
+    user: int
+    number: int
+    reference: str
+    hypothesis: str
+    frames: int
 
 
 class Evaluator:
@@ -110,17 +124,18 @@ class Evaluator:
           rows: from the corpus's users (int32 [b], -1 for padding) to their local parameters
             (float32 [b, n]); None for those in `params`.
         """
-        return self._decoded(params, corpus, rows)[:3]
+        decoded, loss = self.decoded(params, corpus, rows)
+        return [x.reference for x in decoded], [x.hypothesis for x in decoded], loss
 
-    def _decoded(
-        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None
-    ) -> tuple[list[str], list[str], float, list[int]]:
-        """What `transcripts` returns, and the utterances' frames if they are asked for."""
-        references, hypotheses, losses, count = [], [], 0.0, 0
-        frames: list[int] = []
+    def decoded(
+        self, params: Any, corpus: Corpus, rows: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> tuple[list[Decoded], float]:
+        """Every utterance once, and the mean loss of alignable ones; see `transcripts`."""
+        found_all: list[Decoded] = []
+        losses, count = 0.0, 0
         placed: dict[Any, Any] = {}
         for batch in eval_batches(corpus, self._buckets, self._sizes, INPUTS, owners=True):
-            users = batch.pop("user")
+            users, indices = batch.pop("user"), batch.pop("index")
             mesh = self._one if len(users) % self._mesh.shape[AXIS] else self._mesh
             if mesh not in placed:  # placed otherwise they would compile again
                 placed[mesh] = jax.device_put(params, model_sharding(mesh, params))
@@ -136,12 +151,17 @@ class Evaluator:
             count += int(valid.sum())
             for i in np.flatnonzero(batch["mask"]):
                 labels = batch["labels"][i, : batch["labels_length"][i]]
-                references.append(self._tokenizer.decode(labels))
                 decode = self._decoder or self._tokenizer.decode
-                hypotheses.append(decode(found[i, : lengths[i]]))
-                if self._published:
-                    frames.append(int(batch["features_length"][i]))
-        return references, hypotheses, losses / max(count, 1), frames
+                found_all.append(
+                    Decoded(
+                        int(users[i]),
+                        int(indices[i]),
+                        self._tokenizer.decode(labels),
+                        decode(found[i, : lengths[i]]),
+                        int(batch["features_length"][i]),
+                    )
+                )
+        return found_all, losses / max(count, 1)
 
     def compilations(self) -> int:
         """How many programs were compiled: one for each bucket."""
@@ -155,16 +175,21 @@ class Evaluator:
         "wer" is that of the corpus: all its word errors over all its words. Of labels that are
         phonemes it is the phoneme error rate, and "cer" says nothing.
         """
-        references, hypotheses, loss, frames = self._decoded(params, corpus, rows)
+        return self.rates(*self.decoded(params, corpus, rows))
+
+    def rates(self, decoded: Sequence[Decoded], loss: float) -> dict[str, float]:
+        """The rates of what `decoded` returns; see `__call__`."""
+        references = [x.reference for x in decoded]
+        hypotheses = [x.hypothesis for x in decoded]
         rates: tuple[ErrorRate, ErrorRate] = (
             word_errors(references, hypotheses),
             char_errors(references, hypotheses),
         )
         found = {"wer": rates[0].percent, "cer": rates[1].percent, "loss": loss}
         if self._published:
-            kept = [i for i, count in enumerate(frames) if count <= _PUBLISHED_FRAMES]
+            kept = [x for x in decoded if x.frames <= _PUBLISHED_FRAMES]
             found["wer_published"] = published_word_error_rate(
-                [references[i] for i in kept], [hypotheses[i] for i in kept]
+                [x.reference for x in kept], [x.hypothesis for x in kept]
             )
         return found
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,9 +15,11 @@ import numpy as np
 from absl import logging
 
 from fedasr.training.sinks import Sink
+from fedasr.training.trackers import Told
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+_TRACKER_SECONDS = 60.0  # that the end of a run waits for each of others' trackers
 _INFINITE = "_infinite"  # ends the name of the word about a number that JSON cannot hold
 
 
@@ -162,6 +164,8 @@ class RunLogger:
         interval: seconds between plain progress lines.
         stream: where progress goes; stderr by default.
         patience: seconds that a round waits for a sink that hangs, once.
+        trackers: of others, by name, that are told the same numbers (`fedasr.training.trackers`).
+        config: of the run, for them.
 
     Attributes:
         failures: {sink: what was wrong first}.
@@ -178,6 +182,8 @@ class RunLogger:
         interval: float = 10.0,
         stream: TextIO | None = None,
         patience: float = 10.0,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
     ):
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -187,6 +193,10 @@ class RunLogger:
         self._to_file = Sink(METRICS_FILE, self.failed, patience)
         # Events may come late: nobody looks at them between two rounds.
         self._to_tensorboard = Sink("TensorBoard", self.failed, 0)
+        self._trackers: dict[str, tuple[Sink, Told]] = {}
+        for name in trackers:
+            sink = Sink(name, self.failed, 0)  # networks may be slow: nobody waits
+            self._trackers[name] = sink, Told(name, workdir, config or {})
         self._file = _LineFile(workdir / METRICS_FILE)
         self._logged: set[tuple[str, Any]] = set()
         self._tensorboard = workdir / TENSORBOARD_FOLDER if tensorboard else None
@@ -256,6 +266,9 @@ class RunLogger:
                 self._events.popitem()[1].close()
 
         self._to_tensorboard(end)
+        for sink, tracker in self._trackers.values():
+            sink(tracker.close)
+            sink.close(_TRACKER_SECONDS)
         for sink in (self._to_tensorboard, self._to_file, self._to_terminal):
             sink.close()
 
@@ -275,6 +288,8 @@ class RunLogger:
                 self._to_file(self._file.write, json.dumps(record, allow_nan=False) + "\n")
                 if self._tensorboard is not None:
                     self._to_tensorboard(self._write_events, phase, number, record)
+            for sink, tracker in self._trackers.values():  # they know what they have
+                sink(tracker.write, phase, number, _told(record))
         self._to_terminal(self._advance, number, record)
 
     def _advance(self, number: int, record: Mapping[str, Any] | None) -> None:
@@ -293,8 +308,7 @@ class RunLogger:
                 logging.warning("no TensorBoard events: install tensorboardX to have them")
                 self._tensorboard = None
                 return
-        numbers = {t: v for t, v in _numbers(record) if t not in ("round", "step")}
-        self._events[phase].write(number, numbers)
+        self._events[phase].write(number, _told(record))
 
     def _stop_progress(self) -> None:
         def stop() -> None:
@@ -394,6 +408,11 @@ def _is_after(record: Mapping[str, Any], round: int, step: int | None) -> bool:
     phase, number = _phase_and_number(record)
     last = step if phase == "seed" else round
     return isinstance(number, int) and last is not None and number > last
+
+
+def _told(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record, without the one that counts it."""
+    return {name: value for name, value in _numbers(record) if name not in ("round", "step")}
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

@@ -12,7 +12,7 @@ training, `session` and `stages` are a run that goes on, `trainers` the two kind
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ from fedasr.training.logging import say, write_json_atomic
 from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.session import Interrupted as Interrupted
 from fedasr.training.session import Session, make_parts
+from fedasr.training.trackers import check_trackers
 from fedasr.training.trainer import Trainer
 from fedasr.training.trainers.central import CentralTrainer
 from fedasr.training.trainers.central_local import LocalCentralTrainer
 from fedasr.training.trainers.federated import FederatedTrainer
 from fedasr.training.workdir import (
+    COMMAND_FILE,
     CONFIG_FILE,
     SUMMARY_FILE,
     check_same,
@@ -57,6 +59,8 @@ def run(
     workdir: str | Path,
     extend: int | None = None,
     only_seed: bool = False,
+    command: str = "",
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains as `config` says, from the last checkpoint in `workdir` if there is one.
 
@@ -65,6 +69,8 @@ def run(
       workdir: made if missing.
       extend: rounds to go on to instead of the configuration's, in a directory that holds a run.
       only_seed: end with the seed, which is kept for later runs (`seed_training.reuse`).
+      command: that asked for it, which the report names; kept in `workdir/command.txt`.
+      trackers: of others that are told its metrics, by name (`fedasr.training.trackers`).
 
     Returns:
       The summary, also in `workdir/summary.json`; of a seed, `fedasr.training.summaries.of_seed`.
@@ -76,6 +82,7 @@ def run(
     """
     workdir = local_path(workdir)
     config = whole.checked(config, workdir)
+    check_trackers(trackers)
     if only_seed:
         config = _for_seed_only(config)
     with disk_errors(workdir), contextlib.ExitStack() as stack:
@@ -98,6 +105,7 @@ def run(
         session = _begin(config, directory, workdir, logs, stop)
         if only_seed:
             _check_seed(session)
+        session.trackers = trackers
         session.history = history(before, config.rounds)
         # Before anything is written all have read, and the same.
         hosts.wait_for_all("begun")
@@ -106,6 +114,9 @@ def run(
         # Not before: a mistake must not claim the directory.
         if hosts.is_leader() and read_json(workdir / CONFIG_FILE) != config.tree():
             write_json_atomic(workdir / CONFIG_FILE, config.tree())
+        if hosts.is_leader() and command:
+            with contextlib.suppress(OSError):
+                (workdir / COMMAND_FILE).write_text(command + "\n", "utf-8", "surrogateescape")
         summary = stages.run_stages(session, start, only_seed)
         hosts.wait_for_all("ended")  # who leaves before would end the others
         return summary

@@ -22,7 +22,7 @@ from fedasr.training.builders import corpora, devices, evaluators, identities, m
 from fedasr.training.cadence import Cadence
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader
 from fedasr.training.config import Config
-from fedasr.training.evaluation import Evaluator
+from fedasr.training.evaluation import Decoded, Evaluator
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import RunLogger, say, to_json
 from fedasr.training.overfitting import Watch
@@ -109,6 +109,8 @@ class Session:
       latest: number of the newest checkpoint at the start; None if there was none.
       past: (entries, whether known) of the ledger that the run started with.
       totals: what it adds up. initial, final: error rates by split, as soon as they are known.
+      decoded: what the last evaluation of each split heard.
+      trackers: of others that are told of it, by name.
       cadence: when checkpoints are due.
       refresh_rows: brings the store up to date, where training keeps the users' local parameters
         elsewhere; called before they are read or saved.
@@ -131,6 +133,8 @@ class Session:
         self.totals = Totals()
         self.initial: dict[str, Any] = {}
         self.final: dict[str, Any] | None = None
+        self.decoded: dict[str, list[Decoded]] = {}
+        self.trackers: Sequence[str] = ()
         self.history: list[dict[str, Any]] = []
         config = parts.config
         self.name = public_name(make_root(identities.run_identity(config)))
@@ -265,10 +269,16 @@ class Session:
         if jax.process_count() > 1:
             params = hosts.on_host(params)
         return {
-            split: self.parts.evaluator(params, corpora[split], self._rows(params, split))
+            split: self._evaluate(params, split)
             for split in (corpora if splits is None else splits)
             if split in corpora
         }
+
+    def _evaluate(self, params: Any, split: str) -> dict[str, float]:
+        corpus, evaluator = self.parts.data.evaluation[split], self.parts.evaluator
+        decoded, loss = evaluator.decoded(params, corpus, self._rows(params, split))
+        self.decoded[split] = decoded
+        return evaluator.rates(decoded, loss)
 
     def _refresh(self) -> None:
         if self.refresh_rows is not None:

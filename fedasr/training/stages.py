@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedasr.federated import hosts
-from fedasr.training import exactness, rows, summaries
+from fedasr.training import exactness, rows, served, summaries
 from fedasr.training.builders import models
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.logging import RunLogger, say, write_json_atomic
@@ -49,7 +49,13 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
         session.totals = Totals.of(metadata["totals"])
         session.initial = metadata["initial"]
     stream = None if hosts.is_leader() else io.StringIO()
-    session.logger = RunLogger(session.logs, *_logged(session, stage, units), stream=stream)
+    session.logger = RunLogger(
+        session.logs,
+        *_logged(session, stage, units),
+        stream=stream,
+        trackers=session.trackers if hosts.is_leader() else (),
+        config=session.parts.config.tree(),
+    )
     try:
         with session.logger, session.checkpointer:
             if latest is not None:
@@ -62,6 +68,8 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
                     return summaries.of_seed(session, params)
                 latest, units = None, 0
             summary = _main(session, params, latest, units, start, metadata.get("best"))
+            if hosts.is_leader():
+                summary["served"] = _served(session)
     except Interrupted:
         write_json_atomic(session.logs / SUMMARY_FILE, summaries.of_interrupted(session))
         raise
@@ -130,6 +138,28 @@ def _main(
         parts.store.restore(session.selection.best[0], forget=False)
     session.selection.close()
     return summaries.of_run(session, state, seeded=parts.seed_steps > 0 and start is None)
+
+
+def _served(session: Session) -> dict[str, Any]:
+    """Writes what was heard and the errors by user; their short form, {} if that cannot be done."""
+    data, problems = session.parts.data, session.logger.failures
+    found: dict[str, Any] = {}
+    trained = [corpus for corpus in (data.train, data.seed) if corpus is not None]
+
+    def write() -> None:
+        found.update(
+            served.write_served(
+                session.logs, data.directory, data.evaluation, session.decoded, trained
+            )
+        )
+
+    sink = Sink("errors by user", problems.__setitem__, _REPORT_SECONDS)
+    sink(write)
+    sink.close()
+    if why := problems.get("errors by user"):
+        session.message(f"warning: errors by user: {why}: they are not told")
+        return {}
+    return found
 
 
 def make_report(workdir: Path) -> str:

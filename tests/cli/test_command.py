@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[2]
 SHIMS = {
     "train": "train",
     "evaluate": "evaluate",
+    "attack": "attack",
+    "compare": "compare",
     "decode": "decode",
+    "transcribe": "transcribe",
+    "export": "export",
     "prepare_data": "prepare",
     "plan_privacy": "plan",
     "audit_privacy": "audit",
@@ -61,7 +65,7 @@ def test_what_there_is(monkeypatch, capsys):
     for arguments in ((), ("trian",), ("--json",), ("common",), ("main",)):
         status, said, complaint = called(monkeypatch, capsys, *arguments)
         assert status == 2 and not said and complaint.count("\n") == 1
-        assert complaint.startswith("error: ") and "train|evaluate|prepare" in complaint
+        assert complaint.startswith("error: ") and "train|evaluate|" in complaint
 
 
 def test_programs_define_no_flags_when_they_are_imported():
@@ -170,3 +174,89 @@ def test_help_is_the_program_s_own():
         assert done.stdout.startswith(module.__doc__.splitlines()[0])
         for flag in ("--target_epsilon", "--[no]json", "--population"):
             assert flag in done.stdout
+
+
+def test_two_runs_are_compared(monkeypatch, capsys, tmp_path):
+    from absl import flags
+
+    from fedasr.evaluation.hypotheses import Hypothesis, write_hypotheses
+
+    for name, heard in (("a", "one two"), ("b", "one")):
+        (tmp_path / name).mkdir()
+        found = [Hypothesis("test", user, 0, "one two", heard) for user in ("u", "v")]
+        write_hypotheses(tmp_path / name / "hypotheses.jsonl", found)
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+
+    def compared(*arguments):
+        for flag in ("split", "report"):
+            if flag in flags.FLAGS:
+                delattr(flags.FLAGS, flag)
+        return called(monkeypatch, capsys, "compare", *arguments)
+
+    status, said, _ = compared(*both)
+    assert status == 0 and "0 users gain, 2 lose" in said
+    for arguments, why in (
+        (both[:1], "give two runs"),
+        ([*both, "--split=dev"], "has test"),
+        ([both[0], str(tmp_path / "no")], "--hypotheses=FILE"),
+    ):
+        status, said, complaint = compared(*arguments)
+        assert status == 2 and not said and why in complaint and complaint.count("\n") == 1
+
+
+def test_attacks_are_told_and_kept(monkeypatch, capsys, tmp_path):
+    """Without a model: which attacks are tried, what is written, and the exit status."""
+    import json
+
+    from absl import flags
+
+    from fedasr import attacks
+    from fedasr.attacks.results import Result
+    from fedasr.cli import attack, common
+    from fedasr.training.config import Config
+
+    seen = []
+
+    def tried(target, settings):
+        seen.append(settings)
+        return [
+            Result(
+                "names", f"noise {z}", 0.9, 10, (0.6, 1.0), 0.1, 0.5 if z else 1.0, z, 1.0, 0.1, ""
+            )
+            for z in settings.noise
+        ]
+
+    config = Config()
+    target = attacks.Target(config, None, None, None, ())
+    monkeypatch.setattr(attacks, "load_target", lambda workdir: target)
+    monkeypatch.setitem(attacks.ATTACKS, "names", tried)
+    monkeypatch.setattr(common, "configure_compilation", lambda folder: None)
+    (tmp_path / "attacks.json").write_text(
+        json.dumps({"results": [{"attack": "names"}, {"attack": "speaker"}]})
+    )
+
+    def attacked(*arguments):
+        for flag in ("workdir", "attacks", "noise", "users", "draws", "rounds", "shadows",
+                     "candidates", "seed"):  # fmt: skip
+            if flag in flags.FLAGS:
+                delattr(flags.FLAGS, flag)
+        return called(monkeypatch, capsys, "attack", *arguments)
+
+    workdir = f"--workdir={tmp_path}"
+    status, said, _ = attacked(workdir, "--attacks=names", "--noise=0", "--users=3")
+    assert status == 0 and "90.0%" in said and seen[-1].users == 3
+    kept = json.loads((tmp_path / "attacks.json").read_text())["results"]
+    assert [row["attack"] for row in kept] == ["speaker", "names"]
+    assert "Attacks" in (tmp_path / "report.html").read_text()
+    status, _, complaint = attacked(workdir, "--attacks=names")
+    assert seen[-1].noise == attack.noise_of(config)
+    assert seen[-1].noise[1] == pytest.approx(config.privacy.sigma * config.cohort, rel=1e-3)
+    assert status == 1 and "less privacy than it says" in complaint  # 0.6 above 0.5
+    for arguments, why in (
+        ((), "--workdir is needed"),
+        ((workdir, "--attacks=guess"), "there are speaker"),
+        ((workdir, "--noise=much"), "must be numbers"),
+        ((workdir, "--noise=-1"), "must be numbers"),
+    ):
+        status, _, complaint = attacked(*arguments)
+        assert status == 2 and why in complaint and complaint.count("\n") == 1

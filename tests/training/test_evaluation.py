@@ -98,3 +98,16 @@ def test_users_are_evaluated_with_their_own_parameters():
     assert loss * 4 == pytest.approx(2 * frames[0] + 12 * frames[1])  # 1 + own; four are valid
     assert references == evaluator.transcripts(params, corpus())[0]
     assert sorted(user for user in asked if user >= 0) == [0, 0, 1, 1, 1]
+
+
+def test_utterances_are_known_by_user_and_number():
+    """Whatever batches they came in; with the source's metadata where there is any."""
+    evaluator = Evaluator(RECOGNISER, BUCKETS, 2, jax.devices()[:1])
+    decoded, _ = evaluator.decoded(jnp.float32(1), corpus())
+    names = sorted(USERS)
+    found = {(names[x.user], x.number): (x.reference, x.hypothesis, x.frames) for x in decoded}
+    assert found == {
+        (user, i): (said, heard, len(heard))
+        for user, pairs in USERS.items()
+        for i, (said, heard) in enumerate(pairs)
+    }

@@ -14,6 +14,7 @@ from fedasr.data.preparation.prepare import prepare
 from fedasr.data.records import open_corpus
 from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
+from fedasr.evaluation.hypotheses import read_hypotheses
 from fedasr.federated.simulation import Simulation
 from fedasr.training import loop, rows, stages
 from fedasr.training.builders import identities, models
@@ -237,6 +238,8 @@ def test_without_privacy(without_privacy):
     (record,) = [r for r in read_metrics(workdir) if r.get("round") == 1]
     assert sum(record["clipped_share"].values()) == 0
     assert sum(record["update_norm"].values()) > 0
+    assert summary["served"]["test"]["all"] == pytest.approx(summary["wer"]["test"])
+    assert len(read_hypotheses(workdir, ["test"])) == 2
 
     # A kill between the summary and the report loses neither.
     (workdir / "report.html").unlink()

@@ -7,8 +7,16 @@
 Tables are those of the recipes `published` and `mini`, or of --tables=FILE.py, by the name in its
 `TABLES`. --set="data.dir=DIR;..." fixes fields of every run.
 
+    fedasr sweep --config=FILE[:ARGUMENTS] --search=optuna --trials=20
+                 --space="server.learning_rate=1e-3..10:log;client.steps=1..8;server.optimizer=lamb,adam"
+
+--search=optuna tries so many settings, each chosen from what the ones before have come to on
+--select (TPE, pip install optuna), and ends runs early that are worse than half of them were at
+that time. The privacy of all of them is told, of those that were ended early, too.
+
   --action=run        runs what is not done yet, then collects (the default)
   --action=collect    makes the tables from whatever runs there are
+  --action=report     a page with all runs: sortable, with curves, privacy and settings that differ
   --action=list       prints the commands that would be run; --validate checks each of them
   --action=slurm      writes the same commands as Slurm array jobs
   --action=skypilot   writes them as a SkyPilot task, for --accelerators=A100:1 or tpu-v5e-8
@@ -32,6 +40,7 @@ from pathlib import Path
 from absl import flags
 
 from fedasr.cli import common
+from fedasr.cli.sweep import search
 from fedasr.cli.sweep.clusters import write_skypilot, write_slurm
 from fedasr.cli.sweep.definitions import (
     ad_hoc,
@@ -42,6 +51,7 @@ from fedasr.cli.sweep.definitions import (
     save_table,
 )
 from fedasr.cli.sweep.execution import Stopped, execute, progress
+from fedasr.cli.sweep.page import write_page
 from fedasr.cli.sweep.results import write_results
 from fedasr.cli.sweep.runs import Place, environment, outdated, settled
 from fedasr.errors import UserError
@@ -58,7 +68,11 @@ def _define_flags() -> None:
     flags.DEFINE_list("seeds", None, "Training seeds; default: the table's, or 0.")
     flags.DEFINE_string("set", "", "'section.field=value;...' for every run.")
     flags.DEFINE_string("out", "runs/sweeps", "Folder of runs and results.")
-    actions = ["run", "collect", "list", "slurm", "skypilot"]
+    flags.DEFINE_enum("search", None, ["optuna"], "With --config: choose settings one by one.")
+    flags.DEFINE_string("space", "", "Of the search: 'section.field=low..high[:log];field=a,b'.")
+    flags.DEFINE_integer("trials", 20, "Of the search.", lower_bound=1)
+    flags.DEFINE_string("select", "dev", "Split of the search's word error rate.")
+    actions = ["run", "collect", "report", "list", "slurm", "skypilot"]
     flags.DEFINE_enum("action", "run", actions, "What to do.")
     flags.DEFINE_integer("jobs", 1, "Runs at a time; the cores are shared out.", lower_bound=1)
     flags.DEFINE_bool("validate", False, "With --action=list: check each run by --dry_run.")
@@ -70,7 +84,7 @@ def _chosen() -> list[Table]:
     """The tables that the flags name."""
     values = flags.FLAGS
     seeds = None if values.seeds is None else tuple(common.seeds(values.seeds))
-    needed = values.action != "collect"
+    needed = values.action not in ("collect", "report")
     if (values.table and values.config) or (needed and not values.table and not values.config):
         names = ", ".join(registry(values.tables)) or "none is defined"
         raise UserError(f"give either --table (known: {names}) or --config")
@@ -85,10 +99,18 @@ def _chosen() -> list[Table]:
 def program() -> int | None:
     """Does what the flags ask for; returns the exit status if not 0."""
     values = flags.FLAGS
-    chosen = _chosen()
     place = Place(Path(values.out), fixed=parse_fields(values.set, "--set"))
     if values.launcher:
         place = dataclasses.replace(place, launcher=tuple(shlex.split(values.launcher)))
+    if values.search:
+        return _search(place)
+    chosen = _chosen()
+    if values.action == "report":
+        path = write_page(chosen, place.out)
+        print(f"report: {path}", file=sys.stderr)
+        if common.JSON.value:
+            common.show({"report": str(path)})
+        return None
     for table in chosen:
         check(table, place.fixed)
     if values.action == "list":
@@ -107,6 +129,24 @@ def program() -> int | None:
     except Stopped as stopped:
         return common.fail(stopped, common.STOPPED)
     return None if _show(chosen, place, seconds) else common.FAILED
+
+
+def _search(place: Place) -> int | None:
+    """Searches, then shows all trials as a table."""
+    values = flags.FLAGS
+    if not values.config or not values.space or values.grid or values.action != "run":
+        raise UserError("--search goes with --config and --space, without --grid or --action")
+    seeds = [0] if values.seeds is None else common.seeds(values.seeds)
+    if len(seeds) > 1:
+        raise UserError("--search takes one of --seeds: try the best with others by --grid")
+    wanted = search.Search(values.config, values.space, values.trials, values.select, seeds[0])
+    try:
+        table = search.run_search(wanted, place, values.jobs)
+    except Stopped as stopped:
+        return common.fail(stopped, common.STOPPED)
+    save_table(table, place.out)
+    _show([table], place, {})
+    return None
 
 
 def _show(chosen: Sequence[Table], place: Place, seconds: Mapping[str, float]) -> bool:

@@ -39,7 +39,9 @@ class Stopped(Exception):
 
 
 @dataclasses.dataclass
-class _Child:
+class Child:
+    """A run that is under way."""
+
     table: Table
     run: Run
     process: subprocess.Popen
@@ -76,7 +78,7 @@ def execute(
     """
     outcomes = {table.name: settled(table, place) for table in chosen}
     spans: dict[str, tuple[float, float]] = {}
-    running: list[_Child] = []
+    running: list[Child] = []
     with graceful_stop() as stop:
         try:
             while True:
@@ -91,7 +93,7 @@ def execute(
                     spans[child.table.name] = (first, now)
                     # What a signal ended has not failed.
                     if child.process.returncode == 0 or not stop.requested:
-                        outcome = _finish(child, place)
+                        outcome = finish(child, place)
                         outcomes[child.table.name][child.run.name] = outcome
                         report(child.table, child.run, outcome, now - child.began)
         finally:  # none is left, unless there was an error or a second signal
@@ -103,7 +105,7 @@ def execute(
     return {name: end - begin for name, (begin, end) in spans.items()}
 
 
-def _wait(running: Sequence[_Child], stop: StopFlag) -> list[_Child]:
+def _wait(running: Sequence[Child], stop: StopFlag) -> list[Child]:
     """Those that have ended, when there are any; a signal ends all of them, once."""
     while True:
         if stop.requested:
@@ -121,8 +123,8 @@ def _start(
     outcomes: Mapping[str, Outcomes],
     place: Place,
     jobs: int,
-    running: Sequence[_Child],
-) -> list[_Child]:
+    running: Sequence[Child],
+) -> list[Child]:
     """Fills the free slots."""
     free = [slot for slot in range(jobs) if slot not in {child.slot for child in running}]
     busy = {(child.run.table, child.run.name) for child in running}
@@ -135,12 +137,17 @@ def _start(
     if not free:
         return []
     return [
-        _launch(table, run, place, slot, jobs)
+        launch(table, run, place, slot, jobs)
         for slot, (table, run) in zip(free, waiting, strict=False)
     ]
 
 
-def _launch(table: Table, run: Run, place: Place, slot: int, jobs: int) -> _Child:
+def launch(table: Table, run: Run, place: Place, slot: int, jobs: int) -> Child:
+    """Starts a run in one of so many slots, which share out the cores.
+
+    Raises:
+      UserError: there is no such launcher.
+    """
     folder = place.workdir(run)
     folder.mkdir(parents=True, exist_ok=True)
     summary, log_path = folder / "summary.json", folder / LOG_FILE
@@ -163,7 +170,7 @@ def _launch(table: Table, run: Run, place: Place, slot: int, jobs: int) -> _Chil
             )
         except OSError as error:
             raise UserError(f"--launcher={command[0]}: {error.strerror}") from error
-    return _Child(table, run, process, slot, log_path, offset, time.monotonic(), before)
+    return Child(table, run, process, slot, log_path, offset, time.monotonic(), before)
 
 
 @contextlib.contextmanager
@@ -187,7 +194,7 @@ def share_of_cores(cores: Sequence[int], slot: int, jobs: int) -> list[int]:
     return list(cores[first : first + each])
 
 
-def _finish(child: _Child, place: Place) -> Outcome:
+def finish(child: Child, place: Place) -> Outcome:
     """Records how a run ended."""
     folder, status = child.log.parent, child.process.returncode
     summary = folder / "summary.json"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedasr.cli.sweep.runs import read_outcomes
+from fedasr.cli.sweep.runs import read_json, read_outcomes
 from fedasr.errors import UserError
 from fedasr.privacy.accounting import epsilon_in_words
 from fedasr.recipes import tables
@@ -48,11 +48,15 @@ def search_cost(table: Table, out: Path) -> dict[str, Any]:
     entries, deltas = [], []
     for name, outcome in read_outcomes(table, out).items():
         privacy = outcome.summary.get("privacy") or {}
+        if outcome.status == tables.UNFINISHED:  # it has spent what it has, too
+            privacy = read_json(out / table.name / name / "config.json").get("privacy") or {}
         if not privacy.get("enabled"):
             continue
         try:
             kept = read_metadata(out / table.name / name).get("ledger")
-        except UserError:  # its checkpoints are gone
+        except UserError:  # its checkpoints are gone, or it had none yet
+            if outcome.status == tables.UNFINISHED:
+                continue
             kept = None
         if kept is None:
             return {"unknown": f"the run {name} has no ledger"}

@@ -31,7 +31,8 @@ def eval_batches(
 
     `batch_size` may be one for each bucket: long examples, few of them together.
 
-    With `owners` also "user", int32 [batch]: whose example it is, -1 for padding.
+    With `owners` also "user" and "index", int32 [batch]: whose example it is, and which of theirs;
+    -1 for padding.
     """
     sizes = np.asarray(corpus.sizes)
     ends = np.cumsum(sizes)
@@ -47,8 +48,10 @@ def eval_batches(
                 example = corpus.get(int(user), [int(row - ends[user] + sizes[user])])[0]
                 write_example(batches, (slot,), (size,), example, bucket, select)
             if owners:
-                batches["user"] = np.full(size, -1, np.int32)
-                batches["user"][: len(users)] = users
+                owned = {"user": users, "index": picked - ends[users] + sizes[users]}
+                for name, numbers in owned.items():
+                    batches[name] = np.full(size, -1, np.int32)
+                    batches[name][: len(users)] = numbers
             yield batches
 
 

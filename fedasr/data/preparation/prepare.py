@@ -14,6 +14,7 @@ import numpy as np
 from fedasr import text as text_lib
 from fedasr.data import records, writing
 from fedasr.data.corpus import Example
+from fedasr.data.listing import UTTERANCES_FILE
 from fedasr.data.preparation import parts as parts_lib
 from fedasr.data.preparation.conversion import RULES, STORES, Conversion, Converter
 from fedasr.data.preparation.division import divide, json_digest
@@ -33,7 +34,6 @@ from fedasr.errors import UserError
 if TYPE_CHECKING:  # numpy only at run time: features come from JAX, loaded when they are computed
     from fedasr.audio.features import LogMelConfig
 
-UTTERANCES_FILE = "utterances.jsonl"
 _PREPARE_VERSION = 3  # part of the fingerprint: raise it when the same input gives other data
 
 

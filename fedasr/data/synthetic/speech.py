@@ -14,7 +14,7 @@ from fedasr.data.synthetic import draws
 from fedasr.data.synthetic.config import SyntheticConfig, users_of
 from fedasr.data.synthetic.espeak import audio_of, engine, require_soxr
 from fedasr.data.synthetic.sentences import SPLITS, sentences_of
-from fedasr.data.synthetic.voices import speaker_voice, vary
+from fedasr.data.synthetic.voices import MIDDLE, speaker_voice, vary
 from fedasr.data.utterances import Utterance
 
 # Raised by hand whenever the same config would give other sentences, voices or samples.
@@ -73,8 +73,9 @@ def synthetic_utterances(config: SyntheticConfig) -> Iterator[Utterance]:
 def _utterances(config: SyntheticConfig) -> Iterator[Utterance]:
     for user, split in users_of(config):
         voice = speaker_voice(config, user)
+        said = {"accent": voice.accent, "pitch": "high" if voice.pitch[0] >= MIDDLE else "low"}
         for index, text in enumerate(sentences_of(config, user, split)):
             name = f"{user}-{index:04d}"
             spoken = vary(voice, draws.random_of(config, name))
             audio = functools.partial(audio_of, text, spoken)
-            yield Utterance(id=name, user=user, text=text, split=split, audio=audio)
+            yield Utterance(name, user, text, split, audio, said)

@@ -53,6 +53,7 @@ _DOMAINS = {
     "seed": (_SEED_ACCENTS, (75, 115), (92, 104)),
     "target": (TARGET_ACCENTS, (120, 200), (100, 116)),
 }
+MIDDLE = 140  # Hz: lowest pitches from here on are called high
 _ONE_DOMAIN = (tuple(ACCENTS), (75, 200), (92, 116))  # of task "fresh"
 
 

@@ -59,14 +59,52 @@ def series_of(records: Iterable[Record], x: str, *keys: str) -> tuple[np.ndarray
     return kept[:, 0], kept[:, 1]
 
 
-def evaluation_curves(records: Sequence[Record], metric: str) -> dict[str, tuple]:
-    """`(rounds, values)` of a metric by split, `test` first."""
-    records = [r for r in records if not is_seed(r)]
+def is_central(summary: Record, config: Record) -> bool:
+    """Whether the run is the central baseline."""
+    algorithm = config.get("algorithm") or summary.get("algorithm")
+    return algorithm == "central"
+
+
+def stages_of(
+    records: Sequence[Record], central: bool, config: Record
+) -> tuple[list[Record], list[Record], str]:
+    """(records of the main stage, those of the seed, the unit that the main stage counts).
+
+    The steps of central training follow those of its seed. Logs that do not say which is which are
+    told apart by the seed's number of steps in the configuration.
+    """
+    steps = [r for r in records if number_at(r, "step") is not None and is_seed(r)]
+    if not central:
+        rounds = [r for r in records if number_at(r, "round") is not None and not is_seed(r)]
+        return rounds, steps, "round"
+    if any(r.get("stage") for r in steps):
+        main = [r for r in steps if r.get("stage") == "main"]
+        return main, [r for r in steps if r.get("stage") != "main"], "step"
+    init = config.get("init_from")
+    before = 0.0 if init else number_at(config, "seed_training", "steps") or 0.0
+    last = max((number_at(r, "step") or 0.0 for r in steps), default=0.0)
+    total = number_at(config, "central", "steps")
+    if total is not None and last == total:  # there was no split for a seed
+        before = 0.0
+    main = [r for r in steps if (number_at(r, "step") or 0.0) > before]
+    return main, [r for r in steps if (number_at(r, "step") or 0.0) <= before], "step"
+
+
+def evaluation_curves(
+    records: Sequence[Record], metric: str, unit: str = "round"
+) -> dict[str, tuple]:
+    """`(rounds or steps, values)` of a metric by split, `test` first."""
     splits = sorted(
         {s for r in records for s in mapping_at(r, "eval")}, key=lambda s: (s != "test", s)
     )
-    curves = {s: series_of(records, "round", "eval", s, metric) for s in splits}
+    curves = {s: series_of(records, unit, "eval", s, metric) for s in splits}
     return {s: curve for s, curve in curves.items() if curve[0].size}
+
+
+def all_splits(records: Sequence[Record], summary: Record) -> list[str]:
+    """Every split that was ever evaluated."""
+    found = [str(s) for r in records for s in mapping_at(r, "eval")]
+    return sorted({*found, *map(str, mapping_at(summary, "wer"))})
 
 
 def is_private(summary: Record) -> bool | None:

@@ -1,18 +1,27 @@
 """The report's tables, as HTML."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedasr.privacy import ledger
 from fedasr.training.logging import from_json
-from fedasr.training.report.read import Record, mapping_at, number_at
+from fedasr.training.report.meanings import MEANINGS
+from fedasr.training.report.read import (
+    Record,
+    is_private,
+    main_deployment,
+    mapping_at,
+    number_at,
+)
 from fedasr.training.report.words import (
     as_text,
+    between_text,
     delta_text,
     duration_text,
     epsilon_cell,
     escaped,
+    interval_text,
     missing_text,
     note_text,
     percent_text,
@@ -34,49 +43,95 @@ def html_table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str
     return f"<table>{head}{''.join(body)}</table>"
 
 
+def meaning_table(rows: Iterable[tuple[str, str, Any, str]]) -> str:
+    """Rows of (key of the meaning, name, value, interval); the meaning is one click away."""
+    body = []
+    for key, name, value, interval in rows:
+        shown = f"<b>{escaped(as_text(value))}</b>"
+        if interval:
+            shown += f' <span class="interval">{escaped(interval)}</span>'
+        label = escaped(name)
+        if meaning := MEANINGS.get(key):
+            label = f"<details><summary>{label}</summary><p>{escaped(meaning)}</p></details>"
+        body.append(f'<tr><th>{label}</th><td class="value">{shown}</td></tr>')
+    return f"<table>{''.join(body)}</table>"
+
+
 def summary_table(summary: Record) -> str:
-    """The summary's results."""
+    """The summary's results: how good, for whom, how private, at what cost."""
     if not summary:
         return missing_text("No summary.json.")
-    rows = []
-    for key, name in (
-        ("rounds", "Rounds"),
-        ("cohort", "Users a round (expected cohort)"),
-        ("population", "Users that train (population)"),
-        ("parameters", "Model parameters"),
-    ):
-        if summary.get(key) is not None:
-            rows.append((name, summary[key]))
-    if local := mapping_at(summary, "local"):
-        rows.append(
-            (
-                "Of these local to every user (never sent, summed or covered by epsilon)",
-                local.get("parameters"),
-            )
-        )
-        rows.append(("Users with local parameters of their own", local.get("users")))
+    rows = [*_error_rows(summary), *_privacy_rows(summary), *_size_rows(summary)]
+    return meaning_table(rows)
+
+
+def _error_rows(summary: Record) -> Iterator[tuple[str, str, Any, str]]:
+    served = mapping_at(summary, "served")
     for key, name in (
         ("wer", "Word error rate"),
         ("wer_published", "Word error rate as published, by utterance"),
         ("cer", "Character error rate"),
     ):
         for split in mapping_at(summary, key):
-            rows.append((f"{name}, {split}", percent_text(number_at(summary, key, split))))
+            interval = interval_text(mapping_at(served, split), "all") if key == "wer" else ""
+            yield key, f"{name}, {split}", percent_text(number_at(summary, key, split)), interval
+    for split in served:
+        found = mapping_at(served, split)
+        worst = number_at(found, "worst_decile")
+        if worst is not None:
+            text = interval_text(found, "worst_decile")
+            yield "worst_decile", f"Worst tenth of users, {split}", percent_text(worst), text
+        yield from _gap_rows(found, split)
     initial = summary.get("initial_wer")
     initial = initial if isinstance(initial, Mapping) else {"": initial}
     for split, value in initial.items():
         if value is not None:
-            name = "Word error rate before federated training" + (f", {split}" if split else "")
-            rows.append((name, percent_text(number_at({"": value}, ""))))
-    seconds = number_at(summary, "wall_seconds")
-    for name, value in (
-        ("Wall time", None if seconds is None else duration_text(seconds)),
-        ("Client steps per second", number_at(summary, "client_steps_per_second")),
-        ("Device", summary.get("device")),
+            name = "Word error rate before training" + (f", {split}" if split else "")
+            yield "initial_wer", name, percent_text(number_at({"": value}, "")), ""
+
+
+def _gap_rows(found: Record, split: str) -> Iterator[tuple[str, str, Any, str]]:
+    for column in mapping_at(found, "gaps"):
+        gap = mapping_at(mapping_at(found, "gaps"), column)
+        if (size := number_at(gap, "gap")) is not None:
+            name = f"Gap by {column}, {split}: {as_text(gap.get('worst'))}"
+            name += f" over {as_text(gap.get('best'))}"
+            yield "gap", name, f"{size:.1f} points", between_text(gap.get("gap_interval"))
+
+
+def _privacy_rows(summary: Record) -> Iterator[tuple[str, str, Any, str]]:
+    privacy, deployed = mapping_at(summary, "privacy"), main_deployment(summary)
+    if is_private(summary):
+        yield "epsilon", "ε of the users who trained", epsilon_cell(privacy), ""
+        if deployed:
+            yield "deployed", "ε of the deployment it stands for", epsilon_cell(deployed), ""
+    elif is_private(summary) is False:
+        yield "epsilon", "ε of the users who trained", "none: no noise", ""
+
+
+def _size_rows(summary: Record) -> Iterator[tuple[str, str, Any, str]]:
+    for key, name in (
+        ("rounds", "Rounds"),
+        ("central_steps", "Central steps"),
+        ("cohort", "Users a round (expected cohort)"),
+        ("population", "Users that train (population)"),
+        ("parameters", "Model parameters"),
     ):
+        if summary.get(key) or (summary.get(key) == 0 and key == "rounds"):
+            yield key, name, summary[key], ""
+    if local := mapping_at(summary, "local"):
+        text = "Of these local to every user (never sent, summed or covered by epsilon)"
+        yield "local", text, local.get("parameters"), ""
+        yield "local_users", "Users with local parameters of their own", local.get("users"), ""
+    seconds = number_at(summary, "wall_seconds")
+    for key, name, value in (
+        ("wall_seconds", "Wall time", None if seconds is None else duration_text(seconds)),
+        ("client_steps_per_second", "Client steps per second",
+         number_at(summary, "client_steps_per_second")),
+        ("device", "Device", summary.get("device")),
+    ):  # fmt: skip
         if value is not None:
-            rows.append((name, value))
-    return html_table(rows)
+            yield key, name, value, ""
 
 
 def clients_table(summary: Record) -> str:
@@ -216,9 +271,14 @@ def left_out_table(federated: Sequence[Record], summary: Record) -> str:
     return "".join(parts)
 
 
-def configuration_text(config: Record) -> str:
-    """All fields, folded."""
+def configuration_text(config: Record, command: str = "") -> str:
+    """The command that made the run, and all fields, folded."""
+    made = (
+        f"<pre>{escaped(command)}</pre>"
+        if command
+        else missing_text("No command is kept: the run was made from Python, or earlier.")
+    )
     if not config:
-        return missing_text("No config.json.")
+        return made + missing_text("No config.json.")
     text = json.dumps(config, indent=2, ensure_ascii=False)
-    return f"<details><summary>All fields</summary><pre>{escaped(text)}</pre></details>"
+    return f"{made}<details><summary>All fields</summary><pre>{escaped(text)}</pre></details>"

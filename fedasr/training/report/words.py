@@ -72,39 +72,64 @@ def delta_text(privacy: Record) -> str:
     return "unknown" if delta is None else f"{delta:g}".replace("e-0", "e-")
 
 
+_NOTHING = 20.0  # an epsilon from which on the protection is not worth the name
+
+
 def privacy_sentence(summary: Record) -> str:
-    """What is guaranteed to users."""
+    """What is guaranteed to users: first to those who trained, then in the deployment."""
     private = is_private(summary)
     if private is None:
         return "Privacy: not known yet."
     if not private:
         return "Trained without differential privacy: no noise was added."
     privacy, deployment = mapping_at(summary, "privacy"), main_deployment(summary)
-    delta = delta_text(privacy)
-    simulated_text = epsilon_text(privacy)
+    users = number_at(summary, "population")
+    who = "the users" if users is None else f"the {as_text(int(users))} users"
+    text = (
+        f"User-level differential privacy: for {who} who trained here ε = {epsilon_text(privacy)} "
+        f"at δ = {delta_text(privacy)}"
+    )
+    own = epsilon_of(privacy)
+    if own is not None and own >= _NOTHING:
+        text += ", which protects nobody"
     if not deployment:
-        return f"User-level differential privacy: ε = {simulated_text} at δ = {delta}."
+        return f"{text}."
     return (
-        f"User-level differential privacy: ε = {epsilon_text(deployment)} at "
-        f"δ = {delta} with {as_text(deployment.get('cohort'))} of "
-        f"{as_text(deployment.get('population'))} users a round "
-        f"(ε = {simulated_text} for the users simulated here)."
+        f"{text}; in a deployment with the same noise and {as_text(deployment.get('cohort'))} of "
+        f"{as_text(deployment.get('population'))} users a round ε = {epsilon_text(deployment)}."
     )
 
 
-def headline_text(summary: Record) -> str:
-    """The result in a sentence."""
+def headline_text(summary: Record, central: bool = False) -> str:
+    """The result in a few sentences."""
     final = final_wer(summary)
     if final is None:
-        result = "No final word error rate yet"
-    else:
-        split, wer = final
-        initial = initial_wer(summary, split)
-        result = f"Word error rate {percent_text(wer)} on {split}"
-        if initial is not None:
-            result += f", from {percent_text(initial)} before federated training"
-    sentence = privacy_sentence(summary)
-    return f"{result}. {sentence}"
+        return f"No final word error rate yet. {privacy_sentence(summary)}"
+    split, wer = final
+    initial = initial_wer(summary, split)
+    result = f"Word error rate {percent_text(wer)} on {split}"
+    if initial is not None:
+        stage = "central" if central else "federated"
+        result += f", from {percent_text(initial)} before {stage} training"
+    served = mapping_at(mapping_at(summary, "served"), split)
+    worst, users = number_at(served, "worst_decile"), number_at(served, "users")
+    if worst is not None and users is not None and users > 1:
+        result += f"; {percent_text(worst)} for the worst tenth of its {int(users)} users"
+    return f"{result}. {privacy_sentence(summary)}"
+
+
+def interval_text(found: Record, key: str) -> str:
+    """The 95% interval of a statistic of users, in percent; "" where there is none."""
+    ends = mapping_at(found, "intervals").get(key)
+    return between_text(ends)
+
+
+def between_text(ends: Any) -> str:
+    """An interval's ends, in percent; "" where they are not two numbers."""
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return ""
+    low, high = (number_at({"": x}, "") for x in ends)
+    return "" if low is None or high is None else f"{low:.1f} to {high:.1f}%"
 
 
 def missing_text(text: str) -> str:
@@ -113,17 +138,26 @@ def missing_text(text: str) -> str:
 
 
 def note_text(text: str) -> str:
-    """A paragraph on how to read what stands above."""
-    return f'<p class="note"><b>How to read this.</b> {escaped(text)}</p>'
+    """How to read what stands above, one click away."""
+    return (
+        f'<details class="note"><summary>How to read this</summary><p>{escaped(text)}</p></details>'
+    )
 
 
-def status_text(summary: Record, federated: Sequence[Record]) -> str:
+def warning_text(texts: Sequence[Any]) -> str:
+    """What the run warned of."""
+    return "".join(f'<p class="warning">Warning: {escaped(text)}.</p>' for text in texts)
+
+
+def status_text(summary: Record, main: Sequence[Record], unit: str = "round") -> str:
     """A paragraph on how far the run has come."""
-    done = int(federated[-1]["round"]) if federated else 0
+    done = int(number_at(main[-1], unit) or 0) if main else 0
     if not summary:
         return missing_text(
-            f"This run has no summary.json: it has not ended. The last logged round is {done:,}."
+            f"This run has no summary.json: it has not ended. The last logged {unit} is {done:,}."
         )
+    if unit == "step":
+        return f"<p>Status: <b>{escaped(summary.get('status', 'unknown'))}</b>, central.</p>"
     total = number_at(summary, "rounds")
     rounds = f", {int(total):,} rounds" if total is not None else ""
     return f"<p>Status: <b>{escaped(summary.get('status', 'unknown'))}</b>{escaped(rounds)}.</p>"

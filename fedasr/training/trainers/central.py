@@ -20,7 +20,7 @@ from fedasr.training.totals import Totals
 
 def seed_training(parts: Parts) -> CentralTraining:
     """Of the seed, which each process trains alike."""
-    corpus, loss = parts.data.seed, parts.recogniser.loss
+    corpus, loss = parts.data.seed, models.build_base(parts.config).loss
     assert corpus is not None  # where the seed is trained on
     return pooled.central_training(
         parts.config, "seed_training", corpus, loss, parts.process_devices
@@ -30,13 +30,14 @@ def seed_training(parts: Parts) -> CentralTraining:
 def train_seed(session: Session, latest: int | None, units: int) -> Any:
     """Central training on the seed's split; returns parameters to start the main stage."""
     parts = session.parts
-    params = models.initial_params(parts.recogniser, parts.config)
+    # What is adapted is a seed that was trained whole.
+    params = models.base_params(parts.config)
     if not parts.seed_steps:
-        return params
+        return models.completed(params, parts.config)
     kept = seeds.folder_of(session, session.workdir) if parts.config.seed_training.reuse else None
     if kept is not None and (found := seeds.find(kept, params)) is not None:
         session.message(f"the seed is that of {kept}, which has the same settings and data")
-        return found
+        return models.completed(found, parts.config)
     state = _steps(session, "seed", seed_training(parts), params, latest, units, parts.seed_steps)
     params = hosts.leaders(state.params)
     if kept is not None:
@@ -44,7 +45,7 @@ def train_seed(session: Session, latest: int | None, units: int) -> Any:
             seeds.save(session, kept, params)
         except (OSError, UserError) as error:  # later runs train it again
             session.logger.failed("seed", f"it is not kept: {' '.join(str(error).split())[:300]}")
-    return params
+    return models.completed(params, parts.config)
 
 
 def _steps(
@@ -64,7 +65,9 @@ def _steps(
     every = config.checkpoint.seed_every
     session.logger.start(before + total, before + units, "seed")
     for state, done, loss in training.run(state, total - units):
-        record = {"loss": loss, **(_rates(session, state, done, total) if stage == "main" else {})}
+        record: dict[str, Any] = {"loss": loss}
+        if stage == "main":  # whose steps are counted on from the seed's
+            record |= {"stage": stage, **_rates(session, state, done, total)}
         session.logger.step(before + done, record)
         session.totals.loss_is_finite = math.isfinite(loss)
         if stage == "main":

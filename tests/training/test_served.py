@@ -1,0 +1,99 @@
+"""Errors by user of a run: what prepared data says of utterances, and minutes of training."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fedasr.data.listing import read_listing
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.records import open_corpus
+from fedasr.data.utterances import Utterance
+from fedasr.evaluation.hypotheses import read_hypotheses
+from fedasr.training import served
+from fedasr.training.evaluation import Decoded
+
+pytest.importorskip("array_record")
+pytest.importorskip("tensorflow_datasets")
+
+
+def sound(seconds):
+    return lambda: (
+        0.1 * np.random.default_rng(0).standard_normal(int(16_000 * seconds), np.float32),
+        16_000,
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Three users: a and b in training, b and c in the test; a line of theirs each."""
+    rows = [
+        ("a0", "a", "one", "train", 2.0, {"gender": "f"}),
+        ("b1", "b", "two", "train", 1.0, {"gender": "m"}),
+        ("b0", "b", "one two", "test", 1.0, {"gender": "m", "mood": "good"}),
+        ("b2", "b", "two", "test", 1.5, {"gender": "m", "mood": "bad"}),
+        ("c\u2028", "c", "one", "test", 1.0, {}),
+    ]
+    utterances = [
+        Utterance(name, user, text, split, sound(seconds), said)
+        for name, user, text, split, seconds, said in rows
+    ]
+    out = tmp_path_factory.mktemp("served") / "data"
+    prepare(utterances, out, name="three")
+    return out
+
+
+def decoded():
+    """In the order of some batches: c, then b's second, then b's first."""
+    return [
+        Decoded(1, 0, "one", "", 98),
+        Decoded(0, 1, "two", "two", 148),
+        Decoded(0, 0, "one two", "one too", 98),
+    ]
+
+
+def test_hypotheses_have_the_metadata_of_their_utterance(directory):
+    corpus = open_corpus(directory, "test")
+    found = served.hypotheses_of(directory, "test", corpus, decoded())
+    assert [(x.user, x.id, dict(x.metadata)) for x in found] == [
+        ("b", "b0", {"gender": "m", "mood": "good"}),
+        ("b", "b2", {"gender": "m", "mood": "bad"}),
+        ("c", "c\u2028", {}),
+    ]
+    assert found[1].seconds == pytest.approx(1.5, abs=0.01)
+    # Of an expression no more is known than what all of a user's utterances say.
+    found = served.hypotheses_of(directory, "test[:100%]", corpus, decoded())
+    assert [(x.id, dict(x.metadata)) for x in found][:2] == [("", {"gender": "m"})] * 2
+    assert read_listing(directory, "train")[0]["a"][0].metadata == {"gender": "f"}
+
+
+def test_minutes_of_training_are_those_of_the_recordings(directory):
+    train = open_corpus(directory, "train")
+    found = served.training_minutes(directory, [train])
+    assert found == pytest.approx({"a": 2 / 60, "b": 1 / 60}, rel=0.03)
+    twice = served.training_minutes(directory, [train, train])
+    assert twice == pytest.approx({name: 2 * value for name, value in found.items()})
+
+
+def test_a_run_writes_who_is_served(directory, tmp_path):
+    corpora = {"test": open_corpus(directory, "test")}
+    trained = [open_corpus(directory, "train")]
+    short = served.write_served(tmp_path, directory, corpora, {"test": decoded()}, trained)
+    assert short["test"]["users"] == 2
+    assert short["test"]["mean"] == pytest.approx((100 / 3 + 100) / 2)
+    users = json.loads((tmp_path / "users.json").read_text())["test"]
+    rates = {row["user"]: row["wer"] for row in users["by_user"]}
+    assert rates == pytest.approx({"b": 100 / 3, "c": 100})
+    assert users["columns"]["seen in training"]["groups"]["unseen"]["rate"] == 100
+    assert users["confusions"]["words"][0]["count"] == 1
+    assert [x.hypothesis for x in read_hypotheses(tmp_path)] == ["one too", "two", ""]
+
+
+def test_a_list_that_is_not_there(directory, tmp_path):
+    (tmp_path / "corpus.json").write_bytes((directory / "corpus.json").read_bytes())
+    assert read_listing(tmp_path, "test") == ({}, False)
+    (tmp_path / "utterances.jsonl").write_text('{"split": "test", "user"')
+    assert read_listing(tmp_path, "test") == ({}, False)
+    corpus = open_corpus(directory, "test")
+    found = served.hypotheses_of(tmp_path, "test", corpus, decoded())
+    assert [x.user for x in found] == ["b", "b", "c"]
