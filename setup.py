@@ -17,6 +17,7 @@ PRETRAINED = [  # models that others trained
     *SUBWORDS["tokenizers"],
     "PyYAML>=6.0",  # settings in NeMo's archives
 ]
+ONNX = ["jax2onnx>=0.17", "onnxruntime>=1.24"]  # graphs for other runtimes; 0.17.1 needs jax<0.12
 NEURAL = ["scipy>=1.13"]  # reads MATLAB files
 G2P = ["g2p_en>=2.1"]  # pronounces words as the published speech decoders' labels were
 RESCORING = ["torch>=2.4", "transformers>=4.45"]  # judges n-best lists by a causal language model
@@ -84,6 +85,7 @@ setup(
         "neural": NEURAL,
         "g2p": G2P,
         "rescoring": RESCORING,
+        "onnx": ONNX,
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
         **TRACKERS,

@@ -211,7 +211,7 @@ class Chaos:
     ) -> None:
         from fedasr.training.checkpoint import restore_params
 
-        self._source = source()
+        self._source, self._cores = source(), os.sched_getaffinity(0)
         self._random = random.Random(seed)
         self._folder, self._say = folder, say
         self._disk, self._told = folder / "disk", folder / "fault"
@@ -353,7 +353,7 @@ class Chaos:
         elif kind == "memory":
             self._bound(process.pid, self._random.randrange(64 << 20))
         elif kind == "files":
-            self._bound_files(process.pid, self._random.randrange(12))
+            self._bound_files(process.pid, self._random.randrange(4))
         elif kind in _NEED_COMPILER:
             self._told.write_text(_NEED_COMPILER[kind])
             if kind == "slow" and self._random.random() < 0.5:
@@ -370,7 +370,9 @@ class Chaos:
     def _bound_files(self, pid: int, more: int) -> None:
         """A process may open so many more files, and no others."""
         with contextlib.suppress(OSError, ValueError):
-            most = max(int(name) for name in os.listdir(f"/proc/{pid}/fd")) + 1 + more
+            used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+            # Of the numbers that are free the lowest are given out first.
+            most = sorted(set(range(len(used) + 5)) - used)[more] + 1
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
 
     def _judge(self, workdir: Path, kind: str, hurt: str, status: int | None, errors: str) -> str:
@@ -488,6 +490,9 @@ class Chaos:
             args=(self._configs[self._turn], str(workdir), str(log), jump, disk),
         )
         process.start()
+        if os.sched_getaffinity(process.pid) != self._cores:
+            process.kill()
+            raise UserError("processes were moved to other cores, whose number bits follow from")
         self._memory.join(process.pid, None)
         return process, log
 

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from fedasr.federated.server import ServerState as ServerState
     from fedasr.federated.simulation import Simulation as Simulation
     from fedasr.models.conformer import ConformerConfig as ConformerConfig
+    from fedasr.models.peft import PeftConfig as PeftConfig
+    from fedasr.models.peft import adapt as adapt
+    from fedasr.models.peft import merged as merged
     from fedasr.models.recogniser import Recogniser as Recogniser
     from fedasr.models.recogniser import ctc_recogniser as ctc_recogniser
     from fedasr.models.recogniser import recogniser as recogniser
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
     from fedasr.training.evaluation import evaluate as evaluate
     from fedasr.training.metrics import char_errors as char_errors
     from fedasr.training.metrics import word_errors as word_errors
+    from fedasr.training.transcription import load as load
 
 __version__ = "0.1.0"
 
@@ -93,6 +97,7 @@ _HOMES = {
     "federated.server": ("ServerState",),
     "federated.simulation": ("Simulation",),
     "models.conformer": ("ConformerConfig",),
+    "models.peft": ("PeftConfig", "adapt", "merged"),
     "models.recogniser": ("Recogniser", "ctc_recogniser", "recogniser"),
     "models.transformer": ("TransformerConfig",),
     "privacy.accounting": ("Epsilon",),
@@ -109,6 +114,7 @@ _HOMES = {
     "training.config": ("default_config",),
     "training.evaluation": ("Evaluator", "evaluate"),
     "training.metrics": ("char_errors", "word_errors"),
+    "training.transcription": ("load",),
 }
 _HOME = {name: f"fedasr.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -33,6 +33,7 @@ class Stream(enum.IntEnum):
     FUSION = 0x9D1A_0009  # fusion of groups' models between rounds
     STUDY = 0x9D1A_000B  # stages of a study that are not a run
     CANARIES = 0x9D1A_000A  # an audit's made-up recordings
+    ADDED = 0x9D1A_000C  # of the key of initial parameters: what an adaptation adds to them
     BOOTSTRAP = 0x9D1A_000D  # which users an interval draws again
     ATTACK = 0x9D1A_000E  # an attack's targets, shadow models and guesses
     # Of a run's root.

@@ -29,7 +29,7 @@ class SpecAugmentConfig:
       time_width: greatest width of a span, in frames ("T").
       time_fraction: greatest width of a span as a fraction of the utterance ("p").
       time_warp: greatest move of a point of the utterance, as a fraction of it; the point lies in
-        its middle half. Twice as much is how far tempo changes. 0: none.
+        its middle half, so that tempo changes by up to two to four times as much. 0: none.
       frequency_warp: greatest move of the point at three quarters of the mel channels, as a
         fraction of the channels; 0.05 is about a tenth of a frequency in Hz. 0: none.
       inclusive: whether a mask may have the greatest width and end with the utterance, as in the

@@ -38,12 +38,15 @@ def fail(message: object, status: int = MISTAKE) -> int:
     return status
 
 
-def main(program: Callable[[], int | None], module: str = "__main__") -> None:
+def main(
+    program: Callable[..., int | None], module: str = "__main__", arguments: bool = False
+) -> None:
     """Parses the flags, runs `program` and exits: 0 done, 2 a user's mistake, 1 anything else.
 
     Args:
       program: returns the exit status, or None for 0.
       module: its name, whose docstring and flags are what --help shows.
+      arguments: whether the program takes a list of what is given beside flags.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)
     app.define_help_flags()
@@ -54,6 +57,8 @@ def main(program: Callable[[], int | None], module: str = "__main__") -> None:
             rest = flags.FLAGS(sys.argv)
         except (AttributeError, KeyError) as error:
             raise UserError(f"no such field in the configuration: {error}") from error
+        if arguments:
+            return program(rest[1:])
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: options are given as --name=value")
         return program()
@@ -289,7 +294,7 @@ def _say_once(text: str, meaning: str) -> None:
             told.append(message)
             said = " ".join(str(message).split())
             # What failed comes behind the name of the program that was compiled.
-            say(f"warning: {meaning} ({said.rpartition(': ')[2][:200]})")
+            say(f"warning: {meaning} ({(said.partition(chr(39) + ': ')[2] or said)[:200]})")
 
     warnings.showwarning = show
 

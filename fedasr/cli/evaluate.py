@@ -15,13 +15,11 @@ mean, spread, worst tenth, and gaps between groups, each with a 95% interval ove
 status: 0 when done, 2 for a mistake that the user can mend.
 """
 
-import dataclasses
 import sys
-from typing import Any
 
 from absl import flags
 
-from fedasr.cli import common
+from fedasr.cli import common, decoding
 from fedasr.errors import UserError
 
 
@@ -52,8 +50,8 @@ def run() -> None:
     if rows is None and config.local.patterns:
         text = "warning: users' own parameters are not beside the checkpoint, or of other data"
         print(text, file=sys.stderr)
-    decoding = _decoding(config.decoding)
-    decoder = make_run_decoder(decoding, flags.FLAGS.data, tokenizer, [flags.FLAGS.split])
+    settings = decoding.settings(config.decoding)
+    decoder = make_run_decoder(settings, flags.FLAGS.data, tokenizer, [flags.FLAGS.split])
     evaluator = Evaluator(
         recogniser,
         buckets,
@@ -72,8 +70,8 @@ def run() -> None:
         {
             **rates,
             "split": flags.FLAGS.split,
-            "decoder": decoding.name,
-            **{name: value for name in ("lm", "lexicon") if (value := getattr(decoding, name))},
+            "decoder": settings.name,
+            **{name: value for name in ("lm", "lexicon") if (value := getattr(settings, name))},
             "utterances": int(corpus.sizes.sum()),
             "users": len(corpus.users),
             "served": served.in_short(served.describe_users(found, None)),
@@ -83,47 +81,12 @@ def run() -> None:
     )
 
 
-def _decoding(of_run: Any) -> Any:
-    """The run's settings of decoding (`fedasr.training.config.Decoding`), with the flags' changes.
-
-    Raises:
-      UserError: a flag's value that such a setting cannot have.
-    """
-    from fedasr.fields import check
-    from fedasr.training.config import fields
-
-    given: dict[str, Any] = {
-        name: value
-        for name in (
-            *("lm", "lexicon", "order", "beam", "lm_weight", "word_bonus"),
-            "blank_penalty",
-        )
-        if (value := flags.FLAGS["lm_order" if name == "order" else name].value) is not None
-    }
-    if flags.FLAGS.decoder is not None:
-        given["name"] = flags.FLAGS.decoder
-    elif of_run.name == "greedy" and (given.get("lm") or given.get("lexicon")):
-        given["name"] = "beam"
-    if given.get("name") == "greedy":  # of which these are of no use
-        given = {"lm": "", "lexicon": ""} | given
-    changed = dataclasses.replace(of_run, **given)
-    check({"decoding": dataclasses.asdict(changed)}, {"decoding": fields()["decoding"]})
-    return changed
-
-
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A work directory or one checkpoint.")
     flags.DEFINE_string("data", None, "A folder written by `fedasr prepare`.")
     flags.DEFINE_string("split", "test", "Which split of it.")
     flags.DEFINE_string("hypotheses", None, "File for each utterance's texts, JSON a line.")
-    flags.DEFINE_string("decoder", None, "greedy, beam or lexicon; default as the run was told.")
-    flags.DEFINE_string("lm", None, "ARPA file of words, or from_SPLIT of the data; '' for none.")
-    flags.DEFINE_string("lexicon", None, "File, a word a line, or from_SPLIT; '' for none.")
-    flags.DEFINE_integer("lm_order", None, "Words in the longest n-grams of a model from_SPLIT.")
-    flags.DEFINE_float("lm_weight", None, "Times the words' log probability.")
-    flags.DEFINE_float("word_bonus", None, "For every word, in nats.")
-    flags.DEFINE_float("blank_penalty", None, "Taken from the blank in every frame, in nats.")
-    flags.DEFINE_integer("beam", None, "Hypotheses kept after each frame.")
+    decoding.define_flags()
     flags.DEFINE_integer("batch_size", 32, "Utterances at a time.")
 
 

@@ -8,8 +8,10 @@ import fedasr
 PROGRAMS = {
     "train": "trains a recogniser, federated and privately or not; the quickstart without flags",
     "evaluate": "word error rates of a trained recogniser on a prepared corpus",
-    "decode": "decodes a split into a file, such as a submission to a competition",
     "prepare": "inspects, prepares or verifies a corpus",
+    "transcribe": "writes down recordings with a trained recogniser",
+    "export": "a trained recogniser as a folder or an ONNX file, with a model card",
+    "decode": "decodes a split into a file, such as a submission to a competition",
     "plan": "noise, cohort and population of a deployment, and its epsilon",
     "compile": "compiles a run's programs for accelerators that are not there",
     "audit": "attacks the round code: a lower bound on epsilon beside the claim",

@@ -100,7 +100,7 @@ def _describe(summary: dict) -> Iterator[str]:
         yield f"client updates that were not finite, counted as zero: {invalid}"
     if changes := summary.get("device_changes"):
         yield (
-            "not bit for bit what a run without these changes comes to, to about 1e-5: "
+            "what a run without these changes comes to up to rounding, and not bit for bit: "
             f"{'; '.join(changes)}"
         )
     yield f"{summary['wall_seconds']:.0f} s on {summary['device']}"

@@ -41,6 +41,7 @@ class Subset:
       groups: of "round".
       share: of "user": part of the weight matrices, in (0, 1].
       seed: draws the rounds' groups.
+      setting: what the patterns are called, for messages.
 
     Raises:
       UserError: for an unknown mode, a bad pattern or a number out of range.
@@ -51,12 +52,13 @@ class Subset:
     groups: int = 1
     share: float = 1.0
     seed: int = 0
+    setting: str = "partial.patterns"
 
     def __post_init__(self) -> None:
         if self.mode not in ("fixed", "round", "user"):
             raise UserError(f"partial.mode={self.mode!r}: choose 'fixed', 'round' or 'user'")
         if self.mode == "fixed":
-            check_patterns(self.patterns, "partial.patterns")
+            check_patterns(self.patterns, self.setting)
         if self.groups < 1:
             raise UserError(f"partial.groups={self.groups} must be at least 1")
         if not 0 < self.share <= 1:
@@ -74,9 +76,9 @@ class Subset:
         return self._matching(params) if self.mode == "fixed" else None
 
     def _matching(self, params: Any) -> list[bool]:
-        found = matches(params, self.patterns, "partial.patterns")
+        found = matches(params, self.patterns, self.setting)
         if not any(found):
-            raise UserError("partial.patterns: nothing would be trained")
+            raise UserError(f"{self.setting}: nothing would be trained")
         return found
 
     def draw(self, params: Any, key: jax.Array) -> list[bool]:

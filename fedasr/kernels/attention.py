@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from fedasr.errors import pass_exhaustion
+
 LONG = 1024  # frames; beyond, evaluation has not all scores [t, t] in memory at once
 _QUERIES = 256  # at a time, there
 _NEVER = -1e30  # the score of padding
@@ -176,6 +178,7 @@ def _why_not_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) ->
     try:
         jax.eval_shape(trained, q, k, v)
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        pass_exhaustion(error, "preparing attention")  # or bits would follow from the memory
         return str(error) or type(error).__name__
     return ""
 

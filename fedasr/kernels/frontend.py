@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from fedasr.kernels.dense import by_input, by_kernel, product
+from fedasr.kernels.low_rank import LowRank, plain
 
 _NEAR_ZERO = 0.1  # of a scale, to divide by
 
@@ -65,7 +66,7 @@ def reference(x: Affine, kernel: jax.Array, stride: int) -> jax.Array:
     return patches_reference(x.array(), width, stride) @ kernel
 
 
-def affine_product(x: Affine, kernel: jax.Array, stride: int) -> jax.Array:
+def affine_product(x: Affine, kernel: jax.Array | LowRank, stride: int) -> jax.Array:
     """patches(x) @ kernel for normalised frames: [b, t, f] and [width f, g] -> [b, o, g].
 
     Where nobody asks for the gradient of the frames, as in training, those of the two scalars
@@ -78,7 +79,7 @@ def affine_product(x: Affine, kernel: jax.Array, stride: int) -> jax.Array:
     Args:
       x: of `layers.MaskedNorm`. kernel: [width * f, g]. stride: of the patches.
     """
-    return _affine_product(stride, *x, kernel)
+    return _affine_product(stride, *x, plain(kernel))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from fedasr.errors import UserError
 from fedasr.fields import check_dataclass
@@ -22,6 +23,7 @@ from fedasr.kernels.frontend import Affine, affine_product, patches
 # Of whatever is a size: more is a slip, and would not end in an error but in no memory.
 _SIZES = ("vocab", "features", "dim", "mlp", "units", "joint_dim", "prediction_dim", "heads")
 BLOCK = "block_"  # how the names of an encoder's blocks begin
+ADAPTER = "adapter"  # among a block's parameters, beside its own
 
 
 def check_options(config: Any, sizes: Sequence[str]) -> None:
@@ -107,13 +109,41 @@ def apply_block(block: nn.Module, remat: str, x: jax.Array, *rest: Any) -> jax.A
         return block(x, *rest)
     params = block.variables["params"]
     if remat == "none" and not any(map(is_lazy, jax.tree.leaves(params, is_leaf=is_lazy))):
-        return block(x, *rest)
+        return adapted(params.get(ADAPTER), block(x, *rest))
     alone = block.clone(parent=None)
 
     def function(params, *args):
-        return alone.apply({"params": realise(params)}, *args)
+        params = realise(params)
+        return adapted(params.get(ADAPTER), alone.apply({"params": params}, *args))
 
     return (function if remat == "none" else checkpoint(function))(params, x, *rest)
+
+
+def adapted(adapter: Any, x: jax.Array) -> jax.Array:
+    """A block's output with what its adapter adds: up(relu(down(norm(x)))) (arXiv 1902.00751).
+
+    The norm has no parameters: the residual stream of pre-norm encoders has any scale.
+
+    Args:
+      adapter: {"down": {"kernel" [d, m], "bias" [m]}, "up": {"kernel" [m, d], "bias" [d]}}, see
+        `fedasr.models.peft.adapter`; None for none.
+      x: [b, t, d].
+    """
+    if adapter is None:
+        return x
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-5)
+    down, up = adapter["down"], adapter["up"]
+    hidden = jax.nn.relu(product(normed, down["kernel"]) + down["bias"])
+    return x + (product(hidden, up["kernel"]) + up["bias"]).astype(x.dtype)
+
+
+def _alike(blocks: Sequence[nn.Module]) -> bool:
+    """Whether blocks hold parameters of the same names: not where some of them are adapted."""
+    if not blocks or blocks[0].is_initializing():
+        return False
+    return len({jax.tree.structure(block.variables["params"]) for block in blocks}) == 1
 
 
 def apply_blocks(
@@ -146,14 +176,15 @@ def apply_blocks(
             k = jax.random.fold_in(batch_key, index)[None]
         return drop_block(y, x, config.layer_drop, k, dropping)
 
-    if config.scan_blocks and blocks and not blocks[0].is_initializing():
+    if config.scan_blocks and _alike(blocks):
         # Blocks are equal in shape: one is compiled, and all of them run through it.
         each = [realise(block.variables["params"]) for block in blocks]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         alone = blocks[0].clone(parent=None)
 
         def function(params: Any, *args: Any) -> Any:
-            return alone.apply({"params": params}, *args)
+            out: Any = alone.apply({"params": params}, *args)
+            return adapted(params.get(ADAPTER), out)
 
         run: Callable[..., jax.Array] = function
         if config.remat != "none":
@@ -253,10 +284,25 @@ def rotary(x: jax.Array) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def _promote(inputs: Any, kernel: Any, bias: Any, **options: Any) -> Any:
+    """flax's promotion to one dtype, of the parts of a `LowRank`, and but for narrow matrices.
+
+    `product` widens these.
+    """
+    leaves, treedef = jax.tree.flatten((kernel, bias))
+    inputs, *wide = promote_dtype(inputs, *leaves, **options)
+
+    def chosen(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old if (old.ndim, old.dtype, new.dtype) == (2, jnp.bfloat16, jnp.float32) else new
+
+    return inputs, *jax.tree.unflatten(treedef, list(map(chosen, leaves, wide)))
+
+
 class Dense(nn.Dense):
-    """flax's dense layer on `product`."""
+    """flax's dense layer on `product`; the kernel may be a `fedasr.kernels.low_rank.LowRank`."""
 
     dot_general: Callable[..., jax.Array] = lambda x, kernel, *_, **__: product(x, kernel)
+    promote_dtype: Callable[..., Any] = _promote
 
 
 def bias_free(features: int, dtype: jnp.dtype, name: str) -> Dense:

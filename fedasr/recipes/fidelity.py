@@ -260,9 +260,8 @@ _OPTIMIZERS = (
     Item(
         "small optimiser table",
         "AdaGrad from 0",
-        "`mini_optimizers` has it so; its figures of 2026-11-22 are of optax's accumulator, .1",
-        DIFFERS,
-        "that row was not measured again yet: with .1 AdaGrad is SGD on deltas so small",
+        "`mini_optimizers` has it so, measured anew; figures with optax's accumulator beside them",
+        OPTION,
         recipe="mini:adagrad=published",
         fields={"server.options": {"initial_accumulator_value": 0.0, "eps": 0.0}},
     ),

@@ -9,6 +9,7 @@ import optax
 
 from fedasr.data.batching import Bucket, Padding, PooledBatcher, Prefetcher, pooled_buckets
 from fedasr.data.corpus import Corpus
+from fedasr.federated import subset
 from fedasr.federated.client import Loss, Params
 from fedasr.federated.cohort import (
     AXIS,
@@ -42,6 +43,7 @@ class CentralTraining:
       steps_per_report: steps in one item of `run`.
       stream: what its randomness belongs to.
       model_devices: devices that hold the model together, see `client_mesh`.
+      trained: for each variable in order, whether it is trained; None for all.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class CentralTraining:
         select: Sequence[str] | None = None,
         model_devices: int = 1,
         stream: Stream = Stream.CENTRAL,
+        trained: Sequence[bool] | None = None,
     ) -> None:
         self._mesh = client_mesh(devices or jax.local_devices(), model_devices)
+        optimizer = subset.transform_part(optimizer, trained)
         self._optimizer, self._per_report = optimizer, steps_per_report
         # Every device needs an equal share; the padding examples are masked.
         batches = dict(batch_size=batch_size, frames=frames, multiple=self._mesh.shape[AXIS])
@@ -77,7 +81,12 @@ class CentralTraining:
 
         def step(state: ServerState, batch, root):
             key = jax.random.fold_in(root, state.round)
-            (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+
+            def of(part):
+                return loss(subset.merge(part, state.params, trained), batch, key)
+
+            part = subset.select(state.params, trained)
+            (value, _), grads = jax.value_and_grad(of, has_aux=True)(part)
             state = server_step(state, grads, optimizer)
             return (settled(self._mesh, state) if model_devices > 1 else state), value
 

@@ -162,6 +162,8 @@ class Checkpointer:
 
         began = time.monotonic()
         try:
+            if not self.directory.is_dir():  # or it would be made again, with nothing else in it
+                raise FileNotFoundError("the folder was moved or removed")
             with _ONE_AT_A_TIME:
                 self._manager.save(
                     step,
@@ -194,6 +196,8 @@ class Checkpointer:
             shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
         older = max((x for x in saved_steps(self.directory) if x != step), default=None)
         remedy = REMEDIES.get(exhausted(error), "make room there")
+        if not self.directory.is_dir():
+            remedy = "it was moved or removed while the run went on: put it back"
         return UserError(
             f"the checkpoint {step} cannot be written to {self.directory} ({reason_of(error)}): "
             f"{remedy}; the same command goes on "

@@ -42,6 +42,7 @@ from fedasr.training.sections import (
     Local,
     Model,
     Partial,
+    Peft,
     Privacy,
     SeedTraining,
     Selection,
@@ -94,9 +95,9 @@ class Config:
     )
     init_from: str = setting(
         checked("", values.check_start, "path"),
-        "work directory or checkpoint to start from; it replaces the seed. Or hf:FOLDER, a model "
-        "that others trained, which makes the model's section; hf-encoder:FOLDER for all of it but "
-        "a new output layer",
+        "work directory, checkpoint or exported folder to start from; it replaces the seed. Or "
+        "hf:FOLDER, a model that others trained, which makes the model's section; "
+        "hf-encoder:FOLDER for all of it but a new output layer",
     )
     data: Data = section(Data)
     model: Model = section(Model)
@@ -106,6 +107,7 @@ class Config:
     client: Client = section(Client)
     compression: Compression = section(Compression)
     partial: Partial = section(Partial)
+    peft: Peft = section(Peft)
     local: Local = section(Local)
     server: Server = section(Server)
     privacy: Privacy = section(Privacy)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedasr.training.builders.devices import described
 # In the order in which they are told: what a checkpoint says, and how another one is named.
 _NAMES = {
     "devices": "{}",
+    "cores": "{} cores",
     "chunk": "chunk={}",
     "processor": "processor {}",
     "jax": "jax {}",
@@ -44,6 +46,29 @@ def processor() -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:8]
 
 
+def cores() -> int:
+    """Cores that XLA divides its work among on a CPU, however many devices it has there.
+
+    Sums over parts of an array are in another order on another number: a run of one device had
+    other bits from the second round on where its process was pinned to one of two cores.
+    """
+    if (told := os.environ.get("NPROC", "")).isdecimal():
+        return int(told)
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """What bits follow from beside the devices; None for what has no say in them."""
+    on_cpu = devices[0].platform == "cpu"
+    return {
+        "cores": cores() if on_cpu else None,
+        "processor": processor() if on_cpu else None,
+        "jax": jax.__version__,
+        "code": source()[:8],
+    }
+
+
 def here(devices: Sequence[jax.Device], chunk: int | None) -> dict[str, Any]:
     """What a checkpoint is told of this run, to be compared by `changes`.
 
@@ -51,14 +76,7 @@ def here(devices: Sequence[jax.Device], chunk: int | None) -> dict[str, Any]:
       devices: of all processes.
       chunk: clients that are computed together; None where there are none.
     """
-    on_cpu = devices[0].platform == "cpu"
-    return {
-        "devices": described(devices),
-        "chunk": chunk,
-        "processor": processor() if on_cpu else None,
-        "jax": jax.__version__,
-        "code": source()[:8],
-    }
+    return {"devices": described(devices), "chunk": chunk, **machine(devices)}
 
 
 def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -189,13 +189,13 @@ class RunLogger:
         workdir.mkdir(parents=True, exist_ok=True)
         self.failures: dict[str, str] = {}
         self.kept: list[dict[str, Any]] = []
-        self._to_terminal = Sink("progress", self._failed, patience)
-        self._to_file = Sink(METRICS_FILE, self._failed, patience)
+        self._to_terminal = Sink("progress", self.failed, patience)
+        self._to_file = Sink(METRICS_FILE, self.failed, patience)
         # Events may come late: nobody looks at them between two rounds.
-        self._to_tensorboard = Sink("TensorBoard", self._failed, 0)
+        self._to_tensorboard = Sink("TensorBoard", self.failed, 0)
         self._trackers: dict[str, tuple[Sink, Told]] = {}
         for name in trackers:
-            sink = Sink(name, self._failed, 0)  # networks may be slow: nobody waits
+            sink = Sink(name, self.failed, 0)  # networks may be slow: nobody waits
             self._trackers[name] = sink, Told(name, workdir, config or {})
         self._file = _LineFile(workdir / METRICS_FILE)
         self._logged: set[tuple[str, Any]] = set()
@@ -210,7 +210,8 @@ class RunLogger:
         # Last: what fails is said by means of the rest.
         self._to_file(self._keep, workdir, resume_round, resume_step)
 
-    def _failed(self, name: str, what: str) -> None:
+    def failed(self, name: str, what: str) -> None:
+        """Says, and keeps for the summary, that something is done without."""
         self.failures[name] = what
         if name != "progress":
             self.message(f"warning: {name}: {what}: training goes on without")

@@ -220,6 +220,32 @@ class Partial:
 
 
 @dataclasses.dataclass(frozen=True)
+class Peft:
+    """Adapting a model: what is trained of it, and what is added for that."""
+
+    kind: str = setting(
+        choice("full", values.adaptations),
+        'everything; or "head", "bitfit", "lora", "ffa_lora", "adapter" (see '
+        "`fedasr.models.peft`), in place of `partial`",
+    )
+    rank: int = setting(whole(8, 1, 65_536), "of LoRA's factors")
+    alpha: float = setting(real(16.0, above=0, most=1e6), "their product counts alpha/rank times")
+    patterns: tuple[str, ...] = setting(
+        several((), values.check_pattern, what="regular expressions"),
+        "searched for in paths: matrices that get factors, blocks that get adapters, or what the "
+        "head is; (): the kind's own",
+    )
+    bottleneck: int = setting(whole(32, 1, 65_536, "units"), "of an adapter")
+    also: tuple[str, ...] = setting(
+        several((), values.check_pattern, what="regular expressions"),
+        "variables trained beside, such as a new head",
+    )
+    frozen_dtype: str = setting(
+        choice("float32", values.frozen_dtypes), 'of the matrices that are not trained; "bfloat16"'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Local:
     """Local parameters (federated only).
 

@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.privacy import ledger
@@ -41,7 +39,7 @@ def identity(config: Config, devices: Any) -> str:
     training = {k: v for k, v in tree["seed_training"].items() if k != "reuse"}
     augment = {k: v for k, v in tree["augment"].items() if k != "start_round"}
     data = {k: tree["data"].get(k) for k in ("identity", "characters")}
-    made_by = [exactness.source(), jax.__version__, device_name(devices), len(devices)]
+    made_by = [exactness.machine(devices), device_name(devices), len(devices)]
     parts = [tree["seed"], tree["model"], tree["model_devices"], training, augment, data, made_by]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

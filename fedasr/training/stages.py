@@ -18,8 +18,8 @@ from fedasr.training.trainers.central import train_seed
 from fedasr.training.workdir import SUMMARY_FILE
 
 NEW_ORDER = (
-    "sums are in another order, so that parameters agree to about 1e-5 with those of a run that "
-    "stays, and not bit for bit"
+    "sums are in another order, so that parameters agree with those of a run that stays up to "
+    "rounding (about 1e-5; adaptive optimisers carry it on), and not bit for bit"
 )
 NEW_CODE = "what is computed may be another, too"
 _REPORT_SECONDS = 300.0  # that the run waits for its plots

@@ -1,5 +1,6 @@
 """The parameters that a run starts from: those of another run, by `init_from`."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
-from fedasr.training.builders import models, pretrained
+from fedasr.models import peft
+from fedasr.training import exported
+from fedasr.training.builders import clients, models, pretrained
 from fedasr.training.checkpoint import (
     has_checkpoint,
     restore_params,
@@ -16,12 +19,15 @@ from fedasr.training.checkpoint import (
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.config import Config
 from fedasr.training.stored import find_step
+from fedasr.training.workdir import recorded_config
 
 
 def check_there(config: Config, workdir: Path) -> None:
     """Raises UserError if a run would have nothing to start from; before data is made for it."""
-    if config.init_from and not has_checkpoint(workdir) and not pretrained.is_pretrained(config):
-        find_step(config.init_from)  # of others `pretrained.resolved` has looked
+    if not config.init_from or has_checkpoint(workdir) or pretrained.is_pretrained(config):
+        return  # of pretrained ones `pretrained.resolved` has looked
+    if not exported.is_exported(config.init_from):
+        find_step(config.init_from)
 
 
 def read_start(
@@ -45,8 +51,9 @@ def _read_start(config: Config) -> dict[str, Any]:
     shapes = models.variable_shapes(config)
     if pretrained.is_pretrained(config):
         pretrained.check_tokenizer(config, config.data.characters)
-        return models.as_kept(pretrained.read_params(config, shapes), config)
-    start = _loaded(path, shapes)
+        base = pretrained.read_params(config, models.base_shapes(config))
+        return models.completed(base, config)
+    start = _loaded(path, shapes, config)
     theirs = checkpoint_metadata(path).get("config", {}).get("data", {}).get("characters")
     ours = theirs if config.data.characters is None else config.data.characters
     if theirs not in (None, ours):
@@ -54,9 +61,25 @@ def _read_start(config: Config) -> dict[str, Any]:
     return start
 
 
-def _loaded(path: str, like: Any) -> Any:
+def _adapted(params: Any, path: str, config: Config) -> Any:
+    """A start's parameters as the run has them: adapted alike, or its base adapted anew."""
+    theirs = clients.peft_config(recorded_config(checkpoint_metadata(path).get("config", {})))
+    ours = clients.peft_config(config)
+    if theirs.kind != "full" and dataclasses.replace(theirs, also=(), frozen_dtype="") != (
+        dataclasses.replace(ours, also=(), frozen_dtype="")
+    ):
+        params = peft.merged(params, theirs)
+    return models.completed(jax.tree.map(_in_float32, params), config)
+
+
+def _in_float32(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+
+
+def _loaded(path: str, like: Any, config: Config) -> Any:
     """Parameters of a checkpoint, checked against the model's shapes."""
-    params = restore_params(path)
+    params = _adapted(restore_params(path), path, config)
     theirs = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(params)}
     ours = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(like)}
     if theirs != ours:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedasr.errors import UserError, pass_exhaustion
+from fedasr.training import exported
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.values import bucket
 
@@ -48,7 +49,7 @@ def restore_params(path: str | Path) -> PyTree:
     Args:
         path: a work directory, its `checkpoints/` folder (both stand for the latest checkpoint in
             them; a work directory for the best, if its run keeps that: see
-            `fedasr.training.selection`) or the folder of one checkpoint.
+            `fedasr.training.selection`), the folder of one checkpoint, or one of `fedasr export`.
 
     Returns:
         The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.
@@ -57,6 +58,8 @@ def restore_params(path: str | Path) -> PyTree:
         UserError: if there is no complete checkpoint at `path`, or none with parameters, or they
             are not what was saved.
     """
+    if exported.is_exported(path):
+        return exported.read_params(path)
     folder = find_step(path)
     tree = read_shapes(folder)
     if not isinstance(tree, Mapping) or not jax.tree.leaves(tree.get("params")):
@@ -72,6 +75,8 @@ def restore_params(path: str | Path) -> PyTree:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata saved with a checkpoint; `path` and errors as in `restore_params`."""
+    if exported.is_exported(path):
+        return exported.read_metadata(path)
     return read_json(find_step(path))
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedasr.errors import UserError
 from fedasr.federated.server import ServerState
 from fedasr.training import seeds
 from fedasr.training.builders.devices import device_name
 from fedasr.training.logging import to_json
 from fedasr.training.session import Session
+from fedasr.training.stored import has_checkpoint
 from fedasr.training.trainers.central import seed_training
 from fedasr.training.workdir import identity
 
@@ -100,6 +102,9 @@ def of_seed(session: Session, params: Any) -> dict[str, Any]:
     """Of a seed that was trained, or found, by itself: where it lies, and its error rates."""
     parts = session.parts
     folder = seeds.folder_of(session, session.workdir)
+    if not has_checkpoint(folder):
+        why = session.logger.failures.get("seed", "it is not there")
+        raise UserError(f"--action=seed_only: no seed in {folder}: {why}")
     rates = session.evaluate(params, parts.config.evaluation.while_training)
     return to_json(
         {

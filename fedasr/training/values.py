@@ -36,6 +36,20 @@ def models() -> list[str]:
     return list(model_configs())
 
 
+def adaptations() -> list[str]:
+    """Kinds of adaptation."""
+    from fedasr.models.peft import KINDS
+
+    return list(KINDS)
+
+
+def frozen_dtypes() -> list[str]:
+    """What matrices that are not trained may be kept as."""
+    from fedasr.models.peft import FROZEN
+
+    return list(FROZEN)
+
+
 def decoders() -> list[str]:
     """Names of decoders."""
     from fedasr.decoding.registry import DECODERS

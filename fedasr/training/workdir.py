@@ -54,12 +54,20 @@ LATER: dict[str, Any] = {
     "model.options.init": "third",
     "model.options.layer_drop_per": "part",
     "model.options.stream_dtype": "",
+    "model.options.scan_blocks": False,
     "model.options.recurrent_init": "gates",
     "model.options.initial_states": "all",
     "model.options.walk_axis": "time",
     "model.options.l2_on": "all",
     "model.options.taps": 0,
     "model.options.windows": "centred",
+    "peft.kind": "full",
+    "peft.rank": 8,
+    "peft.alpha": 16.0,
+    "peft.patterns": [],
+    "peft.bottleneck": 32,
+    "peft.also": [],
+    "peft.frozen_dtype": "float32",
 }
 # Likewise, the newest first, of before that rule.
 ADDED: dict[str, Any] = {

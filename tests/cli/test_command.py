@@ -18,6 +18,8 @@ SHIMS = {
     "attack": "attack",
     "compare": "compare",
     "decode": "decode",
+    "transcribe": "transcribe",
+    "export": "export",
     "prepare_data": "prepare",
     "plan_privacy": "plan",
     "audit_privacy": "audit",

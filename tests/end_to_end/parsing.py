@@ -14,6 +14,7 @@ import sys
 from absl import flags
 
 TAKEN = 0
+LISTS = {"experiments.transcribe"}  # take files beside flags
 
 
 def take(module, arguments):
@@ -22,7 +23,7 @@ def take(module, arguments):
 
     def parse_only(values, argv, known_only=False):
         rest = parse(values, argv, known_only)
-        if len(rest) > 1:
+        if len(rest) > 1 and module not in LISTS:
             return rest  # the program refuses them
         if module == "experiments.train":
             from fedasr.training.config import check_fields

@@ -12,7 +12,7 @@ from fedasr.privacy.accounting import rdp_epsilon
 from fedasr.recipes import own_speech
 from fedasr.recipes.tables import expansion
 from fedasr.training import loop, stages
-from fedasr.training.builders import mechanisms, whole
+from fedasr.training.builders import corpora, mechanisms, whole
 from fedasr.training.config import Config
 from fedasr.training.logging import to_json
 
@@ -110,9 +110,10 @@ def test_every_row_of_the_table_can_be_run(six):
             assert section[leaf] != value or leaf == "steps", (row.name, name)
             section[leaf] = value
         found[row.name] = whole.checked(tree)
-    assert found["Conformer"].model.options["conv_kernel"] == 16
     assert found["private"].privacy.enabled and not found["federated"].privacy.enabled
-    assert found["Conformer"].model.options["vocab"] == found["private"].model.options["vocab"]
+    conformer, transformer = (found[x].model.options for x in ("federated", "Transformer"))
+    assert "conv_kernel" in conformer and "front_end" in transformer
+    assert conformer["vocab"] == transformer["vocab"] and conformer["dropout"] == 0.1
 
 
 def test_without_a_seed_split(tmp_path, capsys):
@@ -175,3 +176,14 @@ def test_data_that_is_not_there_is_told_of_when_it_is_used(tmp_path, capsys):
     with pytest.raises(UserError, match="nowhere"):
         loop.run(to_json(config.to_dict()), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_transcripts_too_long_for_the_model_are_counted(tmp_path):
+    """One second: 33 encoder frames of 30 ms, 25 of 40."""
+    make(tmp_path / "data", {"train": 3, "dev": 1}, ["go", "seven nine seven nine seven o"])
+    said = []
+    for model in ("conformer", "transformer"):
+        config = own_speech.get_config(f"data={tmp_path / 'data'},model={model}")
+        corpora.Data(tmp_path / "data", Config.of(to_json(config.to_dict())), said.append)
+    (told,) = [text for text in said if "stride" in text]
+    assert "stride is 4" in told and "3 of 6 training transcripts are too long" in told

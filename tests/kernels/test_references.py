@@ -7,6 +7,7 @@ import pytest
 
 from fedasr.kernels import attention, ctc, dense, depthwise, frontend, gru, rnnt
 from fedasr.kernels.checkpoint import checkpoint
+from fedasr.kernels.low_rank import LowRank
 
 
 def compare(found, expected, arguments, tolerance):
@@ -35,6 +36,42 @@ def normal(*shape, seed=0):
 def double():
     with jax.enable_x64(True):
         yield
+
+
+def test_low_rank():
+    arguments = normal(2, 5, 7), normal(7, 4, seed=1), normal(7, 3, seed=2), normal(3, 4, seed=3)
+
+    def through(function):
+        return lambda x, *parts: function(x, LowRank(*parts, scale=0.7))
+
+    compare(through(dense.product), through(dense.reference), arguments, 1e-12)
+    x, base, down, up = arguments
+    by_hand = x @ (base + 0.7 * down @ up)
+    np.testing.assert_allclose(through(dense.product)(*arguments), by_hand, rtol=1e-12)
+    # What knows arrays alone gets the sum.
+    np.testing.assert_allclose(jnp.asarray(x) @ LowRank(base, down, up, 0.7), by_hand, rtol=1e-12)
+
+
+def test_narrow():
+    """Of a matrix that all share, and of one for each; also where one client's input is NaN."""
+    kernel = jnp.asarray(normal(7, 4, seed=1), jnp.bfloat16)
+    x = jnp.asarray(normal(3, 2, 5, 7), jnp.float32)
+
+    def total(function):
+        return jax.jit(jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(function(*args))), (0, 1)))
+
+    for own, axes in ((kernel, (0, None)), (jnp.stack([kernel, -kernel, 2 * kernel]), (0, 0))):
+        ours, theirs = (
+            jax.vmap(total(function), in_axes=axes)(x, own)
+            for function in (dense.product, dense.reference)
+        )
+        for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=1e-2, atol=1e-5)
+        broken = jax.vmap(dense.product, in_axes=axes)(x.at[0].set(jnp.nan), own)
+        expected = jax.vmap(dense.reference, in_axes=axes)(x, own)
+        assert np.isnan(broken[0]).all()
+        np.testing.assert_allclose(broken[1:], expected[1:], rtol=1e-5, atol=1e-5)
 
 
 def test_dense():

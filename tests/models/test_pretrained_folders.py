@@ -1,6 +1,7 @@
 """Folders of pretrained models, written by hand: what is read, and what is refused in one line."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ pytest.importorskip("safetensors", reason="pretrained models need safetensors")
 from safetensors.numpy import load_file, save_file
 
 from fedasr.errors import UserError
-from fedasr.models.pretrained import FAMILIES, audio, folders
+from fedasr.models.pretrained import FAMILIES, audio, export_folder, folders
 from fedasr.models.pretrained.modules import grouped_convolution
 from fedasr.models.recogniser import make_recogniser, takes_audio
 from fedasr.text import CharTokenizer, folder_tokenizer, prepared_with
@@ -153,9 +154,24 @@ def test_nothing_there(tmp_path):
 
 def test_parameters_of_another_model_are_not_written():
     params = make_recogniser("wav2vec2", OPTIONS).init(jax.random.key(1))
+    more = {**params, "adapter": {"kernel": np.zeros(3)}}
+    with pytest.raises(UserError, match="hold adapter/kernel, for which a folder has no place"):
+        folders.to_tensors("wav2vec2", OPTIONS, more)
     del params["projection"]
     with pytest.raises(UserError, match="the parameters lack projection/kernel"):
         folders.to_tensors("wav2vec2", OPTIONS, params)
+
+
+def test_a_folder_is_written_of_models_that_came_from_one(tmp_path):
+    model = types.SimpleNamespace(name="wav2vec2", options=OPTIONS)
+    params = make_recogniser("wav2vec2", OPTIONS).init(jax.random.key(1))
+    export_folder(model, params, {"characters": "\ue001ab c"}, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, read(tmp_path))
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    assert vocabulary == {"<pad>": 0, "<s>": 1, "a": 2, "b": 3, "|": 4, "c": 5}
+    model.name = "transformer"
+    with pytest.raises(UserError, match="own format"):
+        export_folder(model, params, {"characters": "ab"}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Whisper against transformers, on a tiny model with random weights."""
 
+import base64
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ pytest.importorskip("safetensors", reason="pretrained models need safetensors")
 import torch
 import transformers
 
-from fedasr.models.pretrained import folders, mapping
+from fedasr.errors import UserError
+from fedasr.models.pretrained import export_folder, folders, mapping
 from fedasr.models.recogniser import make_recogniser
 
 VOCAB = 12
@@ -154,6 +157,24 @@ def test_whisper_is_written_back_bit_for_bit(words):
     assert written.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(written[name], value, err_msg=name)
+
+
+def test_a_whisper_that_is_written_is_loaded_by_transformers(words, waves, tmp_path):
+    model = types.SimpleNamespace(name="whisper", options=words.source.options)
+    subwords = {"kind": "tokenizers", "model": base64.b64encode(b"{}").decode()}
+    export_folder(model, words.params, {"subwords": subwords}, tmp_path)
+    again = folders.open_source(tmp_path)
+    assert words.source.options.items() <= again.options.items()
+    loaded = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert loaded.generation_config.suppress_tokens == [3]
+    tokens = torch.tensor([[31, 32, 4, 5]])
+    with torch.no_grad():
+        mel = words.mel(waves()[0])
+        ours = loaded(mel, decoder_input_ids=tokens).logits
+        np.testing.assert_array_equal(ours, words.model(mel, decoder_input_ids=tokens).logits)
+    model.options = {**words.source.options, "objective": "ctc"}
+    with pytest.raises(UserError, match="no Whisper with a CTC head"):
+        export_folder(model, words.params, {"subwords": subwords}, tmp_path)
 
 
 def test_whispers_encoder_with_a_new_output_layer(words, waves, batch):

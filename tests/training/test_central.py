@@ -46,13 +46,13 @@ def corpus():
     return InMemoryCorpus(users, ragged=("x",))
 
 
-def training(corpus, devices, per_report=3, buckets=2):
+def training(corpus, devices, per_report=3, buckets=2, seed=SEED):
     return CentralTraining(
         corpus,
         noisy_squares,
         optax.adam(0.1),
         BATCH,
-        seed=SEED,
+        seed=seed,
         buckets=make_buckets([corpus], buckets, {"x": 4}),
         steps_per_report=per_report,
         devices=jax.devices()[:devices],
@@ -151,3 +151,14 @@ def test_central_optimisers_take_options():
     p, g = jnp.float32([3.0, 4.0]), jnp.float32([0.6, 0.8])
     update, _ = optimizer.update(g, optimizer.init(p), p)
     np.testing.assert_allclose(update, -0.001 * 5 / (1 + 1.0) * g, rtol=1e-6)
+
+
+def test_another_seed_has_the_same_program_and_other_draws(corpus):
+    """What is compiled for one seed is found in the cache by the next."""
+    programs, losses = [], []
+    for seed in (1, 2):
+        made = training(corpus, 1, per_report=1, buckets=1, seed=seed)
+        state, batch = made.init(PARAMS), made._batcher.batch(0)
+        programs.append(made._step.lower(state, batch, made._root).as_text())
+        losses.append([loss for *_, loss in made.run(state, 2)])
+    assert programs[0] == programs[1] and losses[0] != losses[1]

@@ -468,6 +468,20 @@ def test_parameters_that_are_not_what_was_saved_are_not_handed_out(tmp_path, mon
     assert restore_params(tmp_path)["w"].tolist() == [2, 2]
 
 
+def test_a_folder_that_is_moved_meanwhile_is_not_made_again(tmp_path):
+    """A run would end well in a folder that holds nothing else."""
+    with Checkpointer(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, {"params": np.ones(2)}, {})
+        checkpoints.wait()
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        checkpoints.save(2, {"params": np.ones(2)}, {})
+        with pytest.raises(UserError, match="moved or removed while the run went on: put it back"):
+            checkpoints.wait()
+    assert not (tmp_path / "run").exists()
+    with Checkpointer(tmp_path / "elsewhere") as checkpoints:
+        assert checkpoints.latest_step() == 1
+
+
 def test_folders_that_are_called_like_checkpoints_are_none(tmp_path):
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(7, {"params": np.ones(2)}, {})

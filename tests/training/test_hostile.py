@@ -60,6 +60,10 @@ SENSIBLE = {
     ("privacy.deployments", "empty list"),
     ("partial.patterns", "list of an unknown name"),  # unless mode is "fixed": see below
     ("model.options", "empty mapping"),
+    ("peft.patterns", "empty list"),
+    ("peft.patterns", "list of an unknown name"),  # unless the kind has a use for them
+    ("peft.also", "empty list"),
+    ("peft.also", "list of an unknown name"),  # likewise
     ("augment.options", "empty mapping"),
     ("server.options", "empty mapping"),
     ("central.options", "empty mapping"),

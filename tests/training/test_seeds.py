@@ -105,6 +105,18 @@ def test_a_damaged_seed_is_trained_again_and_replaced(corpus, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, expected, restore_params(found["seed"]))
 
 
+def test_a_seed_that_cannot_be_kept_is_a_warning_unless_it_is_all_that_is_wanted(
+    corpus, tmp_path, capsys
+):
+    (tmp_path / ".seeds").write_text("in the way")
+    summary = loop.run(configure(corpus), tmp_path / "run")
+    assert summary["status"] == "completed"
+    assert "it is not kept" in summary["side_channel_failures"]["seed"]
+    assert capsys.readouterr().err.count("warning: seed: it is not kept") == 1
+    with pytest.raises(UserError, match=r"seed_only: no seed in .*: it is not kept"):
+        loop.run(configure(corpus), tmp_path / "alone", only_seed=True)
+
+
 def test_the_identity_is_of_all_that_makes_a_seed(monkeypatch):
     config = Config().with_data(identity="data", characters="ab")
     devices = jax.devices()[:1]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -479,14 +480,31 @@ def test_what_else_bits_follow_from_is_compared_with_the_checkpoint(
     ours = exactness.here(jax.devices()[:1], 4)
     assert ours["devices"] == "1 x cpu" and ours["jax"] == jax.__version__ and ours["processor"]
     assert exactness.changes({}, ours) == exactness.changes(dict(ours), ours) == []
+    assert ours["cores"] == len(os.sched_getaffinity(0))
     theirs = {**ours, "chunk": 2, "jax": "0.1", "processor": "other", "devices": "2 x cpu"}
+    theirs["cores"] = 99
     assert exactness.changes(theirs, ours) == [
         "2 x cpu -> 1 x cpu",
+        f"99 cores -> {ours['cores']} cores",
         "chunk=2 -> chunk=4",
         f"processor other -> processor {ours['processor']}",
         f"jax 0.1 -> jax {jax.__version__}",
     ]
-    assert exactness.changes({**theirs, "chunk": None}, ours)[1].startswith("processor")
+    assert exactness.changes({**theirs, "chunk": None}, ours)[2].startswith("processor")
+    assert exactness.changes({**theirs, "cores": None}, ours)[1].startswith("chunk")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are pinned on Linux")
+def test_a_process_that_is_pinned_has_other_cores(monkeypatch):
+    """As many devices then divide their work among other numbers of threads."""
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert exactness.here(jax.devices()[:1], 1)["cores"] == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+    monkeypatch.setenv("NPROC", "7")
+    assert exactness.machine(jax.devices())["cores"] == 7
 
 
 def test_a_lost_chunk_file_is_that_of_the_checkpoint(halfway, monkeypatch):

@@ -33,6 +33,8 @@ class Family:
         options by name; raises UserError for a variant that is not known, and KeyError for what is
         missing.
       encoder: options of a model with a new output layer that are others.
+      describe: from options to files of a folder that transformers loads, by name, config.json
+        among them: the inverse of `options`; UserError where it has no such class.
       table: from options, and whether the output layer is among them, to the tensors.
       recogniser: from options and SpecAugment (None for none) to the recogniser.
       unused: regular expressions, searched for in names, of tensors that nothing here needs.
@@ -43,6 +45,7 @@ class Family:
     prefix: Callable[[Any], str]
     head: str
     options: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    describe: Callable[[Any], dict[str, dict[str, Any]]]
     table: Callable[[Any, bool], list[Entry]]
     recogniser: Callable[[Any, SpecAugmentConfig | None], Recogniser]
     unused: Sequence[str] = ()

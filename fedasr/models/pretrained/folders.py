@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from fedasr.errors import UserError, pass_exhaustion
-from fedasr.models.pretrained import FAMILIES, mapping, nemo
+from fedasr.models.pretrained import mapping, nemo
 from fedasr.models.pretrained.family import Family
+from fedasr.models.pretrained.registry import FAMILIES
 
 CONFIG = "config.json"
 _BESIDE = ("preprocessor_config.json", "generation_config.json")
@@ -187,14 +188,20 @@ def _tensors(place: str | Path, folder: Path, path: Path) -> dict[str, Callable[
     return found
 
 
-def _opened(path: Path) -> Any:
+def library() -> Any:
+    """`safetensors`; UserError where it is missing."""
     try:
         import safetensors
         import safetensors.numpy
     except ImportError as error:
         raise UserError(
-            "reading pretrained models needs safetensors: pip install 'fedasr[pretrained]'"
+            "pretrained models need safetensors: pip install 'fedasr[pretrained]'"
         ) from error
+    return safetensors
+
+
+def _opened(path: Path) -> Any:
+    safetensors = library()
     try:
         return safetensors.safe_open(path, framework="np")
     except FileNotFoundError as error:

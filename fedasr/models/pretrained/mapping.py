@@ -200,9 +200,14 @@ def to_tensors(table: Sequence[Entry], params: Any) -> dict[str, np.ndarray]:
     """What a file of these parameters holds: the inverse of `to_params`, float32 by name.
 
     Raises:
-      UserError: the parameters lack one of the table's.
+      UserError: the parameters lack one of the table's, or have one that it lacks.
     """
     flat = _flat(params)
+    if more := sorted(flat.keys() - {path for entry in table for path in entry.paths}):
+        raise UserError(
+            f"the parameters hold {more[0]}, for which a folder has no place: merge what was added "
+            "to the model first"
+        )
     if lacking := [path for entry in table for path in entry.paths if path not in flat]:
         raise UserError(f"the parameters lack {lacking[0]}: they are of another model")
     written: dict[str, np.ndarray] = {}

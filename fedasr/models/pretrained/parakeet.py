@@ -347,12 +347,60 @@ def options(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def describe(c: ParakeetConfig) -> dict[str, dict[str, Any]]:
+    """The inverse of `options`: files by name.
+
+    Raises:
+      UserError: a front end of earlier Conformers, which transformers has not.
+    """
+    if not c.separable:
+        raise UserError(
+            "transformers has no model with this front end (separable=False): export it in the "
+            "project's own format"
+        )
+    encoder = {
+        "model_type": "parakeet_encoder",
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.blocks,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp,
+        "hidden_act": "silu",
+        "num_mel_bins": c.mels,
+        "subsampling_conv_channels": c.channels,
+        "subsampling_conv_kernel_size": 3,
+        "subsampling_conv_stride": 2,
+        "subsampling_factor": c.factor,
+        "conv_kernel_size": c.kernel,
+        "attention_bias": c.bias,
+        "convolution_bias": c.convolution_bias,
+        "scale_input": c.scale_input,
+    }
+    config = {
+        "model_type": "parakeet_ctc",
+        "architectures": ["ParakeetForCTC"],
+        "vocab_size": c.vocab,
+        "pad_token_id": c.blank,
+        "encoder_config": encoder,
+    }
+    preprocessor = {
+        "feature_extractor_type": "ParakeetFeatureExtractor",
+        "feature_size": c.mels,
+        "sampling_rate": audio.RATE,
+        "preemphasis": c.emphasis,
+        "n_fft": 512,
+        "win_length": 400,
+        "hop_length": audio.BLOCK_SAMPLES,
+    }
+    return {"config.json": config, "preprocessor_config.json": preprocessor}
+
+
 FAMILY = Family(
     config=ParakeetConfig,
     types=("parakeet_ctc",),
     prefix=lambda c: "encoder",
     head=r"^ctc_head\.",
     options=options,
+    describe=describe,
     table=table,
     recogniser=recogniser,
 )

@@ -401,12 +401,58 @@ def options(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, A
     }
 
 
+_CLASSES = {"wav2vec2": "Wav2Vec2ForCTC", "hubert": "HubertForCTC", "wavlm": "WavLMForCTC"}
+
+
+def describe(c: Wav2Vec2Config) -> dict[str, dict[str, Any]]:
+    """The inverse of `options`: files by name."""
+    convolutions, widths, strides = (numbers(c, name) for name in _FRONT_END)
+    config = {
+        "model_type": c.layout,
+        "architectures": [_CLASSES[c.layout]],
+        "vocab_size": c.vocab,
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.blocks,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp,
+        "hidden_act": "gelu",
+        "feat_extract_activation": "gelu",
+        "feat_extract_norm": c.convolution_norm,
+        "feat_proj_layer_norm": c.projection_norm,
+        "conv_dim": list(convolutions),
+        "conv_kernel": list(widths),
+        "conv_stride": list(strides),
+        "conv_bias": c.convolution_bias,
+        "num_feat_extract_layers": len(widths),
+        "num_conv_pos_embeddings": c.position_width,
+        "num_conv_pos_embedding_groups": c.position_groups,
+        "do_stable_layer_norm": c.norm == "pre",
+        "layer_norm_eps": c.epsilon,
+        "num_buckets": c.buckets,
+        "max_bucket_distance": c.distance,
+        "pad_token_id": c.blank,
+        # Masks of features have a vector of their own there, which is not kept.
+        "mask_time_prob": 0.0,
+        "mask_feature_prob": 0.0,
+    }
+    preprocessor = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": audio.RATE,
+        "padding_value": 0.0,
+        "do_normalize": c.normalise,
+        "return_attention_mask": c.convolution_norm == "layer",
+    }
+    return {"config.json": config, "preprocessor_config.json": preprocessor}
+
+
 FAMILY = Family(
     config=Wav2Vec2Config,
     types=tuple(_PREFIXES),
     prefix=lambda c: _PREFIXES[c.layout],
     head=r"^lm_head\.",
     options=options,
+    describe=describe,
     table=table,
     recogniser=recogniser,
     # What pretraining alone needs.

@@ -101,6 +101,7 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
 
     "wer" has "mean", "std" (of the sample; None for one seed) and "values" by split; "epsilon" is
     of the first deployment: a number, infinite without a guarantee, or None without privacy.
+    "sent" are bytes of a client's update.
     """
     point = {} if start else choose(table, row, outcomes)
     if start:
@@ -122,6 +123,7 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
         "seeds": [seed for seed, _ in completed],
         "wer": wer,
         "epsilon": _epsilon(completed[0][1].summary) if completed else None,
+        "sent": _sent(completed[0][1].summary) if completed else None,
         "published": dict(row.published),
         "difference": {
             split: wer[split]["mean"] - figure
@@ -152,6 +154,12 @@ def _epsilon(summary: Mapping[str, Any]) -> float | None:
         return None
     epsilon = privacy["extrapolations"][0]["epsilon"]
     return math.inf if epsilon is None else epsilon  # older summaries: null alone
+
+
+def _sent(summary: Mapping[str, Any]) -> float | None:
+    """Bytes that a client sends in a round; None of central training."""
+    clients = summary.get("clients") or [{}]
+    return clients[-1].get("up_bytes")
 
 
 def _notes(

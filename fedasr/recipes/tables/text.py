@@ -11,6 +11,8 @@ from typing import Any
 from fedasr.recipes.tables.definition import Table, describe_point, grid_of
 from fedasr.recipes.tables.results import Results
 
+_SENT = "sent (kB)"  # a client's update
+
 
 def to_markdown(table: Table, results: Results, plot: str = "") -> str:
     """The table for people, with the published ordering and whether it was found.
@@ -47,6 +49,8 @@ def to_markdown(table: Table, results: Results, plot: str = "") -> str:
 def _grid_lines(table: Table, results: Results) -> list[str]:
     """The rows, without the columns that would be empty."""
     rows = [_cells(table, row) for row in (*results["starts"], *results["rows"])]
+    if len({row.get("sent") for row in results["rows"]}) == 1:  # tells nothing
+        rows = [row | {_SENT: ""} for row in rows]
     always = ("", "seeds", *(f"{split} WER" for split in table.report))
     columns = [name for name in rows[0] if name in always or any(row[name] for row in rows)]
     body = [[row[name].replace("|", "\\|") for name in columns] for row in rows]
@@ -97,6 +101,8 @@ def _cells(table: Table, row: Results) -> dict[str, str]:
     for split in table.report:
         cells[f"{split} WER"] = _rate(row["wer"].get(split))
     epsilon = row["epsilon"]
+    sent = row.get("sent")
+    cells[_SENT] = "" if sent is None else f"{sent / 1000:,.1f}"
     cells["epsilon"] = "" if epsilon is None else f"{epsilon:.3g}".replace("inf", "infinite")
     for split in table.report:
         published, difference = row["published"].get(split), row["difference"].get(split)

@@ -1,5 +1,6 @@
 """What clients do in a round: local training of a subset, from and to compressed variables."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from fedasr.compression.formats import FloatFormat
 from fedasr.compression.partial import Subset, partial_training
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Loss
+from fedasr.models import peft
 from fedasr.training.builders import mechanisms
 from fedasr.training.config import Config
 
@@ -35,6 +37,14 @@ def make_subset(config: Config) -> Subset | None:
     """
     settings = config.partial
     everything = settings.mode == "all"
+    adaptation = peft_config(config)
+    if (patterns := peft.trained_patterns(adaptation)) is not None:
+        if not everything:
+            raise UserError(
+                f"partial.mode={settings.mode!r} and peft.kind={adaptation.kind!r} both say what "
+                "is trained: unset one of them"
+            )
+        return Subset("fixed", patterns, setting="peft")
     subset = Subset(
         "user" if everything else settings.mode,
         tuple(settings.patterns),
@@ -43,6 +53,11 @@ def make_subset(config: Config) -> Subset | None:
         config.seed,
     )
     return None if everything else subset
+
+
+def peft_config(config: Config) -> peft.PeftConfig:
+    """How the recogniser is adapted."""
+    return peft.PeftConfig(**dataclasses.asdict(config.peft))
 
 
 def make_client_update(

@@ -12,7 +12,7 @@ from fedasr.data.batching import (
     make_buckets,
     make_resident,
 )
-from fedasr.data.corpus import Corpus, shared_users
+from fedasr.data.corpus import Corpus, all_lengths, shared_users
 from fedasr.data.records import METADATA_FILE, has_split, open_corpus, read_metadata
 from fedasr.data.views import ReshuffledCorpus
 from fedasr.errors import UserError
@@ -132,9 +132,13 @@ class Data:
         options = config.model.options
         stride = options.get("stride", 0) if options.get("objective", "ctc") == "ctc" else 0
         if stride > metadata["options"]["stride"]:
+            lengths = all_lengths(self.train)
+            frames = -(-lengths["features"].astype(int) // stride)
             log(
                 f"the model's stride is {stride}, the data was prepared for "
-                f"{metadata['options']['stride']}: transcripts too long for it are left out"
+                f"{metadata['options']['stride']}: {(lengths['labels'] > frames).sum()} of "
+                f"{len(frames)} training transcripts are too long for it and left out (and such "
+                "with doubled letters that nearly are)"
             )
         self.skipped = dict(metadata["summary"]["skipped"])
         self.grid = client_grid(config)

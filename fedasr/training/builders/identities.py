@@ -28,6 +28,8 @@ def run_identity(config: Config) -> str:
             inner = inner.get(section, {})
         if inner.get(leaf, ...) == value:
             del inner[leaf]
+    # Nor does a section that is new.
+    tree = {name: value for name, value in tree.items() if value != {}}
     if config.privacy.noise not in ("banded", "buffered"):
         del tree["rounds"]
     return json.dumps(tree, sort_keys=True)

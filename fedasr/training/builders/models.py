@@ -15,6 +15,7 @@ from fedasr.federated.local import (
     check_prototype,
     make_layout,
 )
+from fedasr.models import peft
 from fedasr.models.recogniser import Recogniser, make_recogniser
 from fedasr.streams import Stream, seed_key
 from fedasr.training.builders import clients
@@ -31,8 +32,29 @@ def build_recogniser(config: Config, augmented: bool = True) -> Recogniser:
     Raises:
       UserError: for an unknown model or option.
     """
+    return peft.adapt(build_base(config, augmented), clients.peft_config(config))
+
+
+def build_base(config: Config, augmented: bool = True) -> Recogniser:
+    """The recogniser before it is adapted; see `build_recogniser`."""
     augment = _augment(config) if config.augment.enabled and augmented else None
     return make_recogniser(config.model.name, config.model.options, augment)
+
+
+def base_params(config: Config) -> Any:
+    """The untrained model before it is adapted, in float32: what a seed's training begins with."""
+    return build_base(config).init(seed_key(config.seed, Stream.INIT))
+
+
+def base_shapes(config: Config) -> Any:
+    """Shapes of the parameters of the recogniser before it is adapted."""
+    return jax.eval_shape(build_base(config).init, jax.random.key(0))
+
+
+def completed(params: Any, config: Config) -> Any:
+    """A base's parameters with what the configuration's adaptation adds, as a run keeps them."""
+    key = seed_key(config.seed, Stream.INIT)
+    return as_kept(peft.completed(params, clients.peft_config(config), key), config)
 
 
 def initial_params(recogniser: Recogniser, config: Config) -> Any:
@@ -105,7 +127,7 @@ def trained_variables(config: Config) -> list[bool] | None:
     """For each of the model's variables, whether it is ever trained; None if all are.
 
     Raises:
-      UserError: for a pattern of `partial.patterns` that matches no variable.
+      UserError: for a pattern of `partial` or `peft` that matches no variable.
     """
     subset = clients.make_subset(config)
     if subset is None:

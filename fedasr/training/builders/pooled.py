@@ -52,7 +52,13 @@ def central_training(
         devices=devices,
         select=INPUTS,
         model_devices=config.model_devices,
+        trained=_trained(config) if section == "central" else None,
     )
+
+
+def _trained(config: Config) -> list[bool] | None:
+    """For each variable, whether the baseline trains it; `partial` is about clients alone."""
+    return None if config.peft.kind == "full" else models.trained_variables(config)
 
 
 def local_central_training(
@@ -68,6 +74,10 @@ def local_central_training(
     """
     layout, settings = models.local_layout(config), config.central
     assert layout is not None  # where there are local patterns
+    if config.peft.kind != "full":
+        raise UserError(
+            "central training with local parameters trains all: unset peft.kind or local.patterns"
+        )
     if settings.batch_seconds or config.model_devices > 1:
         raise UserError(
             "central training with local parameters takes batches of one user, counted in "
@@ -90,12 +100,12 @@ def local_central_training(
 
 def check_central(config: Config, data: corpora.Data, devices: Sequence[jax.Device]) -> None:
     """Raises UserError for central training that could not begin, before something else does."""
+    stages = {"seed_training": (data.seed, models.build_base(config).loss)}
     loss = models.build_recogniser(config).loss
-    stages = {"seed_training": data.seed}
     if not config.has_rounds and config.local.patterns:
         local_central_training(config, data.train, loss, devices)
     elif not config.has_rounds:
-        stages["central"] = data.train
-    for section, corpus in stages.items():
+        stages["central"] = data.train, loss
+    for section, (corpus, loss) in stages.items():
         if corpus is not None:
             central_training(config, section, corpus, loss, devices)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from fedasr.data.batching import Padding
+from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.federated.server import ServerState
 from fedasr.privacy import ledger
@@ -19,7 +20,7 @@ from fedasr.training.totals import Totals
 
 def seed_training(parts: Parts) -> CentralTraining:
     """Of the seed, which each process trains alike."""
-    corpus, loss = parts.data.seed, parts.recogniser.loss
+    corpus, loss = parts.data.seed, models.build_base(parts.config).loss
     assert corpus is not None  # where the seed is trained on
     return pooled.central_training(
         parts.config, "seed_training", corpus, loss, parts.process_devices
@@ -29,18 +30,22 @@ def seed_training(parts: Parts) -> CentralTraining:
 def train_seed(session: Session, latest: int | None, units: int) -> Any:
     """Central training on the seed's split; returns parameters to start the main stage."""
     parts = session.parts
-    params = models.initial_params(parts.recogniser, parts.config)
+    # What is adapted is a seed that was trained whole.
+    params = models.base_params(parts.config)
     if not parts.seed_steps:
-        return params
+        return models.completed(params, parts.config)
     kept = seeds.folder_of(session, session.workdir) if parts.config.seed_training.reuse else None
     if kept is not None and (found := seeds.find(kept, params)) is not None:
         session.message(f"the seed is that of {kept}, which has the same settings and data")
-        return found
+        return models.completed(found, parts.config)
     state = _steps(session, "seed", seed_training(parts), params, latest, units, parts.seed_steps)
     params = hosts.leaders(state.params)
     if kept is not None:
-        seeds.save(session, kept, params)
-    return params
+        try:
+            seeds.save(session, kept, params)
+        except (OSError, UserError) as error:  # later runs train it again
+            session.logger.failed("seed", f"it is not kept: {' '.join(str(error).split())[:300]}")
+    return models.completed(params, parts.config)
 
 
 def _steps(

@@ -191,8 +191,8 @@ class FederatedTrainer:
             ) from error
         session.message(
             f"{short}: going on with chunk={chunk // 2}: from round {done + 1} on sums are in "
-            "another order, so that parameters agree to about 1e-5 with those of a run that has "
-            "the memory, and not bit for bit"
+            "another order, so that parameters agree with those of a run that has the memory up "
+            "to rounding, and not bit for bit"
         )
         self.simulations = self._make(chunk // 2)
         number = self._parts.seed_steps + done
