@@ -390,7 +390,7 @@ def _peft() -> Table:
         grid={"server.learning_rate": (0.001, 0.003, 0.01)},
         seeds=_SEEDS,
         starts=(Row("seed model", start),),
-        expected="at equal epsilon a part is better than all, and FFA-LoRA better than LoRA",
+        expected="at equal epsilon LoRA and FFA-LoRA are no worse than all, FFA-LoRA than LoRA",
         better=(("LoRA", "full"), ("FFA-LoRA", "full"), ("FFA-LoRA", "LoRA"), ("full", "head")),
     )
 

@@ -169,7 +169,7 @@ def _set_language(config: ConfigDict, metadata: Mapping[str, Any], source: str) 
         return f"greedy decoding ({unknown:.0%} of dev's words are in no transcript)"
     config.decoding.lm = config.decoding.lexicon = f"{FROM}{split}"
     config.decoding.name = "beam" if unknown is None or unknown > _CLOSED else "lexicon"
-    config.decoding.lm_weight, config.decoding.word_bonus = 0.5, 1.0
+    config.decoding.lm_weight, config.decoding.word_bonus = 0.5, 2.0
     share = "no dev" if unknown is None else f"{unknown:.1%} of dev's words are not among them"
     return (
         f"{config.decoding.name} decoding with the words and a language model of {split} ({share})"

@@ -9,7 +9,6 @@ import jax
 import pytest
 
 from fedasr.compiling import figures, hlo, programs, targets
-from fedasr.errors import UserError
 from fedasr.models.recogniser import make_recogniser
 from fedasr.training.builders import models
 from fedasr.training.config import Config, default_config, resolve
@@ -70,7 +69,12 @@ def compiled(target, chosen, devices=1, chunk=2, **lengths):
     return figures.measure(chosen, target, there, chunk, **lengths)
 
 
-@pytest.mark.parametrize("model", MODELS)
+def some(names, *quick):
+    """In `.ci/run` a few, all when asked for."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("model", some(MODELS, "transformer", "rnnt"))
 def test_every_model_and_objective(target, model):
     clients, server = compiled(target, config(model))
     check(clients)
@@ -79,13 +83,14 @@ def test_every_model_and_objective(target, model):
     assert (clients.estimate is None) or target.platform == "tpu"
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some(WAYS, "adaptive"))
 def test_every_way_of_a_round(target, way):
     chunk = 1 if way == "micro-batch" else 2
     for found in compiled(target, config(**WAYS[way]), chunk=chunk):
         check(found)
 
 
+@pytest.mark.slow
 def test_no_branch_of_the_cpu(target):
     there = targets.devices(target)
     simulation = programs.make_simulation(config(), there, 2, seconds=1.0, labels_per_second=4.0)
@@ -125,15 +130,8 @@ def test_a_model_over_several_devices(target):
     assert split.collectives and split.memory["arguments"] < whole.memory["arguments"]
 
 
+@pytest.mark.slow
 def test_the_largest_chunk(target):
     chosen = config()
     there = targets.devices(target)
     assert figures.largest_chunk(chosen, target, there, 2, seconds=1.0) == 2
-
-
-def test_a_program_that_does_not_fit_is_refused_or_said(target):
-    large = {"dim": 4096, "blocks": 2, "heads": 8, "mlp": 65_536}
-    chosen = config(**{"model.options": large})
-    if target.platform == "tpu":
-        with pytest.raises(UserError, match="v5e: clients at chunk 64"):
-            compiled(target, chosen, chunk=64)

@@ -214,6 +214,7 @@ def test_the_best_state_keeps_its_rows(configure, days, tmp_path, monkeypatch):
     summary = loop.run(configure(), tmp_path / "best")
     assert summary["selection"]["units"] == 10 and summary["central_steps"] == 20
     assert summary["cer"] == alone["cer"]
+    assert summary["side_channel_failures"] == {}  # the report is written
     found = []
     for name in ("ten", "best"):
         params = restore_params(tmp_path / name)
