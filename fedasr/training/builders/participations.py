@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedasr.errors import UserError
 from fedasr.federated.participation import Devices, Participation
@@ -87,6 +88,8 @@ def check(config: Config) -> None:
                 raise UserError(
                     f"participation.{name} is of rounds, which {ASYNCHRONOUS!r} has not"
                 )
+    if settings.trace and not Path(settings.trace).is_file():
+        raise UserError(f"participation.trace={settings.trace!r} is no file: give a CSV of devices")
     if not settings.enabled:
         return
     if not config.has_rounds:
