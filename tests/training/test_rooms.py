@@ -10,7 +10,10 @@ import fedasr
 
 ROOT = Path(fedasr.__file__).parent
 # What stands on training; all the rest of the package lies below it.
-ABOVE = ("training", "fusion", "feedback", "recipes", "cli", "__main__")
+ABOVE = (
+    *("training", "fusion", "feedback", "attacks", "compiling"),
+    *("recipes", "cli", "__main__"),
+)
 MOST_LINES = 500
 
 
@@ -71,7 +74,8 @@ def test_what_lies_below_training_takes_plain_objects(name):
     """Neither training nor a configuration is known there."""
     _, tree = MODULES[name]
     assert not [x for x in imported(tree) if x.startswith("fedasr.training")]
-    assert not list(reads_configuration(tree))
+    if not name.startswith("fedasr.models.pretrained"):  # which read others' config.json
+        assert not list(reads_configuration(tree))
 
 
 def test_no_circle_within_training():

@@ -68,6 +68,7 @@ def small_model(monkeypatch):
         return Recogniser(init, loss, lambda params, batch: ())  # never asked
 
     monkeypatch.setattr(models, "build_recogniser", build)
+    monkeypatch.setattr(models, "build_base", build)
     monkeypatch.setattr(stages, "write_report", lambda workdir: None)
 
 

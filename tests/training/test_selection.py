@@ -67,13 +67,17 @@ def rates(monkeypatch):
     def set_to(values):
         known, left = {}, list(values)
 
-        def evaluate(self, params, corpus, rows=None):
+        def decoded(self, params, corpus, rows=None):
             leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(params)]
             if (key := hash(tuple(leaves))) not in known:
                 known[key] = left.pop(0)
-            return {"wer": known[key], "cer": 1.0, "loss": known[key] / 10}
+            return [], known[key]
 
-        monkeypatch.setattr(Evaluator, "__call__", evaluate)
+        def rates(self, decoded, loss):
+            return {"wer": loss, "cer": 1.0, "loss": loss / 10}
+
+        monkeypatch.setattr(Evaluator, "decoded", decoded)
+        monkeypatch.setattr(Evaluator, "rates", rates)
         return known
 
     return set_to

@@ -120,7 +120,7 @@ def scored(workdir, corpus, decoding):
         decoder=decoder,
     )
     decoded, _ = evaluator.decoded(restore_params(workdir), opened)
-    assert sorted((one.user, one.place) for one in decoded) == [
+    assert sorted((one.user, one.number) for one in decoded) == [
         (user, i) for user in range(3) for i in range(3)
     ]
     found = {}
