@@ -61,22 +61,22 @@ def segments(
     found, errors, run = [], [0, 0], 0
     for place in range(len(words[0]) + 1):
         inserted = [side[1][place] for side in sides]
-        if any(inserted):
-            run = 0
-        errors = [a + b for a, b in zip(errors, inserted, strict=True)]
+        errors = _sums(errors, inserted)
+        run = 0 if any(inserted) else run
         if place == len(words[0]):
             break
         wrong = [not side[0][place] for side in sides]
-        if any(wrong):
-            run = 0
-            errors = [a + b for a, b in zip(errors, wrong, strict=True)]
-            continue
-        run += 1
+        errors = _sums(errors, wrong)
+        run = 0 if any(wrong) else run + 1
         if run == min_correct:
             found.append((errors[0], errors[1]))
             errors = [0, 0]
     found.append((errors[0], errors[1]))
     return [pair for pair in found if any(pair)]
+
+
+def _sums(errors: Sequence[int], more: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip(errors, more, strict=True)]
 
 
 def mapsswe(

@@ -87,16 +87,16 @@ def columns_of(users: Sequence[UserErrors]) -> dict[str, list[str]]:
     """
     names = sorted({column for user in users for column in user.metadata})
     columns = {name: [user.metadata.get(name) or UNKNOWN for user in users] for name in names}
-    minutes = [user.training_minutes for user in users]
-    if all(value is not None for value in minutes):
-        known = [value or 0.0 for value in minutes]
+    known = [m for user in users if (m := user.training_minutes) is not None]
+    if len(known) == len(users):
         columns["seen in training"] = ["seen" if value else "unseen" for value in known]
         columns["training data"] = [minutes_label(value) for value in known]
-    return {
-        name: values
-        for name, values in columns.items()
-        if 1 < len(set(values)) <= min(MOST_GROUPS, max(2, len(users) // 2))
-    }
+    return {name: values for name, values in columns.items() if _makes_groups(values)}
+
+
+def _makes_groups(values: Sequence[str]) -> bool:
+    """Whether users' values are several, but not so many that they name people."""
+    return 1 < len(set(values)) <= min(MOST_GROUPS, max(2, len(values) // 2))
 
 
 def minutes_label(minutes: float) -> str:

@@ -202,29 +202,33 @@ class Participation:
         Args:
           round: from 0. users: who was drawn. steps: that each would train.
         """
-        there = [(u, n) for u, n in zip(users, steps, strict=True) if self.is_there(round, u)]
-        began = [(u, n) for u, n in there if self._coin("before", round, u) >= self.dropout_before]
-        back = [(u, n) for u, n in began if self._coin("after", round, u) >= self.dropout_after]
-        times = sorted((self.seconds(round, u, n), u) for u, n in back)
-        limit = self.deadline or math.inf
-        arrived = [(t, u) for t, u in times if t <= limit]
-        full = 0 < self.first <= len(arrived)
-        if full:
-            arrived = arrived[: self.first]
+        count = dict(zip(users, steps, strict=True))
+        there = [u for u in users if self.is_there(round, u)]
+        began = [u for u in there if self._coin("before", round, u) >= self.dropout_before]
+        back = [u for u in began if self._coin("after", round, u) >= self.dropout_after]
+        times = sorted((self.seconds(round, u, count[u]), u) for u in back)
+        arrived, seconds = self._in_time(times, len(users))
         kept = {u for _, u in arrived}
-        missing = len(kept) < len(users)
-        seconds = arrived[-1][0] if arrived else 0.0
-        if missing and not full and self.deadline:
-            seconds = self.deadline
         return Turnout(
             arrived=np.array(sorted(kept), np.int64),
-            lost=np.array(sorted(u for u, _ in began if u not in kept), np.int64),
+            lost=np.array(sorted(set(began) - kept), np.int64),
             drawn=len(users),
             unavailable=len(users) - len(there),
             dropped=len(there) - len(back),
             late=len(times) - len(kept),
             seconds=seconds,
         )
+
+    def _in_time(
+        self, times: list[tuple[float, int]], drawn: int
+    ) -> tuple[list[tuple[float, int]], float]:
+        """Those who arrive before the round ends, and when that is; `times` are in order."""
+        arrived = [(t, u) for t, u in times if t <= (self.deadline or math.inf)]
+        if 0 < self.first <= len(arrived):
+            arrived = arrived[: self.first]
+        elif len(arrived) < drawn and self.deadline:
+            return arrived, self.deadline
+        return arrived, arrived[-1][0] if arrived else 0.0
 
     def _coin(self, use: str, round: int, user: int) -> float:
         return generator(Stream.DEVICES, self.seed, use, round, user).random()

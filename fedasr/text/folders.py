@@ -66,13 +66,19 @@ def _characters(folder: Path) -> str | None:
     tokens = [""] * size
     for token, number in ids.items():
         tokens[number] = " " if token == between else token
-    letters = [t for t in tokens if len(t) == 1 and t.isalpha()]
-    if not letters:
+    if not any(len(t) == 1 and t.isalpha() for t in tokens):
         return None
-    if all(t == t.upper() for t in letters):  # texts are lower case here
-        tokens = [t.lower() if len(t) == 1 else t for t in tokens]
+    tokens = _lowered(tokens)
     written = [t if len(t) == 1 else chr(_SIGNS + i) for i, t in enumerate(tokens)]
     return "".join(c for i, c in enumerate(written) if i != blank)
+
+
+def _lowered(tokens: list[str]) -> list[str]:
+    """Texts are lower case here: letters that are all capitals stand for theirs."""
+    letters = [t for t in tokens if len(t) == 1 and t.isalpha()]
+    if any(t != t.upper() for t in letters):
+        return tokens
+    return [t.lower() if len(t) == 1 else t for t in tokens]
 
 
 def _json(path: Path) -> dict[str, Any]:

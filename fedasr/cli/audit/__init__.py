@@ -53,6 +53,25 @@ if TYPE_CHECKING:
 _RUNS = 1000  # of many_runs with crafted updates
 
 
+def _as_flags_say(config: dict[str, Any]) -> int:
+    """Makes the configuration one of an audit, in place; returns the number of training users."""
+    from fedasr.training import loop
+    from fedasr.training.builders import pretrained
+    from fedasr.training.config import Config
+
+    options = flags.FLAGS
+    for name in ("rounds", "seed"):
+        if options[name].value is not None:
+            config[name] = options[name].value
+    # Rounds start from init_from or from scratch; deployments are not what runs here.
+    config["seed_training"]["steps"] = 0
+    config["privacy"]["deployments"] = []
+    population = loop.dry_run(config)["population"]
+    if pretrained.is_pretrained(typed := Config.of(config)):
+        config |= pretrained.resolved(typed).tree()
+    return population
+
+
 def run(config: dict[str, Any]) -> Report:
     """What the flags ask for.
 
@@ -62,21 +81,7 @@ def run(config: dict[str, Any]) -> Report:
     Raises:
       UserError: for a mistake in flags or configuration.
     """
-    from fedasr.training import loop
-    from fedasr.training.builders import pretrained
-    from fedasr.training.config import Config
-
-    options = flags.FLAGS
-    if options.rounds is not None:
-        config["rounds"] = options.rounds
-    if options.seed is not None:
-        config["seed"] = options.seed
-    # Rounds start from init_from or from scratch; deployments are not what runs here.
-    config["seed_training"]["steps"] = 0
-    config["privacy"]["deployments"] = []
-    population = loop.dry_run(config)["population"]
-    if pretrained.is_pretrained(typed := Config.of(config)):
-        config |= pretrained.resolved(typed).tree()
+    options, population = flags.FLAGS, _as_flags_say(config)
     delta = config["privacy"]["delta"] if options.delta is None else options.delta
     other = "many_runs" if options.method == "one_run" else "one_run"
     methods = [options.method, other] if options.side_by_side else [options.method]

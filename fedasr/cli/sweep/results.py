@@ -1,6 +1,6 @@
 """The results of a sweep's tables as files, and what its search costs in privacy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,22 @@ def search_cost(table: Table, out: Path) -> dict[str, Any]:
     if not entries:
         return {}
     delta = max(deltas)
-    found = {"delta": delta, **ledger.search_cost(entries, delta)}
+    return {"delta": delta, **ledger.search_cost(entries, delta), **_deployed(entries, delta)}
+
+
+def _deployed(entries: Sequence[Any], delta: float) -> dict[str, Any]:
+    """{"deployed": what the search costs in the first deployment of all runs}; {} for none."""
+    from fedasr.privacy import ledger
+
     said = [{tuple(case): (event, relation) for case, event, relation in e.deployed}
             for e in entries]  # fmt: skip
     common = [case for case in said[0] if all(case in one for one in said)]
-    if common:
-        epsilon, accountant = ledger.composed([one[common[0]] for one in said], delta)
-        cohort, population = common[0]
-        found["deployed"] = {"cohort": cohort, "population": population, "epsilon": epsilon}
-        found["deployed"]["accountant"] = accountant
-    return found
+    if not common:
+        return {}
+    epsilon, accountant = ledger.composed([one[common[0]] for one in said], delta)
+    cohort, population = common[0]
+    case = {"cohort": cohort, "population": population, "epsilon": epsilon}
+    return {"deployed": case | {"accountant": accountant}}
 
 
 def _search_in_words(search: Mapping[str, Any]) -> str:

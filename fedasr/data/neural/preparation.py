@@ -115,6 +115,12 @@ def _lexicon(path: str, digest: str) -> dict[str, list[tuple[str, ...]]]:
     return text_lib.read_lexicon(path)
 
 
+def _digest(lexicon: str | os.PathLike[str]) -> str:
+    """Names the contents of a dictionary. Raises UserError if it is none."""
+    text_lib.read_lexicon(lexicon)
+    return hashlib.sha256(Path(lexicon).read_bytes()).hexdigest()[:16]
+
+
 def prepare_sessions(
     source: NeuralSessions,
     out: str | os.PathLike[str],
@@ -153,13 +159,12 @@ def prepare_sessions(
     """
     if stride < 1:
         raise UserError(f"stride must be at least 1, not {stride}")
-    named = labels or ("phonemes" if lexicon else "characters")
+    usual = "phonemes" if lexicon else "characters"
+    named = labels or usual
     if named not in LABELS:
         raise UserError(f"labels={labels!r} must be one of {', '.join(LABELS)}")
     if named != "phonemes" and (lexicon or g2p or final_silence):
         raise UserError("lexicon, g2p and final_silence are for labels that are phonemes")
-    if lexicon:
-        text_lib.read_lexicon(lexicon)  # a clear error if it is none
     converter = NeuralConverter(
         channels=source.channels,
         stride=stride,
@@ -167,11 +172,9 @@ def prepare_sessions(
         keep_letters=keep_letters,
         pad_space=pad_space,
         lexicon=os.fspath(lexicon or ""),
-        lexicon_digest=hashlib.sha256(Path(lexicon).read_bytes()).hexdigest()[:16]
-        if lexicon
-        else "",
+        lexicon_digest=_digest(lexicon) if lexicon else "",
         # As older releases named it, whose folders are to go on.
-        labels="" if named == ("phonemes" if lexicon else "characters") else named,
+        labels="" if named == usual else named,
         g2p=g2p or (named == "phonemes" and not lexicon),
         final_silence=final_silence,
     )

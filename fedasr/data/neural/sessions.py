@@ -60,28 +60,31 @@ class NeuralSessions:
             (file, split) for split in SPLITS for file in sorted(self.path.glob(f"{split}/*.mat"))
         ]
         self.areas: tuple[Area, ...] | None = tuple(areas) if areas else None
-        if self._files:
-            self.areas = self.areas or SPEECH_AREAS
-            seen = [file for file, _ in self._files]
-        elif self.areas and any(area.field != "features" for area in self.areas):
-            raise UserError("areas of a manifest or of records are written as features[0:192]")
-        elif self.path.is_dir():
-            self._records = tfrecords.find_sessions(self.path)
-            if not self._records:
-                raise UserError(
-                    f"{path} has no MATLAB files in {', '.join(SPLITS)}, and no folders of "
-                    "sessions with .tfrecord files"
-                )
-            seen = [file for *_, files in self._records for file in files]
-        else:
-            self._lines = read_lines(self.path)
-            self.total = len(self._lines)
-            named = {line["features"] for line in self._lines if not isinstance(line, Rejected)}
-            seen = [self.path, *(self.path.parent / name for name in sorted(named))]
+        seen = self._look()
         self.channels = self._channels()
         self.name = f"neural recordings {path}"
         told = json.dumps([list(map(_state, seen)), self.areas])
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+
+    def _look(self) -> list[Path]:
+        """Finds out what there is to read; returns the files that it lies in."""
+        if self._files:
+            self.areas = self.areas or SPEECH_AREAS
+            return [file for file, _ in self._files]
+        if self.areas and any(area.field != "features" for area in self.areas):
+            raise UserError("areas of a manifest or of records are written as features[0:192]")
+        if self.path.is_dir():
+            self._records = tfrecords.find_sessions(self.path)
+            if not self._records:
+                raise UserError(
+                    f"{self.path} has no MATLAB files in {', '.join(SPLITS)}, and no folders of "
+                    "sessions with .tfrecord files"
+                )
+            return [file for *_, files in self._records for file in files]
+        self._lines = read_lines(self.path)
+        self.total = len(self._lines)
+        named = {line["features"] for line in self._lines if not isinstance(line, Rejected)}
+        return [self.path, *(self.path.parent / name for name in sorted(named))]
 
     def _channels(self) -> int:
         """Of the areas, or of the first sentence."""

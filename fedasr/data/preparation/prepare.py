@@ -158,15 +158,7 @@ def prepare(
         raise UserError(f"store={store!r}: use one of {STORES}")
     if workers < 0:
         raise UserError(f"workers must be 0 (one a core) or more, not {workers}")
-    if tokenizer is not None and (alphabet or keep_letters):
-        raise UserError("a tokenizer has its own characters: leave the alphabet and letters out")
-    if rules not in RULES:
-        raise UserError(f"rules={rules!r}: use one of {RULES}")
-    if rules and (alphabet or keep_letters or tokenizer is not None):
-        raise UserError(
-            "the published rules write a-z, space, apostrophe and hyphen: leave alphabet, letters "
-            "and tokenizer out"
-        )
+    _check_labels(bool(alphabet or keep_letters), tokenizer is not None, rules)
     converter = Converter(
         alphabet=_characters(alphabet),
         subwords=None if tokenizer is None else text_lib.read_subwords(tokenizer).options,
@@ -202,6 +194,19 @@ def prepare(
 # Options that releases added, with what older ones did: what holds that is left out of what a
 # corpus is known by, so that a preparation goes on in a folder of theirs.
 _LATER: dict[str, Any] = {"rules": "", "labels": "", "g2p": False, "final_silence": False}
+
+
+def _check_labels(letters: bool, tokenizer: bool, rules: str) -> None:
+    """Raises UserError where more than one option says which characters labels have."""
+    if tokenizer and letters:
+        raise UserError("a tokenizer has its own characters: leave the alphabet and letters out")
+    if rules not in RULES:
+        raise UserError(f"rules={rules!r}: use one of {RULES}")
+    if rules and (letters or tokenizer):
+        raise UserError(
+            "the published rules write a-z, space, apostrophe and hyphen: leave alphabet, letters "
+            "and tokenizer out"
+        )
 
 
 def _check_shares(dev_fraction: float, test_fraction: float) -> None:

@@ -98,14 +98,7 @@ def open_source(place: str | Path, head: bool = True) -> Source:
         config, beside, tensors = nemo.contents(path)
     else:
         config, beside, tensors = _contents(place, folder, path)
-    kind = config.get("model_type")
-    name = next((n for n, family in FAMILIES.items() if kind in family.types), None)
-    if name is None:
-        types = sorted(kind for family in FAMILIES.values() for kind in family.types)
-        raise UserError(
-            f"{place} is of the model_type {kind!r}, which cannot be read: use one of "
-            f"{', '.join(types)}"
-        )
+    name = _family_of(place, config.get("model_type"))
     family = FAMILIES[name]
     try:
         options = family.options(config, beside) | config.get(OWN, {})
@@ -123,6 +116,18 @@ def open_source(place: str | Path, head: bool = True) -> Source:
             f"init_from=hf-encoder:{place}"
         )
     return Source(str(place), folder, name, options, head, tensors)
+
+
+def _family_of(place: str | Path, kind: Any) -> str:
+    """Which of `FAMILIES` reads a model_type."""
+    name = next((n for n, family in FAMILIES.items() if kind in family.types), None)
+    if name is None:
+        types = sorted(kind for family in FAMILIES.values() for kind in family.types)
+        raise UserError(
+            f"{place} is of the model_type {kind!r}, which cannot be read: use one of "
+            f"{', '.join(types)}"
+        )
+    return name
 
 
 def to_tensors(name: str, options: Mapping[str, Any], params: Any) -> dict[str, np.ndarray]:

@@ -108,12 +108,7 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
         runs = [run for run in possible(table) if run.phase == STARTS and run.row == row.name]
     else:
         runs = runs_of(table, row)
-    chosen = [run for run in runs if dict(run.point) == point]
-    completed = [
-        (run.seed, outcome)
-        for run in chosen
-        if (outcome := outcomes.get(run.name, NOT_RUN)).status == COMPLETED
-    ]
+    completed = _completed([run for run in runs if dict(run.point) == point], outcomes)
     wer = _rates(table.report, [outcome for _, outcome in completed])
     return {
         "name": row.name,
@@ -132,6 +127,12 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
         },
         "notes": _notes(table, runs, point, outcomes),
     }
+
+
+def _completed(runs: Sequence[Run], outcomes: Outcomes) -> list[tuple[int, Outcome]]:
+    """(seed, outcome) of the runs that are done."""
+    found = [(run.seed, outcomes.get(run.name, NOT_RUN)) for run in runs]
+    return [(seed, outcome) for seed, outcome in found if outcome.status == COMPLETED]
 
 
 def _rates(splits: Sequence[str], completed: Sequence[Outcome]) -> dict[str, dict[str, Any]]:

@@ -76,6 +76,19 @@ def with_times(config: Config, sampler: Sampler, users: Sequence[str]) -> Sample
 def check(config: Config) -> None:
     """Raises UserError for rules that the rest of the configuration does not go with."""
     settings = config.participation
+    _check_queue(config)
+    if settings.trace and not Path(settings.trace).is_file():
+        raise UserError(f"participation.trace={settings.trace!r} is no file: give a CSV of devices")
+    if not settings.enabled:
+        return
+    if not config.has_rounds:
+        raise UserError("participation is of federated rounds: unset participation.enabled")
+    _check_privacy(config)
+
+
+def _check_queue(config: Config) -> None:
+    """Raises UserError for users without rounds whose sampler or devices count in rounds."""
+    settings = config.participation
     by_queue = config.algorithm == ASYNCHRONOUS
     if config.has_rounds and by_queue != (config.privacy.sampler == SAMPLER):
         raise UserError(
@@ -88,12 +101,11 @@ def check(config: Config) -> None:
                 raise UserError(
                     f"participation.{name} is of rounds, which {ASYNCHRONOUS!r} has not"
                 )
-    if settings.trace and not Path(settings.trace).is_file():
-        raise UserError(f"participation.trace={settings.trace!r} is no file: give a CSV of devices")
-    if not settings.enabled:
-        return
-    if not config.has_rounds:
-        raise UserError("participation is of federated rounds: unset participation.enabled")
+
+
+def _check_privacy(config: Config) -> None:
+    """Raises UserError for devices whose behaviour no accountant covers."""
+    settings = config.participation
     private = config.privacy.enabled and config.privacy.sigma > 0
     if settings.first and private:
         raise UserError(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +78,30 @@ def stages_of(
         rounds = [r for r in records if number_at(r, "round") is not None and not is_seed(r)]
         return rounds, steps, "round"
     if any(r.get("stage") for r in steps):
-        main = [r for r in steps if r.get("stage") == "main"]
-        return main, [r for r in steps if r.get("stage") != "main"], "step"
-    init = config.get("init_from")
-    before = 0.0 if init else number_at(config, "seed_training", "steps") or 0.0
-    last = max((number_at(r, "step") or 0.0 for r in steps), default=0.0)
+        return *_divided(steps, lambda r: r.get("stage") == "main"), "step"
+    before = _seed_steps(steps, config)
+    return *_divided(steps, lambda r: _step(r) > before), "step"
+
+
+def _divided(
+    records: Sequence[Record], of_main: Callable[[Record], bool]
+) -> tuple[list[Record], list[Record]]:
+    """(those of the main stage, the others)."""
+    return [r for r in records if of_main(r)], [r for r in records if not of_main(r)]
+
+
+def _step(record: Record) -> float:
+    return number_at(record, "step") or 0.0
+
+
+def _seed_steps(steps: Sequence[Record], config: Record) -> float:
+    """How many of a central run's steps were its seed's, by the configuration."""
+    if config.get("init_from"):
+        return 0.0
     total = number_at(config, "central", "steps")
-    if total is not None and last == total:  # there was no split for a seed
-        before = 0.0
-    main = [r for r in steps if (number_at(r, "step") or 0.0) > before]
-    return main, [r for r in steps if (number_at(r, "step") or 0.0) <= before], "step"
+    if total is not None and max(map(_step, steps), default=0.0) == total:
+        return 0.0  # there was no split for a seed
+    return number_at(config, "seed_training", "steps") or 0.0
 
 
 def evaluation_curves(
