@@ -13,6 +13,8 @@ for GPUs. Exit status: 0 when all is compiled, 2 for a mistake that the user can
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -25,28 +27,71 @@ _GIB = 2**30
 def run() -> None:
     """Compiles and prints."""
     options = flags.FLAGS
-    chosen = [targets.target_by_name(name) for name in options.targets]
-    targets.prepare([target for target, _ in chosen])
-    from fedasr.compiling import figures
-    from fedasr.training.builders import whole
+    chosen = prepared(options.targets)
     from fedasr.training.config import resolve
 
-    wanted = resolve(common.plain_config())
-    # The devices here are none of the run's: a configuration is checked as if for one.
-    config = whole.checked(wanted | {"model_devices": 1, "devices": 0})
-    config = dataclasses.replace(config, model_devices=wanted["model_devices"])
     lengths = {"seconds": options.seconds, "labels_per_second": options.labels_per_second}
-    rows: list[figures.Figures] = []
-    for target, count in chosen:
-        devices = targets.devices(target, count)
-        chunk = options.chunk or (config.chunk if isinstance(config.chunk, int) else 1)
-        if options.fit:
-            chunk = figures.largest_chunk(config, target, devices, config.cohort or 1, **lengths)
-        rows += figures.measure(config, target, devices, chunk, options.programs, **lengths)
+    rows = measured(
+        resolve(common.plain_config()),
+        chosen,
+        options.programs,
+        chunk=options.chunk,
+        fit=options.fit,
+        **lengths,
+    )
     if common.JSON.value:
         common.show({"programs": [dataclasses.asdict(row) for row in rows]})
     else:
         print("\n".join(table(rows)))
+
+
+def prepared(names: Sequence[str]) -> list[tuple[targets.Target, int]]:
+    """The targets of these names, and what JAX has to know of them before it is imported.
+
+    Raises:
+      UserError: for a name that is none.
+    """
+    chosen = [targets.target_by_name(name) for name in names]
+    targets.prepare([target for target, _ in chosen])
+    return chosen
+
+
+def measured(
+    wanted: dict[str, Any],
+    chosen: Sequence[tuple[targets.Target, int]],
+    programs: Sequence[str] = ("clients", "server"),
+    *,
+    chunk: int = 0,
+    fit: bool = False,
+    **lengths: float,
+) -> list[Any]:
+    """Figures (`fedasr.compiling.figures`) of a configuration's programs for each target.
+
+    Args:
+      wanted: the configuration, resolved.
+      chosen: of `prepared`.
+      programs: of a round.
+      chunk: clients vmapped together; 0 for the configuration's, or 1.
+      fit: find the largest chunk that fits instead.
+      lengths: see `fedasr.compiling.programs.make_simulation`.
+
+    Raises:
+      UserError: for a mistake in the configuration, or a compiler that is not there or refuses.
+    """
+    from fedasr.compiling import figures
+    from fedasr.training.builders import whole
+
+    # The devices here are none of the run's: a configuration is checked as if for one.
+    config = whole.checked(wanted | {"model_devices": 1, "devices": 0})
+    config = dataclasses.replace(config, model_devices=wanted["model_devices"])
+    rows: list[Any] = []
+    for target, count in chosen:
+        devices = targets.devices(target, count)
+        size = chunk or (config.chunk if isinstance(config.chunk, int) else 1)
+        if fit:
+            size = figures.largest_chunk(config, target, devices, config.cohort or 1, **lengths)
+        rows += figures.measure(config, target, devices, size, programs, **lengths)
+    return rows
 
 
 def table(rows: list) -> list[str]:

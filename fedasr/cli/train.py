@@ -1,7 +1,7 @@
 """Trains a recogniser by federated learning, privately or not, or centrally.
 
     fedasr train [--config=NAME|FILE.py] [--workdir=DIR] [--config.section.field=value ...]
-                 [--action=train|seed_only] [--dry_run] [--json]
+                 [--action=train|seed_only] [--dry_run [--target=v5e,h200]] [--json]
                  [--coordinator=HOST:PORT --processes=N --process=I]
 
 With --coordinator the same command runs on several hosts, --process=0 on HOST; the work directory
@@ -10,23 +10,30 @@ and the data must be the same folders everywhere. --coordinator=auto: where JAX 
 Without --config it is the quickstart. Running the same command again resumes; with --extend=ROUNDS
 a run that is there, finished or not, goes on to more rounds. --action=seed_only trains the seed
 alone and keeps it in .seeds beside the work directory, where runs with
---config.seed_training.reuse=True find it by its settings and data. Exit status: 0 when
+--config.seed_training.reuse=True find it by its settings and data. --dry_run --target=v5e also
+compiles the programs of its rounds for that accelerator, see `fedasr compile`. Exit status: 0 when
 the work is done, 2 for a mistake that the user can mend, 3 when stopped by a signal (resumable).
 """
 
+import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from fedasr.cli import common
+from fedasr.cli.compile import measured, prepared, table
 from fedasr.errors import UserError
 
 
 def run() -> int | None:
     """Runs what the flags ask for; returns the exit status if not 0."""
+    if flags.FLAGS.target and not flags.FLAGS.dry_run:
+        raise UserError("--target is for --dry_run: a run trains on the devices that are here")
+    chosen = prepared(flags.FLAGS.target) if flags.FLAGS.target else []
     common.configure_devices()
     common.keep_memory()
     if flags.FLAGS.coordinator:
@@ -35,11 +42,11 @@ def run() -> int | None:
         )
     if flags.FLAGS.processes is not None or flags.FLAGS.process is not None:
         raise UserError("--processes and --process need --coordinator")
-    return train()
+    return train(chosen)
 
 
-def train() -> int | None:
-    """The run, in this process."""
+def train(chosen: Sequence[tuple[Any, int]] = ()) -> int | None:
+    """The run, in this process; `chosen`: accelerators for whose compilers a dry run asks."""
     from fedasr.federated import hosts
     from fedasr.training import config as config_lib
     from fedasr.training import loop
@@ -49,8 +56,12 @@ def train() -> int | None:
     config = config_lib.resolve(common.plain_config())
     if flags.FLAGS.dry_run:
         summary = loop.dry_run(config, flags.FLAGS.workdir, flags.FLAGS.extend)
+        rows = measured(config, chosen) if chosen else []
+        if rows:
+            summary["programs"] = [dataclasses.asdict(row) for row in rows]
         if hosts.is_leader():
-            common.show(summary) if common.JSON.value else print("\n".join(_planned(summary)))
+            shown = [*_planned(summary), *(table(rows) if rows else [])]
+            common.show(summary) if common.JSON.value else print("\n".join(shown))
         return None
     name = f"{config['name']}-{config_lib.fingerprint(config_lib.what(config))}"
     workdir = local_path(flags.FLAGS.workdir or Path("runs") / name)
@@ -197,6 +208,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("action", "train", ["train", "seed_only"], "All of the run, or its seed.")
     flags.DEFINE_list("track", [], "Trackers to tell: wandb, mlflow, trackio; locally by default.")
     flags.DEFINE_bool("dry_run", False, "Train nothing: print what the run would be.")
+    flags.DEFINE_list("target", [], "With --dry_run: also compile for v5e, h200, ...")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or 'auto'.")
     flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)
     flags.DEFINE_integer("process", None, "Which this is, from 0.", lower_bound=0)
