@@ -28,7 +28,7 @@ from fedasr.errors import UserError
 from fedasr.federated.algorithms.fedavg import FedAvg
 from fedasr.federated.client import local_training
 from fedasr.federated.hardware import Hardware
-from fedasr.federated.simulation import Simulation
+from fedasr.federated.simulation import Item, Simulation
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.privacy.sampling import PoissonSampler
 
@@ -230,7 +230,7 @@ def cohort_sum(corpus, cohort, layout, grid=GRID, chunk=1):
     )
     sums, key = None, simulation._round_key(np.int32(ROUND))
     for chunk, padding in simulation.batcher.chunks(cohort, ROUND):
-        chunk = simulation._transfer((chunk, padding, False))[0]
+        chunk = simulation._transfer(Item(chunk, padding)).chunk
         if sums is None:
             sums = simulation._cohort.zeros(PARAMS, chunk)
         sums = simulation._cohort.add(sums, PARAMS, chunk, key, np.int32(ROUND))
