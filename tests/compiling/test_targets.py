@@ -74,7 +74,7 @@ def some(names, *quick):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("model", some(MODELS, "transformer", "rnnt"))
+@pytest.mark.parametrize("model", some(MODELS, "transformer"))
 def test_every_model_and_objective(target, model):
     clients, server = compiled(target, config(model))
     check(clients)
@@ -83,7 +83,7 @@ def test_every_model_and_objective(target, model):
     assert (clients.estimate is None) or target.platform == "tpu"
 
 
-@pytest.mark.parametrize("way", some(WAYS, "adaptive"))
+@pytest.mark.parametrize("way", some(WAYS))
 def test_every_way_of_a_round(target, way):
     chunk = 1 if way == "micro-batch" else 2
     for found in compiled(target, config(**WAYS[way]), chunk=chunk):
@@ -120,6 +120,7 @@ def test_evaluation(target):
     assert not found.from_host and not found.float64
 
 
+@pytest.mark.slow
 def test_a_model_over_several_devices(target):
     if target.platform != "tpu":
         pytest.skip("collectives of GPUs need several hosts' descriptions")
