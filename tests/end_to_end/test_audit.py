@@ -62,7 +62,7 @@ def test_crafted_updates(program, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_side_by_side(program):
     """Both kinds of noise by both methods, in one table and one object."""
     options = ("--rounds=2", "--trials=20", "--runs=60", "--delta=1e-3", "--side_by_side")
@@ -170,7 +170,7 @@ def audit_people(directory, trials, **privacy):
     return audit_users(plain, 1e-3, method="many_runs", **options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_held_out_user_is_recognised_when_there_is_no_noise(few_people, monkeypatch):
     """The attack on real users works: their own utterance, with random words, is learned."""
     monkeypatch.setattr(Mechanism, "noise_std", property(lambda self: 0.0))
@@ -181,7 +181,7 @@ def test_a_held_out_user_is_recognised_when_there_is_no_noise(few_people, monkey
     assert 1 < found.epsilon_claimed < 2 and mechanism.sampler.population == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_held_out_user_is_hidden_by_shares_of_noise(few_people):
     found, mechanism = audit_people(few_people, 2, noise="skellam")
     assert mechanism.secure.dimension > 10_000
@@ -200,7 +200,7 @@ def test_too_little_noise_is_exit_status_1(program_environment):
     assert "claimed" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_held_out_users(program, tiny_flags):
     done = program(
         "experiments.audit_privacy",

@@ -215,7 +215,7 @@ def test_scaling_benchmark_prints_its_figures(program, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_population_benchmark_prints_its_figures(program):
     flags = ("--users=500", "--cohort=8", "--rounds=1", "--chunk=1", "--json")
     done = program("experiments.benchmarks.population", *flags)

@@ -11,7 +11,7 @@ from fedasr.recipes.neural import get_config
 from fedasr.training import loop
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_withheld_sentences_become_lines_in_their_order(program, tmp_path):
     io = pytest.importorskip("scipy.io", reason="scipy is not installed")
     sizes = {"days": 2, "train_sentences": 3, "test_sentences": 2, "holdout_sentences": 3}

@@ -32,7 +32,7 @@ def errors_of(done):
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_for_events_is_a_warning(program, finished, tiny_flags, tmp_path):
     with small_disk(tmp_path / "run" / "tensorboard", "8k"):
         done = program("experiments.train", *tiny_flags, f"--workdir={tmp_path}/run", "--json")

@@ -54,7 +54,7 @@ def test_every_method_runs(program, sklearn):
         assert 0 <= summary["test_accuracy"]["mean"] <= 100
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_it_ends_as_the_uninterrupted_one(program, program_environment, sklearn, tmp_path):
     flags = (*DIGITS[1:], "--evaluations=600", "--every=50", "--seeds=2")
     whole = figures(program(DIGITS[0], *flags))
@@ -86,7 +86,7 @@ def test_killed_it_ends_as_the_uninterrupted_one(program, program_environment, s
     assert resumed["test_accuracy"] == whole["test_accuracy"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_recognisers(program, finished, tiny_flags, corpus_dir, tmp_path):
     """A trained model and one at its start: merged, saved, evaluated."""
     trained, _ = finished

@@ -108,7 +108,7 @@ def test_transformers_loads_the_merged_llama(merged_llama):
     np.testing.assert_allclose(logits, tiny.llama_logits(load(fused)), atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_it_ends_as_the_uninterrupted_one(
     program, program_environment, llamas, merged_llama, tmp_path
 ):

@@ -113,7 +113,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(finished, start, tmp_path):
     assert kills_after_start >= KILLS // 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_lose_no_local_parameters(finished, start, tmp_path):
     config = json.loads((finished[0] / "config.json").read_text())
     config["model"]["options"]["input_layer"] = True

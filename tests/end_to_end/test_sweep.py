@@ -42,7 +42,7 @@ if not (workdir / "saved").exists():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_table_of_real_runs(program, tiny_flags, tmp_path):
     (tmp_path / "tables.py").write_text(TABLES)
     fields = [flag.removeprefix("--config.") for flag in tiny_flags]

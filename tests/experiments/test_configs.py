@@ -41,7 +41,7 @@ def corpus(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "write_report", lambda workdir: None)

@@ -62,7 +62,7 @@ def shares(tree):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_the_result_is_that_of_one_device(chunk):
     """Noise and LAMB included; nothing is compiled again after the first round."""

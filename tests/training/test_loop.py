@@ -293,7 +293,7 @@ def test_central_training_from_another_run_stopped_and_resumed(
     assert [step for step, _ in steps] == [2, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_augmentation_begins_at_its_round_whether_or_not_resumed(
     configure, no_report, tmp_path, monkeypatch
 ):
@@ -340,7 +340,7 @@ def test_a_run_with_batches_in_seconds_on_reshuffled_users(configure, no_report,
     assert any("data.iid" in limit for limit in summary["privacy"]["not_covered"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_batches_in_parts_train_as_whole_ones(configure, no_report, one_identity, tmp_path):
     """Also from a corpus that the devices keep."""
     settings = {"client.steps": 0, "client.epochs": 2, "model.options.dropout": 0.0}
@@ -363,7 +363,7 @@ def test_batches_in_parts_train_as_whole_ones(configure, no_report, one_identity
         loop.run(configure(settings | {"client.micro_batch": 1, "chunk": 2}), tmp_path / "2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("algorithm", ["federated", "central"])
 def test_devices_that_hold_the_model_together(
     configure, no_report, one_identity, tmp_path, algorithm
@@ -468,7 +468,7 @@ LOCAL = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_local_parameters_survive_a_crash_and_are_told_apart(configure, tmp_path, monkeypatch):
     config = configure(LOCAL)
     summary = loop.run(config, tmp_path / "whole")
