@@ -29,7 +29,7 @@ TRACKERS = {  # told of a run's metrics by `fedasr train --track`
 }
 SEARCH = ["optuna>=4.0"]  # `fedasr sweep --search=optuna`
 COMPILERS = [  # of accelerators that are not there: `fedasr compile`
-    "libtpu>=0.0.30",
+    "jax[tpu]>=0.8",  # libtpu of the same release
     "jax-cuda13-plugin>=0.8",
     "jax-cuda13-pjrt>=0.8",
     "nvidia-cuda-nvcc>=13",  # ptxas
