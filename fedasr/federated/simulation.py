@@ -20,7 +20,13 @@ from fedasr.data.corpus import Corpus
 from fedasr.digests import params_digest
 from fedasr.errors import UserError
 from fedasr.federated import checks, hosts
-from fedasr.federated.algorithms import Algorithm, extras_of, sent, sent_like
+from fedasr.federated.algorithms import (
+    Algorithm,
+    extras_of,
+    participation_of,
+    sent,
+    sent_like,
+)
 from fedasr.federated.client import Params
 from fedasr.federated.clientside import client_side
 from fedasr.federated.cohort import (
@@ -37,7 +43,7 @@ from fedasr.federated.extras import Download, broadcast_of, past_of, server_chai
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import CohortRows
 from fedasr.federated.metrics import RoundMetrics, round_metrics
-from fedasr.federated.participation import Participation, Turnout, async_turnout
+from fedasr.federated.participation import Turnout, async_turnout
 from fedasr.federated.server import ServerState, init_server, server_step
 from fedasr.federated.subset import merge, transform_part
 from fedasr.federated.weights import by_weight, user_weights
@@ -94,7 +100,6 @@ class Simulation:
       batching: how a client's examples become batches.
       hardware: default all devices, each with one client at a time.
       seed: of everything random, with the run's identity: see `root_of`.
-      participation: which of the users drawn get an update back, and when; None for all, at once.
       identity: says what else tells this run from others of the same seed, such as its
         configuration; a string that equal runs share and no others.
 
@@ -112,11 +117,10 @@ class Simulation:
         hardware: Hardware = Hardware(),
         seed: int = 0,
         identity: str = "",
-        participation: Participation | None = None,
     ) -> None:
         checks.check(corpus, mechanism, algorithm, batching, hardware)
-        checks.dropout_is_accounted(mechanism, participation, corpus)
-        self._participation = participation
+        self._participation = participation_of(algorithm)
+        checks.dropout_is_accounted(mechanism, self._participation, corpus)
         self.mechanism, self.store = mechanism, algorithm.store
         self.seed, self.identity = seed, identity
         self._users = corpus_digest(corpus)

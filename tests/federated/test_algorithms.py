@@ -188,7 +188,6 @@ def test_a_simulation_takes_groups():
     parameters = inspect.signature(fa.Simulation).parameters
     assert [*parameters] == [
         "corpus", "mechanism", "algorithm", "batching", "hardware", "seed", "identity",
-        "participation",
     ]  # fmt: skip
 
 

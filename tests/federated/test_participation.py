@@ -1,5 +1,6 @@
 """Who gets an update back, and when: rules by hand, and what the server makes of it."""
 
+import dataclasses
 import math
 
 import jax
@@ -43,10 +44,12 @@ def simulation(
     return fa.Simulation(
         CORPUS,
         fa.Mechanism(clip, "global", noise, sampler),
-        make_algorithm(name, UPDATE, optax.sgd(1.0), Facts(0.25, 1.0), {}, store=store),
+        dataclasses.replace(
+            make_algorithm(name, UPDATE, optax.sgd(1.0), Facts(0.25, 1.0), {}, store=store),
+            participation=participation,
+        ),
         fa.Batching(1, epochs=1),
         hardware=ONE,
-        participation=participation,
     )
 
 
@@ -199,8 +202,8 @@ def test_what_is_refused():
     secure = fa.SecureAggregation(2, 16)
     mechanism = fa.Mechanism(1.0, "global", 1.0, fa.PoissonSampler(USERS, COHORT, 0), secure=secure)
     with pytest.raises(fa.UserError, match="noise in shares is missing where users drop out"):
-        fa.Simulation(CORPUS, mechanism, fa.FedAvg(UPDATE, optax.sgd(1.0)),
-                      fa.Batching(1, epochs=1), participation=rules())  # fmt: skip
+        algorithm = fa.FedAvg(UPDATE, optax.sgd(1.0), participation=rules())
+        fa.Simulation(CORPUS, mechanism, algorithm, fa.Batching(1, epochs=1))
     for options in ({"available": 1.5}, {"dropout_before": -0.1}, {"deadline": -1}):
         with pytest.raises(fa.UserError, match=rf"participation\.{next(iter(options))}="):
             rules(**options)

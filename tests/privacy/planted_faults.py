@@ -441,7 +441,7 @@ FAULTS = (
          "test_the_server_divides_by_the_expected_cohort_whoever_is_missing"),
     edit("participation", "the first to arrive end a private round", "users displace each other",
          f"{SIMULATION}:Simulation.__init__",
-         "checks.dropout_is_accounted(mechanism, participation, corpus)", "pass",
+         "checks.dropout_is_accounted(mechanism, self._participation, corpus)", "pass",
          "tests/federated/test_participation.py::test_what_is_refused"),
     edit("participation", "a turn of FedBuff's users is not counted", "epsilon is of fewer turns",
          f"{SAMPLING}.asynchronous:AsynchronousSampler.participations",

@@ -18,6 +18,7 @@ from fedasr.federated.client import ClientUpdate
 from fedasr.federated.cohort import Weigh
 from fedasr.federated.extras import Extras, MemoryLayout
 from fedasr.federated.local import LocalStore
+from fedasr.federated.participation import Participation
 from fedasr.federated.subset import select
 
 # name: "module:function or class", called as
@@ -54,6 +55,8 @@ class Algorithm(Protocol):
       what clients remember that is no variable of the model, is said by an attribute `extras`, a
       `fedasr.federated.extras.Extras`, which an algorithm without them need not have. (They may
       also be variables of the parameters that `Simulation.init` is given.)
+    * Which of the users drawn get an update back, and when, is said by an attribute
+      `participation`, a `fedasr.federated.participation.Participation`; without it all do, at once.
     * What the server alone remembers (momenta, buffered updates) is the optimiser's state.
     * What a client alone remembers between rounds is local variables of the parameters: a row of
       the store. Never sent, nor seen by anybody else.
@@ -107,6 +110,11 @@ def sent(algorithm: Algorithm) -> Sequence[bool] | None:
 def extras_of(algorithm: Algorithm) -> Extras | None:
     """What an algorithm exchanges beside the model; None for nothing."""
     return getattr(algorithm, "extras", None)
+
+
+def participation_of(algorithm: Algorithm) -> Participation | None:
+    """The simulated devices of the users; None where all take part at once."""
+    return getattr(algorithm, "participation", None)
 
 
 def sent_like(algorithm: Algorithm, params: Any) -> Any:

@@ -11,6 +11,7 @@ from fedasr.federated.client import ClientUpdate
 from fedasr.federated.cohort import Weigh
 from fedasr.federated.extras import Extras
 from fedasr.federated.local import LocalStore
+from fedasr.federated.participation import Participation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class FedAvg:
     Attributes:
       client_update: local training, such as `local_training(loss, optax.sgd(0.1))`.
       server_optimizer: any optax transformation; `optax.sgd(1.0)` is the mean itself.
-      trained, store, weights, weigh, extras: see `fedasr.federated.algorithms.Algorithm`.
+      trained, store, weights, weigh, extras, participation: see
+        `fedasr.federated.algorithms.Algorithm`.
 
     Raises:
       UserError: for a store that knows of other trained variables, or one together with `weigh`.
@@ -35,6 +37,7 @@ class FedAvg:
     )
     weigh: Weigh | None = dataclasses.field(default=None, kw_only=True)
     extras: Extras | None = dataclasses.field(default=None, kw_only=True)
+    participation: Participation | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         checks.weigh_sees_the_whole_model(self)

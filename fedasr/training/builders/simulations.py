@@ -1,6 +1,8 @@
 """The federated rounds."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -50,23 +52,30 @@ def make_simulation(
     sampler = mechanisms.make_sampler(config, len(users))
     sampler = participations.with_times(config, sampler, users)
 
+    devices_of_users = participations.make_participation(config, users)
+
+    def make_algorithm() -> Any:
+        algorithm: Any = algorithms.make(
+            config,
+            loss,
+            sampler.expected_cohort / sampler.population,
+            store,
+            models.trained_variables(config),
+        )
+        if devices_of_users is None:
+            return algorithm
+        return dataclasses.replace(algorithm, participation=devices_of_users)
+
     def build(chunk: int) -> Simulation:
         hardware = Hardware(devices, config.model_devices, chunk)
         return Simulation(
             data.train,
             mechanisms.make_mechanism(config, sampler, models.sent_parameters(config)),
-            algorithms.make(
-                config,
-                loss,
-                sampler.expected_cohort / sampler.population,
-                store,
-                models.trained_variables(config),
-            ),
+            make_algorithm(),
             batches.make_batching(config, data.grid, data.resident(replicated(hardware.mesh()))),
             hardware=hardware,
             seed=config.seed,
             identity=identities.run_identity(config),
-            participation=participations.make_participation(config, users),
         )
 
     wanted = config.chunk if chunk is None else chunk
