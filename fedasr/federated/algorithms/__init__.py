@@ -176,7 +176,7 @@ def make_algorithm(
 def option_names(name: str) -> list[str]:
     """What an algorithm takes by keyword beside what every one does."""
     parameters = inspect.signature(algorithm_by_name(name)).parameters.values()
-    common = ("trained", "store", "weights", "weigh", "extras")
+    common = ("trained", "store", "weights", "weigh", "extras", "participation")
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common]
 
 
