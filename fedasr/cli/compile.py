@@ -20,7 +20,9 @@ from absl import flags
 
 from fedasr.cli import common
 from fedasr.compiling import targets
+from fedasr.errors import UserError
 
+PROGRAMS = ("clients", "server")  # see `Simulation.trace`
 _GIB = 2**30
 
 
@@ -59,7 +61,7 @@ def prepared(names: Sequence[str]) -> list[tuple[targets.Target, int]]:
 def measured(
     wanted: dict[str, Any],
     chosen: Sequence[tuple[targets.Target, int]],
-    programs: Sequence[str] = ("clients", "server"),
+    programs: Sequence[str] = PROGRAMS,
     *,
     chunk: int = 0,
     fit: bool = False,
@@ -81,6 +83,8 @@ def measured(
     from fedasr.compiling import figures
     from fedasr.training.builders import whole
 
+    if unknown := [name for name in programs if name not in PROGRAMS]:
+        raise UserError(f"--programs={unknown[0]}: choose from {', '.join(PROGRAMS)}")
     # The devices here are none of the run's: a configuration is checked as if for one.
     config = whole.checked(wanted | {"model_devices": 1, "devices": 0})
     config = dataclasses.replace(config, model_devices=wanted["model_devices"])
@@ -130,7 +134,7 @@ def _row(row) -> tuple[str, ...]:
 def _define_flags() -> None:
     common.define_config("quickstart")
     flags.DEFINE_list("targets", ["v5e", "h200"], "Accelerators; v5e-8 is eight devices.")
-    flags.DEFINE_list("programs", ["clients", "server"], "Of a round.")
+    flags.DEFINE_list("programs", list(PROGRAMS), "Of a round.")
     flags.DEFINE_integer("chunk", 0, "Clients vmapped together; 0: the configuration's, or 1.", 0)
     flags.DEFINE_bool("fit", False, "Find the largest chunk that fits: compiles several times.")
     flags.DEFINE_float("seconds", 15.0, "Of each utterance.", 0.1, 3_600.0)

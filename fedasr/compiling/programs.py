@@ -9,6 +9,7 @@ import numpy as np
 from fedasr.audio.features import LogMelConfig
 from fedasr.errors import UserError
 from fedasr.federated.simulation import Simulation
+from fedasr.models.pretrained.registry import FAMILIES
 from fedasr.models.recurrent import RecurrentConfig
 from fedasr.training.builders import corpora, models, simulations
 from fedasr.training.config import Config
@@ -76,12 +77,15 @@ def make_simulation(
       seconds: of every utterance. labels_per_second: read English has about 14 characters.
 
     Raises:
-      UserError: the configuration has no rounds, or keeps parameters with its users.
+      UserError: the configuration has no rounds, keeps parameters with its users, or has a model
+        that hears samples.
     """
     if not config.has_rounds:
         raise UserError(f"algorithm={config.algorithm}: only programs of rounds are compiled")
     if config.local.patterns:
         raise UserError("local.patterns: programs with users' own parameters are not compiled")
+    if config.model.name in FAMILIES:
+        raise UserError(f"model.name={config.model.name}: programs of samples are not compiled")
     frames = max(1, round(seconds * _FRAMES_PER_SECOND))
     labels = max(1, round(seconds * labels_per_second))
     client = config.client

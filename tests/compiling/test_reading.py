@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fedasr.compiling import figures, hlo, targets
+from fedasr.cli import compile as compiler
+from fedasr.compiling import figures, hlo, programs, targets
 from fedasr.compiling.flops import matrix_flops
 from fedasr.errors import UserError
+from fedasr.training.config import Config, default_config
+from fedasr.training.logging import to_json
 
 MODULE = """HloModule jit_step, is_scheduled=true
 
@@ -185,3 +188,23 @@ def test_a_missing_compiler_is_named(monkeypatch):
         targets.devices(targets.TARGETS["v5e"])
     with pytest.raises(UserError, match=r"h200: .*pip install 'jax-cuda13-plugin'"):
         targets.devices(targets.TARGETS["h200"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "central"}, "only programs of rounds"),
+        ({"local.patterns": ("output",)}, "users' own parameters"),
+        ({"model.name": "whisper"}, "programs of samples"),
+    ],
+)
+def test_what_is_not_compiled_is_refused(changes, message):
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        programs.make_simulation(Config.of(to_json(config.to_dict())), jax.devices(), 1)
+
+
+def test_unknown_programs_are_refused():
+    with pytest.raises(UserError, match="--programs=evaluation: choose from clients, server"):
+        compiler.measured(to_json(default_config().to_dict()), [], ["evaluation"])
