@@ -111,7 +111,7 @@ def table(rows: list) -> list[str]:
 
 def _row(row) -> tuple[str, ...]:
     memory = {kind: size / _GIB for kind, size in row.memory.items()}
-    taken = sum(size for kind, size in memory.items() if kind not in ("device", "code"))
+    taken = sum(size for kind, size in memory.items() if kind != "device")
     loops = " ".join(f"{turns or '?'}x{launches}" for turns, launches in row.loops) or "-"
     return (
         row.program,

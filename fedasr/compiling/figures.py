@@ -34,12 +34,13 @@ class Figures:
       memory: bytes of a device by kind: "arguments", "temporaries", "outputs" (without what shares
         an argument's place), "code", "beside" (chunks on their way, the server's state and its
         step; with "clients" alone), "device" (what it has).
-      fits: whether all that is within the share of the device's memory that runs use.
+      fits: whether all that, the code too, is within the share of the memory that runs use.
       kernels: launches of a local step (of the server's step, of all), without those of loops
         within. loops: (turns or None, launches of a turn) of each loop within.
       launches: all of a local step, of loops of unknown length one turn.
-      flops: of the matrix products of a call with one local step. bytes: that it reads and writes;
-        where the compiler does not tell them (a GPU), an upper bound from the program's text.
+      flops: of the matrix products of a call with one local step, on the devices that train a
+        client together. bytes: that it reads and writes; where the compiler does not tell them (a
+        GPU), an upper bound from the program's text.
       seconds: by bound: "compute", "memory", "launches".
       bound: the largest of them.
       estimate: seconds that the compiler itself expects; None where it expects none or where it
@@ -103,24 +104,24 @@ def measure(
             raise UserError(f"{target.name}: {name} at chunk {chunk}: {reason}") from error
         seconds = time.perf_counter() - began
         held = beside if name == "clients" else 0
-        described = (name, target, len(devices), chunk, seconds, held)
+        described = (name, target, len(devices), config.model_devices, chunk, seconds, held)
         found.append(_figures(described, compiled, flops))
     return found
 
 
 def _figures(described: tuple[Any, ...], compiled: Any, flops: float) -> Figures:
-    name, target, devices, chunk, compile_seconds, beside = described
+    name, target, devices, together, chunk, compile_seconds, beside = described
     text = hlo.read(compiled.as_text())
     step = text.step if name == "clients" else text.entry
     analysis = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
     moved = float(costs.get("bytes accessed", 0.0)) or float(step.moved)
     seconds = {
-        "compute": flops / target.flops / devices,
+        "compute": flops / target.flops / together,
         "memory": moved / target.bandwidth,
         "launches": step.total * _LAUNCH_SECONDS[target.platform],
     }
-    needed = program_bytes(analysis) + beside
+    needed = program_bytes(analysis) + analysis.generated_code_size_in_bytes + beside
     return Figures(
         program=name,
         target=target.name,

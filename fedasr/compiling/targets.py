@@ -147,10 +147,13 @@ def prepare(targets: Sequence[Target]) -> None:
     The programs are lowered on a CPU, whatever else the machine has.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # A program that was compiled without a device cannot be read back without one.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if "jax" in sys.modules:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     accelerators = {target.accelerator for target in targets if target.accelerator}

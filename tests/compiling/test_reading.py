@@ -8,6 +8,7 @@ from fedasr.cli import compile as compiler
 from fedasr.compiling import figures, hlo, programs, targets
 from fedasr.compiling.flops import matrix_flops
 from fedasr.errors import UserError
+from fedasr.training.builders import models
 from fedasr.training.config import Config, default_config
 from fedasr.training.logging import to_json
 
@@ -208,3 +209,19 @@ def test_what_is_not_compiled_is_refused(changes, message):
 def test_unknown_programs_are_refused():
     with pytest.raises(UserError, match="--programs=evaluation: choose from clients, server"):
         compiler.measured(to_json(default_config().to_dict()), [], ["evaluation"])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_products_are_those_of_one_device(devices):
+    """Of clients on several devices each computes its own: more devices are no faster a step."""
+    config = default_config()
+    config.model.options = {"dim": 16, "blocks": 1, "heads": 2, "mlp": 16}
+    config.update(cohort=4, rounds=1)
+    config.privacy.deployments = ()
+    found = Config.of(to_json(config.to_dict()))
+    there = jax.local_devices()[:devices]
+    simulation = programs.make_simulation(found, there, 1, seconds=0.5)
+    traced = simulation.trace(models.variable_shapes(found))["clients"]
+    batch, frames = found.client.batch_size, 24  # of 50, padded to 72, at a stride of 3
+    fewest = 3 * 2 * batch * frames * (7 * 80 * 32 + 4 * 16 * 16 + 2 * 16 * 16)
+    assert fewest < matrix_flops(traced.jaxpr) < 1.2 * fewest
