@@ -13,8 +13,8 @@ a line for each utterance: user, reference, hypothesis, their alignment and erro
 data's source said of it (see `fedasr.evaluation.hypotheses`). "served" has the errors by user:
 mean, spread, worst tenth, and gaps between groups, each with a 95% interval over users.
 With --fine_tune the model is evaluated once more, after each user has adapted it to that split's
-speech of their own; its utterances are to be others. Exit status: 0 when done, 2 for a mistake that
-the user can mend.
+speech of their own; its utterances are to be others. "fine_tuned" has the same figures of that.
+Exit status: 0 when done, 2 for a mistake that the user can mend.
 """
 
 import sys
@@ -93,8 +93,8 @@ def _fine_tuned(evaluator: Any, recogniser: Any, params: Any, corpus: Any) -> di
       UserError: that split shares an utterance with the evaluated one, or lacks one of its users.
     """
     from fedasr.data.records import open_corpus
-    from fedasr.training.fine_tuning import distribution, evaluate_fine_tuned
-    from fedasr.training.metrics import ErrorRate
+    from fedasr.training import served
+    from fedasr.training.fine_tuning import evaluate_fine_tuned
 
     values = flags.FLAGS
     if values.fine_tune == values.split:
@@ -105,7 +105,7 @@ def _fine_tuned(evaluator: Any, recogniser: Any, params: Any, corpus: Any) -> di
     if values.fine_tune_rate <= 0 or values.fine_tune_epochs < 1:
         raise UserError("--fine_tune_rate must be above 0, --fine_tune_epochs at least 1")
     adapted = open_corpus(values.data, values.fine_tune)
-    found = evaluate_fine_tuned(
+    decoded = evaluate_fine_tuned(
         evaluator,
         recogniser,
         params,
@@ -114,8 +114,9 @@ def _fine_tuned(evaluator: Any, recogniser: Any, params: Any, corpus: Any) -> di
         rate=values.fine_tune_rate,
         epochs=values.fine_tune_epochs,
     )
-    total = sum(found.values(), ErrorRate())
-    return {"wer": total.percent, "users": len(found), **distribution(found.values())}
+    found = served.hypotheses_of(values.data, values.split, corpus, decoded)
+    short = served.in_short(served.describe_users(found, None))
+    return {"wer": short["all"], "served": short}
 
 
 def _define_flags() -> None:

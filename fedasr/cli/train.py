@@ -91,6 +91,7 @@ def train(chosen: Sequence[tuple[Any, int]] = ()) -> int | None:
 
 def _describe(summary: dict) -> Iterator[str]:
     """The summary for people."""
+    from fedasr.training import exactness
     from fedasr.training.logging import from_json
 
     summary = from_json(summary)
@@ -110,10 +111,7 @@ def _describe(summary: dict) -> Iterator[str]:
     if invalid := summary["invalid_client_updates"]:
         yield f"client updates that were not finite, counted as zero: {invalid}"
     if changes := summary.get("device_changes"):
-        yield (
-            "what a run without these changes comes to up to rounding, and not bit for bit: "
-            f"{'; '.join(changes)}"
-        )
+        yield f"went on with {'; '.join(changes)}: {exactness.meaning(changes)}"
     yield f"{summary['wall_seconds']:.0f} s on {summary['device']}"
 
 

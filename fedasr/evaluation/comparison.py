@@ -26,11 +26,20 @@ def matched(
     They are known by split, user and number; where the references of one differ the data does.
 
     Raises:
-      UserError: none is in both, or the references differ.
+      UserError: none is in both, one is there twice, or the references differ.
     """
 
     def by_name(found: Sequence[Hypothesis]) -> dict[tuple[str, str, int], Hypothesis]:
-        return {(one.split, one.user, one.utterance): one for one in found}
+        named: dict[tuple[str, str, int], Hypothesis] = {}
+        for hypothesis in found:
+            name = hypothesis.split, hypothesis.user, hypothesis.utterance
+            if name in named:
+                raise UserError(
+                    f"utterance {name[2]} of user {name[1]!r} in {name[0]!r} is there twice: "
+                    'number each user\'s utterances ("utterance": 0, 1, ...)'
+                )
+            named[name] = hypothesis
+        return named
 
     one, other = by_name(first), by_name(second)
     names = sorted(one.keys() & other.keys())
@@ -63,7 +72,7 @@ def permutation_p(differences: np.ndarray, seed: int = 0) -> float:
         rng = generator(Stream.BOOTSTRAP, "signs", seed)
         signs = 1 - 2 * rng.integers(0, 2, (_PERMUTATIONS, len(values)))
         extra = 1
-    reached = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
+    reached = np.abs(signs @ values) >= abs(values.sum()) - 1e-12 * np.abs(values).sum()
     return float((reached.sum() + extra) / (len(signs) + extra))
 
 
@@ -174,7 +183,12 @@ def in_words(found: dict[str, Any], names: tuple[str, str] = ("the first", "the 
         f"difference of users' means: {change['mean']:+.1f} points{interval}",
         f"{found['gained']} users gain, {found['lost']} lose, {found['equal']} stay; sign-flip "
         f"test over users: p = {found['sign_flip_p']:.3g}",
-        f"MAPSSWE: {test['segments']} segments, z = {test['z']:.2f}, p = {test['p']:.3g}",
+        f"MAPSSWE: {test['segments']} segments, "
+        + (
+            "which differ all alike: nothing to judge by"
+            if math.isnan(test["p"])
+            else f"z = {test['z']:.2f}, p = {test['p']:.3g}"
+        ),
     ]
     losers = [row for row in found["by_user"] if row["difference"] > 0][:5]
     for row in losers:

@@ -15,7 +15,8 @@ class Mapsswe(NamedTuple):
     """The test's result.
 
     segments: with an error of either. mean: errors of the first less those of the second, a
-    segment. sd: of that difference. z: the statistic. p: two-sided, 1 where no segment differs.
+    segment. sd: of that difference. z: the statistic. p: two-sided. These are 0 and 1 where no
+    segment differs, NaN where all differ alike: two segments must not pass for a certainty.
     """
 
     segments: int
@@ -102,7 +103,7 @@ def mapsswe(
     mean = float(differences.mean()) if count else 0.0
     sd = float(differences.std(ddof=1)) if count > 1 else 0.0
     if not sd:  # all alike: no variance to judge by, unless there is no difference at all
-        z = math.copysign(math.inf, mean) if mean and count > 1 else 0.0
+        z = math.nan if mean else 0.0
     else:
         z = mean / (sd / math.sqrt(count))
     return Mapsswe(count, mean, sd, z, math.erfc(abs(z) / math.sqrt(2)))

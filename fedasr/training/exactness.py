@@ -22,6 +22,11 @@ _NAMES = {
     "jax": "jax {}",
     "code": "code {}",
 }
+NEW_ORDER = (
+    "sums are in another order, so that parameters agree with those of a run that stays up to "
+    "rounding (about 1e-5; adaptive optimisers carry it on), and not bit for bit"
+)
+NEW_CODE = "what is computed may be another, too"
 
 
 @functools.cache
@@ -91,3 +96,8 @@ def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
         for what, name in _NAMES.items()
         if theirs.get(what) is not None and ours[what] is not None and theirs[what] != ours[what]
     ]
+
+
+def meaning(changes: Sequence[str]) -> str:
+    """What follows for the parameters from changes, as of `changes`, also with their place."""
+    return NEW_CODE if any(change.startswith("code ") for change in changes) else NEW_ORDER

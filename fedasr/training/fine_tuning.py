@@ -1,11 +1,9 @@
 """Models of users who adapt the common one to some of their speech, before they are evaluated."""
 
-import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from fedasr.data.batching import Batching, make_buckets
@@ -15,8 +13,7 @@ from fedasr.errors import UserError
 from fedasr.federated.client import local_training
 from fedasr.models.recogniser import ARRAYS, Recogniser
 from fedasr.streams import Stream, seed_key
-from fedasr.training.evaluation import Evaluator
-from fedasr.training.metrics import ErrorRate, word_errors
+from fedasr.training.evaluation import Decoded, Evaluator
 
 
 def fine_tuned(
@@ -60,8 +57,8 @@ def evaluate_fine_tuned(
     adapted: Corpus,
     held_out: Corpus,
     **options: Any,
-) -> dict[int, ErrorRate]:
-    """Word errors of each user's own model on speech that it has not adapted to.
+) -> list[Decoded]:
+    """What each user's own model makes of speech that it has not adapted to.
 
     Args:
       evaluator, recogniser, params: of the common model.
@@ -69,7 +66,7 @@ def evaluate_fine_tuned(
       options: see `fine_tuned`.
 
     Returns:
-      By the user's number in `held_out`.
+      Every utterance of `held_out` once.
 
     Raises:
       UserError: a user has nothing to adapt to.
@@ -77,37 +74,10 @@ def evaluate_fine_tuned(
     places = {str(name): i for i, name in enumerate(held_out.users)}
     if missing := sorted(places.keys() - {str(name) for name in adapted.users}):
         raise UserError(f"user {missing[0]!r} has no speech to adapt to in the other split")
-    found = {}
+    found: list[Decoded] = []
     for user, own in fine_tuned(recogniser, params, adapted, **options):
         place = places.get(str(adapted.users[user]))
         if place is not None:
-            alone = UserSubset(held_out, [place])
-            decoded, _ = evaluator.decoded(own, alone)
-            found[place] = word_errors(
-                [x.reference for x in decoded], [x.hypothesis for x in decoded]
-            )
-    return dict(sorted(found.items()))
-
-
-def distribution(rates: Collection[ErrorRate]) -> dict[str, float]:
-    """How word error rates lie over users, each of whom counts once.
-
-    Args:
-      rates: of each user.
-
-    Returns:
-      "wer_user_mean", "wer_user_median" and "wer_user_worst" (mean of the tenth of the users, at
-      least one, with the highest), in percent; "wer_user_interval", half the width of the mean's
-      95% interval over users (normal), NaN for one user; {} for none.
-    """
-    if not rates:
-        return {}
-    percent = np.sort([rate.percent for rate in rates])
-    worst = percent[-max(1, len(percent) // 10) :]
-    spread = percent.std(ddof=1) if len(percent) > 1 else math.nan
-    return {
-        "wer_user_mean": float(percent.mean()),
-        "wer_user_median": float(np.median(percent)),
-        "wer_user_worst": float(worst.mean()),
-        "wer_user_interval": float(1.96 * spread / math.sqrt(len(percent))),
-    }
+            decoded, _ = evaluator.decoded(own, UserSubset(held_out, [place]))
+            found += (one._replace(user=place) for one in decoded)
+    return found

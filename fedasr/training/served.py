@@ -53,7 +53,7 @@ def training_minutes(directory: str | Path, corpora: Sequence[Corpus]) -> dict[s
 
     Args:
       directory: of the prepared data.
-      corpora: those of the rounds, and of the seed if there was one.
+      corpora: those of the rounds, and of the seed if there was one, each with who spoke as user.
     """
     options = read_metadata(directory).get("options", {})
     if not isinstance(options.get("features"), Mapping):
@@ -65,8 +65,9 @@ def training_minutes(directory: str | Path, corpora: Sequence[Corpus]) -> dict[s
         frames = all_lengths(corpus).get("features")
         if frames is None:
             return None
+        until = np.append(0, np.cumsum(np.asarray(frames, np.int64)))
         ends = np.cumsum(np.asarray(corpus.sizes))
-        each = np.add.reduceat(np.asarray(frames, np.int64), ends - np.asarray(corpus.sizes))
+        each = until[ends] - until[ends - np.asarray(corpus.sizes)]
         for user, count in zip(corpus.users, each.tolist(), strict=True):
             found[user] = found.get(user, 0.0) + count * seconds / 60
     return found

@@ -17,11 +17,6 @@ from fedasr.training.totals import Totals
 from fedasr.training.trainers.central import train_seed
 from fedasr.training.workdir import SUMMARY_FILE
 
-NEW_ORDER = (
-    "sums are in another order, so that parameters agree with those of a run that stays up to "
-    "rounding (about 1e-5; adaptive optimisers carry it on), and not bit for bit"
-)
-NEW_CODE = "what is computed may be another, too"
 _REPORT_SECONDS = 300.0  # that the run waits for its plots
 
 
@@ -96,8 +91,7 @@ def _order_of_sums(session: Session, metadata: Mapping[str, Any], number: int) -
     if not changes:
         return f", exactly: on {ours['devices']} as before"
     session.totals.device_changes += [f"{change} at {number}" for change in changes]
-    other = any(change.startswith("code ") for change in changes)
-    return f" with {', '.join(changes)}: {NEW_CODE if other else NEW_ORDER}"
+    return f" with {', '.join(changes)}: {exactness.meaning(changes)}"
 
 
 def _logged(session: Session, stage: str, units: int) -> tuple[int | None, int | None]:
@@ -144,7 +138,7 @@ def _served(session: Session) -> dict[str, Any]:
     """Writes what was heard and the errors by user; their short form, {} if that cannot be done."""
     data, problems = session.parts.data, session.logger.failures
     found: dict[str, Any] = {}
-    trained = [corpus for corpus in (data.train, data.seed) if corpus is not None]
+    trained = [corpus for corpus in (data.spoken, data.seed) if corpus is not None]
 
     def write() -> None:
         found.update(

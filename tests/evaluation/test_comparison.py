@@ -57,6 +57,10 @@ def test_the_statistic_by_hand():
     same = mapsswe([pair("a b", "a", "a")])
     assert (same.z, same.p) == (0.0, 1.0)
     assert mapsswe([]).p == 1.0
+    # Two segments that differ alike are no certainty.
+    for alike in (1, 2):
+        told = mapsswe([pair("a b", "a", "a b")] * alike)
+        assert told.mean == 1 and math.isnan(told.z) and math.isnan(told.p)
 
 
 def test_the_test_is_calibrated():
@@ -79,6 +83,8 @@ def test_signs_are_flipped():
             for signs in itertools.product((1, -1), repeat=5)]  # fmt: skip
     assert permutation_p(values) == pytest.approx(np.mean(np.array(sums) >= 6.25))
     assert permutation_p(np.zeros(4)) == 1.0
+    # Sums that are 0 but for rounding are reached by all.
+    assert permutation_p(np.array([0.1, 0.2, -0.3])) == 1.0
     many = np.full(40, 1.0)
     assert permutation_p(many) == pytest.approx(1 / 10_001)
 
@@ -115,9 +121,37 @@ def test_who_gains_and_who_loses():
     assert "1 users gain, 1 lose" in text and "loses: b: 0.0 -> 66.7 (6 words)" in text
 
 
+def test_differences_vary_by_users_and_not_by_utterances():
+    """Of 16 users 8 lose every word, in each of 10 utterances: between 25 and 75 points or so."""
+
+    def run(lost):
+        return [
+            Hypothesis(
+                "test",
+                f"u{user:02}",
+                i,
+                "one two",
+                "" if user % 2 < lost else "one two",
+                metadata={"side": "lr"[user // 8]},
+            )
+            for user in range(16)
+            for i in range(10)
+        ]
+
+    found = compare(run(0), run(1))
+    for name in ("all", "mean"):
+        low, high = found["difference"]["intervals"][name]
+        assert found["difference"][name] == 50 and low < 28 and high > 72, name
+    low, high = found["groups"]["side"]["l"]["interval"]
+    assert low < 20 and high > 80
+    assert "differ all alike" in in_words(found)
+
+
 def test_what_cannot_be_compared():
     first, _ = runs()
     with pytest.raises(UserError, match="no utterance in common"):
         compare(first, [Hypothesis("dev", "a", 0, "one", "one")])
+    with pytest.raises(UserError, match="utterance 0 of user 'a' in 'test' is there twice"):
+        compare(first, [*first, first[0]])
     with pytest.raises(UserError, match="other references"):
         compare(first, [Hypothesis("test", "a", 0, "one", "one")])

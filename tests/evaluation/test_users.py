@@ -142,6 +142,23 @@ def test_intervals_cover_the_truth(count):
     assert 0.93 <= means / trials <= 0.97, means / trials
 
 
+def test_what_varies_is_users_and_not_their_words():
+    """Half of the users are never understood, half always: a thousand words of each say no more."""
+    users = [UserErrors(f"{i:02}", 100, 1000, 1, 1000 * (i % 2)) for i in range(16)]
+    found = statistics(users)
+    for name in ("all", "mean"):
+        low, high = found["intervals"][name]
+        assert found[name] == 50 and low < 28 and high > 72, name
+    # Of 8 in each group, 4 and 6: +-1.05 x 2.36 standard errors of 19 and 16 points.
+    values = ["a"] * 8 + ["b"] * 8
+    users[8].word_errors = users[10].word_errors = 1000
+    found = groups(users, values)
+    low, high = found["groups"]["a"]["interval"]
+    assert low < 20 and high > 80
+    low, high = found["gap_interval"]
+    assert (found["gap"], found["worst"]) == (25, "b") and low < -20 and high > 65
+
+
 def test_draws_are_of_users_within_their_strata():
     counts = bootstrap.weights([3, 5], 50, seed=1)
     assert (counts[:, :3].sum(1) == 3).all() and (counts[:, 3:].sum(1) == 5).all()

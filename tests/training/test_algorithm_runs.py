@@ -185,6 +185,7 @@ def test_training_users_differ_as_is_asked(corpus_dir):
     assert apart.skew["distance"] < 5 / 6 and apart.skew["gini"] > 0
     assert apart.train.sizes.sum() == natural.train.sizes.sum() == 12
     assert users({**APART, "data.quantity_skew": 1.0}).skew == apart.skew
+    assert (apart.spoken.sizes == natural.train.sizes).all()  # whoever trains on it now
 
 
 @pytest.mark.parametrize("algorithm", ["scaffold", "ditto"])

@@ -1,6 +1,7 @@
 """Errors by user of a run: what prepared data says of utterances, and minutes of training."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fedasr.data.preparation.prepare import prepare
 from fedasr.data.records import open_corpus
 from fedasr.data.utterances import Utterance
 from fedasr.evaluation.hypotheses import read_hypotheses
-from fedasr.training import served
+from fedasr.training import served, stages
 from fedasr.training.evaluation import Decoded
 
 pytest.importorskip("array_record")
@@ -75,6 +76,19 @@ def test_minutes_of_training_are_those_of_the_recordings(directory):
     assert twice == pytest.approx({name: 2 * value for name, value in found.items()})
 
 
+def test_users_without_speech_have_no_minutes(directory):
+    """Nor do they take those of the next."""
+    corpus = open_corpus(directory, "train")
+
+    more = SimpleNamespace(
+        users=["-", *corpus.users, "z"],
+        sizes=np.array([0, *corpus.sizes, 0]),
+        all_lengths=corpus.all_lengths,
+    )
+    found = served.training_minutes(directory, [more])
+    assert found == served.training_minutes(directory, [corpus]) | {"-": 0, "z": 0}
+
+
 def test_a_run_writes_who_is_served(directory, tmp_path):
     corpora = {"test": open_corpus(directory, "test")}
     trained = [open_corpus(directory, "train")]
@@ -87,6 +101,25 @@ def test_a_run_writes_who_is_served(directory, tmp_path):
     assert users["columns"]["seen in training"]["groups"]["unseen"]["rate"] == 100
     assert users["confusions"]["words"][0]["count"] == 1
     assert [x.hypothesis for x in read_hypotheses(tmp_path)] == ["one too", "two", ""]
+
+
+def test_minutes_are_of_who_spoke_and_a_failure_is_told(monkeypatch, tmp_path):
+    """Not of who trains on it: utterances may be dealt out to other users."""
+    told = []
+    data = SimpleNamespace(directory=tmp_path, evaluation={}, train=1, spoken=2, seed=None)
+    session = SimpleNamespace(
+        parts=SimpleNamespace(data=data),
+        logger=SimpleNamespace(failures={}),
+        logs=tmp_path,
+        decoded={},
+        message=told.append,
+    )
+    monkeypatch.setattr(served, "write_served", lambda *args: {"trained": args[-1]})
+    assert stages._served(session) == {"trained": [2]} and not told
+    monkeypatch.setattr(served, "write_served", lambda *args: 1 / 0)
+    assert stages._served(session) == {}
+    assert "ZeroDivisionError" in told[0] and "not told" in told[0]
+    assert list(session.logger.failures) == ["errors by user"]
 
 
 def test_a_list_that_is_not_there(directory, tmp_path):

@@ -454,6 +454,9 @@ def test_a_run_goes_on_with_other_devices_and_says_that_it_did(
     changes, said = run(stays, 1, since=2)
     assert changes == [] and "resuming in stage 'main' at 2, exactly: on 1 x cpu" in said
     same_params(stays, whole)
+    (stays / "users.json").unlink()  # killed after the last checkpoint: it evaluates once more
+    run(stays, 1, since=4)
+    assert (stays / "users.json").read_bytes() == (whole / "users.json").read_bytes()
     changes, said = run(moves, 2, since=1)
     assert changes == ["1 x cpu -> 2 x cpu at 1"]
     assert "at 1 with 1 x cpu -> 2 x cpu: sums are in another order" in said and "1e-5" in said
@@ -476,6 +479,9 @@ def test_what_else_bits_follow_from_is_compared_with_the_checkpoint(
     said = capsys.readouterr().err
     assert f"at 2 with {change.removesuffix(' at 2')}: what is computed may be another" in said
     same_params(halfway, whole[0])
+    # What people are told of it says the same, wherever it was.
+    assert exactness.meaning(["1 x cpu -> 2 x cpu at 1", change]) == exactness.NEW_CODE
+    assert exactness.meaning(["1 x cpu -> 2 x cpu at 1"]) == exactness.NEW_ORDER
 
     ours = exactness.here(jax.devices()[:1], 4)
     assert ours["devices"] == "1 x cpu" and ours["jax"] == jax.__version__ and ours["processor"]

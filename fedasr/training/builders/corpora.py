@@ -98,7 +98,8 @@ def _fitting_pretrained(config: Config, tokenizer: Tokenizer) -> Tokenizer:
 class Data:
     """The corpora of a run and the shapes that hold them.
 
-    Attributes: directory; train; seed (None if there is none); evaluation {split: corpus}; grid of
+    Attributes: directory; train; spoken, which is `train` by who spoke, whoever its utterances were
+    dealt out to; seed (None if there is none); evaluation {split: corpus}; grid of
     clients' padded lengths; buckets, which hold all of `train`; tokenizer;
     skipped {reason: count} of the preparation; skew (see `skew.measure`; None if not asked for).
     """
@@ -110,7 +111,7 @@ class Data:
         check_splits(config, metadata["splits"], directory, log)
         self.tokenizer = fitting_tokenizer(config, metadata)
         check_features(config, metadata)
-        self.train = open_split(directory, settings.train, config)
+        self.train = self.spoken = open_split(directory, settings.train, config)
         if settings.iid:
             self.train = ReshuffledCorpus(self.train, config.seed)
         self.skew: dict[str, float] | None = None
