@@ -239,15 +239,7 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """The character error rate by day."""
-    figure = study.new_figure(6.5, 3.5)
-    axes = figure.subplots()
-    for name, values in summary["cer_by_day"].items():
-        axes.plot(range(1, len(values) + 1), values, "o-", label=name)
-    axes.set_xlabel("days after training")
-    axes.set_ylabel("character error rate, percent")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    study.save_figure(figure, path)
+    base.draw_days(summary["cer_by_day"], path)
 
 
 def _summarize(
@@ -264,10 +256,6 @@ if __name__ == "__main__":
             _summarize,
             _lines,
             draw,
-            help={
-                "seeds": "Of recordings and of training.",
-                "workdir": "Where all is kept; default runs/NAME.",
-                "plot": "Draws the error rate by day into this PNG file.",
-            },
+            help=base.HELP,
         )
     )

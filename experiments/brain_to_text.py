@@ -583,6 +583,12 @@ def run_seed(config: Mapping[str, Any], seed: int, workdir: Path, log: study.Log
 
 # ------------------------------------------------------------------------------------- tables
 
+HELP = {
+    "seeds": "Of recordings and of training.",
+    "workdir": "Where all is kept; default runs/NAME.",
+    "plot": "Draws the error rate by day into this PNG file.",
+}
+
 
 def ratio(a: float, b: float) -> float:
     """a / b; NaN where b is 0: a model without errors has nothing to be compared with."""
@@ -663,12 +669,20 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
     """The character error rate by day, with and without recalibration."""
+    by_day = dict(summary["cer_by_day"])
+    before = by_day.pop("training days")
+    draw_days({name: by_day[name] for name in ("fixed", "past only", "recalibrated")}, path, before)
+
+
+def draw_days(
+    by_day: Mapping[str, Sequence[float]], path: Path, before: Sequence[float] = ()
+) -> None:
+    """Character error rates by name and day after training; those of the days before in grey."""
     figure = study.new_figure(7.5, 3.9)
     axes = figure.subplots()
-    before = summary["cer_by_day"]["training days"]
-    axes.plot(range(1 - len(before), 1), before, "o-", color="gray", label="training days")
-    for name in ("fixed", "past only", "recalibrated"):
-        values = summary["cer_by_day"][name]
+    if before:
+        axes.plot(range(1 - len(before), 1), before, "o-", color="gray", label="training days")
+    for name, values in by_day.items():
         axes.plot(range(1, len(values) + 1), values, "o-", label=name)
     axes.set_xlabel("days after training")
     axes.set_ylabel("character error rate, percent")
@@ -691,10 +705,6 @@ if __name__ == "__main__":
             _summarize,
             _lines,
             draw,
-            help={
-                "seeds": "Of recordings and of training.",
-                "workdir": "Where all is kept; default runs/NAME.",
-                "plot": "Draws the error rate by day into this PNG file.",
-            },
+            help=HELP,
         )
     )
