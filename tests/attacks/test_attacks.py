@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from fedasr import attacks
-from fedasr.attacks import attribute, bounds, inversion, matching, membership, names, speaker
+from fedasr.attacks import (
+    attribute,
+    bounds,
+    inversion,
+    matching,
+    membership,
+    names,
+    speaker,
+    training,
+)
 from fedasr.attacks.results import Result, clopper_pearson
 from fedasr.attacks.roll_call import RollCall
 from fedasr.attacks.target import Settings, Target, choose_users
@@ -16,6 +25,7 @@ from fedasr.data.batching import Grid
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.listing import Listed
 from fedasr.errors import UserError
+from fedasr.federated.server import ServerState
 from fedasr.models.recogniser import ARRAYS
 from fedasr.privacy import noise
 from fedasr.privacy.mechanism import Mechanism
@@ -111,6 +121,8 @@ def test_updates_are_clipped_and_noised_by_the_runs_own_code(target, given):
     assert abs(correlation).max() < 0.1  # each its own
     again, other = target.noised(clipped, 0.3, 0, 2) - clipped
     assert (again == extra).all() and abs(np.corrcoef(extra[0], other[0])[0, 1]) < 0.1
+    halves = target.noised(clipped / 2, 0.3, 0)[0] - clipped / 2
+    assert abs(np.corrcoef(extra[0], halves[0])[0, 1]) < 0.1  # of what is released, too
     other = target.noised(clipped, 0.3, 1)[0] - clipped
     assert abs(np.corrcoef(extra[0], other[0])[0, 1]) < 0.1
 
@@ -160,6 +172,35 @@ def test_who_trained_is_told_by_shadows(target):
     assert found[LOUD].interval[0] <= found[LOUD].bound < 0.7
     present = membership.coins(8, USERS, 0)
     assert (present.sum(0) == 4).all() and 0 < present.sum(1).mean() < USERS
+
+
+def test_each_training_has_noise_of_its_own():
+    """Of each attack, of each trial and of each multiplier."""
+    roots = set()
+
+    class Recorder:
+        def simulation(self, *args):
+            return self
+
+        def mechanism(self, *args):
+            return None
+
+        def init(self, params, root):
+            roots.add(root.tobytes())
+            return ServerState(params, None, 0, root)
+
+        def run(self, state, rounds):
+            return iter(())
+
+    recorder = Recorder()
+    recorder.config, recorder.params = default_config(), 0
+    recorder.config.server.optimizer = "adam"
+    recorder.config = Config.of(to_json(recorder.config.to_dict()))
+    users = {"a": [{"features": np.zeros((2, 1)), "labels": np.zeros(1)}]}
+    for name in ("names", "membership"):
+        for z in (None, 0.0, 1.0):
+            training.trained(recorder, Settings(), name, users, np.ones((2, 1), bool), z)
+    assert len(roots) == 2 * 3 * 2
 
 
 def test_likelihood_ratios_by_hand():

@@ -18,6 +18,7 @@ from fedasr.compression.partial import Subset, partial_training
 from fedasr.federated.algorithms import Facts, make_algorithm, memory_layout, option_names
 from fedasr.federated.client import take_batch, view_of_client
 from fedasr.federated.extras import MemoryLayout
+from fedasr.privacy.adaptive import AdaptiveClip
 
 USERS, COHORT, ROUNDS, RATE, SERVER = 6, 3, 20, 0.1, 0.7
 SHARE, UNIT = COHORT / USERS, 0.25
@@ -68,7 +69,7 @@ class Run:
 
 def make(name, folder=None, *, noise=0.0, clip=np.inf, sampler=None, hardware=None, update=UPDATE,
          server=SGD, trained=None, budget="global", corpus=CORPUS, batching=EACH, share=SHARE,
-         **options):  # fmt: skip
+         adaptive=None, **options):  # fmt: skip
     layout = memory_layout(name, START, trained)
     store = None if layout is None else fa.LocalStore(folder, layout, USERS)
     facts = Facts(share=share, unit=UNIT)
@@ -76,7 +77,7 @@ def make(name, folder=None, *, noise=0.0, clip=np.inf, sampler=None, hardware=No
     sampler = sampler or fa.FixedSizeSampler(USERS, COHORT, seed=0)
     simulation = fa.Simulation(
         corpus,
-        fa.Mechanism(clip, budget, noise, sampler),
+        fa.Mechanism(clip, budget, noise, sampler, adaptive=adaptive),
         algorithm,
         batching,
         hardware=hardware or fa.Hardware(ONE),
@@ -341,6 +342,20 @@ def test_a_part_of_the_variables(tmp_path):
         expected = memory["model"]["w"] if memory["met"] else START["w"]
         np.testing.assert_allclose(model["w"], expected, rtol=1e-6)
         np.testing.assert_array_equal(model["v"], START["v"])
+
+
+def test_while_bounds_warm_up_nobody_remembers(tmp_path):
+    """Else the server's control variate would for ever be another than the mean of the clients'."""
+    adaptive = AdaptiveClip(0.0, warmup=2, rate=1e-9, warmup_rate=1e-9)
+    run = make("scaffold", tmp_path, clip=1e6, adaptive=adaptive)
+    state = trained_by(run, 2)
+    assert not run.store.known.any()
+    state = trained_by(run, 3, state)
+    assert run.store.known.any()
+    control = run.simulation._view(state).params.broadcast
+    for name, found in jax.device_get(control).items():
+        expected = np.mean([m[name] for m in run.memory()], axis=0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------- privacy

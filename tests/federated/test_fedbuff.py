@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import fedasr as fa
 from fedasr.federated.algorithms import Facts, make_algorithm
 from fedasr.federated.participation import Devices
+from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.sampling import AsynchronousSampler
 
 USERS, BUFFER, RATE = 12, 3, 0.1
@@ -70,10 +71,10 @@ def squares(params, batch, key):
 UPDATE = fa.local_training(squares, optax.sgd(RATE), grad_clip=None)
 
 
-def make(sampler, name="fedbuff", clip=np.inf, noise=0.0, **options):
+def make(sampler, name="fedbuff", clip=np.inf, noise=0.0, adaptive=None, **options):
     return fa.Simulation(
         CORPUS,
-        fa.Mechanism(clip, "global", noise, sampler),
+        fa.Mechanism(clip, "global", noise, sampler, adaptive=adaptive),
         make_algorithm(name, UPDATE, optax.sgd(0.9), Facts(0.25, 1.0), options),
         fa.Batching(1, steps=2),
         hardware=fa.Hardware(jax.devices()[:1]),
@@ -129,6 +130,16 @@ def test_a_run_goes_on_to_the_same_bits():
     again, _ = trained(sim, 5, sim.transfer(jax.device_get(half)))
     for one, other in zip(*map(jax.tree.leaves, (whole, again)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_while_bounds_warm_up_the_earlier_models_are_the_first_one():
+    adaptive = AdaptiveClip(0.0, warmup=4)
+    sim = make(AsynchronousSampler(USERS, BUFFER, 6, 0, TIMES), clip=1.0, adaptive=adaptive)
+    state, _ = trained(sim, 4)
+    np.testing.assert_array_equal(sim._view(state, 1).params["w"], START["w"])
+    after, _ = trained(sim, 2, state)
+    assert np.abs(sim._view(after, 1).params["w"] - START["w"]).max() > 1e-3
+    np.testing.assert_array_equal(sim._view(after, 2).params["w"], START["w"])
 
 
 def test_old_updates_count_less_than_the_clip_norm():
