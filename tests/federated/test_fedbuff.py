@@ -15,6 +15,9 @@ from fedasr.federated.algorithms import Facts, make_algorithm
 from fedasr.federated.participation import Devices
 from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.sampling import AsynchronousSampler
+from fedasr.training.builders import participations
+from fedasr.training.config import Config, default_config
+from fedasr.training.logging import to_json
 
 USERS, BUFFER, RATE = 12, 3, 0.1
 RNG = np.random.default_rng(0)
@@ -62,6 +65,24 @@ def test_it_is_a_function_of_seed_and_round():
     assert one.reseeded(8).cohort(3).tolist() != one.cohort(3).tolist() or (
         one.reseeded(8).cohort(4).tolist() != one.cohort(4).tolist()
     )
+
+
+def test_times_of_devices_from_a_file(tmp_path):
+    """Of all users as many steps as the configuration says; devices that are away are refused."""
+    config = default_config()
+    config.participation.update(enabled=True, trace=str(tmp_path / "devices.csv"))
+    config.client.update(steps=3)
+    config = Config.of(to_json(config.to_dict()))
+    rows = [f"u{i:02d},{i},10" for i in range(USERS)]
+    head = "user,seconds_per_step,transfer_seconds"
+    (tmp_path / "devices.csv").write_text("\n".join([head, *rows]))
+    sampler = AsynchronousSampler(USERS, BUFFER, 6, 0)
+    found = participations.with_times(config, sampler, CORPUS.users)
+    assert found.times == tuple(10.0 + 3 * i for i in range(USERS))
+    rows[0] += ",8"
+    (tmp_path / "devices.csv").write_text("\n".join([f"{head},from_hour", *rows]))
+    with pytest.raises(fa.UserError, match="from_hour and to_hour are of rounds"):
+        participations.with_times(config, sampler, CORPUS.users)
 
 
 def squares(params, batch, key):
