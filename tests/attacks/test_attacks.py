@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from fedasr import attacks
 from fedasr.attacks import (
@@ -29,6 +30,7 @@ from fedasr.federated.server import ServerState
 from fedasr.models.recogniser import ARRAYS
 from fedasr.privacy import noise
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import PoissonSampler
 from fedasr.streams import Stream, seed_key
 from fedasr.text import CharTokenizer
 from fedasr.training.builders import models
@@ -238,6 +240,29 @@ def test_bounds_are_those_of_the_accountant():
     assert bounds.at_most(nothing, 1, 0.1) == bounds.accuracy_at_most(nothing, 1) == 1.0
 
 
+def test_bounds_by_pairs():
+    """Where chance amplifies: of every pair of the accountant's that is tried."""
+    mechanism = Mechanism(1.0, "global", 1.0, PoissonSampler(50, 5.0, 0))
+    pairs = [(mechanism.epsilon(4, d).epsilon, d) for d in bounds._DELTAS]
+    found = bounds.at_most(mechanism, 4, 0.1), bounds.accuracy_at_most(mechanism, 4)
+    assert found[0] == pytest.approx(min(math.exp(e) * 0.1 + d for e, d in pairs))
+    assert found[1] == pytest.approx(min((math.exp(e) + d) / (1 + math.exp(e)) for e, d in pairs))
+
+
+def test_results_are_of_all_rounds_of_a_training(target):
+    settings = Settings(rounds=4)
+    mechanism = target.mechanism(RollCall(np.ones((1, 1), bool), 4, 1.0), 2.0)
+    for chance in (None, 0.1):
+        found = training.training_result(
+            target, settings, "x", ("noise 2", 2.0), [True, False], chance, "x"
+        )
+        assert found.epsilon == mechanism.epsilon(4, found.delta).epsilon
+        exact = bounds.at_most(mechanism, 4, chance) if chance else stats.norm.cdf(4**0.5 / 4)
+        assert found.bound == pytest.approx(exact) and found.success == 0.5
+    calls = RollCall(np.array([[1, 0, 1], [0, 1, 0]], bool), 2, 3.0)
+    assert [calls.cohort(r).tolist() for r in range(4)] == [[0, 2], [0, 2], [1], [1]]
+
+
 def test_a_bound_holds_for_the_best_attack():
     """The likeliest of 20 one-hot secrets under Gaussian noise: just below the bound."""
     rng = np.random.default_rng(0)
@@ -251,7 +276,6 @@ def test_a_bound_holds_for_the_best_attack():
 
 
 def test_intervals_of_shares():
-    stats = pytest.importorskip("scipy.stats")
     for hits, trials in ((0, 5), (3, 10), (7, 7)):
         expected = stats.binomtest(hits, trials).proportion_ci(0.95, "exact")
         assert clopper_pearson(hits, trials) == pytest.approx((expected.low, expected.high))

@@ -323,6 +323,22 @@ def test_what_is_federated_averaging_in_a_special_case(tmp_path):
     np.testing.assert_allclose(found, fedavg(batching=one, update=gradient), rtol=1e-6)
 
 
+def test_a_users_own_model_is_trained_with_a_key_of_its_own(tmp_path):
+    """Without attraction it is the common training but for what is drawn."""
+
+    def noisy(params, batch, key):
+        value, aux = squares(params, batch, key)
+        return value + params["w"] @ jax.random.normal(key, (3,)), aux
+
+    update = fa.local_training(noisy, optax.sgd(RATE), grad_clip=None)
+    sampler = fa.ShuffledSampler(USERS, 1, seed=0)
+    run = make("ditto", tmp_path, update=update, server=optax.sgd(1.0), sampler=sampler,
+               attraction=0.0)  # fmt: skip
+    common = trained_by(run, 1).params["w"]
+    (own,) = (m["model"]["w"] for m in run.memory() if m["met"])
+    assert np.abs(own - common).max() > 1e-3
+
+
 def test_a_part_of_the_variables(tmp_path):
     """Memory, messages and users' own models are of what is trained."""
     subset = Subset("fixed", ("^w$",))
@@ -379,12 +395,15 @@ HOSTILE = fa.InMemoryCorpus(
 
 
 @pytest.mark.parametrize(
-    ("case", "budget"), [*((case, "global") for case in NAMES), ("scaffold", "uniform")]
+    ("case", "budget"),
+    [*((case, "global") for case in NAMES), ("scaffold", "uniform"), ("scaffold", "adaptive")],
 )
 def test_a_user_moves_the_sum_by_the_clip_norm(case, budget, tmp_path):
     """Whatever is sent, and whatever the user and the server remember of the round before."""
     name, options = case.split(",")[0], BY_HAND[case][1]
-    bound = 0.3
+    bound = 0.3  # of bounds that adapt: in units of their scales, which are what the sum is in
+    if budget == "adaptive":
+        budget, options = "uniform", {"adaptive": AdaptiveClip(0.0)}
     run = make(name, tmp_path, clip=bound, corpus=HOSTILE, budget=budget,
                sampler=Chosen(USERS, USERS, seed=0), **options)  # fmt: skip
     sums = []

@@ -1,6 +1,7 @@
 """Buffered asynchrony: the schedule's bounds by brute force, rounds against plain NumPy."""
 
 import collections
+import dataclasses
 import itertools
 
 import jax
@@ -56,6 +57,34 @@ def test_no_user_takes_part_more_often_than_is_accounted(
             assert len(turns[user]) <= sampler.participations(round + 1)
     gaps = [b - a for mine in turns.values() for a, b in itertools.pairwise(mine)]
     assert not gaps or min(gaps) >= sampler.separation
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rounds", "times"),
+    [
+        ((5, 2, 2), 6, (2, 2, 100, 0, 1)),
+        ((6, 2, 3), 6, (0, 100, 100, 1, 2, 0)),
+        ((7, 2, 2), 9, (1, 100, 0, 100, 2, 0, 0)),
+        ((7, 2, 4), 14, (2, 0, 1, 2, 0, 0, 0)),
+    ],
+)
+def test_some_user_takes_part_as_often_as_is_accounted(sizes, rounds, times):
+    """So that no smaller bound would be true."""
+    sampler = AsynchronousSampler(*sizes, 0, times)
+    met = collections.Counter(int(u) for r in range(rounds) for u in sampler.cohort(r))
+    assert max(met.values()) == sampler.participations(rounds) > 2
+
+
+def test_times_vary_by_the_jitter():
+    """One user at a time: the clock's steps are the times."""
+    clocks = {}
+    for jitter in (0.0, 0.5):
+        sampler = AsynchronousSampler(USERS, 1, 1, 0, (2.0,) * USERS, jitter)
+        clocks[jitter] = np.diff([0, *(sampler.clock(r) for r in range(400))])
+    np.testing.assert_allclose(clocks[0.0], 2.0)
+    found = np.log(clocks[0.5] / 2.0)
+    assert abs(found.std() - 0.5) < 0.06 and abs(found.mean()) < 0.08
+    assert abs(np.corrcoef(found[:-USERS], found[USERS:])[0, 1]) < 0.2  # a user's are not alike
 
 
 def test_it_is_a_function_of_seed_and_round():
@@ -177,6 +206,22 @@ def test_old_updates_count_less_than_the_clip_norm():
     trained(sim, 6)
     assert 0 < max(sums) <= BUFFER * 0.01 * (1 + 1e-6)
     assert min(sums) < 0.5 * BUFFER * 0.01
+
+
+def test_a_discount_is_at_most_one():
+    """Whatever an algorithm says: a user moves the sum by no more than the clip norm."""
+    algorithm = make_algorithm("fedbuff", UPDATE, optax.sgd(0.9), Facts(0.25, 1.0), {})
+    more = dataclasses.replace(algorithm.extras, discount=lambda age: 5.0)
+    mechanism = fa.Mechanism(1e-3, "global", 0.0, AsynchronousSampler(USERS, BUFFER, 6, 0, TIMES))
+    sim = fa.Simulation(
+        CORPUS,
+        mechanism,
+        dataclasses.replace(algorithm, extras=more),
+        fa.Batching(1, steps=2),
+        hardware=fa.Hardware(jax.devices()[:1]),
+    )
+    state, _ = trained(sim, 1)
+    assert 0 < np.linalg.norm(state.params["w"] - START["w"]) <= 0.9 * 1e-3 * (1 + 1e-3)
 
 
 def test_it_is_accounted_by_participations():

@@ -112,6 +112,9 @@ def test_shares_and_times():
     many = Devices.drawn(20_000, 0, 2.0, 0.7)
     assert abs(np.log(many.seconds_per_step).std() - 0.7) < 0.02
     assert abs(np.median(many.seconds_per_step) - 2.0) < 0.05
+    one = rules(jitter=0.5)
+    jitter = np.log([[one.seconds(r, u, 1) for u in EVERYBODY] for r in range(10)])
+    assert abs(jitter.std() - 0.5) < 0.06 and jitter.std(0).min() > 0.1 < jitter.std(1).min()
     found = rules(dropout_before=0.2, dropout_after=0.5, available=0.6)
     turnouts = [found.turnout(r, EVERYBODY, STEPS) for r in range(60)]
     drawn = 60 * USERS
