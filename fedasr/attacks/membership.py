@@ -65,7 +65,7 @@ def attack(target: Target, settings: Settings) -> list[Result]:
     results = []
     for setting in multipliers(settings):
         losses = []
-        for params in trained(target, settings, users, present, setting[1]):
+        for params in trained(target, settings, "membership", users, present, setting[1]):
             each = target.losses(params, every)
             each = np.where(np.isfinite(each), each, 0.0)
             losses.append(np.bincount(owner, each) / np.bincount(owner))

@@ -60,7 +60,7 @@ def attack(target: Target, settings: Settings) -> list[Result]:
     presence = np.ones((1, len(users)), bool)
     results = []
     for setting in multipliers(settings):
-        (params,) = trained(target, settings, users, presence, setting[1])
+        (params,) = trained(target, settings, "names", users, presence, setting[1])
         fall = before - target.losses(params, every).reshape(len(lists), -1)
         right = np.where(np.isfinite(fall), fall, -np.inf).argmax(1) == truth
         chance, what = 1 / settings.candidates, f"the name, of {settings.candidates}"

@@ -4,7 +4,6 @@ Success is the share of updates whose sender is named at the first guess (compar
 whose attacker finds the speaker from features that are recovered from a gradient).
 """
 
-import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -44,10 +43,7 @@ def identified(target: Target, settings: Settings, found: Halves) -> Iterable[Re
     """The results by setting; each half of a user's speech is what is known of them, in turn."""
     users = len(found.users)
     turns = (found.enrolled, found.observed), (found.observed, found.enrolled)
-    sides = []
-    for i, (known, sent) in enumerate(turns):
-        noise_of_its_own = dataclasses.replace(settings, seed=settings.seed + 10_000 * i)
-        sides.append((known, releases(target, noise_of_its_own, sent)))
+    sides = [(known, releases(target, settings, sent)) for known, sent in turns]
     for both in zip(*(seen for _, seen in sides), strict=True):
         right = []
         for (known, _), release in zip(sides, both, strict=True):

@@ -131,6 +131,8 @@ class Target:
     ) -> np.ndarray:
         """Each update as the server would release the sum of it alone, by the run's own code.
 
+        Other updates get other noise: who sees both could subtract them.
+
         Args:
           updates: float32 [users, parameters], clipped.
           noise_multiplier: above 0.
@@ -140,7 +142,7 @@ class Target:
           float32 [draws, users, parameters].
         """
         mechanism = self.mechanism(RollCall.one(), noise_multiplier)
-        root = make_root("attack", seed, str(noise_multiplier))
+        root = make_root("attack", seed, str(noise_multiplier), updates.tobytes())
         server = mechanism.server_transform(key(root, Stream.NOISE))
         state, step = server.init(self.params), jax.jit(server.update)
         found = np.empty((draws, *updates.shape), np.float32)

@@ -28,13 +28,19 @@ def multipliers(settings: Settings) -> list[tuple[str, float | None]]:
 
 
 def trained(
-    target: Target, settings: Settings, users: Users, presence: np.ndarray, z: float | None
+    target: Target,
+    settings: Settings,
+    name: str,
+    users: Users,
+    presence: np.ndarray,
+    z: float | None,
 ) -> list[Any]:
     """Parameters after each of several trainings by users who are there or not.
 
     Args:
       target: of whose model, clients, server and clipping they are.
       settings: for the number of rounds.
+      name: of the attack; its trainings have noise of their own.
       users: examples of each, by id.
       presence: bool [trainings, users], in the order of the ids.
       z: noise multiplier; None for no clipping.
@@ -49,7 +55,7 @@ def trained(
     simulation = target.simulation(corpus, mechanism, server, "training")
     found = []
     for trial in range(len(presence)):
-        root = make_root("attack", settings.seed, trial, str(z))
+        root = make_root("attack", name, settings.seed, trial, str(z))
         state = simulation.init(target.params, root)
         state = state._replace(round=state.round + trial * settings.rounds)
         for after, _ in simulation.run(state, settings.rounds):

@@ -165,6 +165,11 @@ def dropout_is_accounted(
         return
     if (known := len(participation.devices.transfer)) != len(corpus.users):
         raise UserError(f"there are devices of {known} users, the corpus has {len(corpus.users)}")
+    if hasattr(mechanism.sampler, "staleness"):
+        raise UserError(
+            "participation is of rounds, which users who train when they can have not: give "
+            "AsynchronousSampler the times of their devices"
+        )
     if participation.first and mechanism.noise_multiplier:
         raise UserError(
             "participation.first has users displace each other, which no accountant covers: with "

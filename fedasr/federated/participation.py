@@ -186,15 +186,19 @@ class Participation:
         inside = begin <= hour < end if begin <= end else hour >= begin or hour < end
         if not inside:
             return False
-        peak = 2.0 + 2.0 * generator(Stream.DEVICES, self.seed, "peak", user).standard_normal()
-        wave = math.cos(2 * math.pi * (hour - peak) / _DAY)
-        return self._coin("there", round, user) < self.available + self.diurnal * wave
+        chance = self.available
+        if self.diurnal:
+            peak = 2.0 + 2.0 * generator(Stream.DEVICES, self.seed, "peak", user).standard_normal()
+            chance += self.diurnal * math.cos(2 * math.pi * (hour - peak) / _DAY)
+        return self._happens("there", round, user, chance)
 
     def seconds(self, round: int, user: int, steps: int) -> float:
         """From the server's call to the user's update."""
-        draw = generator(Stream.DEVICES, self.seed, "jitter", round, user).standard_normal()
         own = self.devices.transfer[user] + steps * self.devices.seconds_per_step[user]
-        return float(own * math.exp(self.jitter * draw))
+        if self.jitter:
+            draw = generator(Stream.DEVICES, self.seed, "jitter", round, user).standard_normal()
+            own *= math.exp(self.jitter * draw)
+        return float(own)
 
     def turnout(self, round: int, users: Sequence[int], steps: Sequence[int]) -> Turnout:
         """What becomes of a cohort.
@@ -204,8 +208,8 @@ class Participation:
         """
         count = dict(zip(users, steps, strict=True))
         there = [u for u in users if self.is_there(round, u)]
-        began = [u for u in there if self._coin("before", round, u) >= self.dropout_before]
-        back = [u for u in began if self._coin("after", round, u) >= self.dropout_after]
+        began = [u for u in there if not self._happens("before", round, u, self.dropout_before)]
+        back = [u for u in began if not self._happens("after", round, u, self.dropout_after)]
         times = sorted((self.seconds(round, u, count[u]), u) for u in back)
         arrived, seconds = self._in_time(times, len(users))
         kept = {u for _, u in arrived}
@@ -230,8 +234,10 @@ class Participation:
             return arrived, self.deadline
         return arrived, arrived[-1][0] if arrived else 0.0
 
-    def _coin(self, use: str, round: int, user: int) -> float:
-        return generator(Stream.DEVICES, self.seed, use, round, user).random()
+    def _happens(self, use: str, round: int, user: int, chance: float) -> bool:
+        if not 0 < chance < 1:  # a generator for each user is most of the time that this takes
+            return chance > 0
+        return generator(Stream.DEVICES, self.seed, use, round, user).random() < chance
 
 
 def async_turnout(sampler: Any, round: int, versions: int) -> Turnout:

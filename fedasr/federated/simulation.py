@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from fedasr.data.batching import Batching, Chunk, Padding, Prefetcher
+from fedasr.data.batching import Batching, Padding, Prefetcher
 from fedasr.data.corpus import Corpus
 from fedasr.digests import params_digest
 from fedasr.errors import UserError
@@ -39,7 +39,7 @@ from fedasr.federated.cohort import (
     rotation_key,
     settled,
 )
-from fedasr.federated.extras import Download, broadcast_of, past_of, server_chain
+from fedasr.federated.extras import Download, MemoryLayout, broadcast_of, past_of, server_chain
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.local import CohortRows
 from fedasr.federated.metrics import RoundMetrics, round_metrics
@@ -70,7 +70,8 @@ class Item(NamedTuple):
 
     chunk: of clients; None at a round's end. padding: of the chunk, or of the round. age: of the
     parameters that the clients get, in rounds. turnout: at a round's end, of simulated devices.
-    users: of the chunk, -1 for empty slots, where they have local rows.
+    users: of the chunk, -1 for empty slots, where they have local rows. lost: nothing of what the
+    chunk's clients send arrives.
     """
 
     chunk: Any
@@ -78,6 +79,7 @@ class Item(NamedTuple):
     age: int = 0
     turnout: Turnout | None = None
     users: np.ndarray | None = None
+    lost: bool = False
 
 
 class _Arguments(NamedTuple):
@@ -142,10 +144,13 @@ class Simulation:
             out_shardings=replicated(self.mesh),
         )
         self._adaptive = mechanism.adaptive is not None
+        # While the server's state stands still, so does what users remember of its counterpart.
+        remembers = self.store is not None and isinstance(self.store.layout, MemoryLayout)
+        self._still = mechanism.adaptive.warmup if mechanism.adaptive and remembers else 0
         self._trained, self._extras = sent(algorithm), extras_of(algorithm)
         self._discount = None if self._extras is None else self._extras.discount
         self._versions = self._extras.versions if self._extras else 1
-        self._earlier = jax.jit(self._version, out_shardings=replicated(self.mesh))
+        self._earlier = jax.jit(self._version)
         self._sent_like = functools.partial(sent_like, algorithm)
         client = client_side(mechanism, algorithm)
         self._cohort = make_cohort(
@@ -233,13 +238,16 @@ class Simulation:
             if self._participation is not None:
                 steps = [self.batcher.steps(int(user), round, draws.order) for user in users]
                 turnout = self._participation.turnout(round, [int(u) for u in users], steps)
-                users = self._who_trains(turnout)
+                users = turnout.arrived
             for age, own, weight in self._by_age(draws.sampler, round, users):
                 for chunk, padding in self.batcher.chunks(own, round, draws.order):
                     total += padding
-                    chunk = self._without_lost(chunk, turnout)
                     chunk = chunk._replace(weight=chunk.weight * weight)
                     yield Item(chunk, padding, age=age)
+            if turnout is not None and self.store is not None:  # they remember what they did
+                for chunk, padding in self.batcher.chunks(turnout.lost, round, draws.order):
+                    total += padding
+                    yield Item(chunk, padding, lost=True)
             if self._discount is not None:
                 turnout = async_turnout(draws.sampler, round, self._versions)
             yield Item(None, total, turnout=turnout)
@@ -254,18 +262,6 @@ class Simulation:
         ages = sampler.staleness(round)
         for age in np.unique(ages[ages < self._versions]):
             yield int(age), users[ages == age], np.float32(min(1.0, self._discount(int(age))))
-
-    def _who_trains(self, turnout: Turnout) -> np.ndarray:
-        """Lost updates are computed where users remember what they did."""
-        if self.store is None:
-            return turnout.arrived
-        return np.union1d(turnout.arrived, turnout.lost)
-
-    def _without_lost(self, chunk: Chunk, turnout: Turnout | None) -> Chunk:
-        if turnout is None or not len(turnout.lost) or self.store is None:
-            return chunk
-        lost = np.isin(chunk.user, turnout.lost)
-        return chunk._replace(weight=np.where(lost, np.float32(0), chunk.weight))
 
     def _transfer(self, item: Item) -> Item:
         chunk, users = item.chunk, None
@@ -294,6 +290,8 @@ class Simulation:
                 asked = time.perf_counter()
                 item = next(stream)
                 chunk, users = item.chunk, item.users
+                if users is not None and round < self._still:
+                    users = np.full_like(users, -1)
                 waiting += time.perf_counter() - asked
                 if chunk is not None:
                     clients = self._round_key(np.int32(round), root)
@@ -302,12 +300,13 @@ class Simulation:
                         # Not by the thread, which reads ahead: a user's last round must be written.
                         rows = jax.device_put(cohort_rows.gather(users), client_sharding(self.mesh))
                         chunk = chunk._replace(local=rows)
-                    if sums is None:
-                        sums = self._cohort.zeros(view, chunk)
-                    sums = self._cohort.add(sums, view, chunk, clients, np.int32(round))
+                    if (into := None if item.lost else sums) is None:
+                        into = self._cohort.zeros(view, chunk)
+                    into = self._cohort.add(into, view, chunk, clients, np.int32(round))
                     if cohort_rows is not None:
-                        sums, rows = sums
+                        into, rows = into
                         cohort_rows.take_back(users, rows)
+                    sums = sums if item.lost else into
                     continue
                 # A Poisson round may be empty: the server still adds its noise and steps.
                 total = self._cohort.total(sums) if sums is not None else None
@@ -337,7 +336,7 @@ class Simulation:
     def _version(self, state: ServerState, age: jax.Array) -> Params:
         """The parameters of so many rounds ago, at least one."""
         past = jax.tree.map(lambda x: x[age - 1], past_of(state.opt_state))
-        return merge(past, state.params, self._trained)
+        return settled(self.mesh, merge(past, state.params, self._trained))
 
     def _votes(self, state: ServerState, total: CohortSum | None) -> dict[str, Any]:
         """What adaptive bounds, or noise in shares, need to know of a round."""

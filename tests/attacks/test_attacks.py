@@ -6,9 +6,19 @@ import math
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from fedasr import attacks
-from fedasr.attacks import attribute, bounds, inversion, matching, membership, names, speaker
+from fedasr.attacks import (
+    attribute,
+    bounds,
+    inversion,
+    matching,
+    membership,
+    names,
+    speaker,
+    training,
+)
 from fedasr.attacks.results import Result, clopper_pearson
 from fedasr.attacks.roll_call import RollCall
 from fedasr.attacks.target import Settings, Target, choose_users
@@ -16,9 +26,11 @@ from fedasr.data.batching import Grid
 from fedasr.data.corpus import InMemoryCorpus
 from fedasr.data.listing import Listed
 from fedasr.errors import UserError
+from fedasr.federated.server import ServerState
 from fedasr.models.recogniser import ARRAYS
 from fedasr.privacy import noise
 from fedasr.privacy.mechanism import Mechanism
+from fedasr.privacy.sampling import PoissonSampler
 from fedasr.streams import Stream, seed_key
 from fedasr.text import CharTokenizer
 from fedasr.training.builders import models
@@ -111,6 +123,8 @@ def test_updates_are_clipped_and_noised_by_the_runs_own_code(target, given):
     assert abs(correlation).max() < 0.1  # each its own
     again, other = target.noised(clipped, 0.3, 0, 2) - clipped
     assert (again == extra).all() and abs(np.corrcoef(extra[0], other[0])[0, 1]) < 0.1
+    halves = target.noised(clipped / 2, 0.3, 0)[0] - clipped / 2
+    assert abs(np.corrcoef(extra[0], halves[0])[0, 1]) < 0.1  # of what is released, too
     other = target.noised(clipped, 0.3, 1)[0] - clipped
     assert abs(np.corrcoef(extra[0], other[0])[0, 1]) < 0.1
 
@@ -162,6 +176,35 @@ def test_who_trained_is_told_by_shadows(target):
     assert (present.sum(0) == 4).all() and 0 < present.sum(1).mean() < USERS
 
 
+def test_each_training_has_noise_of_its_own():
+    """Of each attack, of each trial and of each multiplier."""
+    roots = set()
+
+    class Recorder:
+        def simulation(self, *args):
+            return self
+
+        def mechanism(self, *args):
+            return None
+
+        def init(self, params, root):
+            roots.add(root.tobytes())
+            return ServerState(params, None, 0, root)
+
+        def run(self, state, rounds):
+            return iter(())
+
+    recorder = Recorder()
+    recorder.config, recorder.params = default_config(), 0
+    recorder.config.server.optimizer = "adam"
+    recorder.config = Config.of(to_json(recorder.config.to_dict()))
+    users = {"a": [{"features": np.zeros((2, 1)), "labels": np.zeros(1)}]}
+    for name in ("names", "membership"):
+        for z in (None, 0.0, 1.0):
+            training.trained(recorder, Settings(), name, users, np.ones((2, 1), bool), z)
+    assert len(roots) == 2 * 3 * 2
+
+
 def test_likelihood_ratios_by_hand():
     present = np.array([[1], [0], [1], [0], [1]], bool)
     losses = np.array([[1.0], [3.0], [1.2], [3.4], [0.8]])
@@ -197,6 +240,29 @@ def test_bounds_are_those_of_the_accountant():
     assert bounds.at_most(nothing, 1, 0.1) == bounds.accuracy_at_most(nothing, 1) == 1.0
 
 
+def test_bounds_by_pairs():
+    """Where chance amplifies: of every pair of the accountant's that is tried."""
+    mechanism = Mechanism(1.0, "global", 1.0, PoissonSampler(50, 5.0, 0))
+    pairs = [(mechanism.epsilon(4, d).epsilon, d) for d in bounds._DELTAS]
+    found = bounds.at_most(mechanism, 4, 0.1), bounds.accuracy_at_most(mechanism, 4)
+    assert found[0] == pytest.approx(min(math.exp(e) * 0.1 + d for e, d in pairs))
+    assert found[1] == pytest.approx(min((math.exp(e) + d) / (1 + math.exp(e)) for e, d in pairs))
+
+
+def test_results_are_of_all_rounds_of_a_training(target):
+    settings = Settings(rounds=4)
+    mechanism = target.mechanism(RollCall(np.ones((1, 1), bool), 4, 1.0), 2.0)
+    for chance in (None, 0.1):
+        found = training.training_result(
+            target, settings, "x", ("noise 2", 2.0), [True, False], chance, "x"
+        )
+        assert found.epsilon == mechanism.epsilon(4, found.delta).epsilon
+        exact = bounds.at_most(mechanism, 4, chance) if chance else stats.norm.cdf(4**0.5 / 4)
+        assert found.bound == pytest.approx(exact) and found.success == 0.5
+    calls = RollCall(np.array([[1, 0, 1], [0, 1, 0]], bool), 2, 3.0)
+    assert [calls.cohort(r).tolist() for r in range(4)] == [[0, 2], [0, 2], [1], [1]]
+
+
 def test_a_bound_holds_for_the_best_attack():
     """The likeliest of 20 one-hot secrets under Gaussian noise: just below the bound."""
     rng = np.random.default_rng(0)
@@ -210,7 +276,6 @@ def test_a_bound_holds_for_the_best_attack():
 
 
 def test_intervals_of_shares():
-    stats = pytest.importorskip("scipy.stats")
     for hits, trials in ((0, 5), (3, 10), (7, 7)):
         expected = stats.binomtest(hits, trials).proportion_ci(0.95, "exact")
         assert clopper_pearson(hits, trials) == pytest.approx((expected.low, expected.high))

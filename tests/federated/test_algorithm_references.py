@@ -18,6 +18,7 @@ from fedasr.compression.partial import Subset, partial_training
 from fedasr.federated.algorithms import Facts, make_algorithm, memory_layout, option_names
 from fedasr.federated.client import take_batch, view_of_client
 from fedasr.federated.extras import MemoryLayout
+from fedasr.privacy.adaptive import AdaptiveClip
 
 USERS, COHORT, ROUNDS, RATE, SERVER = 6, 3, 20, 0.1, 0.7
 SHARE, UNIT = COHORT / USERS, 0.25
@@ -68,7 +69,7 @@ class Run:
 
 def make(name, folder=None, *, noise=0.0, clip=np.inf, sampler=None, hardware=None, update=UPDATE,
          server=SGD, trained=None, budget="global", corpus=CORPUS, batching=EACH, share=SHARE,
-         **options):  # fmt: skip
+         adaptive=None, **options):  # fmt: skip
     layout = memory_layout(name, START, trained)
     store = None if layout is None else fa.LocalStore(folder, layout, USERS)
     facts = Facts(share=share, unit=UNIT)
@@ -76,7 +77,7 @@ def make(name, folder=None, *, noise=0.0, clip=np.inf, sampler=None, hardware=No
     sampler = sampler or fa.FixedSizeSampler(USERS, COHORT, seed=0)
     simulation = fa.Simulation(
         corpus,
-        fa.Mechanism(clip, budget, noise, sampler),
+        fa.Mechanism(clip, budget, noise, sampler, adaptive=adaptive),
         algorithm,
         batching,
         hardware=hardware or fa.Hardware(ONE),
@@ -322,6 +323,22 @@ def test_what_is_federated_averaging_in_a_special_case(tmp_path):
     np.testing.assert_allclose(found, fedavg(batching=one, update=gradient), rtol=1e-6)
 
 
+def test_a_users_own_model_is_trained_with_a_key_of_its_own(tmp_path):
+    """Without attraction it is the common training but for what is drawn."""
+
+    def noisy(params, batch, key):
+        value, aux = squares(params, batch, key)
+        return value + params["w"] @ jax.random.normal(key, (3,)), aux
+
+    update = fa.local_training(noisy, optax.sgd(RATE), grad_clip=None)
+    sampler = fa.ShuffledSampler(USERS, 1, seed=0)
+    run = make("ditto", tmp_path, update=update, server=optax.sgd(1.0), sampler=sampler,
+               attraction=0.0)  # fmt: skip
+    common = trained_by(run, 1).params["w"]
+    (own,) = (m["model"]["w"] for m in run.memory() if m["met"])
+    assert np.abs(own - common).max() > 1e-3
+
+
 def test_a_part_of_the_variables(tmp_path):
     """Memory, messages and users' own models are of what is trained."""
     subset = Subset("fixed", ("^w$",))
@@ -341,6 +358,20 @@ def test_a_part_of_the_variables(tmp_path):
         expected = memory["model"]["w"] if memory["met"] else START["w"]
         np.testing.assert_allclose(model["w"], expected, rtol=1e-6)
         np.testing.assert_array_equal(model["v"], START["v"])
+
+
+def test_while_bounds_warm_up_nobody_remembers(tmp_path):
+    """Else the server's control variate would for ever be another than the mean of the clients'."""
+    adaptive = AdaptiveClip(0.0, warmup=2, rate=1e-9, warmup_rate=1e-9)
+    run = make("scaffold", tmp_path, clip=1e6, adaptive=adaptive)
+    state = trained_by(run, 2)
+    assert not run.store.known.any()
+    state = trained_by(run, 3, state)
+    assert run.store.known.any()
+    control = run.simulation._view(state).params.broadcast
+    for name, found in jax.device_get(control).items():
+        expected = np.mean([m[name] for m in run.memory()], axis=0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------- privacy
@@ -364,12 +395,15 @@ HOSTILE = fa.InMemoryCorpus(
 
 
 @pytest.mark.parametrize(
-    ("case", "budget"), [*((case, "global") for case in NAMES), ("scaffold", "uniform")]
+    ("case", "budget"),
+    [*((case, "global") for case in NAMES), ("scaffold", "uniform"), ("scaffold", "adaptive")],
 )
 def test_a_user_moves_the_sum_by_the_clip_norm(case, budget, tmp_path):
     """Whatever is sent, and whatever the user and the server remember of the round before."""
     name, options = case.split(",")[0], BY_HAND[case][1]
-    bound = 0.3
+    bound = 0.3  # of bounds that adapt: in units of their scales, which are what the sum is in
+    if budget == "adaptive":
+        budget, options = "uniform", {"adaptive": AdaptiveClip(0.0)}
     run = make(name, tmp_path, clip=bound, corpus=HOSTILE, budget=budget,
                sampler=Chosen(USERS, USERS, seed=0), **options)  # fmt: skip
     sums = []

@@ -1,6 +1,7 @@
 """Buffered asynchrony: the schedule's bounds by brute force, rounds against plain NumPy."""
 
 import collections
+import dataclasses
 import itertools
 
 import jax
@@ -13,7 +14,11 @@ from hypothesis import strategies as st
 import fedasr as fa
 from fedasr.federated.algorithms import Facts, make_algorithm
 from fedasr.federated.participation import Devices
+from fedasr.privacy.adaptive import AdaptiveClip
 from fedasr.privacy.sampling import AsynchronousSampler
+from fedasr.training.builders import participations
+from fedasr.training.config import Config, default_config
+from fedasr.training.logging import to_json
 
 USERS, BUFFER, RATE = 12, 3, 0.1
 RNG = np.random.default_rng(0)
@@ -54,6 +59,34 @@ def test_no_user_takes_part_more_often_than_is_accounted(
     assert not gaps or min(gaps) >= sampler.separation
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rounds", "times"),
+    [
+        ((5, 2, 2), 6, (2, 2, 100, 0, 1)),
+        ((6, 2, 3), 6, (0, 100, 100, 1, 2, 0)),
+        ((7, 2, 2), 9, (1, 100, 0, 100, 2, 0, 0)),
+        ((7, 2, 4), 14, (2, 0, 1, 2, 0, 0, 0)),
+    ],
+)
+def test_some_user_takes_part_as_often_as_is_accounted(sizes, rounds, times):
+    """So that no smaller bound would be true."""
+    sampler = AsynchronousSampler(*sizes, 0, times)
+    met = collections.Counter(int(u) for r in range(rounds) for u in sampler.cohort(r))
+    assert max(met.values()) == sampler.participations(rounds) > 2
+
+
+def test_times_vary_by_the_jitter():
+    """One user at a time: the clock's steps are the times."""
+    clocks = {}
+    for jitter in (0.0, 0.5):
+        sampler = AsynchronousSampler(USERS, 1, 1, 0, (2.0,) * USERS, jitter)
+        clocks[jitter] = np.diff([0, *(sampler.clock(r) for r in range(400))])
+    np.testing.assert_allclose(clocks[0.0], 2.0)
+    found = np.log(clocks[0.5] / 2.0)
+    assert abs(found.std() - 0.5) < 0.06 and abs(found.mean()) < 0.08
+    assert abs(np.corrcoef(found[:-USERS], found[USERS:])[0, 1]) < 0.2  # a user's are not alike
+
+
 def test_it_is_a_function_of_seed_and_round():
     one, other = (AsynchronousSampler(USERS, BUFFER, 5, 7, TIMES, jitter=0.5) for _ in range(2))
     backwards = {r: other.cohort(r).tolist() for r in reversed(range(10))}
@@ -63,6 +96,24 @@ def test_it_is_a_function_of_seed_and_round():
     )
 
 
+def test_times_of_devices_from_a_file(tmp_path):
+    """Of all users as many steps as the configuration says; devices that are away are refused."""
+    config = default_config()
+    config.participation.update(enabled=True, trace=str(tmp_path / "devices.csv"))
+    config.client.update(steps=3)
+    config = Config.of(to_json(config.to_dict()))
+    rows = [f"u{i:02d},{i},10" for i in range(USERS)]
+    head = "user,seconds_per_step,transfer_seconds"
+    (tmp_path / "devices.csv").write_text("\n".join([head, *rows]))
+    sampler = AsynchronousSampler(USERS, BUFFER, 6, 0)
+    found = participations.with_times(config, sampler, CORPUS.users)
+    assert found.times == tuple(10.0 + 3 * i for i in range(USERS))
+    rows[0] += ",8"
+    (tmp_path / "devices.csv").write_text("\n".join([f"{head},from_hour", *rows]))
+    with pytest.raises(fa.UserError, match="from_hour and to_hour are of rounds"):
+        participations.with_times(config, sampler, CORPUS.users)
+
+
 def squares(params, batch, key):
     return 0.5 * ((params["w"] - batch["x"][0]) ** 2).sum(), {}
 
@@ -70,10 +121,10 @@ def squares(params, batch, key):
 UPDATE = fa.local_training(squares, optax.sgd(RATE), grad_clip=None)
 
 
-def make(sampler, name="fedbuff", clip=np.inf, noise=0.0, **options):
+def make(sampler, name="fedbuff", clip=np.inf, noise=0.0, adaptive=None, **options):
     return fa.Simulation(
         CORPUS,
-        fa.Mechanism(clip, "global", noise, sampler),
+        fa.Mechanism(clip, "global", noise, sampler, adaptive=adaptive),
         make_algorithm(name, UPDATE, optax.sgd(0.9), Facts(0.25, 1.0), options),
         fa.Batching(1, steps=2),
         hardware=fa.Hardware(jax.devices()[:1]),
@@ -131,6 +182,16 @@ def test_a_run_goes_on_to_the_same_bits():
         np.testing.assert_array_equal(one, other)
 
 
+def test_while_bounds_warm_up_the_earlier_models_are_the_first_one():
+    adaptive = AdaptiveClip(0.0, warmup=4)
+    sim = make(AsynchronousSampler(USERS, BUFFER, 6, 0, TIMES), clip=1.0, adaptive=adaptive)
+    state, _ = trained(sim, 4)
+    np.testing.assert_array_equal(sim._view(state, 1).params["w"], START["w"])
+    after, _ = trained(sim, 2, state)
+    assert np.abs(sim._view(after, 1).params["w"] - START["w"]).max() > 1e-3
+    np.testing.assert_array_equal(sim._view(after, 2).params["w"], START["w"])
+
+
 def test_old_updates_count_less_than_the_clip_norm():
     sim = make(AsynchronousSampler(USERS, BUFFER, 6, 0, TIMES), clip=0.01, power=2.0)
     sums = []
@@ -145,6 +206,22 @@ def test_old_updates_count_less_than_the_clip_norm():
     trained(sim, 6)
     assert 0 < max(sums) <= BUFFER * 0.01 * (1 + 1e-6)
     assert min(sums) < 0.5 * BUFFER * 0.01
+
+
+def test_a_discount_is_at_most_one():
+    """Whatever an algorithm says: a user moves the sum by no more than the clip norm."""
+    algorithm = make_algorithm("fedbuff", UPDATE, optax.sgd(0.9), Facts(0.25, 1.0), {})
+    more = dataclasses.replace(algorithm.extras, discount=lambda age: 5.0)
+    mechanism = fa.Mechanism(1e-3, "global", 0.0, AsynchronousSampler(USERS, BUFFER, 6, 0, TIMES))
+    sim = fa.Simulation(
+        CORPUS,
+        mechanism,
+        dataclasses.replace(algorithm, extras=more),
+        fa.Batching(1, steps=2),
+        hardware=fa.Hardware(jax.devices()[:1]),
+    )
+    state, _ = trained(sim, 1)
+    assert 0 < np.linalg.norm(state.params["w"] - START["w"]) <= 0.9 * 1e-3 * (1 + 1e-3)
 
 
 def test_it_is_accounted_by_participations():

@@ -11,6 +11,7 @@ import pytest
 import fedasr as fa
 from fedasr.federated.algorithms import Facts, make_algorithm, memory_layout
 from fedasr.federated.participation import Devices, Participation
+from fedasr.privacy.sampling import AsynchronousSampler
 
 USERS, COHORT, RATE = 40, 10, 0.1
 RNG = np.random.default_rng(0)
@@ -111,6 +112,9 @@ def test_shares_and_times():
     many = Devices.drawn(20_000, 0, 2.0, 0.7)
     assert abs(np.log(many.seconds_per_step).std() - 0.7) < 0.02
     assert abs(np.median(many.seconds_per_step) - 2.0) < 0.05
+    one = rules(jitter=0.5)
+    jitter = np.log([[one.seconds(r, u, 1) for u in EVERYBODY] for r in range(10)])
+    assert abs(jitter.std() - 0.5) < 0.06 and jitter.std(0).min() > 0.1 < jitter.std(1).min()
     found = rules(dropout_before=0.2, dropout_after=0.5, available=0.6)
     turnouts = [found.turnout(r, EVERYBODY, STEPS) for r in range(60)]
     drawn = 60 * USERS
@@ -177,6 +181,7 @@ def test_who_loses_an_update_remembers_it_all_the_same(tmp_path):
     np.testing.assert_array_equal(after.params["w"], 0)
     assert np.flatnonzero(sim.store.known).tolist() == cohort.tolist()
     assert len(metrics.turnout.lost) == COHORT
+    assert metrics.clients == 0 and not len(metrics.norms)  # nobody votes on bounds, either
     rows = sim.store.gather(cohort, np.zeros(2, np.float32))
     assert np.abs(rows).sum(1).min() > 0
     leaving = simulation(rules(dropout_before=1.0), "scaffold", tmp_path / "before")
@@ -199,6 +204,8 @@ def test_what_is_refused():
         simulation(rules(first=3), clip=1.0, noise=1.0)
     with pytest.raises(fa.UserError, match="devices of 3 users, the corpus has 40"):
         simulation(Participation(Devices.drawn(3, 0)))
+    with pytest.raises(fa.UserError, match="participation is of rounds"):
+        simulation(rules(), "fedbuff", sampler=AsynchronousSampler(USERS, COHORT, COHORT, 0))
     secure = fa.SecureAggregation(2, 16)
     mechanism = fa.Mechanism(1.0, "global", 1.0, fa.PoissonSampler(USERS, COHORT, 0), secure=secure)
     with pytest.raises(fa.UserError, match="noise in shares is missing where users drop out"):

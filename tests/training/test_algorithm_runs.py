@@ -158,6 +158,7 @@ def largest(one, other):
         ("fedbuff", {}, {}, "belong together"),
         ("federated", {}, {"privacy.sampler": "asynchronous"}, "belong together"),
         ("fedbuff", {}, QUEUE | {"participation.deadline": 1.0}, "deadline is of rounds"),
+        ("fedbuff", {}, QUEUE | {"participation.available": 0.5}, "available is of rounds"),
         ("federated", {}, ON | {"participation.first": 1, "privacy.enabled": True}, "displace"),
         ("federated", {}, ON | SKELLAM, "noise in shares is missing"),
         ("central", {}, ON, "unset participation.enabled"),

@@ -50,7 +50,8 @@ def FedBuff(
         return *client_update(params, *args), memory
 
     def init(variables):
-        past = jax.tree.map(lambda x: jnp.zeros((earlier, *x.shape), x.dtype), variables)
+        # Where the first rounds move bounds alone (`fedasr.privacy.adaptive.hold`), so it stays.
+        past = jax.tree.map(lambda x: jnp.broadcast_to(x, (earlier, *x.shape)), variables)
         return server_optimizer.init(variables), Versions(past)
 
     def update(mean, state, params=None):

@@ -75,14 +75,13 @@ class AsynchronousSampler:
         return self.cohort_size
 
     @property
-    def _others(self) -> int:
-        """Users, at least, who start between two starts of one."""
-        return self.population - self.concurrency - self.cohort_size
-
-    @property
     def separation(self) -> int:
-        """Of the others' starts so many may be of slots that are free when the user hands in."""
-        return max(1, (self._others - self.concurrency) // self.cohort_size)
+        """For any times. When a user's round ends, T < `concurrency` users train and all others but
+        the buffer's wait ahead. All of them start before the user does again, which takes as many
+        updates as there are starts, but for `concurrency` - T free places; then comes the user's.
+        """
+        between = self.population - self.concurrency - self.cohort_size + 2
+        return -(-between // self.cohort_size)
 
     @property
     def sensitivity(self) -> float:
@@ -133,14 +132,8 @@ class AsynchronousSampler:
         return _schedule_of(self)
 
     def participations(self, rounds: int) -> int:
-        """A bound for any times: between two starts of a user `_others` others start.
-
-        Of the starts, all but `concurrency` at most follow an update that was handed in.
-        """
-        if rounds == 0:
-            return 0
-        starts = rounds * self.cohort_size + self.concurrency
-        return min(rounds, 1 + (starts - 1) // (self._others + 1))
+        """Turns, `separation` rounds apart, of a user of the first round."""
+        return 0 if rounds == 0 else 1 + (rounds - 1) // self.separation
 
     def deployed(self, cohort: float, population: int) -> "AsynchronousSampler":
         """See `Sampler`; the concurrency grows with the cohort."""

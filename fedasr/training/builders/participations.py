@@ -63,11 +63,19 @@ def with_times(config: Config, sampler: Sampler, users: Sequence[str]) -> Sample
     Args:
       config: of the run. sampler: of the run; another kind stays as it is.
       users: names of the training users.
+
+    Raises:
+      UserError: see `make_devices`; and for devices that are not always there.
     """
     settings, client = config.participation, config.client
     if not settings.enabled or not isinstance(sampler, AsynchronousSampler):
         return sampler
     devices = make_devices(config, users)
+    if (devices.begin > 0).any() or (devices.end < 24).any():
+        raise UserError(
+            f"{settings.trace}: from_hour and to_hour are of rounds, which {ASYNCHRONOUS!r} has "
+            "not: leave them out"
+        )
     steps = client.steps or client.max_steps or client.epochs
     times = tuple(float(t) for t in devices.transfer + steps * devices.seconds_per_step)
     return dataclasses.replace(sampler, times=times, jitter=settings.jitter)
@@ -96,8 +104,9 @@ def _check_queue(config: Config) -> None:
             "both, or neither"
         )
     if by_queue and settings.enabled:
-        for name in ("diurnal", "dropout_before", "dropout_after", "deadline", "first"):
-            if getattr(settings, name):
+        names = ("available", "diurnal", "dropout_before", "dropout_after", "deadline", "first")
+        for name in names:
+            if getattr(settings, name) != (1 if name == "available" else 0):
                 raise UserError(
                     f"participation.{name} is of rounds, which {ASYNCHRONOUS!r} has not"
                 )
