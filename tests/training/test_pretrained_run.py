@@ -125,7 +125,7 @@ def test_private_rounds_of_a_part_then_evaluation_and_resume(
 
 
 def test_frozen_variables_in_half_precision(configure, corpora, tmp_path):
-    config = configure(rounds=1, partial__mode="all", partial__patterns=())
+    config = configure(rounds=1, partial__mode="all")
     config["peft"] |= {"kind": "head", "patterns": ["^output/", "block_1/"]}
     config["peft"]["frozen_dtype"] = "bfloat16"
     summary = loop.run(config, tmp_path / "run")
