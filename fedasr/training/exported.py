@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from fedasr.errors import UserError
+from fedasr.models.pretrained.mapping import nested
 
 FORMAT, VERSION = "fedasr", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -83,14 +84,7 @@ def read_params(path: str | Path) -> Any:
             f"{folder / WEIGHTS} is not what was exported: {name} is {theirs.get(name)} there, "
             f"{shapes.get(name)} by {CONFIG}: export again"
         )
-    tree: dict[str, Any] = {}
-    for name, value in found.items():
-        *sections, leaf = name.split("/")
-        inner = tree
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[leaf] = value
-    return tree
+    return nested(found)
 
 
 def flat(params: Any) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from fedasr.errors import UserError
 from fedasr.models import peft
 from fedasr.models.pretrained import folders
 from fedasr.models.recogniser import takes_audio
+from fedasr.text import PHONEMES, SILENCE
 from fedasr.training import card, exported
 from fedasr.training.builders import clients
 from fedasr.training.checkpoint import read_metadata, restore_params
@@ -85,7 +86,8 @@ def alphabet_of(config: Config, metadata: dict[str, Any]) -> dict[str, Any]:
         options = read_corpus_metadata(directory)["options"]
         names = ("characters", "subwords")
         return {name: options[name] for name in names if options.get(name)}
-    if characters is not None and not isinstance(characters, str) and len(characters) != 40:
+    phonemes = [*PHONEMES, SILENCE]
+    if not isinstance(characters, str | None) and list(characters) != phonemes:
         raise UserError(
             "the model writes subwords, and the prepared data that has their tokenizer is not "
             f"there ({config.data.dir}): put it back to export"
@@ -167,8 +169,7 @@ def _hugging_face(model: Model, folder: Path) -> None:
             "--format=huggingface takes configuration and tokenizer from the folder that the run "
             f"started from, as a whole (init_from=hf:FOLDER), which {config.init_from!r} is not"
         )
-    tensors = folders.to_tensors(config.model.name, config.model.options, model.params)
-    exported.safetensors().save_file(tensors, folder / exported.WEIGHTS, {"format": "pt"})
+    folders.write_tensors(config.model.name, config.model.options, model.params, folder)
     for file in sorted(source.iterdir()):
         if file.suffix in _BESIDE and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)

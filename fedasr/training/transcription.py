@@ -20,6 +20,8 @@ from fedasr.data.windows import Window
 from fedasr.decoding.alignment import Word, words_of
 from fedasr.decoding.registry import Decoder, make_decoder
 from fedasr.errors import UserError
+from fedasr.models.pretrained import FAMILIES
+from fedasr.models.pretrained.whisper_model import CROSS_ENTROPY
 from fedasr.models.recogniser import Recogniser, takes_audio
 from fedasr.text import PHONEMES, SILENCE, CharTokenizer, Tokenizer
 from fedasr.training.builders import decoders, models
@@ -30,7 +32,6 @@ from fedasr.training.sections import Decoding
 from fedasr.training.workdir import recorded_config
 
 _SMALLEST = 192  # frames, of what recordings are padded to
-_WHISPER = 30.0  # seconds that it hears at once
 _LABELS = 4  # of the empty transcripts that the loss is given
 
 
@@ -231,8 +232,17 @@ def load(
         mel=features.LogMelConfig(**options.get("features", {})),
         store=options.get("store", "features"),
         takes_audio=takes_audio(config.model.name),
-        longest=min(longest, _WHISPER) if config.model.name == "whisper" else longest,
+        longest=_bounded(config, longest),
     )
+
+
+def _bounded(config: Config, longest: float) -> float:
+    """Seconds of a part, of which Whisper hears no more than its window, context included."""
+    if config.model.name != "whisper":
+        return longest
+    heard = FAMILIES["whisper"].config(**config.model.options)
+    room = 0.0 if heard.objective == CROSS_ENTROPY else 2 * windows.CONTEXT
+    return min(longest, max(heard.samples / windows.RATE - room, 1.0))
 
 
 def _directory(config: Config, data: str | os.PathLike[str] | None) -> Path | None:

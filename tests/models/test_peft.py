@@ -358,10 +358,10 @@ def test_merged_matrices_would_be_there_once_a_client():
 
 
 def test_frozen_matrices_in_bfloat16():
-    config = config_of("lora", frozen_dtype="bfloat16")
+    config = config_of("lora", frozen_dtype="bfloat16", also=("^output/",))
     recogniser, params = adapted(config)
     for path, leaf in leaves_by_path(params).items():
-        rounded = leaf.ndim == 2 and not path.endswith((A, B))
+        rounded = leaf.ndim == 2 and not path.endswith((A, B)) and path != "output/kernel"
         assert leaf.dtype == (jnp.bfloat16 if rounded else jnp.float32), path
     found = scores(recogniser, params)
     assert found.dtype == jnp.float32

@@ -120,6 +120,11 @@ def _said(**changes):
     return lambda folder: (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
 
 
+def _indexed(names):
+    text = json.dumps({"weight_map": names})
+    return lambda folder: (folder / folders.INDEX).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -130,6 +135,12 @@ def _said(**changes):
         (_said(hidden_size=None), "must be"),
         (_said(hidden_size=10), "config.json and weights again"),
         (_said(vocab_size=9), "config.json and weights again"),
+        (_said(pad_token_id=6), "blank=6 must be below vocab=6"),
+        (_said(conv_dim=5), "config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be read"),
+        (_indexed([1]), "does not name files: fetch it again"),
+        (_indexed({"a": 3}), "does not name files: fetch it again"),
+        (_said(model_type="parakeet_ctc", encoder_config=None), "None where settings should be"),
         (lambda folder: (folder / "model.safetensors").unlink(), "save the model as such"),
         (_truncate, "cannot be read.*fetch it again"),
         (_without("wav2vec2.encoder.layer_norm.weight"), "layer_norm.weight is missing: fetch"),
@@ -181,7 +192,8 @@ def test_a_folder_is_written_of_models_that_came_from_one(tmp_path):
         ("wav2vec2", {"widths": "10"}, "as many numbers each"),
         ("wav2vec2", {"heads": 5}, "multiple of its heads"),
         ("wav2vec2", {"layout": "data2vec"}, "layout must be one of"),
-        ("wav2vec2", {"frozen_dtype": "int8"}, "frozen_dtype must be"),
+        ("wav2vec2", {"blank": 32}, "blank=32 must be below vocab=32"),
+        ("parakeet", {"vocab": 30}, "blank=1024 must be below vocab=30"),
         ("whisper", {"window": "half"}, "window must be one of"),
         ("whisper", {"start": ""}, "start must hold a token"),
         ("whisper", {"end": 90_000}, "end must hold tokens below"),

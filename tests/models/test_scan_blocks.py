@@ -1,11 +1,14 @@
 """Blocks that run through one compiled block are the blocks that are compiled one by one."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fedasr.errors import UserError
+from fedasr.models import layers
 from fedasr.models.recogniser import make_recogniser
 
 SIZES = {"vocab": 6, "features": 8, "dim": 16, "heads": 2, "mlp": 16, "dropout": 0.2}
@@ -79,3 +82,26 @@ def test_no_blocks_and_blocks_that_change_the_dtype():
         recogniser(
             "transformer", scan_blocks=True, norm="post", dtype="bfloat16", stream_dtype="float32"
         )
+
+
+class Counting:
+    """A block that adds 1."""
+
+    def is_initializing(self):
+        return True
+
+    def __call__(self, x, mask, keys):
+        return x + 1
+
+
+@pytest.mark.parametrize("batch_key", [None, jax.random.key(3)])
+def test_each_block_is_dropped_by_a_draw_of_its_own(batch_key):
+    config = types.SimpleNamespace(remat="none", layer_drop=0.5, scan_blocks=False)
+    x, mask, keys = (
+        jnp.zeros((1, 1, 1)),
+        jnp.ones((1, 1), bool),
+        jax.random.split(jax.random.key(0), 1),
+    )
+    blocks = [Counting()] * 16
+    found = layers.apply_blocks(blocks, config, x, mask, keys, (2, 4), batch_key)
+    assert 3 <= float(found[0, 0, 0]) <= 13

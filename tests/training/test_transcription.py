@@ -15,9 +15,10 @@ from fedasr.data.utterances import Utterance
 from fedasr.decoding.ngram import estimate, write_arpa
 from fedasr.errors import UserError
 from fedasr.models import peft
+from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import ledger
-from fedasr.text import tokenizer_for
-from fedasr.training import exported, starts
+from fedasr.text import CharTokenizer, tokenizer_for
+from fedasr.training import exported, starts, transcription
 from fedasr.training.builders import decoders, models
 from fedasr.training.checkpoint import Checkpointer, restore_params
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
@@ -25,7 +26,7 @@ from fedasr.training.config import Config, default_config
 from fedasr.training.evaluation import Evaluator, evaluation_buckets
 from fedasr.training.exporting import export
 from fedasr.training.logging import to_json
-from fedasr.training.transcription import load
+from fedasr.training.transcription import Transcriber, load
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed")
 pytest.importorskip("soxr", reason="soxr is not installed")
@@ -185,6 +186,38 @@ def test_long_recordings_come_in_parts(workdir, folder):
     assert starts_of == sorted(starts_of) and found.seconds == round(len(audio) / 16_000, 3)
     assert 0 <= starts_of[0] < 1.5 and starts_of[-1] > 2.5
     assert found.text == " ".join(word.word for word in found.words)
+
+
+def test_parts_are_heard_once_and_have_the_times_of_the_whole():
+    """By a model that writes the letters that blocks of samples are: one every half second."""
+    letters = "abcdefghijkl"
+    audio = np.zeros((50 * len(letters), 160), np.float32)
+    audio[25::50] = np.arange(1, 1 + len(letters))[:, None] / 32768
+
+    def scores(params, batch):
+        tokens = batch["features"][..., 0].astype(int)
+        found = jax.nn.log_softmax(30.0 * jax.nn.one_hot(tokens, 1 + len(letters)))
+        return found, batch["features_length"], None, None
+
+    recogniser = Recogniser(None, None, None, scores)
+    model = Transcriber(recogniser, {}, CharTokenizer(letters), takes_audio=True, longest=1.8)
+    found = model.transcribe(audio.reshape(-1))
+    assert found.text.replace(" ", "") == letters and len(found.words) > 2
+    for word in found.words:
+        places = [letters.index(word.word[0]), letters.index(word.word[-1])]
+        expected = [0.25 + 0.5 * places[0], 0.26 + 0.5 * places[1]]
+        np.testing.assert_allclose(word[1:], expected, atol=0.011)
+
+
+def test_whisper_hears_its_window_with_the_context():
+    def seconds(longest, **options):
+        tree = to_json(default_config().to_dict())
+        tree["model"] = {"name": "whisper", "options": options}
+        return transcription._bounded(Config.of(tree), longest)
+
+    assert seconds(40.0) == 30.0 and seconds(8.0) == 8.0
+    assert seconds(40.0, positions=500) == 10.0
+    assert seconds(40.0, objective="ctc") == 28.0
 
 
 def test_what_cannot_be_read_does_not_stop_the_others(workdir, folder, tmp_path):

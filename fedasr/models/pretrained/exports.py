@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedasr.errors import UserError
 from fedasr.models.pretrained import folders
 from fedasr.models.pretrained.registry import FAMILIES
@@ -44,12 +42,7 @@ def export_folder(model: Any, params: Any, alphabet: Mapping[str, Any], folder: 
         else:
             text = json.dumps(content, indent=1, ensure_ascii=False)
             (folder / name).write_text(text, encoding="utf-8")
-    tensors = folders.to_tensors(model.name, model.options, params)
-    for name in [name for name in tensors if name.endswith(".running_var")]:
-        counter = f"{name.removesuffix('running_var')}num_batches_tracked"
-        tensors[counter] = np.zeros((), np.int64)  # of a batch norm, which none reads
-    save = folders.library().numpy.save_file
-    save(tensors, folder / f"model{folders.SUFFIX}", metadata={"format": "pt"})
+    folders.write_tensors(model.name, model.options, params, folder)
 
 
 def _tokenizer(alphabet: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

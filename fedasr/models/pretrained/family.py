@@ -85,6 +85,12 @@ def augmented(
     return jax.vmap(lambda x, n, k: spec_augment(x, n, k, augment))(inputs, lengths, masks), keys
 
 
+def check_blank(config: Any) -> None:
+    """Raises UserError for a blank that is none of the output layer's tokens."""
+    if config.blank >= config.vocab:
+        raise UserError(f"the model's blank={config.blank} must be below vocab={config.vocab}")
+
+
 def example(blocks: int = 16) -> dict[str, Array]:
     """A batch of audio, for the shapes of parameters."""
     return {
@@ -102,6 +108,8 @@ def choose(config: Any, **choices: Sequence[str] | Mapping[str, Any]) -> None:
 
 def known(config: Mapping[str, Any], **wanted: Any) -> None:
     """Raises UserError for a setting of config.json that is there and is not what is known here."""
+    if not isinstance(config, Mapping):
+        raise UserError(f"config.json has {config!r} where settings should be: fetch it again")
     for name, value in wanted.items():
         if (found := config.get(name, value)) != value:
             raise UserError(

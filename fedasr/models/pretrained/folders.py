@@ -106,8 +106,7 @@ def open_source(place: str | Path, head: bool = True) -> Source:
             options |= family.encoder
         prefix = f"{family.prefix(family.config(**options))}."
     except (KeyError, TypeError, ValueError) as error:
-        what = error if isinstance(error, UserError) else f"{CONFIG} lacks {error}: fetch it again"
-        raise UserError(f"{place}: {what}") from error
+        raise UserError(f"{place}: {_mistake(error)}") from error
     if not any(name.startswith(prefix) for name in tensors):  # of a model without a head
         tensors = {prefix + name: read for name, read in tensors.items()}
     if head and not any(re.search(family.head, name) for name in tensors):
@@ -116,6 +115,14 @@ def open_source(place: str | Path, head: bool = True) -> Source:
             f"init_from=hf-encoder:{place}"
         )
     return Source(str(place), folder, name, options, head, tensors)
+
+
+def _mistake(error: Exception) -> str:
+    """What is wrong with a configuration, by the error that it led to."""
+    if isinstance(error, UserError):
+        return str(error)
+    what = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+    return f"{CONFIG} {what}: fetch it again"
 
 
 def _family_of(place: str | Path, kind: Any) -> str:
@@ -144,6 +151,15 @@ def to_tensors(name: str, options: Mapping[str, Any], params: Any) -> dict[str, 
     return mapping.to_tensors(family.table(family.config(**options), True), params)
 
 
+def write_tensors(name: str, options: Mapping[str, Any], params: Any, folder: Path) -> None:
+    """Writes a model's safetensors, as transformers has them, into a folder; see `to_tensors`."""
+    tensors = to_tensors(name, options, params)
+    for tensor in [tensor for tensor in tensors if tensor.endswith(".running_var")]:
+        counter = f"{tensor.removesuffix('running_var')}num_batches_tracked"
+        tensors[counter] = np.zeros((), np.int64)  # of a batch norm, which none reads
+    library().numpy.save_file(tensors, folder / f"model{SUFFIX}", metadata={"format": "pt"})
+
+
 def _contents(
     place: str | Path, folder: Path, path: Path
 ) -> tuple[dict[str, Any], dict[str, Any], Mapping[str, Callable[[], np.ndarray]]]:
@@ -164,7 +180,7 @@ def _json(path: Path) -> dict[str, Any] | None:
         return found
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
 
 
@@ -173,7 +189,10 @@ def _tensors(place: str | Path, folder: Path, path: Path) -> dict[str, Callable[
     if path != folder:
         files = [path]
     elif index := _json(folder / INDEX):
-        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        try:
+            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{folder / INDEX} does not name files: fetch it again") from error
     else:
         files = sorted(folder.glob(f"*{SUFFIX}"))
     if not files:

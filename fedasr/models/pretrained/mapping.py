@@ -38,10 +38,10 @@ class Entry:
 
 
 def same(path: str, name: str, shape: Sequence[int] | None = None) -> Entry:
-    """A tensor as it is; `shape`: of the tensor where the parameter has no axes of length 1."""
+    """A tensor as it is; `shape`: of the tensor where all its axes but one have length 1."""
 
     def read(x: np.ndarray) -> tuple[np.ndarray, ...]:
-        return (x.reshape([n for n in x.shape if n != 1]) if shape else x,)
+        return (x.reshape(-1) if shape else x,)
 
     def write(x: np.ndarray) -> tuple[np.ndarray, ...]:
         return (x.reshape(shape) if shape else x,)
@@ -180,7 +180,7 @@ def to_params(
             arrays.append(array)
         try:
             values = entry.read(*arrays)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise UserError(
                 f"the tensor {entry.names[0]} has shape {list(arrays[0].shape)}, which is none of "
                 "this model: fetch the model again"

@@ -30,8 +30,6 @@ class ComputeConfig:
     Attributes:
       dropout: on hidden units and branches. layer_drop: probability that a training step skips a
         block. dtype: of the compute. remat, attention: as of the project's own encoders.
-      frozen_dtype: how variables are kept that no client trains ("float32", "bfloat16"); see
-        `fedasr.training.builders.models`.
     """
 
     dropout: float = 0.0
@@ -39,15 +37,10 @@ class ComputeConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "plain"
-    frozen_dtype: str = "float32"
 
     def check(self, *sizes: str) -> None:
         """Raises UserError for an option out of range; `sizes`: of which each is at least 1."""
         layers.check_options(self, sizes)
-        if self.frozen_dtype not in ("float32", "bfloat16"):
-            raise UserError(
-                f"the model's frozen_dtype must be float32 or bfloat16: {self.frozen_dtype!r}"
-            )
 
     @property
     def compute(self) -> jnp.dtype:
@@ -173,6 +166,23 @@ class Convolution(nn.Module):
             return out
         bias = self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
         return out + bias.astype(self.dtype)
+
+
+class CtcModel(nn.Module):
+    """An encoder `(inputs, lengths, keys) -> (frames [b, t, d], lengths)` and an output layer."""
+
+    encoder: nn.Module
+    vocab: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, inputs: Array, lengths: Array, keys: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Scores of tokens, float32 [b, t, vocab], and true frames, int32 [b]."""
+        encode: Any = self.encoder
+        x, lengths = encode(inputs, lengths, keys)
+        return dense(self.vocab, self.dtype, "output")(x).astype(jnp.float32), lengths
 
 
 def grouped_convolution(x: Array, kernel: Array) -> Array:

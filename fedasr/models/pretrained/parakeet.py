@@ -22,9 +22,10 @@ from fedasr.kernels.depthwise import depthwise_convolution
 from fedasr.models import layers
 from fedasr.models.objectives import Recogniser
 from fedasr.models.pretrained import audio, mapping
-from fedasr.models.pretrained.family import Family, ctc, known
+from fedasr.models.pretrained.family import Family, check_blank, ctc, known
 from fedasr.models.pretrained.modules import (
     ComputeConfig,
+    CtcModel,
     FeedForward,
     biased_attention,
     dense,
@@ -66,6 +67,7 @@ class ParakeetConfig(ComputeConfig):
 
     def __post_init__(self) -> None:
         self.check("vocab", "dim", "heads", "mlp", "mels", "channels", "factor", "kernel")
+        check_blank(self)
         if self.dim % self.heads or self.dim % 2:
             raise UserError(
                 f"the model's dim={self.dim} must be even and a multiple of heads={self.heads}"
@@ -225,28 +227,13 @@ def _waves(frames: int, dim: int) -> np.ndarray:
     return waves.reshape(len(angles), dim).astype(np.float32)
 
 
-class Model(nn.Module):
-    """Mel frames to scores of tokens."""
-
-    config: ParakeetConfig
-
-    @nn.compact
-    def __call__(
-        self, mel: Array, lengths: Array, keys: Array | None = None
-    ) -> tuple[Array, Array]:
-        """Logits float32 [b, frames, vocab] and true frames [b]; see `Encoder`."""
-        c = self.config
-        x, lengths = Encoder(c, name="encoder")(mel, lengths, keys)
-        return dense(c.vocab, c.compute, "output")(x).astype(jnp.float32), lengths
-
-
 def recogniser(c: ParakeetConfig, augment: SpecAugmentConfig | None) -> Recogniser:
     """See `Family`."""
 
     def front(batch: Mapping[str, Array]) -> tuple[Array, Array]:
         return audio.nemo_mel(*audio.samples(batch), c.mels, c.emphasis)
 
-    return ctc(Model(c), front, augment)
+    return ctc(CtcModel(Encoder(c), c.vocab, c.compute), front, augment)
 
 
 def table(c: ParakeetConfig, head: bool) -> list[mapping.Entry]:
@@ -399,6 +386,7 @@ FAMILY = Family(
     types=("parakeet_ctc",),
     prefix=lambda c: "encoder",
     head=r"^ctc_head\.",
+    encoder={"blank": 0},
     options=options,
     describe=describe,
     table=table,

@@ -20,7 +20,7 @@ from fedasr.errors import UserError
 from fedasr.models import layers
 from fedasr.models.objectives import Recogniser
 from fedasr.models.pretrained import audio, mapping
-from fedasr.models.pretrained.family import Family, choose, ctc, known
+from fedasr.models.pretrained.family import Family, check_blank, choose, ctc, known
 from fedasr.models.pretrained.modules import (
     Attention,
     ComputeConfig,
@@ -78,6 +78,7 @@ class Wav2Vec2Config(ComputeConfig):
     def __post_init__(self) -> None:
         self.check("vocab", "dim", "heads", "mlp", "position_width", "position_groups", "buckets")
         choose(self, layout=_PREFIXES, convolution_norm=("group", "layer"), norm=("pre", "post"))
+        check_blank(self)
         sizes = [numbers(self, name) for name in _FRONT_END]
         if not all(sizes) or len(set(map(len, sizes))) > 1 or min(map(min, sizes)) < 1:
             raise UserError(
@@ -451,6 +452,7 @@ FAMILY = Family(
     types=tuple(_PREFIXES),
     prefix=lambda c: _PREFIXES[c.layout],
     head=r"^lm_head\.",
+    encoder={"blank": 0},
     options=options,
     describe=describe,
     table=table,

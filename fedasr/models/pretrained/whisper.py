@@ -18,11 +18,8 @@ from fedasr.models import layers
 from fedasr.models.objectives import Recogniser, from_forward
 from fedasr.models.pretrained import audio, mapping
 from fedasr.models.pretrained.family import Family, augmented, ctc, example, known
-from fedasr.models.pretrained.modules import (
-    numbers,
-    written,
-)
-from fedasr.models.pretrained.whisper_model import CtcModel, Decoder, Encoder, WhisperConfig
+from fedasr.models.pretrained.modules import CtcModel, numbers, written
+from fedasr.models.pretrained.whisper_model import Decoder, Encoder, WhisperConfig
 
 Array = jax.Array
 
@@ -49,7 +46,7 @@ def heard(c: WhisperConfig, batch: Mapping[str, Array]) -> tuple[Array, Array]:
 def recogniser(c: WhisperConfig, augment: SpecAugmentConfig | None) -> Recogniser:
     """See `Family`."""
     if c.objective == "ctc":
-        return ctc(CtcModel(c), lambda batch: heard(c, batch), augment)
+        return ctc(CtcModel(Encoder(c), c.vocab, c.compute), lambda batch: heard(c, batch), augment)
     encoder: Any = Encoder(c)
     decoder: Any = Decoder(c)
     start = jnp.array(numbers(c, "start"), jnp.int32)

@@ -267,18 +267,3 @@ class Decoder(nn.Module):
             x, now = block.step(x, heard_by, heard, before, place)
             kept.append(now)
         return self._scores(x)[:, 0], kept
-
-
-class CtcModel(nn.Module):
-    """Mel frames to scores of tokens."""
-
-    config: WhisperConfig
-
-    @nn.compact
-    def __call__(
-        self, mel: Array, lengths: Array, keys: Array | None = None
-    ) -> tuple[Array, Array]:
-        """Logits float32 [b, frames, vocab] and true frames [b]; see `Encoder`."""
-        c = self.config
-        x, lengths = Encoder(c, name="encoder")(mel, lengths, keys)
-        return dense(c.vocab, c.compute, "output")(x).astype(jnp.float32), lengths

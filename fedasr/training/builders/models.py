@@ -55,39 +55,17 @@ def base_shapes(config: Config) -> Any:
 def completed(params: Any, config: Config) -> Any:
     """A base's parameters with what the configuration's adaptation adds, as a run keeps them."""
     key = seed_key(config.seed, Stream.INIT)
-    return as_kept(peft.completed(params, clients.peft_config(config), key), config)
+    return peft.completed(params, clients.peft_config(config), key)
 
 
 def initial_params(recogniser: Recogniser, config: Config) -> Any:
     """The untrained model of a configuration: the same for all runs of one seed."""
-    return as_kept(recogniser.init(seed_key(config.seed, Stream.INIT)), config)
+    return recogniser.init(seed_key(config.seed, Stream.INIT))
 
 
 def variable_shapes(config: Config) -> Any:
     """Shapes of a configuration's parameters, without allocating them."""
-    init = build_recogniser(config).init
-    return jax.eval_shape(lambda key: as_kept(init(key), config), jax.random.key(0))
-
-
-def as_kept(params: Any, config: Config) -> Any:
-    """Parameters in the types that a run keeps them in.
-
-    Pretrained models may have variables that no client trains in bfloat16 (`frozen_dtype`): half
-    the memory, of which there is one copy for all clients that are computed together.
-    """
-    dtype = config.model.options.get("frozen_dtype", "float32")
-    if dtype == "float32":
-        return params
-    subset = clients.make_subset(config)
-    trained = None if subset is None else subset.trained(params)
-    if trained is None:
-        raise UserError(
-            f"model.options.frozen_dtype={dtype!r} is for variables that are not trained: set "
-            'partial.mode="fixed" and partial.patterns'
-        )
-    leaves, treedef = jax.tree.flatten(params)
-    kept = [x if yes else x.astype(dtype) for x, yes in zip(leaves, trained, strict=True)]
-    return jax.tree.unflatten(treedef, kept)
+    return jax.eval_shape(build_recogniser(config).init, jax.random.key(0))
 
 
 def parameter_count(recogniser: Recogniser) -> int:
