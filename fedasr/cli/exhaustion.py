@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,8 @@ def install() -> None:
         return
     threading.excepthook = _hooked(threading.excepthook)
     sys.unraisablehook = _hooked(sys.unraisablehook)
+    # Of libraries whose event loop could not be made, which is said where it is caught.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     logging.raiseExceptions = False
     for logger in ("", "absl", "asyncio", "concurrent.futures", "jax"):
         logging.getLogger(logger).addFilter(_is_news)
@@ -69,10 +72,16 @@ def _hooked(before: Callable[[Any], Any]) -> Callable[[Any], None]:
     def hook(args: Any) -> None:
         if what := exhausted(args.exc_value):
             _SEEN.append(what)
-        else:
+        elif not _half_made(args):
             before(args)
 
     return hook
+
+
+def _half_made(args: Any) -> bool:
+    """Whether a finaliser misses an attribute that its object never got: what failed says so."""
+    name = getattr(getattr(args, "object", None), "__name__", "")
+    return name == "__del__" and isinstance(args.exc_value, AttributeError)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

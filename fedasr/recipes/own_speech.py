@@ -51,7 +51,7 @@ MODELS: dict[str, Any] = {"transformer": TransformerConfig, "conformer": Conform
 _COHORT, _BATCH = 8, 4
 _TURNS, _FEWEST, _MOST = 20, 120, 600  # of a user; rounds
 _PASSES = 80  # of the seed's training
-_USERS, _UTTERANCES = 50, 12.0  # where the data is not there yet
+USERS, UTTERANCES = 50, 12.0  # where the data is not there yet
 # The quickstart's noise, which makes epsilon 7.3 as deployed at 120 rounds, and the power of the
 # rounds that it grows with: fitted to 30 to 1000 rounds of 1024 in a million users, where so few
 # are drawn that rounds cost little (docs/decisions/2026-11-30-own-speech.md).
@@ -85,8 +85,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     if Path(args["data"]).exists():
         _fit(config, args)
     else:  # whoever runs it is told that there is no such corpus
-        _set_training(config, _USERS, _UTTERANCES, args["rounds"])
-        _say(f"own_speech: {args['data']} is not there: the settings are for {_USERS} users")
+        _set_training(config, USERS, UTTERANCES, args["rounds"])
+        _say(f"own_speech: {args['data']} is not there: the settings are for {USERS} users")
     return config
 
 
@@ -128,11 +128,16 @@ def _set_training(config: ConfigDict, users: int, utterances: float, rounds: int
     config.server.decay_rounds = (all_rounds + 3) // 4  # at least 1
     config.client.learning_rate = 0.3
     config.privacy.clip_norm = 0.4
-    config.privacy.sigma = (all_rounds.to_float() / _ROUNDS) ** _POWER * _SIGMA
+    config.privacy.sigma = sigma(all_rounds)
     config.model.options.dropout = 0.1
     config.augment.enabled = True
     config.augment.options.update(frequency_width=20, time_masks=4, time_width=20)
     config.augment.options.update(time_warp=0.1, frequency_warp=0.05)
+
+
+def sigma(rounds: FieldReference) -> Any:
+    """The noise that makes epsilon about 7.3 as deployed, for a clip norm of 0.4; follows rounds."""
+    return (rounds.to_float() / _ROUNDS) ** _POWER * _SIGMA
 
 
 def _set_seed(config: ConfigDict, metadata: Mapping[str, Any], share: int) -> str:

@@ -51,6 +51,14 @@ PROGRAMS = {
         limit(resource.RLIMIT_NOFILE, 32)
         kept = [open("/dev/null") for _ in range(99)]
     """,
+    # The loop is left half-made, and the coroutine never starts: both would be said, too.
+    "event loop": """
+        import asyncio
+        async def save():
+            pass
+        limit(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")))
+        asyncio.run(save())
+    """,
     "abort": """
         limit(resource.RLIMIT_AS, size() + (4 << 20))
         os.abort()
@@ -66,6 +74,7 @@ WORDS = {
     "logged": "no open files: allow",
     "memory": "out of memory: give",
     "files": "no open files: allow the process more open files (ulimit -n); what was saved",
+    "event loop": "no open files: allow",
     "abort": "error: ",  # of the address space, threads or memory are missed first
     "abort in a thread": "no open files",
 }

@@ -1,0 +1,111 @@
+"""A pretrained recogniser, adapted to one's own speech by private rounds of FFA-LoRA.
+
+    --config=adapted:data=data/audio,model=models/wav2vec2-base-960h[,rounds=40][,kind=ffa_lora]
+                     [,window=true]
+
+data: a corpus prepared with the model's tokenizer and --store=audio. model: the model's folder, or
+"hf-encoder:FOLDER" for its encoder with a new output layer. rounds: 0 for as many as six turns of
+each user take, 20 to 200. kind: which part is trained, see `fedasr.models.peft`. window: what
+Whisper hears, "padded" to 30 s as it was trained, or the "true" frames alone, which costs a
+fraction. Cohort and local steps follow from the data as in the recipe `own_speech`.
+
+    fedasr sweep --table=adapted
+
+The recipe on data/audio with models/whisper-tiny.en: before, central, federated and private.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict, FieldReference
+
+from fedasr.data.records import has_split, open_corpus, read_metadata
+from fedasr.errors import UserError
+from fedasr.models.pretrained.folders import open_source
+from fedasr.recipes import own_speech, shared
+from fedasr.recipes.tables import Row, Table
+from fedasr.training.config import default_config
+from fedasr.training.values import WHOLE, parse_start
+
+ARGUMENTS: dict[str, Any] = {
+    "data": "",
+    "model": "",
+    "rounds": 0,
+    "kind": "ffa_lora",
+    "window": "padded",
+}
+_BATCH = 4
+_TURNS, _FEWEST, _MOST = 6, 20, 200  # of a user; rounds
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    """The settings for a prepared corpus and a model's folder.
+
+    Raises:
+      UserError: an unknown argument, or no such data or model.
+    """
+    args = shared.parse(arguments, ARGUMENTS)
+    for name, example in {"data": "data/audio", "model": "models/wav2vec2-base-960h"}.items():
+        if not args[name]:
+            raise UserError(f"--config=adapted needs {name}=, such as {name}={example}")
+    start: str = args["model"] if ":" in args["model"] else WHOLE + args["model"]
+    scheme, place = parse_start(start)
+    config = default_config()
+    config.name = "adapted"
+    config.data.dir, config.init_from = args["data"], start
+    if Path(place).exists():  # whoever runs it is told that there is none
+        source = open_source(place, scheme == WHOLE)
+        config.model.name = source.name
+        config.model.options = ConfigDict(dict(source.options))
+        if args["window"] != "padded":
+            config.model.options.window = args["window"]
+    users, usual = own_speech.USERS, own_speech.UTTERANCES
+    if Path(args["data"]).exists():
+        metadata = read_metadata(args["data"])
+        config.data.eval = tuple(s for s in ("dev", "test") if has_split(metadata, s))
+        config.selection.split = "dev" if "dev" in config.data.eval else ""
+        train = open_corpus(args["data"], config.data.train)
+        users, usual = len(train.users), float(np.median(train.sizes))
+    config.cohort, config.client.batch_size = max(1, min(8, users // 2)), _BATCH
+    config.client.steps = int(np.clip(np.ceil(usual / _BATCH), 1, 4))
+    turns = int(np.clip(_TURNS * users // config.cohort, _FEWEST, _MOST))
+    rounds = FieldReference(args["rounds"] or turns)
+    config.rounds = rounds
+    config.central.batch_size = _BATCH
+    config.central.steps = rounds * config.cohort * config.client.steps
+    config.central.learning_rate = 0.001
+    config.evaluation.every = rounds // 4
+    config.peft.kind = args["kind"]
+    # The output of a factor that is frozen at random is small: local steps are long.
+    config.client.learning_rate = 0.1
+    config.server.optimizer, config.server.learning_rate = "adam", 0.002
+    config.server.decay_start = rounds * 2 // 3
+    config.server.decay_rounds = (rounds + 3) // 4
+    config.privacy.clip_norm = 0.4
+    config.privacy.sigma = own_speech.sigma(rounds)
+    return config
+
+
+def _table() -> Table:
+    """The recipe on data/audio with models/whisper-tiny.en, and the same without its privacy."""
+    arguments = "data=data/audio,model=models/whisper-tiny.en,window=true"
+    off = {"privacy.enabled": False}
+    return Table(
+        name="adapted",
+        title="Whisper tiny.en adapted to the speakers of data/audio",
+        config="adapted",
+        rows=(
+            Row("central", {"algorithm": "central"}, arguments=arguments),
+            Row("federated", off, arguments=arguments),
+            Row("private", {}, arguments=arguments),
+        ),
+        seeds=(0, 1, 2),
+        expected="federated comes near central, private near federated",
+        better=(("federated", "private"), ("central", "federated")),
+    )
+
+
+TABLES = {table.name: table for table in (_table(),)}
