@@ -17,12 +17,20 @@ def get_config() -> ConfigDict:
         config.train_days = 5
         config.recordings.update(
             days=8,
-            train_sentences=20,
+            train_sentences=30,
             test_sentences=15,
             holdout_sentences=5,
             words=(3, 3),
             electrodes=32,
             informative=32,
+            # Half of the drift: with all of it so small a decoder writes hardly a right word on
+            # the first day after training, and nothing can be learned from what it writes.
+            tuning_drift=0.05,
+            replaced=0.01,
+            rotation=0.03,
+            bend_drift=0.03,
+            letter_drift=0.025,
+            dead=0.015,
         )
         config.areas = "tx1[0:32],spikePow[0:32]"
         config.model.update(PUBLISHED)

@@ -1,17 +1,18 @@
 """A pretrained recogniser, adapted to one's own speech by private rounds of FFA-LoRA.
 
     --config=adapted:data=data/audio,model=models/wav2vec2-base-960h[,rounds=40][,kind=ffa_lora]
-                     [,window=true]
+                     [,window=true][,train=dev_clean[20%:]]
 
 data: a corpus prepared with the model's tokenizer and --store=audio. model: the model's folder, or
 "hf-encoder:FOLDER" for its encoder with a new output layer. rounds: 0 for as many as six turns of
 each user take, 20 to 200. kind: which part is trained, see `fedasr.models.peft`. window: what
 Whisper hears, "padded" to 30 s as it was trained, or the "true" frames alone, which costs a
-fraction. Cohort and local steps follow from the data as in the recipe `own_speech`.
+fraction. train: the split that trains, where it has another name than "train" or "train_...".
+Cohort and local steps follow from the data as in the recipe `own_speech`.
 
     fedasr sweep --table=adapted
 
-The recipe on data/audio with models/whisper-tiny.en: before, central, federated and private.
+The recipe on data/audio with models/whisper-tiny.en: central, federated and private.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict, FieldReference
 
-from fedasr.data.records import has_split, open_corpus, read_metadata
+from fedasr.data.records import open_corpus, read_metadata
 from fedasr.errors import UserError
 from fedasr.models.pretrained.folders import open_source
 from fedasr.recipes import own_speech, shared
@@ -36,6 +37,7 @@ ARGUMENTS: dict[str, Any] = {
     "rounds": 0,
     "kind": "ffa_lora",
     "window": "padded",
+    "train": "",
 }
 _BATCH = 4
 _TURNS, _FEWEST, _MOST = 6, 20, 200  # of a user; rounds
@@ -65,9 +67,15 @@ def get_config(arguments: str = "") -> ConfigDict:
     users, usual = own_speech.USERS, own_speech.UTTERANCES
     if Path(args["data"]).exists():
         metadata = read_metadata(args["data"])
-        config.data.eval = tuple(s for s in ("dev", "test") if has_split(metadata, s))
-        config.selection.split = "dev" if "dev" in config.data.eval else ""
+        config.data.train = args["train"] or own_speech.training_split(metadata)
+        config.data.eval = own_speech.held_out(metadata, config.data.train)
+        if dev := [split for split in config.data.eval if split.startswith("dev")]:
+            config.selection.split = dev[0]
+            config.evaluation.while_training = (dev[0],)
         train = open_corpus(args["data"], config.data.train)
+        if config.model.name == "whisper":  # no text is twice as long as all that are known
+            lengths = [train.lengths(user)["labels"].max() for user in range(len(train.users))]
+            config.model.options.most_tokens = 2 * int(max(lengths))
         users, usual = len(train.users), float(np.median(train.sizes))
     config.cohort, config.client.batch_size = max(1, min(8, users // 2)), _BATCH
     config.client.steps = int(np.clip(np.ceil(usual / _BATCH), 1, 4))
@@ -77,7 +85,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.central.batch_size = _BATCH
     config.central.steps = rounds * config.cohort * config.client.steps
     config.central.learning_rate = 0.001
-    config.evaluation.every = rounds // 4
+    config.evaluation.every = (rounds + 3) // 4
+    config.evaluation.every_steps = (config.central.get_ref("steps") + 3) // 4
     config.peft.kind = args["kind"]
     # The output of a factor that is frozen at random is small: local steps are long.
     config.client.learning_rate = 0.1

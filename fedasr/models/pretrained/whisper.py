@@ -110,20 +110,22 @@ def greedy(
       encoded: [b, t, d]. heard: bool [b, t].
 
     Returns:
-      int32 [b, longest], one more than in the file, zeros after the end; and int32 [b].
+      int32 [b, u], one more than in the file, zeros after the end; and int32 [b]. u is `longest`,
+      or less as `most_tokens` says.
     """
     start = jnp.array(numbers(c, "start"), jnp.int32)
+    size = min(c.longest, c.most_tokens + len(start) - 1) if c.most_tokens else c.longest
     ids = jnp.arange(c.vocab - 1)
     never = (ids > c.end) | jnp.isin(ids, jnp.array(numbers(c, "suppress") or (-1,)))
     not_first = never | jnp.isin(ids, jnp.array(numbers(c, "begin_suppress") or (-1,)))
     variables = {"params": params}
     memory = decoder.apply(variables, encoded, method="memory")
-    shape = (len(encoded), c.longest, c.decoder_heads, c.dim // c.decoder_heads)
+    shape = (len(encoded), size, c.decoder_heads, c.dim // c.decoder_heads)
     nothing = [(jnp.zeros(shape, c.compute),) * 2 for _ in range(c.decoder_blocks)]
 
     def more(carry: Any) -> Array:
         place, _, _, ended, _ = carry
-        return (place < c.longest) & ~jnp.all(ended)
+        return (place < size) & ~jnp.all(ended)
 
     def step(carry: Any) -> Any:
         place, token, found, ended, past = carry
@@ -142,7 +144,7 @@ def greedy(
     carry = (
         jnp.int32(0),
         jnp.full(b, start[0]),
-        jnp.zeros((b, c.longest), jnp.int32),
+        jnp.zeros((b, size), jnp.int32),
         jnp.zeros(b, bool),
         nothing,
     )

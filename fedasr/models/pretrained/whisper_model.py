@@ -33,6 +33,8 @@ class WhisperConfig(ComputeConfig):
     objective: "cross_entropy", the decoder's, whose tokens are one more than in the file (0 is the
     blank, here of no use), or "ctc" for a new output layer on the encoder.
     positions: frames of the encoder's window, of 20 ms. longest: tokens of a text, with its start.
+    most_tokens: of a text that is decoded, without its start; 0 for what `longest` allows. Texts
+    that do not end, as those of an untrained model, cost less for it.
     window: "padded" or "true", see above. mels: channels. start, suppress, begin_suppress: tokens
     of the file, with commas between, that every text begins with, that are never written, or not
     first. end: the token that ends a text; what lies above it is no text and is never written.
@@ -53,6 +55,7 @@ class WhisperConfig(ComputeConfig):
     mels: int = 80
     positions: int = 1500
     longest: int = 448
+    most_tokens: int = 0
     window: str = "padded"
     start: str = "50257,50362"
     end: int = 50256
