@@ -1,14 +1,14 @@
 """A pretrained recogniser, adapted to one's own speech by private rounds of FFA-LoRA.
 
     --config=adapted:data=data/audio,model=models/wav2vec2-base-960h[,rounds=40][,kind=ffa_lora]
-                     [,window=true][,train=dev_clean[20%:]]
+                     [,window=10][,train=dev_clean[20%:]]
 
 data: a corpus prepared with the model's tokenizer and --store=audio. model: the model's folder, or
-"hf-encoder:FOLDER" for its encoder with a new output layer. rounds: 0 for as many as six turns of
-each user take, 20 to 200. kind: which part is trained, see `fedasr.models.peft`. window: what
-Whisper hears, "padded" to 30 s as it was trained, or the "true" frames alone, which costs a
-fraction. train: the split that trains, where it has another name than "train" or "train_...".
-Cohort and local steps follow from the data as in the recipe `own_speech`.
+"hf-encoder:FOLDER" for its encoder with a new output layer. rounds: 0 for as many as three turns of
+each user take, 20 to 200. kind: which part is trained, see `fedasr.models.peft`. window: seconds
+that Whisper hears, in place of the 30 that it was trained with; longer utterances are not trained
+on. train: the split that trains, where it has another name than "train" or "train_...". Cohort and
+local steps follow from the data as in the recipe `own_speech`.
 
     fedasr sweep --table=adapted
 
@@ -36,11 +36,11 @@ ARGUMENTS: dict[str, Any] = {
     "model": "",
     "rounds": 0,
     "kind": "ffa_lora",
-    "window": "padded",
+    "window": 0,
     "train": "",
 }
 _BATCH = 4
-_TURNS, _FEWEST, _MOST = 6, 20, 200  # of a user; rounds
+_TURNS, _FEWEST, _MOST = 3, 20, 200  # of a user; rounds
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -62,8 +62,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         source = open_source(place, scheme == WHOLE)
         config.model.name = source.name
         config.model.options = ConfigDict(dict(source.options))
-        if args["window"] != "padded":
-            config.model.options.window = args["window"]
+        if args["window"]:
+            config.model.options.window = str(args["window"])
     users, usual = own_speech.USERS, own_speech.UTTERANCES
     if Path(args["data"]).exists():
         metadata = read_metadata(args["data"])
@@ -78,7 +78,7 @@ def get_config(arguments: str = "") -> ConfigDict:
             config.model.options.most_tokens = 2 * int(max(lengths))
         users, usual = len(train.users), float(np.median(train.sizes))
     config.cohort, config.client.batch_size = max(1, min(8, users // 2)), _BATCH
-    config.client.steps = int(np.clip(np.ceil(usual / _BATCH), 1, 4))
+    config.client.steps = int(np.clip(np.ceil(usual / _BATCH), 1, 2))
     turns = int(np.clip(_TURNS * users // config.cohort, _FEWEST, _MOST))
     rounds = FieldReference(args["rounds"] or turns)
     config.rounds = rounds
@@ -100,7 +100,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
 def _table() -> Table:
     """The recipe on data/audio with models/whisper-tiny.en, and the same without its privacy."""
-    arguments = "data=data/audio,model=models/whisper-tiny.en,window=true"
+    arguments = "data=data/audio,model=models/whisper-tiny.en,window=10,rounds=20"
     off = {"privacy.enabled": False}
     return Table(
         name="adapted",

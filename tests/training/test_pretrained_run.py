@@ -214,7 +214,7 @@ def test_the_recipe_for_a_pretrained_model(corpora, folder, tmp_path, monkeypatc
         adapted.get_config(arguments.replace("rounds=2", f"rounds={n}")) for n in (10, 100)
     )
     assert after.privacy.sigma > before.privacy.sigma and after.server.decay_start == 66
-    assert adapted.get_config(f"{arguments},window=true").model.options.window == "true"
+    assert adapted.get_config(f"{arguments},window=10").model.options.window == "10"
     nowhere = adapted.get_config("data=nowhere,model=hf-encoder:models/none")
     assert nowhere.init_from == "hf-encoder:models/none"
     for given, named in {"model=x": "data=data/audio", "data=x": "model=models/"}.items():
