@@ -217,6 +217,16 @@ def test_the_recipe_for_a_pretrained_model(corpora, folder, tmp_path, monkeypatc
     assert adapted.get_config(f"{arguments},window=10").model.options.window == "10"
     nowhere = adapted.get_config("data=nowhere,model=hf-encoder:models/none")
     assert nowhere.init_from == "hf-encoder:models/none"
-    for given, named in {"model=x": "data=data/audio", "data=x": "model=models/"}.items():
+    small = adapted.get_config("data=nowhere,size=whisper-small,window=10")
+    assert small.init_from == "" and small.model.options.dim == 768
+    recogniser = make_recogniser(small.model.name, to_json(small.model.options.to_dict()))
+    assert models.parameter_count(recogniser) == 241_734_912  # Whisper small
+    wrong = {
+        "model=x": "data=data/audio",
+        "data=x": "model=models/",
+        "data=x,model=y,size=whisper-small": "leave one out",
+        "data=x,size=whisper-vast": "choose one of wav2vec2-base, whisper-tiny.en",
+    }
+    for given, named in wrong.items():
         with pytest.raises(UserError, match=named):
             adapted.get_config(given)
