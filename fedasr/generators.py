@@ -65,7 +65,7 @@ def _word(index: jax.Array, first: Any, second: Any) -> jax.Array:
     return _mixed(_mixed(index ^ first) + second)
 
 
-def _child(key: jax.Array, data: jax.Array, constants: tuple[int, int]) -> jax.Array:
+def _child(key: jax.Array, data: Any, constants: tuple[int, int]) -> jax.Array:
     """Keys uint32 [..., 2] by data [...]: two rounds of a Feistel network.
 
     No two data of a key, and no two keys with the same data, have the same child.
@@ -98,7 +98,7 @@ def _split(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     return _child(key, _indices(shape), _SPLIT)
 
 
-def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+def _fold_in(key: jax.Array, data: Any) -> jax.Array:
     return _child(key, data, _FOLDED)
 
 

@@ -211,7 +211,7 @@ def _on_tpu(
     back = pl.BlockSpec((at_once, _ROWS, size), lambda i, j: (parts - 1 - j, i, 0))
     row_shape = jax.ShapeDtypeStruct((rows, size), jnp.float32)
     shape = jax.ShapeDtypeStruct((length, rows, size), jnp.float32)
-    common = {
+    common: dict[str, Any] = {
         "grid": (rows // _ROWS, parts),
         "scratch_shapes": [pltpu.VMEM((_ROWS, size), jnp.float32)],
         "compiler_params": pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
