@@ -13,6 +13,7 @@ from fedasr.compiling.targets import Target
 from fedasr.errors import UserError
 from fedasr.federated import chunks
 from fedasr.federated.simulation import Simulation, program_bytes
+from fedasr.kernels.devices import lowered
 from fedasr.training.builders import models
 from fedasr.training.config import Config
 
@@ -98,7 +99,7 @@ def measure(
         flops = float(matrix_flops(traced[name].jaxpr))
         began = time.perf_counter()
         try:
-            compiled = traced[name].lower().compile()
+            compiled = lowered(traced[name], simulation.mesh).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(f"{target.name}: {name} at chunk {chunk}: {reason}") from error

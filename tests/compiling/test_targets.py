@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from fedasr.compiling import figures, hlo, programs, targets
+from fedasr.kernels.devices import lowered
 from fedasr.models.recogniser import make_recogniser
 from fedasr.training.builders import models
 from fedasr.training.config import Config, default_config, resolve
@@ -95,8 +96,19 @@ def test_no_branch_of_the_cpu(target):
     there = targets.devices(target)
     simulation = programs.make_simulation(config(), there, 2, seconds=1.0, labels_per_second=4.0)
     traced = simulation.trace(models.variable_shapes(config()))["clients"]
-    text = traced.lower().compile().as_text()
+    text = lowered(traced, simulation.mesh).compile().as_text()
     assert not any(name in text for name in OF_CPU) and "front_end_plainly" in text
+
+
+def test_the_ctc_is_a_kernel(target):
+    """In programs of rounds: its frames are no loop of launches."""
+    there = targets.devices(target)
+    simulation = programs.make_simulation(config(), there, 2, seconds=1.0, labels_per_second=4.0)
+    traced = simulation.trace(models.variable_shapes(config()))["clients"]
+    text = lowered(traced, simulation.mesh).as_text(debug_info=True)
+    of_tpu, of_gpu = ("ctc_forwards", "ctc_backwards"), ("__gpu$xla.gpu.triton",)
+    mine, others = (of_tpu, of_gpu) if target.platform == "tpu" else (of_gpu, of_tpu)
+    assert all(name in text for name in mine) and not any(name in text for name in others)
 
 
 def test_evaluation(target):
