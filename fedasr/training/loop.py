@@ -153,7 +153,7 @@ def _check_seed(session: Session) -> None:
             f"--action=seed_only: {session.parts.data.directory} has no split "
             f"{session.parts.config.seed_training.split!r}: give some users that split"
         )
-    if session.latest is not None and session.latest >= session.parts.seed_steps:
+    if session.latest is not None and session.metadata["stage"] != "seed":
         raise UserError(
             f"--action=seed_only: the run in {session.workdir} is beyond its seed: choose another "
             "--workdir"

@@ -8,7 +8,6 @@ from typing import Any
 from fedasr.federated import hosts
 from fedasr.training import exactness, rows, served, summaries
 from fedasr.training.builders import models
-from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.logging import RunLogger, say, write_json_atomic
 from fedasr.training.report import write_report
 from fedasr.training.session import Interrupted, Session
@@ -37,9 +36,8 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
     """
     latest = session.latest
     stage, units = "seed", 0
-    metadata: dict[str, Any] = {}
+    metadata = session.metadata
     if latest is not None:
-        metadata = checkpoint_metadata(session.checkpointer.directory / str(latest))
         stage, units = metadata["stage"], metadata["units"]
         session.totals = Totals.of(metadata["totals"])
         session.initial = metadata["initial"]

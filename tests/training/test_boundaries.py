@@ -1,0 +1,167 @@
+"""Where one part of a run ends and another begins: a stop there, and kills after it, change nothing.
+
+The model is a few numbers, so that a run takes a second; all else is a run's own.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.utterances import Utterance
+from fedasr.models.recogniser import Recogniser
+from fedasr.privacy import noise
+from fedasr.training import loop, session, stages
+from fedasr.training.builders import models
+from fedasr.training.checkpoint import read_metadata, restore_params
+from fedasr.training.config import default_config
+from fedasr.training.interrupts import StopFlag
+from fedasr.training.logging import read_metrics, to_json
+from fedasr.training.session import Interrupted, Session
+
+pytest.importorskip("array_record")
+pytest.importorskip("tensorflow_datasets")
+pytestmark = pytest.mark.usefixtures("small_model")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Two users of a seed and four who train."""
+    sound = 0.1 * np.random.default_rng(0).standard_normal(8_000, np.float32), 16_000
+    said = [
+        Utterance(f"{split}-{user}", f"{split}-{user}", "one two", split, lambda: sound)
+        for split, users in {"seed": 2, "train": 4}.items()
+        for user in range(users)
+    ]
+    folder = tmp_path_factory.mktemp("boundaries") / "data"
+    prepare(said, folder, name="noise")
+    return folder
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    def build(config, augmented=True):
+        def loss(params, batch, key):
+            seen = jnp.mean(batch["features"])
+            return jnp.sum(params["kernel"] ** 2) * seen + params["bias"] @ params["bias"], {}
+
+        def init(key):
+            return {"kernel": jax.random.normal(key, (3, 2)), "bias": jnp.ones(4)}
+
+        return Recogniser(init, loss, lambda params, batch: ())  # never asked
+
+    monkeypatch.setattr(models, "build_recogniser", build)
+    monkeypatch.setattr(models, "build_base", build)
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The keys of which noise was drawn, in order."""
+    seen, draw = [], noise.standard_normal
+
+    def recorded(key, size, reach):
+        jax.debug.callback(lambda data: seen.append((*map(int, data),)), jax.random.key_data(key))
+        return draw(key, size, reach)
+
+    monkeypatch.setattr(noise, "standard_normal", recorded)
+    return seen
+
+
+@pytest.fixture
+def roots(monkeypatch):
+    """What the operating system's generator gave, so far."""
+    given, real = [], session.secret_root
+    monkeypatch.setattr(session, "secret_root", lambda: given.append(real()) or given[-1])
+    return given
+
+
+def configure(corpus, **changes):
+    config = default_config()
+    config.data.update(dir=str(corpus), eval=())
+    config.update(rounds=3, cohort=2, devices=1, chunk=2)
+    config.client.update(steps=1, batch_size=1)
+    config.seed_training.update(steps=2, batch_size=2)
+    config.checkpoint.update(every=10, seed_every=0)
+    config.evaluation.update(every=0, while_training=())
+    config.server.optimizer = "sgd"
+    config.privacy.update(sampler="fixed", deployments=())
+    config.update_from_flattened_dict(changes)
+    return to_json(config.to_dict())
+
+
+@contextlib.contextmanager
+def told_to_stop():
+    stop = StopFlag()
+    stop.requested = True
+    yield stop
+
+
+def same_params(one, other):
+    jax.tree.map(np.testing.assert_array_equal, restore_params(one), restore_params(other))
+
+
+class Killed(BaseException):
+    """As by kill -9: nothing is saved."""
+
+
+@pytest.mark.parametrize("noise_seed", ["secret", "run"])
+def test_a_stop_at_the_end_of_the_seed_changes_nothing(
+    corpus, drawn, roots, monkeypatch, tmp_path, noise_seed
+):
+    config = configure(corpus, **{"privacy.noise_seed": noise_seed})
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:  # the seed reports once: at its end
+        patch.setattr(loop, "graceful_stop", told_to_stop)
+        with pytest.raises(Interrupted, match="stopped in seed at 2"):
+            loop.run(config, folder)
+    for killed in (1, 2):  # there is no other checkpoint: the rounds are done again, and alike
+        with monkeypatch.context() as patch:
+
+            def fall(self, units, record, state, after=killed):
+                if units == after:
+                    raise Killed
+
+            patch.setattr(Session, "evaluated", fall)
+            with pytest.raises(Killed):
+                loop.run(config, folder)
+    assert read_metadata(folder)["stage"] == "seed"
+    stopped = loop.run(config, folder)
+    jax.effects_barrier()
+    first, second, third = drawn[0], drawn[2], drawn[-1]
+    assert drawn == [first, first, second, first, second, third]
+    assert len(roots) == (noise_seed == "secret")
+
+    # One that nobody disturbs, with the same root, is the same.
+    monkeypatch.setattr(session, "secret_root", lambda: roots[0])
+    whole = loop.run(config, tmp_path / "whole")
+    same_params(folder, tmp_path / "whole")
+    for name in whole.keys() - {"wall_seconds", "client_steps_per_second"}:
+        assert stopped[name] == whole[name], name
+    numbers = [[r.get("round") for r in read_metrics(f)] for f in (folder, tmp_path / "whole")]
+    assert numbers[0] == numbers[1]
+
+
+def test_a_secret_root_lies_in_no_metadata_of_the_seed(corpus, roots, monkeypatch, tmp_path):
+    """Exports and fusion take metadata over."""
+    config = configure(corpus, **{"privacy.noise_seed": "secret"})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "graceful_stop", told_to_stop)
+        with pytest.raises(Interrupted):
+            loop.run(config, tmp_path)
+    (root,) = roots
+    metadata = str(read_metadata(tmp_path))
+    assert not any(str(int(word)) in metadata for word in root if word > 100_000)
+
+
+def test_the_seed_alone_stopped_at_its_end_goes_on(corpus, monkeypatch, tmp_path):
+    config, folder = configure(corpus), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "graceful_stop", told_to_stop)
+        with pytest.raises(Interrupted):
+            loop.run(config, folder, only_seed=True)
+    summary = loop.run(config, folder, only_seed=True)
+    assert summary["status"] == "seed" and summary["steps"] == 2
