@@ -11,13 +11,13 @@ import numpy as np
 
 from fedasr.data.corpus import find_users
 from fedasr.federated import hosts
-from fedasr.federated.local import LocalStore
+from fedasr.federated.local import LocalStore, Rows
 from fedasr.federated.server import ServerState
 from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
 from fedasr.streams import ROOT_WORDS, make_root, public_name, secret_root
-from fedasr.training import exactness, ledgers, selection
+from fedasr.training import exactness, ledgers, rows, selection
 from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
 from fedasr.training.cadence import Cadence
 from fedasr.training.checkpoint import Checkpointer, CheckpointReader, read_metadata
@@ -26,7 +26,6 @@ from fedasr.training.evaluation import Decoded, Evaluator
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import RunLogger, say, to_json
 from fedasr.training.overfitting import Watch
-from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.selection import Selection
 from fedasr.training.totals import Totals
 from fedasr.training.trainer import Trainer
@@ -91,9 +90,20 @@ def make_parts(config: Config, directory: Path, workdir: Path) -> Parts:
     evaluator = evaluators.make_evaluator(config, recogniser, data, own, layout)
     store = None
     if layout is not None:
-        prototype = config.local.prototype
-        store = LocalStore(workdir / LOCAL_FOLDER, layout, len(data.train.users), prototype)
+        store = _open_store(config, workdir, layout, len(data.train.users))
     return Parts(config, data, recogniser, used, own, evaluator, store)
+
+
+def _open_store(config: Config, workdir: Path, layout: Rows, users: int) -> LocalStore:
+    """The users' local parameters, which the leader writes and the others read."""
+    leader = hosts.is_leader()
+    for turn in (True, False):
+        if leader == turn:
+            folder, prototype = workdir / rows.LOCAL_FOLDER, config.local.prototype
+            store = LocalStore(folder, layout, users, prototype, read_only=not leader)
+        if turn:
+            hosts.wait_for_all("store")
+    return store
 
 
 class Session:
@@ -205,7 +215,7 @@ class Session:
         earlier, known = self.past
         store = self.parts.store
         return {
-            **({} if store is None else {"local_users": int(store.known.sum())}),
+            **({} if store is None else rows.described(store)),
             "stage": stage,
             "units": units,
             **exactness.here(self.parts.devices, self.trainer.chunk),
@@ -217,6 +227,7 @@ class Session:
             },
             "totals": dataclasses.asdict(self.totals) | {"wall_seconds": self.wall_seconds()},
             "initial": to_json(self.initial),
+            "history": to_json(self.history),
             "best": self.selection.best[0] if stage == "main" and self.selection.best else None,
         }
 

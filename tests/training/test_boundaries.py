@@ -1,9 +1,11 @@
-"""Where one part of a run ends and another begins: a stop there, and kills after it, change nothing.
+"""Where one part of a run ends and another begins: stops and kills there change nothing.
 
 The model is a few numbers, so that a run takes a second; all else is a run's own.
 """
 
 import contextlib
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,13 @@ import pytest
 
 from fedasr.data.preparation.prepare import prepare
 from fedasr.data.utterances import Utterance
+from fedasr.errors import UserError
 from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import noise
-from fedasr.training import loop, session, stages
-from fedasr.training.builders import models
+from fedasr.training import loop, session, stages, workdir
+from fedasr.training.builders import devices, models
 from fedasr.training.checkpoint import read_metadata, restore_params
-from fedasr.training.config import default_config
+from fedasr.training.config import Config, default_config
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import read_metrics, to_json
 from fedasr.training.session import Interrupted, Session
@@ -165,3 +168,97 @@ def test_the_seed_alone_stopped_at_its_end_goes_on(corpus, monkeypatch, tmp_path
             loop.run(config, folder, only_seed=True)
     summary = loop.run(config, folder, only_seed=True)
     assert summary["status"] == "seed" and summary["steps"] == 2
+
+
+VARIANTS = {
+    "plain": {},
+    "a rate that falls after the shorter run": {
+        "client.decay_start": 3,
+        "client.decay_rounds": 1,
+        "client.decay_rate": 0.5,
+    },
+    "noise in shares": {
+        "privacy.noise": "skellam",
+        "privacy.sampler": "poisson",
+        "privacy.sigma": 0.02,
+    },
+    "unused bands": {
+        "privacy.enabled": False,
+        "privacy.noise": "banded",
+        "privacy.sampler": "shuffled",
+    },
+    "memories": {"algorithm": "scaffold", "client.optimizer": "sgd"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_extended_run_is_one_that_was_made_so(corpus, monkeypatch, tmp_path, variant):
+    changes = VARIANTS[variant] | {"seed_training.steps": 0}
+    whole, long = tmp_path / "whole", configure(corpus, **changes, rounds=4)
+    expected = loop.run(long, whole)
+    finished, short = tmp_path / "finished", configure(corpus, **changes, rounds=2)
+    assert loop.run(short, finished)["rounds"] == 2
+    running = tmp_path / "running"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "graceful_stop", told_to_stop)
+        with pytest.raises(Interrupted, match="stopped in main at 1"):
+            loop.run(short, running)
+    for folder, history in ((finished, [2]), (running, [])):
+        assert loop.dry_run(short, folder, extend=4)["rounds"] == 4
+        summary = loop.run(short, folder, extend=4)
+        same_params(folder, whole)
+        for name in expected.keys() - {"wall_seconds", "client_steps_per_second", "history"}:
+            assert summary[name] == expected[name], name
+        assert [end["rounds"] for end in summary["history"]] == history
+    if variant == "plain":  # checkpoints know the history, too
+        (finished / "summary.json").write_text("{")
+        assert [end["rounds"] for end in loop.run(long, finished)["history"]] == [2]
+
+
+def test_an_extension_on_other_devices_says_so(corpus, monkeypatch, capsys, tmp_path):
+    changes = {"seed_training.steps": 0, "chunk": 1, "devices": 0}
+    short, long = configure(corpus, **changes, rounds=2), configure(corpus, **changes, rounds=4)
+
+    def on(count, config, name, extend=None):
+        monkeypatch.setattr(devices, "run_devices", lambda config: jax.devices()[:count])
+        return loop.run(config, tmp_path / name, extend)["device_changes"]
+
+    assert on(1, long, "whole") == on(2, short, "moved") == []
+    capsys.readouterr()
+    assert on(1, short, "moved", 4) == ["2 x cpu -> 1 x cpu at 2"]
+    assert "at 2 with 2 x cpu -> 1 x cpu: sums are in another order" in capsys.readouterr().err
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=0),
+        *(restore_params(tmp_path / name) for name in ("whole", "moved")),
+    )
+
+
+def test_rounds_of_another_mechanism_are_refused(corpus, tmp_path):
+    """As a release would meet them that accounts for the same settings in another way."""
+    short = configure(corpus, **{"seed_training.steps": 0}, rounds=2)
+    loop.run(short, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "checksums")
+    file = tmp_path / "checkpoints" / "2" / "metadata" / "metadata"
+    metadata = json.loads(file.read_text())
+    assert loop.dry_run(short, tmp_path, extend=4)["rounds"] == 4
+    metadata["ledger"]["own"][-1]["relation"] = "ADD_OR_REMOVE_ONE"
+    file.write_text(json.dumps(metadata))
+    for go in (loop.dry_run, loop.run):
+        with pytest.raises(UserError, match=r"ledger the 2 rounds .* another mechanism .* start"):
+            go(short, tmp_path, extend=4)
+    assert loop.run(short, tmp_path)["rounds"] == 2  # it is no matter where nothing is added
+
+
+@pytest.mark.parametrize(("chosen", "rounds"), [(3, 6), (4, 6), (3, 3), (2, 6)])
+def test_a_best_state_that_a_longer_run_would_not_see(
+    corpus, monkeypatch, tmp_path, chosen, rounds
+):
+    changes = {"evaluation.every": 2, "selection.split": "dev"}
+    ours = Config.of(configure(corpus, **changes, rounds=3))
+    monkeypatch.setattr(workdir, "has_checkpoint", lambda path: True)
+    monkeypatch.setattr(workdir, "read_metadata", lambda path: {"selection": {"units": chosen}})
+    if chosen % 2 == 0 or chosen == rounds:
+        assert workdir.extended(tmp_path, ours.tree(), ours, rounds).rounds == rounds
+        return
+    with pytest.raises(UserError, match="best state on 'dev' is of round 3, where the shorter run"):
+        workdir.extended(tmp_path, ours.tree(), ours, rounds)

@@ -50,7 +50,9 @@ class FederatedTrainer:
         self._parts, self._chunk_file = parts, workdir / CHUNK_FILE
         self._users = Users.of(parts.data.train.users)
         self.simulations = self._make(self._kept_chunk(workdir))
-        mechanisms.check_deployments(config, self.simulations[0][1].mechanism)
+        mechanism = self.simulations[0][1].mechanism
+        mechanisms.check_deployments(config, mechanism)
+        ledgers.check_extension(workdir, config, mechanism, self._users)
 
     def _make(self, chunk: int | None) -> list[tuple[int, Simulation]]:
         parts, config = self._parts, self._parts.config
@@ -127,6 +129,7 @@ class FederatedTrainer:
         """The state of a start, or of a checkpoint."""
         state = simulation.init(params, session.secret() if latest is None else None)
         if latest is None:
+            session.name = public_name(state.root)
             # In this order: a run that resumes from this checkpoint does not log round 0 again.
             session.logger.round(0, {"eval": session.initial})
             session.save("main", 0, state)
