@@ -114,7 +114,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_broken_in_the_program_is_noticed(own_forkserver, tmp_path, monkeypatch):
     """Each in a run that was killed before its end, and whose newest checkpoint is damaged."""
     with Chaos(tmp_path, seed=0, kinds=("garble",), say=lambda text: None) as chaos:

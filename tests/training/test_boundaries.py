@@ -4,6 +4,7 @@ The model is a few numbers, so that a run takes a second; all else is a run's ow
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -18,7 +19,7 @@ from fedasr.errors import UserError
 from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import noise
 from fedasr.training import loop, session, stages, workdir
-from fedasr.training.builders import devices, models
+from fedasr.training.builders import devices, identities, models
 from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import Config, default_config
 from fedasr.training.interrupts import StopFlag
@@ -177,11 +178,6 @@ VARIANTS = {
         "client.decay_rounds": 1,
         "client.decay_rate": 0.5,
     },
-    "noise in shares": {
-        "privacy.noise": "skellam",
-        "privacy.sampler": "poisson",
-        "privacy.sigma": 0.02,
-    },
     "unused bands": {
         "privacy.enabled": False,
         "privacy.noise": "banded",
@@ -262,3 +258,19 @@ def test_a_best_state_that_a_longer_run_would_not_see(
         return
     with pytest.raises(UserError, match="best state on 'dev' is of round 3, where the shorter run"):
         workdir.extended(tmp_path, ours.tree(), ours, rounds)
+
+
+@pytest.mark.parametrize("noise", ["independent", "skellam", "banded", "buffered"])
+@pytest.mark.parametrize("private", [True, False])
+def test_only_noise_that_is_made_for_its_rounds_cannot_be_extended(
+    corpus, tmp_path, noise, private
+):
+    ours = Config.of(configure(corpus, **{"privacy.noise": noise, "privacy.enabled": private}))
+    longer = dataclasses.replace(ours, rounds=9)
+    same = identities.run_identity(ours) == identities.run_identity(longer)
+    assert same == (not private or noise in ("independent", "skellam"))
+    if same:
+        assert workdir.extended(tmp_path, ours.tree(), ours, 9).rounds == 9
+        return
+    with pytest.raises(UserError, match="made for its number of rounds"):
+        workdir.extended(tmp_path, ours.tree(), ours, 9)
