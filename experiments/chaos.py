@@ -104,7 +104,12 @@ def tiny_config(corpus: Path, best: bool = False) -> dict[str, Any]:
 
 
 def _child(
-    config: Mapping[str, Any], workdir: str, log: str, jump: tuple[float, float], disk: str
+    config: Mapping[str, Any],
+    workdir: str,
+    log: str,
+    jump: tuple[float, float],
+    disk: str,
+    plant: Callable[[], None] | None = None,
 ) -> None:
     """A run in a process of its own, as `experiments.train` would end it.
 
@@ -113,6 +118,7 @@ def _child(
       log: file for stdout and stderr.
       jump: of the clock: (seconds from now, seconds that it jumps by).
       disk: that must be known to what was preloaded; "" for nothing preloaded.
+      plant: breaks the program first; a function of a module, so that this process finds it.
     """
     with open(log, "ab", buffering=0) as file:
         for stream in (1, 2):
@@ -120,6 +126,9 @@ def _child(
     told, then = time.time, time.monotonic() + jump[0]
     time.time = lambda: told() + (jump[1] if time.monotonic() >= then else 0.0)
     from fedasr.training import loop
+
+    if plant is not None:
+        plant()
 
     def program() -> int | None:
         if os.environ.get("CHAOS_DISK", "") != disk:
@@ -200,7 +209,13 @@ class Chaos:
       seed: of the faults.
       kinds: of the faults; what cannot be here is left out.
       say: told of every fault and of failures.
+
+    Attributes:
+      plant: breaks the program in the processes to come (see `_child`), so that what is there to be
+        noticed can be seen to be noticed; None for the program as it is.
     """
+
+    plant: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -487,7 +502,7 @@ class Chaos:
         disk = str(self._disk) if self._preloaded else ""
         process = self._context.Process(
             target=_child,
-            args=(self._configs[self._turn], str(workdir), str(log), jump, disk),
+            args=(self._configs[self._turn], str(workdir), str(log), jump, disk, self.plant),
         )
         process.start()
         if os.sched_getaffinity(process.pid) != self._cores:

@@ -104,6 +104,26 @@ def transfer_rows(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
+def transfer_key(key: Any, sharding: NamedSharding) -> Any:
+    """Puts a JAX key, which every process has alike, on the devices of all."""
+    if sharding.is_fully_addressable:
+        return key
+    return jax.random.wrap_key_data(transfer(jax.random.key_data(key), sharding))
+
+
+def everybodys(rows: Any) -> np.ndarray:
+    """The rows of all processes, in the order of a chunk; all must ask.
+
+    Args:
+      rows: of this process's part of a chunk; or a whole one's, divided over the devices of all.
+    """
+    if jax.process_count() == 1:
+        return np.asarray(rows)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
 def on_host(tree: Any) -> Any:
     """Numpy copies of arrays that are replicated over the devices of all processes."""
     return jax.tree.map(np.asarray, tree)

@@ -12,11 +12,12 @@ with noise, and is clipped as ever: whatever it remembers, the sum without it di
 A prototype made of other clients' rows would be such another path; see `LocalStore`.
 """
 
-import collections
 import dataclasses
+import hashlib
 import io
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,8 +33,12 @@ from fedasr.federated.subset import matches, merge, select
 PROTOTYPES = ("init", "mean", "last")
 ROWS_FILE, SLOTS_FILE = "rows.f32", "slots.i64"
 _PAIR = 16  # bytes of a record of the slots' file
-_AHEAD = 2  # chunks that the devices may have in hand while local parameters are written
+_PATIENCE = (0.0, 0.1, 1.0, 10.0)  # seconds before a process reads again what another wrote
 _BLOCK = 4096  # rows read at a time for a mean
+REMEDY = (
+    "put the files there back from a copy; or, to train again from the start, remove the run's "
+    "folder of checkpoints"
+)
 
 # (params, row, ...) -> (delta of the shared variables, metrics, new row); else as `ClientUpdate`.
 LocalUpdate = Callable[..., tuple[Params, ClientMetrics, jax.Array]]
@@ -166,7 +171,8 @@ class LocalStore:
     slot's record (round, user), which makes it count, is written after its values. So the rows as
     they were after any round since the last `release` can be had again (`restore`), however the
     process ended: after `kill -9`, a checkpoint of the model and the rows of its round are what
-    they were. With `flush` before a checkpoint is saved, also after a power failure.
+    they were. With `flush` before a checkpoint is saved, also after a power failure. Whether they
+    are is told by `digest`, which a checkpoint keeps.
 
     Two files: `rows.f32`, float32 [slots, size]; and `slots.i64`, int64 pairs, first (size,
     users), then of each slot (round, user), round 0 for a free one. Rounds are counted from 1. The
@@ -182,10 +188,12 @@ class LocalStore:
         While there is no row, "init". With "mean" or "last" users see something of each other's
         rows, and what they then send depends on it, which no clipping bounds: not for runs that
         state a privacy. ("mean" reads all the rows in every round with a new user.)
-      read_only: changes nothing on disk.
+      read_only: changes nothing on disk. What is written is kept book of, as by a process beside
+        the one that writes: rows are then read from what that has written.
 
     Raises:
-      UserError: for an unknown prototype, or files of another layout or number of users.
+      UserError: for an unknown prototype, or files that are damaged or of another layout or number
+        of users.
     """
 
     def __init__(
@@ -220,8 +228,9 @@ class LocalStore:
             _write(self._slots, 0, np.array(ours, np.int64))
         elif not len(records) or tuple(records[0]) != ours:
             raise UserError(
-                f"{folder} holds the local parameters of another model or population "
-                f"((numbers, users) {tuple(map(int, records[:1].ravel()))}, here {ours})"
+                f"{folder} holds the local parameters of another model or population, or "
+                f"{SLOTS_FILE} there is damaged ((numbers, users) "
+                f"{tuple(map(int, records[:1].ravel()))}, here {ours}): {REMEDY}"
             )
         if len(records) < 2:
             self.restore(0)
@@ -243,6 +252,8 @@ class LocalStore:
             for slot in np.flatnonzero(written > round):
                 self._record(int(slot), 0, 0)
         used = np.flatnonzero((written > 0) & (written <= round))
+        if ((user[used] < 0) | (user[used] >= self.users)).any():
+            raise UserError(f"{self.folder / SLOTS_FILE} is damaged: {REMEDY}")
         used = used[np.lexsort((written[used], user[used]))]
         last = np.diff(user[used], append=-1) != 0  # the last of each user's versions
         self._slot = np.full(self.users, -1, np.int64)
@@ -255,7 +266,8 @@ class LocalStore:
         ]
         self._free = [int(x) for x in np.flatnonzero((written == 0) | (written > round))[::-1]]
         self._count = len(user)
-        self._written: list[tuple[int, int]] = []
+        self._written: list[tuple[int, int, int]] = []
+        self._sums = np.zeros(self.users, np.uint64)  # of users' rows; 0 for one not read yet
         self._mean: np.ndarray | None = None
         self.round = int(round)
 
@@ -277,10 +289,10 @@ class LocalStore:
         rows = np.empty((len(users), self.layout.size), np.float32)
         for row, user in zip(rows, np.asarray(users, np.int64), strict=True):
             slot = self._slot[user] if user >= 0 else -1
-            if slot < 0:
+            if slot < 0:  # nobody's: see `_read` for those of users
                 row[:] = self._prototype(int(user), init)
             else:
-                self._read(int(slot), row)
+                self._read(int(user), row)
         return rows
 
     def rows_of(self, index: np.ndarray, params: Params) -> Callable[[np.ndarray], np.ndarray]:
@@ -304,13 +316,14 @@ class LocalStore:
                 slot = self._free.pop()
             else:
                 slot, self._count = self._count, self._count + 1
-            _write(self._rows, slot * row.nbytes, row)
+            if not self._read_only:
+                _write(self._rows, slot * row.nbytes, row)
             self._record(slot, self._next_round(), int(user))
-            self._written.append((int(user), slot))
+            self._written.append((int(user), slot, _checksum(row)))
 
     def discard(self) -> None:
         """Forgets what was written since the last round that was committed."""
-        for _, slot in self._written:
+        for _, slot, _ in self._written:
             self._record(slot, 0, 0)
             self._free.append(slot)
         self._written = []
@@ -318,11 +331,27 @@ class LocalStore:
     def commit(self) -> None:
         """Ends the round: what was written is what `gather` reads."""
         self.round = self._next_round()
-        for user, slot in self._written:
+        for user, slot, checksum in self._written:
+            self._sums[user] = checksum
             if (old := int(self._slot[user])) >= 0:
                 self._old.append((self.round, old))
             self._slot[user] = slot
         self._written, self._mean = [], None
+
+    def digest(self) -> str:
+        """Tells the rows of the last round that was committed from all others, 16 hex digits.
+
+        Reads those that were not written since the last `restore`, once.
+
+        Raises:
+          UserError: a file is shorter than it was.
+        """
+        known = np.flatnonzero(self.known)
+        row = np.empty(self.layout.size, np.float32)
+        for user in known[self._sums[known] == 0]:
+            self._read(int(user), row)
+        all_of_them = np.stack([known.astype("<u8"), self._sums[known].astype("<u8")])
+        return hashlib.sha256(all_of_them.tobytes()).hexdigest()[:16]
 
     def advance(self, round: int) -> None:
         """Makes `round` the next to be written: no row has changed in those before it.
@@ -336,7 +365,7 @@ class LocalStore:
 
     def flush(self) -> None:
         """Returns when all that was written is on the disk itself."""
-        for file in (self._rows, self._slots):
+        for file in () if self._read_only else (self._rows, self._slots):
             os.fsync(file.fileno())
 
     def release(self, round: int) -> None:
@@ -386,65 +415,40 @@ class LocalStore:
         if not len(before):
             return init
         row = np.empty(self.layout.size, np.float32)
-        self._read(int(self._slot[before[-1]]), row)
+        self._read(int(before[-1]), row)
         return row
 
     def _record(self, slot: int, round: int, user: int) -> None:
-        _write(self._slots, (1 + int(slot)) * _PAIR, np.array([round, user], np.int64))
+        if not self._read_only:
+            _write(self._slots, (1 + int(slot)) * _PAIR, np.array([round, user], np.int64))
 
-    def _read(self, slot: int, row: np.ndarray) -> None:
+    def _read(self, user: int, row: np.ndarray) -> None:
+        """Fills in a user's row, which is the one that was written.
+
+        Raises:
+          UserError: it is not.
+        """
+        slot = int(self._slot[user])
+        for seconds in _PATIENCE if self._read_only else (0.0,):
+            time.sleep(seconds)  # another host's file system may show late what was written
+            whole = self._fill(slot, row)
+            checksum = _checksum(row)
+            if whole and self._sums[user] in (0, checksum):
+                self._sums[user] = checksum
+                return
+        what = "not what it was" if whole else f"shorter than {SLOTS_FILE} says"
+        raise UserError(f"{self.folder / ROWS_FILE} is {what}: {REMEDY}")
+
+    def _fill(self, slot: int, row: np.ndarray) -> bool:
+        """Reads a row, and whether all of it was there."""
         self._rows.seek(slot * row.nbytes)
         view = row.data.cast("B")
         done = 0
         while done < len(view):
             if not (got := self._rows.readinto(view[done:])):
-                raise UserError(f"{self.folder / ROWS_FILE} is shorter than {SLOTS_FILE} says")
+                return False
             done += got
-
-
-class CohortRows:
-    """The cohort's local parameters on their way from the store to the devices and back.
-
-    Args:
-      store: with the rows of `round`.
-      round, params: of the server's state.
-
-    Raises:
-      UserError: the store's rows are those of another round.
-    """
-
-    def __init__(self, store: LocalStore, round: int, params: Params) -> None:
-        if store.round != round:
-            raise UserError(
-                f"the local parameters are those after round {store.round}, the model is that "
-                f"after round {round}: restore them to it"
-            )
-        store.discard()  # of a round that was begun and not ended
-        self._store = store
-        self._init = np.asarray(store.layout.extract(params))  # the server leaves it alone
-        self._pending: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
-
-    def gather(self, users: np.ndarray) -> np.ndarray:
-        """float32 [clients, n]; zeros for empty slots (user -1)."""
-        rows = np.zeros((len(users), len(self._init)), np.float32)
-        rows[users >= 0] = self._store.gather(users[users >= 0], self._init)
-        return rows
-
-    def take_back(self, users: np.ndarray, rows: jax.Array) -> None:
-        """Writes a chunk's new rows, when the devices have the next chunks in hand."""
-        self._pending.append((users, rows))
-        if len(self._pending) > _AHEAD:
-            self._write_next()
-
-    def commit(self) -> None:
-        """Ends the round."""
-        while self._pending:
-            self._write_next()
-        self._store.commit()
-
-    def _write_next(self) -> None:
-        users, rows = self._pending.popleft()
-        self._store.write(users[users >= 0], np.asarray(rows)[users >= 0])
+        return True
 
 
 def remove_rows(folder: str | Path) -> None:
@@ -457,6 +461,11 @@ def check_prototype(prototype: str) -> None:
     """Raises UserError for an unknown one."""
     if prototype not in PROTOTYPES:
         raise UserError(f"local.prototype={prototype!r}: choose one of {', '.join(PROTOTYPES)}")
+
+
+def _checksum(row: np.ndarray) -> int:
+    """64 bits of a row's values, float32 [size]; never 0."""
+    return int.from_bytes(hashlib.blake2b(row.data, digest_size=8).digest(), "little") or 1
 
 
 def _write(file: Any, offset: int, values: np.ndarray) -> None:

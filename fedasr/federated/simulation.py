@@ -39,9 +39,9 @@ from fedasr.federated.cohort import (
     rotation_key,
     settled,
 )
+from fedasr.federated.cohort_rows import CohortRows
 from fedasr.federated.extras import Download, MemoryLayout, broadcast_of, past_of, server_chain
 from fedasr.federated.hardware import Hardware
-from fedasr.federated.local import CohortRows
 from fedasr.federated.metrics import RoundMetrics, round_metrics
 from fedasr.federated.participation import Turnout, async_turnout
 from fedasr.federated.server import ServerState, init_server, server_step
@@ -299,7 +299,8 @@ class Simulation:
                     view = self._view(state, item.age)
                     if cohort_rows is not None:
                         # Not by the thread, which reads ahead: a user's last round must be written.
-                        rows = jax.device_put(cohort_rows.gather(users), client_sharding(self.mesh))
+                        rows = cohort_rows.gather(users)
+                        rows = hosts.transfer_rows(rows, client_sharding(self.mesh))
                         chunk = chunk._replace(local=rows)
                     if (into := None if item.lost else sums) is None:
                         into = self._cohort.zeros(view, chunk)

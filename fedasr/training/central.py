@@ -9,7 +9,7 @@ import optax
 
 from fedasr.data.batching import Bucket, Padding, PooledBatcher, Prefetcher, pooled_buckets
 from fedasr.data.corpus import Corpus
-from fedasr.federated import subset
+from fedasr.federated import hosts, subset
 from fedasr.federated.client import Loss, Params
 from fedasr.federated.cohort import (
     AXIS,
@@ -77,7 +77,7 @@ class CentralTraining:
             corpus, buckets, seed, select=select, stream=stream, **batches
         )
         # An argument, no constant: other seeds find the compiled program in the cache.
-        self._root = seed_key(seed, stream)
+        self._root = hosts.transfer_key(seed_key(seed, stream), replicated(self._mesh))
 
         def step(state: ServerState, batch, root):
             key = jax.random.fold_in(root, state.round)
@@ -106,7 +106,7 @@ class CentralTraining:
 
     def transfer(self, state: ServerState) -> ServerState:
         """Puts a state, such as a restored one, on every device."""
-        return jax.device_put(state, model_sharding(self._mesh, state))
+        return hosts.transfer(state, model_sharding(self._mesh, state))
 
     def run(self, state: ServerState, steps: int) -> Iterator[tuple[ServerState, int, float]]:
         """Trains until `steps` more steps are done.
@@ -144,7 +144,7 @@ def run_steps(
     first = int(state.round)
 
     def transfer(batch):
-        return jax.device_put(batch, client_sharding(mesh))
+        return hosts.transfer(batch, client_sharding(mesh))
 
     losses = []
     with Prefetcher(map(batch, range(first, first + steps)), transfer=transfer) as prefetched:

@@ -14,8 +14,9 @@ import optax
 
 from fedasr.data.batching import Padding, UserBatcher, fewest_buckets
 from fedasr.data.corpus import Corpus
+from fedasr.federated import hosts
 from fedasr.federated.client import Loss, Params
-from fedasr.federated.cohort import AXIS, client_mesh, model_sharding
+from fedasr.federated.cohort import AXIS, client_mesh, model_sharding, replicated
 from fedasr.federated.local import Layout
 from fedasr.federated.server import ServerState
 from fedasr.federated.subset import merge, select
@@ -63,7 +64,7 @@ class LocalCentralTraining:
         )
         self._layout, self._optimizer, self._per_report = layout, optimizer, steps_per_report
         self._users = len(corpus.users)
-        self._root = seed_key(seed, stream)
+        self._root = hosts.transfer_key(seed_key(seed, stream), replicated(self._mesh))
         self._step: Any = compiled_step(local_step(loss, optimizer, layout), self._mesh)
 
     def padding(self, steps: int) -> Padding:
@@ -83,7 +84,7 @@ class LocalCentralTraining:
 
     def transfer(self, state: ServerState) -> ServerState:
         """Puts a state, such as a restored one, on every device."""
-        return jax.device_put(state, model_sharding(self._mesh, state))
+        return hosts.transfer(state, model_sharding(self._mesh, state))
 
     def rows(self, state: ServerState) -> np.ndarray:
         """The users' rows in a state, float32 [users, size], on the host."""

@@ -13,16 +13,17 @@ import json
 import logging
 import shutil
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedasr.errors import REMEDIES, UserError, exhausted
+from fedasr.errors import REMEDIES, UserError, exhausted, pass_exhaustion
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.stored import (
     CHECKSUMS,
@@ -80,8 +81,6 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | Path, keep: int = 2):
-        import orbax.checkpoint as ocp
-
         if keep < 1:
             raise UserError(f"at least one checkpoint must be kept, not keep={keep}")
         self.directory = Path(directory).absolute()
@@ -102,23 +101,13 @@ class Checkpointer:
         self._writing: threading.Thread | None = None
         self._problem: Exception | None = None
         self._stack = contextlib.ExitStack()
-        self._manager = ocp.CheckpointManager(
-            self._stack.enter_context(plain_path(self.directory)),
-            options=ocp.CheckpointManagerOptions(
-                # Keeps all: what is old is deleted here, after the newest was read back.
-                create=False,
-                # Of several processes one writes: it must not wait for the others.
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    primary_host=jax.process_index(),
-                    active_processes={jax.process_index()} if jax.process_count() > 1 else None,
-                ),
-            ),
-            item_handlers={
-                STATE: ocp.PyTreeCheckpointHandler(),
-                METADATA: ocp.JsonCheckpointHandler(),
-                CHECKSUMS: ocp.JsonCheckpointHandler(),
-            },
-        )
+        path = self._stack.enter_context(plain_path(self.directory))
+        try:
+            self._manager = _manager(path)
+        except Exception as error:  # what orbax itself notes of a checkpoint is damaged
+            pass_exhaustion(error, f"opening {self.directory}")
+            self.damaged |= _set_aside(self.directory, _unopened)
+            self._manager = _manager(path)
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
         """Starts saving `state` as checkpoint `step`; `wait` returns when it is complete.
@@ -330,14 +319,55 @@ def _checksums(state: PyTree, metadata: Mapping[str, Any]) -> dict[str, str]:
     return digests(by_path(state), metadata)
 
 
-def _set_aside(directory: Path) -> dict[Path, str]:
-    """Renames the latest checkpoints as long as they cannot be read.
+def _manager(path: Path) -> Any:
+    """Orbax's, of a folder of checkpoints whose path is plain."""
+    import orbax.checkpoint as ocp
+
+    return ocp.CheckpointManager(
+        path,
+        options=ocp.CheckpointManagerOptions(
+            # Keeps all: what is old is deleted here, after the newest was read back.
+            create=False,
+            # Of several processes one writes: it must not wait for the others.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(),
+                active_processes={jax.process_index()} if jax.process_count() > 1 else None,
+            ),
+        ),
+        item_handlers={
+            STATE: ocp.PyTreeCheckpointHandler(),
+            METADATA: ocp.JsonCheckpointHandler(),
+            CHECKSUMS: ocp.JsonCheckpointHandler(),
+        },
+    )
+
+
+def _unopened(directory: Path) -> dict[Path, str]:
+    """The checkpoints that orbax does not take, by themselves, and why."""
+    found = {}
+    for folder in step_folders(directory):
+        with tempfile.TemporaryDirectory() as place, plain_path(place) as plain:
+            (Path(place) / folder.name).symlink_to(folder, target_is_directory=True)
+            try:
+                _manager(plain).close()
+            except Exception as error:
+                pass_exhaustion(error, f"opening {folder}")
+                found[folder] = f"the checkpoint {folder} cannot be read ({reason_of(error)})"
+    return found
+
+
+def _set_aside(
+    directory: Path, unusable: Callable[[Path], dict[Path, str]] = lambda directory: {}
+) -> dict[Path, str]:
+    """Renames the latest checkpoints as long as they cannot be read, and others that are no use.
 
     Training is deterministic: from an older one it comes to the same.
     """
-    damaged: dict[Path, str] = {}
+    damaged = unusable(directory)
     for step in sorted(saved_steps(directory), reverse=True):
         folder = directory / str(step)
+        if folder in damaged:
+            continue
         try:
             verify(folder)
         except Unreadable as error:

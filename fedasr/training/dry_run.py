@@ -115,6 +115,8 @@ def _federated(
     names, rounds = _user_names(config.data), config.rounds
     users = Users.of(names) if names else UNKNOWN_USERS
     cases = config.privacy.deployments
+    if workdir is not None:
+        ledgers.check_extension(workdir, config, mechanism, users)
     entries = [
         *earlier,
         ledgers.run_entry("this run", config, mechanism, rounds, users, cases),

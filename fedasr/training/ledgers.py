@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from fedasr.errors import UserError
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
 from fedasr.privacy.mechanism import Mechanism
 from fedasr.training.builders import pretrained
-from fedasr.training.checkpoint import (
-    has_checkpoint,
-)
+from fedasr.training.checkpoint import has_checkpoint, step_folders
 from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
 from fedasr.training.config import Config
+from fedasr.training.stored import Unreadable
 
 
 def earlier_runs(config: Config) -> tuple[list[ledger.Entry], bool]:
@@ -59,3 +60,46 @@ def run_entry(
     if not config.privacy.enabled:
         return ledger.without_privacy(name, "rounds", rounds, users)
     return ledger.of_mechanism(name, mechanism, rounds, users, deployments)
+
+
+def check_extension(
+    workdir: str | Path, config: Config, mechanism: Mechanism, users: Users
+) -> None:
+    """Refuses more rounds than a run was made for, if they would be of another mechanism.
+
+    Such as by a release that accounts for the same settings in another way: an entry of the ledger
+    has one mechanism for all its rounds.
+
+    Args:
+      workdir: of the run. config: it goes on with. mechanism: of the rounds to come. users: who
+        train; of an empty digest where they are not known.
+
+    Raises:
+      UserError: by the ledger, the rounds that are done were another.
+    """
+    for folder in reversed(step_folders(Path(workdir) / "checkpoints")):
+        try:
+            metadata = checkpoint_metadata(folder)
+            break
+        except Unreadable:
+            continue  # damaged: the next older one counts, see `Checkpointer`
+    else:
+        return
+    own = (metadata.get("ledger") or {}).get("own") or []
+    if metadata["stage"] != "main" or not own or metadata["config"]["rounds"] >= config.rounds:
+        return
+    cases = config.privacy.deployments
+    ours = run_entry("", config, mechanism, int(own[-1]["rounds"]), users, cases)
+
+    def released(entry: dict[str, Any]) -> list[Any]:
+        known = entry["users"]["digest"] if users.digest else ""
+        return [entry["event"], entry["relation"], entry["deployed"], known]
+
+    (said,) = ledger.to_data([ours])
+    if released(said) != released(own[-1]):
+        raise UserError(
+            f"--extend={config.rounds}: by its ledger the {own[-1]['rounds']} rounds in {workdir} "
+            f"were of another mechanism ({own[-1]['sampling']}) than those to come would be "
+            f"({ours.sampling}): start anew with --config.rounds={config.rounds} in another "
+            "directory"
+        )

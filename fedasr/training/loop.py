@@ -23,7 +23,7 @@ from fedasr.federated.local import remove_rows
 from fedasr.text import learned_vocabulary, tokenizer_for
 from fedasr.training import stages, starts
 from fedasr.training.builders import corpora, decoders, models, whole
-from fedasr.training.checkpoint import lock_directory
+from fedasr.training.checkpoint import has_checkpoint, lock_directory
 from fedasr.training.config import Config
 from fedasr.training.dry_run import dry_run as dry_run
 from fedasr.training.interrupts import StopFlag, graceful_stop
@@ -39,7 +39,6 @@ from fedasr.training.trainers.federated import FederatedTrainer
 from fedasr.training.workdir import (
     COMMAND_FILE,
     CONFIG_FILE,
-    SUMMARY_FILE,
     check_same,
     disk_errors,
     extended,
@@ -48,6 +47,7 @@ from fedasr.training.workdir import (
     local_path,
     read_existing,
     read_json,
+    read_summary,
     start_hash,
 )
 
@@ -91,14 +91,18 @@ def run(
         _occupy(workdir, stack)
         stop = stack.enter_context(graceful_stop())
         hosts.wait_for_all("locked")
-        config, start, is_new = _claim(config, workdir, extend)
-        before = read_json(workdir / SUMMARY_FILE)
+        config, start = _claim(config, workdir, extend)
+        before, wrong = read_summary(workdir)
+        if wrong and hosts.is_leader():
+            say(f"warning: {wrong}: it is made again")
         if before and _is_done(before, config) and not only_seed:
             if hosts.is_leader() and not (workdir / REPORT_FILE).exists():  # killed between the two
                 stages.make_report(workdir)
             return before
-        if is_new and models.local_layout(config) is not None:  # rows of a mistake
-            remove_rows(workdir / LOCAL_FOLDER)
+        # Rows without a checkpoint are of a mistake, or of a run that begins anew.
+        if not has_checkpoint(workdir / "checkpoints") and hosts.is_leader():
+            if models.local_layout(config) is not None:
+                remove_rows(workdir / LOCAL_FOLDER)
         logs = workdir
         if not hosts.is_leader():
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -106,7 +110,7 @@ def run(
         if only_seed:
             _check_seed(session)
         session.trackers = trackers
-        session.history = history(before, config.rounds)
+        session.history = history(before, config.rounds) or session.metadata.get("history", [])
         # Before anything is written all have read, and the same.
         hosts.wait_for_all("begun")
         hosts.check_alike("configuration, data or work directory", f"{config} {session.latest}")
@@ -153,7 +157,7 @@ def _check_seed(session: Session) -> None:
             f"--action=seed_only: {session.parts.data.directory} has no split "
             f"{session.parts.config.seed_training.split!r}: give some users that split"
         )
-    if session.latest is not None and session.latest >= session.parts.seed_steps:
+    if session.latest is not None and session.metadata["stage"] != "seed":
         raise UserError(
             f"--action=seed_only: the run in {session.workdir} is beyond its seed: choose another "
             "--workdir"
@@ -178,8 +182,8 @@ def _record_data(config: Config) -> tuple[Config, Path]:
     return config, directory
 
 
-def _claim(config: Config, workdir: Path, extend: int | None) -> tuple[Config, Any, bool]:
-    """The configuration with its start, the start's parameters, and whether the run is new.
+def _claim(config: Config, workdir: Path, extend: int | None) -> tuple[Config, Any]:
+    """The configuration with its start, and the start's parameters.
 
     Raises:
       UserError: the directory is another run's, or there is no such start.
@@ -193,7 +197,7 @@ def _claim(config: Config, workdir: Path, extend: int | None) -> tuple[Config, A
     if existing is not None:
         rounds = {} if extend is None else {"rounds": extend}
         check_same(workdir, {**existing, **rounds}, config.tree())
-    return config, start, existing is None
+    return config, start
 
 
 def _begin(config: Config, directory: Path, workdir: Path, logs: Path, stop: StopFlag) -> Session:

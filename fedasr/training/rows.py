@@ -7,6 +7,8 @@ from fedasr.data.corpus import Corpus, find_users
 from fedasr.data.records import open_corpus
 from fedasr.errors import UserError
 from fedasr.federated.local import (
+    REMEDY,
+    ROWS_FILE,
     SLOTS_FILE,
     LocalStore,
     Rows,
@@ -59,11 +61,24 @@ def local_rows(
     return layout, store.rows_of(find_users(trained, corpus), params)
 
 
+def described(store: LocalStore) -> dict[str, Any]:
+    """What a checkpoint keeps to know its rows by, when it is read: see `check_rows`."""
+    return {"local_users": int(store.known.sum()), "local_rows": store.digest()}
+
+
 def check_rows(store: LocalStore, path: str | Path) -> None:
-    """Raises UserError unless a checkpoint's users have their rows in the store."""
-    expected = checkpoint_metadata(path)["local_users"]
-    if (found := int(store.known.sum())) != expected:
+    """Raises UserError unless the rows in the store are those that a checkpoint was saved with.
+
+    Reads all of them, as they are after the round that the store was restored to.
+    """
+    metadata, found = checkpoint_metadata(path), described(store)
+    if (users := found["local_users"]) != (expected := metadata["local_users"]):
         raise UserError(
-            f"{store.folder} has the local parameters of {found} users, the checkpoint {path} "
-            f"was saved with those of {expected}: they belong together"
+            f"{store.folder} has the local parameters of {users} users, the checkpoint {path} "
+            f"was saved with those of {expected}: they belong together: {REMEDY}"
+        )
+    if found["local_rows"] != metadata.get("local_rows", found["local_rows"]):  # older: none
+        raise UserError(
+            f"{store.folder / ROWS_FILE} or {SLOTS_FILE} there is damaged, or of another run: it "
+            f"has other local parameters than the checkpoint {path} was saved with: {REMEDY}"
         )

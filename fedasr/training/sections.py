@@ -21,7 +21,7 @@ from fedasr.fields import (
 )
 from fedasr.training import values
 
-_NEVER = 1_000_000_000  # a round that no run gets to
+NEVER = 1_000_000_000  # a round that no run gets to
 _BITS = 6, 20  # as `fedasr.privacy.secure_aggregation` has them, which takes JAX to import
 _MOST_RATE = 1e4  # of learning: two decades more than any optimiser here has been of use at
 
@@ -170,7 +170,7 @@ class Client:
 
     optimizer: str = setting(choice("sgd", values.optimizers))
     learning_rate: float = setting(real(0.3, most=_MOST_RATE))
-    decay_start: int = setting(whole(_NEVER, unit="rounds"), "at the constant rate, then")
+    decay_start: int = setting(whole(NEVER, unit="rounds"), "at the constant rate, then")
     decay_rounds: int = setting(whole(500, 1, unit="rounds"), "times decay_rate every so many")
     decay_rate: float = setting(real(0.6, above=0, most=1))
     batch_size: int = setting(whole(4, 1, 65_536, "utterances"))
@@ -329,7 +329,7 @@ class Server:
         "here",
     )
     learning_rate: float = setting(real(0.01, most=_MOST_RATE))
-    decay_start: int = setting(whole(_NEVER, unit="rounds"), "at the constant rate, then")
+    decay_start: int = setting(whole(NEVER, unit="rounds"), "at the constant rate, then")
     decay_rounds: int = setting(whole(500, 1, unit="rounds"), "times decay_rate every so many")
     decay_rate: float = setting(real(0.6, above=0, most=1))
 

@@ -11,25 +11,25 @@ import numpy as np
 
 from fedasr.data.corpus import find_users
 from fedasr.federated import hosts
-from fedasr.federated.local import LocalStore
+from fedasr.federated.local import LocalStore, Rows
 from fedasr.federated.server import ServerState
 from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import ledger
 from fedasr.privacy.ledger import Users
-from fedasr.streams import make_root, public_name
-from fedasr.training import exactness, ledgers, selection
+from fedasr.streams import ROOT_WORDS, make_root, public_name, secret_root
+from fedasr.training import exactness, ledgers, rows, selection
 from fedasr.training.builders import corpora, devices, evaluators, identities, models, pooled
 from fedasr.training.cadence import Cadence
-from fedasr.training.checkpoint import Checkpointer, CheckpointReader
+from fedasr.training.checkpoint import Checkpointer, CheckpointReader, read_metadata
 from fedasr.training.config import Config
 from fedasr.training.evaluation import Decoded, Evaluator
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import RunLogger, say, to_json
 from fedasr.training.overfitting import Watch
-from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.selection import Selection
 from fedasr.training.totals import Totals
 from fedasr.training.trainer import Trainer
+from fedasr.training.workdir import STATE_ADDED
 
 
 class Interrupted(Exception):
@@ -90,9 +90,20 @@ def make_parts(config: Config, directory: Path, workdir: Path) -> Parts:
     evaluator = evaluators.make_evaluator(config, recogniser, data, own, layout)
     store = None
     if layout is not None:
-        prototype = config.local.prototype
-        store = LocalStore(workdir / LOCAL_FOLDER, layout, len(data.train.users), prototype)
+        store = _open_store(config, workdir, layout, len(data.train.users))
     return Parts(config, data, recogniser, used, own, evaluator, store)
+
+
+def _open_store(config: Config, workdir: Path, layout: Rows, users: int) -> LocalStore:
+    """The users' local parameters, which the leader writes and the others read."""
+    leader = hosts.is_leader()
+    for turn in (True, False):
+        if leader == turn:
+            folder, prototype = workdir / rows.LOCAL_FOLDER, config.local.prototype
+            store = LocalStore(folder, layout, users, prototype, read_only=not leader)
+        if turn:
+            hosts.wait_for_all("store")
+    return store
 
 
 class Session:
@@ -106,7 +117,7 @@ class Session:
       workdir: of the run. logs: where this process writes: the work directory in the leader; what
         others write is for nobody.
       checkpointer: writes them in the leader, reads them in others.
-      latest: number of the newest checkpoint at the start; None if there was none.
+      latest: number of the newest checkpoint at the start; None if there was none. metadata: of it.
       past: (entries, whether known) of the ledger that the run started with.
       totals: what it adds up. initial, final: error rates by split, as soon as they are known.
       decoded: what the last evaluation of each split heard.
@@ -136,6 +147,7 @@ class Session:
         self.decoded: dict[str, list[Decoded]] = {}
         self.trackers: Sequence[str] = ()
         self.history: list[dict[str, Any]] = []
+        self._root: np.ndarray | None = None
         config = parts.config
         self.name = public_name(make_root(identities.run_identity(config)))
         checkpoints = workdir / "checkpoints"
@@ -148,6 +160,7 @@ class Session:
         for folder, why in getattr(self.checkpointer, "damaged", {}).items():
             self.message(f"warning: {why}; it was set aside as {folder.name}")
         newest = None if self.latest is None else checkpoints / str(self.latest)
+        self.metadata = {} if newest is None else read_metadata(newest)
         self.past = ledgers.runs_before(config, newest)
 
     def message(self, text: str) -> None:
@@ -165,6 +178,31 @@ class Session:
         self._save(stage, units, state)
         self.cadence.saved(time.monotonic() - began)
 
+    def secret(self) -> np.ndarray | None:
+        """A root that nobody can compute, if the configuration wants one; drawn once in a run.
+
+        The rounds' state has it as soon as there is one; before, the checkpoints of the seed do:
+        whatever is done again after them has the noise that it had.
+        """
+        if self.parts.config.privacy.noise_seed != "secret":
+            return None
+        if self._root is None:
+            self._root = hosts.leaders(secret_root())
+        return self._root
+
+    def restore_seed(self, number: int, like: ServerState) -> ServerState:
+        """The state of a checkpoint of the seed, whose root becomes the run's.
+
+        Args:
+          number: of the checkpoint. like: any state of the seed's training.
+        """
+        if self.parts.config.privacy.noise_seed == "secret":
+            like = like._replace(root=np.zeros(ROOT_WORDS, np.uint32))
+        state, _ = self.checkpointer.restore(number, like, STATE_ADDED)
+        if np.any(state.root):  # older releases kept none
+            self._root = np.asarray(state.root)
+        return state._replace(root=())
+
     def is_old(self) -> bool:
         """Whether the last checkpoint is so old that the run is to be saved; alike in all."""
         if not self.parts.config.checkpoint.every_seconds:
@@ -177,7 +215,7 @@ class Session:
         earlier, known = self.past
         store = self.parts.store
         return {
-            **({} if store is None else {"local_users": int(store.known.sum())}),
+            **({} if store is None else rows.described(store)),
             "stage": stage,
             "units": units,
             **exactness.here(self.parts.devices, self.trainer.chunk),
@@ -189,6 +227,7 @@ class Session:
             },
             "totals": dataclasses.asdict(self.totals) | {"wall_seconds": self.wall_seconds()},
             "initial": to_json(self.initial),
+            "history": to_json(self.history),
             "best": self.selection.best[0] if stage == "main" and self.selection.best else None,
         }
 
@@ -201,6 +240,8 @@ class Session:
         if stage == "main":
             self.selection.settle()
         number = units if stage == "seed" else seed_steps + units
+        if stage == "seed" and (root := self.secret()) is not None:
+            state = state._replace(root=root)
         self.checkpointer.save(number, state, metadata)
         if store is not None and (oldest := self.checkpointer.oldest_step()) is not None:
             best = self.selection.best if stage == "main" else None

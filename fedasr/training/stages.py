@@ -8,14 +8,14 @@ from typing import Any
 from fedasr.federated import hosts
 from fedasr.training import exactness, rows, served, summaries
 from fedasr.training.builders import models
-from fedasr.training.checkpoint import read_metadata as checkpoint_metadata
-from fedasr.training.logging import RunLogger, say, write_json_atomic
+from fedasr.training.logging import RunLogger, say
 from fedasr.training.report import write_report
 from fedasr.training.session import Interrupted, Session
 from fedasr.training.sinks import Sink
+from fedasr.training.stored import BEST_FOLDER
 from fedasr.training.totals import Totals
 from fedasr.training.trainers.central import train_seed
-from fedasr.training.workdir import SUMMARY_FILE
+from fedasr.training.workdir import write_summary
 
 _REPORT_SECONDS = 300.0  # that the run waits for its plots
 
@@ -37,9 +37,8 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
     """
     latest = session.latest
     stage, units = "seed", 0
-    metadata: dict[str, Any] = {}
+    metadata = session.metadata
     if latest is not None:
-        metadata = checkpoint_metadata(session.checkpointer.directory / str(latest))
         stage, units = metadata["stage"], metadata["units"]
         session.totals = Totals.of(metadata["totals"])
         session.initial = metadata["initial"]
@@ -66,12 +65,12 @@ def run_stages(session: Session, start: Any = None, only_seed: bool = False) -> 
             if hosts.is_leader():
                 summary["served"] = _served(session)
     except Interrupted:
-        write_json_atomic(session.logs / SUMMARY_FILE, summaries.of_interrupted(session))
+        write_summary(session.logs, summaries.of_interrupted(session))
         raise
-    write_json_atomic(session.logs / SUMMARY_FILE, summary)
+    write_summary(session.logs, summary)
     if hosts.is_leader() and (problem := make_report(session.logs)):
         summary["side_channel_failures"]["report"] = problem
-        write_json_atomic(session.logs / SUMMARY_FILE, summary)
+        write_summary(session.logs, summary)
     return summary
 
 
@@ -129,7 +128,9 @@ def _main(
     state = session.selection.chosen(state)
     if parts.store is not None and session.selection.best is not None:
         session.refresh_rows = None
-        parts.store.restore(session.selection.best[0], forget=False)
+        best_round = session.selection.best[0]
+        parts.store.restore(best_round, forget=False)
+        rows.check_rows(parts.store, session.workdir / BEST_FOLDER / str(best_round))
     session.selection.close()
     return summaries.of_run(session, state, seeded=parts.seed_steps > 0 and start is None)
 

@@ -232,7 +232,7 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
 
 
 def read_json(folder: Path) -> dict[str, Any]:
-    """The metadata in a checkpoint's folder."""
+    """The metadata in a checkpoint's folder, which are those that were saved."""
     import orbax.checkpoint as ocp
 
     try:
@@ -240,9 +240,11 @@ def read_json(folder: Path) -> dict[str, Any]:
             metadata = ocp.JsonCheckpointHandler().restore(plain / METADATA)
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is no object")
-        return metadata
     except Exception as error:
         raise unreadable(folder, error) from error
+    if (expected := read_checksums(folder)) is not None:
+        _compare(folder, expected, digests({}, metadata))
+    return metadata
 
 
 def read_shapes(folder: Path) -> PyTree:

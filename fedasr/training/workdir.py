@@ -16,10 +16,10 @@ from typing import Any
 
 from fedasr.digests import START, params_digest
 from fedasr.errors import UserError
-from fedasr.training.checkpoint import read_metadata, step_folders
+from fedasr.training.checkpoint import has_checkpoint, read_metadata, step_folders
 from fedasr.training.config import HOW, Config, fingerprint
-from fedasr.training.logging import from_json, to_json
-from fedasr.training.stored import Unreadable
+from fedasr.training.logging import from_json, to_json, write_json_atomic
+from fedasr.training.stored import BEST_FOLDER, Unreadable
 from fedasr.training.values import bucket
 
 CONFIG_FILE, SUMMARY_FILE, COMMAND_FILE = "config.json", "summary.json", "command.txt"
@@ -167,6 +167,38 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Writes a run's summary, with a check of it."""
+    plain = to_json(summary)
+    write_json_atomic(folder / SUMMARY_FILE, plain | {"check": fingerprint(plain)})
+
+
+def read_summary(workdir: Path) -> tuple[dict[str, Any] | None, str]:
+    """The summary in a work directory, and what is wrong if there is one that cannot be used.
+
+    Returns:
+      (None, "") without one; (None, a reason) if it is damaged, or of another run than the
+      checkpoints beside it.
+    """
+    path = workdir / SUMMARY_FILE
+    found = read_json(path)
+    if found is None:
+        return None, f"{path} is damaged" if path.exists() else ""
+    check = found.pop("check", None)  # releases before 2026-12 wrote none
+    if check is not None and check != fingerprint(found):
+        return None, f"{path} is damaged"
+    for folder in reversed(step_folders(workdir / "checkpoints")):
+        try:
+            metadata = read_metadata(folder)
+        except Unreadable:
+            continue
+        runs = {entry["run"] for entry in (metadata.get("ledger") or {}).get("own") or []}
+        if metadata["stage"] == "main" and found.get("run") and runs and found["run"] not in runs:
+            return None, f"{path} is of another run than the checkpoints beside it"
+        break
+    return found, ""
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by "section.name"; empty mappings are leaves."""
     if isinstance(tree, Mapping) and tree:
@@ -249,24 +281,42 @@ def read_existing(workdir: Path) -> dict[str, Any] | None:
       UserError: `config.json` names another one than the checkpoints carry.
     """
     written = read_json(workdir / CONFIG_FILE)
-    carried = None
+    carried: list[tuple[Path, dict[str, Any]]] = []  # the newest first
     for folder in reversed(step_folders(workdir / "checkpoints")):
         try:
-            carried = read_metadata(folder).get("config")
-            break
+            config = read_metadata(folder).get("config")
         except Unreadable:
             continue  # damaged: the next older one counts, see `Checkpointer`
-    if not isinstance(carried, dict):
+        if isinstance(config, dict):
+            carried.append((folder, config))
+    if not carried:
         return written
+    newest, config = carried[0]
     if written is None:
-        return carried
-    # An extension is written before the first checkpoint that carries it.
-    if other := [name for name in differing(carried, written) if name != "rounds"]:
+        return config
+    if not (other := _differing_in_kind(config, written)):
+        return written
+    if any(not _differing_in_kind(theirs, written) for _, theirs in carried[1:]):
         raise UserError(
-            f"{workdir / CONFIG_FILE} is not of the run whose checkpoints lie beside it (differs "
-            f"in {', '.join(other[:5])}): remove that file to go on with the checkpoints' run"
+            f"the checkpoint {newest} is of another run than {CONFIG_FILE} and the older "
+            f"checkpoints (differs in {', '.join(other[:5])}): remove {newest} to go on from those"
         )
-    return written
+    raise UserError(
+        f"{workdir / CONFIG_FILE} is not of the run whose checkpoints lie beside it (differs "
+        f"in {', '.join(other[:5])}): remove that file to go on with the checkpoints' run"
+    )
+
+
+def _differing_in_kind(carried: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:
+    """Fields in which `config.json` is of another run than a checkpoint.
+
+    Not for its rounds, if they are more: an extension is written before the first checkpoint that
+    carries it.
+    """
+    found = differing(carried, written)
+    if "rounds" in found and _rounds(written) > _rounds(carried):
+        found.remove("rounds")
+    return found
 
 
 def check_same(workdir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -303,14 +353,37 @@ def extended(workdir: Path, theirs: Mapping[str, Any] | None, ours: Config, roun
         raise UserError(f"--extend={rounds} must be a number of rounds, 1 to 100000000")
     if not ours.has_rounds:
         raise UserError("--extend goes on with federated rounds: central training has none")
-    if ours.privacy.enabled and ours.privacy.noise != "independent":
+    if has_fixed_rounds(ours):
         raise UserError(
             f"--extend: privacy.noise={ours.privacy.noise!r} is made for its number of "
             "rounds, more are another mechanism: start anew with --config.rounds"
         )
     if rounds < _rounds(theirs):
         raise UserError(f"--extend={rounds}: the run already goes to round {_rounds(theirs)}")
+    _check_best(workdir, ours, rounds)
     return dataclasses.replace(ours, rounds=rounds)
+
+
+def has_fixed_rounds(config: Config) -> bool:
+    """Whether a run is another one from its first round on if it has more of them."""
+    return config.privacy.enabled and config.privacy.noise in ("banded", "buffered")
+
+
+def _check_best(workdir: Path, config: Config, rounds: int) -> None:
+    """Raises UserError if the best state is of a round that a longer run does not evaluate."""
+    folder, every = workdir / BEST_FOLDER, config.evaluation.every
+    if not config.selection.split or not has_checkpoint(folder):
+        return
+    try:
+        chosen = read_metadata(folder)["selection"]["units"]
+    except Unreadable:
+        return  # it is lost, and `selection.Selection` says so
+    if every and chosen < rounds and chosen % every:
+        raise UserError(
+            f"--extend={rounds}: the best state on {config.selection.split!r} is of round "
+            f"{chosen}, where the shorter run ended; a run of {rounds} rounds looks at every "
+            f"{every}th alone, and may keep another: start anew with --config.rounds={rounds}"
+        )
 
 
 def _rounds(config: Mapping[str, Any]) -> int:

@@ -51,6 +51,7 @@ COHORT = "fedasr.federated.cohort:make_cohort"
 SAMPLING = "fedasr.privacy.sampling"
 BUILDERS = "fedasr.training.builders"
 FEDERATED = "fedasr.training.trainers.federated"
+SESSION = "fedasr.training.session"
 LEDGERS = "fedasr.training.ledgers"
 LEDGER = "fedasr.privacy.ledger"
 STREAMS = "fedasr.streams"
@@ -349,7 +350,7 @@ FAULTS = (
          'words.astype("<u4").tobytes().hex()',
          OS_ROOT),
     edit("identity and streams", "secret noise is not asked for", "it follows from the seed",
-         f"{FEDERATED}:FederatedTrainer._secret", '== "secret"', '== "never"', SECRET),
+         f"{SESSION}:Session.secret", '!= "secret"', '!= "never"', SECRET),
     edit("identity and streams", "the summary names the root itself", "the noise can be taken off",
          f"{FEDERATED}:FederatedTrainer.train", "public_name(state.root)",
          'np.asarray(state.root).astype("<u4").tobytes().hex()', SECRET),

@@ -492,3 +492,20 @@ def test_folders_that_are_called_like_checkpoints_are_none(tmp_path):
         checkpoints.save(9, {"params": np.ones(2)}, {})
         checkpoints.wait()
         assert checkpoints.latest_step() == 9
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_what_the_library_notes_of_a_checkpoint_is_damaged(tmp_path, which):
+    """It is looked at for all of them at once, and no error of the library's says for which."""
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": np.zeros(2)}, {})
+        checkpoints.save(2, {"params": np.ones(2)}, {})
+    (tmp_path / str(which) / "_CHECKPOINT_METADATA").write_text('{"item_handlers": 3}')
+    with Checkpointer(tmp_path) as checkpoints:
+        assert [folder.name for folder in checkpoints.damaged] == [f"damaged-{which}"]
+        checkpoints.save(3, {"params": np.ones(2)}, {})
+        assert checkpoints.latest_step() == 3
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text('{"item_handlers": 3}')
+    shutil.rmtree(tmp_path / str(3 - which), ignore_errors=True)
+    with pytest.raises(UserError, match="none of the 1 checkpoints in"):
+        Checkpointer(tmp_path)

@@ -20,14 +20,13 @@ from fedasr.data.utterances import Utterance
 from fedasr.federated.simulation import Simulation
 from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import accounting, ledger, noise
-from fedasr.training import loop, stages
+from fedasr.training import loop, session, stages
 from fedasr.training.builders import models
 from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import default_config
 from fedasr.training.interrupts import StopFlag
 from fedasr.training.logging import read_metrics, to_json
 from fedasr.training.session import Interrupted
-from fedasr.training.trainers import federated
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
@@ -256,7 +255,7 @@ def test_a_secret_root_is_kept_on_resume_and_written_nowhere_else(
 ):
     config = configuration(data[0], rounds=3, **{"privacy.noise_seed": "secret"})
     roots, real = [], streams.secret_root
-    monkeypatch.setattr(federated, "secret_root", lambda: roots.append(real()) or roots[-1])
+    monkeypatch.setattr(session, "secret_root", lambda: roots.append(real()) or roots[-1])
     run_with_stops(config, tmp_path / "first", monkeypatch, 1)
     assert len(roots) == 1  # resumed, it is that of the checkpoint
     loop.run(config, tmp_path / "second")
@@ -273,7 +272,7 @@ def test_a_secret_root_is_kept_on_resume_and_written_nowhere_else(
                 assert root.astype("<u4").tobytes() not in text
                 assert not any(form.encode() in text for form in forms if len(form) > 5), file
     # Not a function of the seed, and the same again for the same root.
-    monkeypatch.setattr(federated, "secret_root", lambda: roots[0])
+    monkeypatch.setattr(session, "secret_root", lambda: roots[0])
     loop.run(config, tmp_path / "again")
     pairs = (restore_params(tmp_path / "again"), restore_params(tmp_path / "first"))
     jax.tree.map(np.testing.assert_array_equal, *pairs)

@@ -4,7 +4,7 @@ import copy
 import json
 
 from fedasr.training.config import Config, what
-from fedasr.training.workdir import LATER
+from fedasr.training.workdir import LATER, has_fixed_rounds
 
 
 def run_identity(config: Config) -> str:
@@ -30,6 +30,6 @@ def run_identity(config: Config) -> str:
             del inner[leaf]
     # Nor does a section that is new.
     tree = {name: value for name, value in tree.items() if value != {}}
-    if config.privacy.noise not in ("banded", "buffered"):
+    if not has_fixed_rounds(config):
         del tree["rounds"]
     return json.dumps(tree, sort_keys=True)

@@ -11,7 +11,7 @@ from fedasr.errors import UserError, pass_exhaustion
 from fedasr.federated.client import ClientUpdate, Loss, local_training
 from fedasr.federated.server import constant_then_exponential, make_optimizer
 from fedasr.training.config import Config
-from fedasr.training.sections import Central
+from fedasr.training.sections import NEVER, Central
 
 # (least, most) of what optax's optimisers take; what is not here has to be 0 or more.
 _OPTION_RANGES = {"eta": (0, 1e3), "trust_coefficient": (0, 1e3), "eps": (0, 1.0)}
@@ -72,7 +72,8 @@ def server_optimizer(config: Config) -> optax.GradientTransformation:
 def local_update(config: Config) -> Callable[[Loss], ClientUpdate]:
     """From a loss to a client's local training."""
     client = config.client
-    decays = client.decay_start < config.rounds
+    # Whatever the number of rounds: a run that is extended has computed the same from the start.
+    decays = client.decay_start < NEVER
     factor = constant_then_exponential(
         1.0, client.decay_start, client.decay_rounds, client.decay_rate
     )

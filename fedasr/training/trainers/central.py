@@ -35,7 +35,8 @@ def train_seed(session: Session, latest: int | None, units: int) -> Any:
     if not parts.seed_steps:
         return models.completed(params, parts.config)
     kept = seeds.folder_of(session, session.workdir) if parts.config.seed_training.reuse else None
-    if kept is not None and (found := seeds.find(kept, params)) is not None:
+    # A run that goes on goes on with its own, whose checkpoint may have its root, too.
+    if kept and latest is None and (found := seeds.find(kept, params)) is not None:
         session.message(f"the seed is that of {kept}, which has the same settings and data")
         return models.completed(found, parts.config)
     state = _steps(session, "seed", seed_training(parts), params, latest, units, parts.seed_steps)
@@ -59,7 +60,11 @@ def _steps(
 ) -> ServerState:
     state = training.init(params)
     if latest is not None:
-        state = training.transfer(session.checkpointer.restore(latest, jax.device_get(state))[0])
+        like = jax.device_get(state)
+        if stage == "seed":
+            state = training.transfer(session.restore_seed(latest, like))
+        else:
+            state = training.transfer(session.checkpointer.restore(latest, like)[0])
     before = 0 if stage == "seed" else session.parts.seed_steps
     config, over = session.parts.config, False
     every = config.checkpoint.seed_every

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedasr.federated.cohort_rows import commit
 from fedasr.federated.local import LocalStore
 from fedasr.federated.server import ServerState
 from fedasr.training.builders import pooled
@@ -57,4 +58,4 @@ def write_rows(store: LocalStore, training: LocalCentralTraining, state: ServerS
         return
     store.advance(steps)
     store.write(np.arange(store.users), training.rows(state))
-    store.commit()
+    commit(store)

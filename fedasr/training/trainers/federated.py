@@ -15,7 +15,7 @@ from fedasr.federated.server import ServerState
 from fedasr.federated.simulation import Simulation
 from fedasr.privacy import accounting, ledger
 from fedasr.privacy.ledger import Users
-from fedasr.streams import ROOT_WORDS, public_name, secret_root
+from fedasr.streams import ROOT_WORDS, public_name
 from fedasr.training import describe, ledgers
 from fedasr.training.builders import algorithms, batches, clients, mechanisms, models, simulations
 from fedasr.training.builders.devices import described, device_name
@@ -50,7 +50,9 @@ class FederatedTrainer:
         self._parts, self._chunk_file = parts, workdir / CHUNK_FILE
         self._users = Users.of(parts.data.train.users)
         self.simulations = self._make(self._kept_chunk(workdir))
-        mechanisms.check_deployments(config, self.simulations[0][1].mechanism)
+        mechanism = self.simulations[0][1].mechanism
+        mechanisms.check_deployments(config, mechanism)
+        ledgers.check_extension(workdir, config, mechanism, self._users)
 
     def _make(self, chunk: int | None) -> list[tuple[int, Simulation]]:
         parts, config = self._parts, self._parts.config
@@ -125,8 +127,9 @@ class FederatedTrainer:
         self, session: Session, simulation: Simulation, params: Any, latest: int | None
     ) -> ServerState:
         """The state of a start, or of a checkpoint."""
-        state = simulation.init(params, self._secret() if latest is None else None)
+        state = simulation.init(params, session.secret() if latest is None else None)
         if latest is None:
+            session.name = public_name(state.root)
             # In this order: a run that resumes from this checkpoint does not log round 0 again.
             session.logger.round(0, {"eval": session.initial})
             session.save("main", 0, state)
@@ -138,15 +141,10 @@ class FederatedTrainer:
         if not restored.root.any():
             # Of a release whose rounds had other streams. Not the root of a run that would
             # begin now: the rounds to come would share its noise.
-            root = self._secret()
+            root = session.secret()
             root = simulation.root_of(restored.params) if root is None else root
             restored = restored._replace(root=root)
         return simulation.transfer(restored)
-
-    def _secret(self) -> np.ndarray | None:
-        """A root that nobody can compute, if the configuration wants one."""
-        secret = self._parts.config.privacy.noise_seed == "secret"
-        return hosts.leaders(secret_root()) if secret else None
 
     def _rounds(
         self, session: Session, state: ServerState, done: int
