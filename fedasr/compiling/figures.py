@@ -45,7 +45,8 @@ class Figures:
       bound: the largest of them.
       estimate: seconds that the compiler itself expects; None where it expects none or where it
         cannot be so.
-      collectives: by kind, of a call with one local step. from_host: instructions that wait for the host.
+      collectives: by kind, of a call with one local step.
+      from_host: instructions that wait for the host.
       float64: whether there are floats of 64 bits.
     """
 

@@ -84,8 +84,9 @@ MOVING = """%moving (p.5: f32[8,4]) -> f32[8,4] {
 
 
 def test_collectives_count_as_often_as_they_run():
-    """In both counted loops, of 7 and 5 turns; also started ones, and within a fusion."""
-    text = MODULE.replace("  %c.1 = ", GATHER + "  %c.1 = ").replace("%body.1 (", MOVING + "%body.1 (")
+    """In two counted loops, of 7 and 5 turns; also started ones, and within a fusion."""
+    text = MODULE.replace("  %c.1 = ", GATHER + "  %c.1 = ")
+    text = text.replace("%body.1 (", MOVING + "%body.1 (")
     found = hlo.read(text).entry
     assert found.collectives["all-gather"] == hlo.Collective(2 * 12, (128 + 256) * 12, 256)
     assert found.collectives["all-reduce"].number == 1
