@@ -140,7 +140,9 @@ def test_a_model_over_several_devices(target):
     (whole,) = programs_of(1, "clients")
     clients, server = programs_of(4, "clients", "server")
     held = [x.memory["arguments"] + x.memory["beside"] for x in (whole, clients)]
-    assert held[1] < 0.5 * held[0] and clients.memory["temporaries"] < whole.memory["temporaries"]
+    assert held[1] < 0.3 * held[0]
+    taken = [size + x.memory["temporaries"] for size, x in zip(held, (whole, clients), strict=True)]
+    assert taken[1] < 0.6 * taken[0]
     assert not whole.collectives.get("all-gather")
     shapes = models.variable_shapes(config(**changes))
     model = sum(4 * x.size for x in jax.tree.leaves(shapes))
