@@ -13,13 +13,17 @@ import os
 import signal
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from fedasr.errors import REMEDIES, exhausted
 
 _NAMES = {"memory": "out of memory", "threads": "no more threads", "open files": "no open files"}
 _STDERR, _PROBE = 2, 16 << 20  # bytes
+_LOOK, _PATIENCE = 2.0, 60.0  # seconds: between looks at the threads; that none takes to begin
 _RESERVE: list[bytearray] = []  # given back when memory is out, so that there is some to say so
 _SEEN: list[str] = []  # what gave out, elsewhere than where the program was
 _KEPT: list[Any] = []  # what C calls must stay
@@ -54,6 +58,8 @@ def install() -> None:
         return
     threading.excepthook = _hooked(threading.excepthook)
     sys.unraisablehook = _hooked(sys.unraisablehook)
+    # Of libraries whose event loop could not be made, which is said where it is caught.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     logging.raiseExceptions = False
     for logger in ("", "absl", "asyncio", "concurrent.futures", "jax"):
         logging.getLogger(logger).addFilter(_is_news)
@@ -61,6 +67,33 @@ def install() -> None:
         if handler is not None:
             handler.addFilter(_is_news)
     _catch_aborts()
+    with contextlib.suppress(RuntimeError, MemoryError):
+        threading.Thread(target=_watch, name="exhaustion", daemon=True).start()
+
+
+def _watch() -> None:
+    """Ends the program if a thread never begins, which whoever started it awaits for ever.
+
+    So it is where memory gives out within a new thread's first lines: Python tells nobody.
+    """
+    since: dict[int, float] = {}
+    while True:
+        time.sleep(_LOOK)
+        waiting = {id(frame) for frame in sys._current_frames().values() if _starts(frame)}
+        now = time.monotonic()
+        since = {frame: since.get(frame, now) for frame in waiting}
+        if since and now - min(since.values()) > _PATIENCE:
+            what = next(iter(_SEEN), "") or _missing() or "memory"
+            _end(what, "a thread was started and never began")
+
+
+def _starts(frame: FrameType | None) -> bool:
+    """Whether a frame is of a wait for a thread's beginning."""
+    while frame is not None:
+        if frame.f_code is threading.Thread.start.__code__:
+            return True
+        frame = frame.f_back if frame.f_code.co_filename == threading.__file__ else None
+    return False
 
 
 def _hooked(before: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -69,10 +102,16 @@ def _hooked(before: Callable[[Any], Any]) -> Callable[[Any], None]:
     def hook(args: Any) -> None:
         if what := exhausted(args.exc_value):
             _SEEN.append(what)
-        else:
+        elif not _half_made(args):
             before(args)
 
     return hook
+
+
+def _half_made(args: Any) -> bool:
+    """Whether a finaliser misses an attribute that its object never got: what failed says so."""
+    name = getattr(getattr(args, "object", None), "__name__", "")
+    return name == "__del__" and isinstance(args.exc_value, AttributeError)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -100,11 +139,15 @@ def _catch_aborts() -> None:
 def _aborted(number: int) -> None:
     """Returns if nothing seems to be missing: then the process ends as it would have."""
     del number
-    what = _missing()
-    if what:
-        with contextlib.suppress(OSError):
-            os.write(_STDERR, f"error: {message(what, 'a library ended the process')}\n".encode())
-        os._exit(2)
+    if what := _missing():
+        _end(what, "a library ended the process")
+
+
+def _end(what: str, why: str) -> None:
+    """Says it, and ends the process here and now."""
+    with contextlib.suppress(OSError):
+        os.write(_STDERR, f"error: {message(what, why)}\n".encode())
+    os._exit(2)
 
 
 def _missing() -> str:

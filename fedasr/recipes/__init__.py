@@ -13,6 +13,7 @@ from fedasr.errors import UserError
 NAMES = (
     "quickstart",
     "own_speech",
+    "adapted",
     "rnnt",
     "librispeech",
     "common_voice",

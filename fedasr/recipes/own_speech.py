@@ -1,7 +1,7 @@
 """One's own speech: a few hours of a few dozen people, by arguments.
 
     --config=own_speech:data=data/mine[,rounds=300][,seed_share=20][,language=all|train|seed|none]
-                        [,model=conformer|transformer]
+                        [,model=conformer|transformer][,train=dev_clean[20%:]]
 
 Augmentation, dropout, the state that is best on dev, decoding with a lexicon and a language model
 from transcripts; cohort, local steps and rounds follow from the data, and a line on stderr says so.
@@ -11,7 +11,8 @@ deployed stays the same: --config.rounds=300 does that, too.
 data: a prepared corpus. rounds: 0 for as many as 20 turns of each user take. seed_share: percent of
 the training users that the seed is trained on, without privacy for them, where the data has no
 split "seed". language: whose transcripts the language model and the lexicon are made from: "all",
-those of the training users and of the seed's. model: which encoder, of its default size.
+those of the training users and of the seed's. model: which encoder, of its default size. train:
+the split that trains, where it has another name than "train" or "train_...".
 
     fedasr sweep --table=own_speech
 
@@ -46,12 +47,13 @@ ARGUMENTS: dict[str, Any] = {
     "seed_share": 0,
     "language": "all",
     "model": "conformer",
+    "train": "",
 }
 MODELS: dict[str, Any] = {"transformer": TransformerConfig, "conformer": ConformerConfig}
 _COHORT, _BATCH = 8, 4
 _TURNS, _FEWEST, _MOST = 20, 120, 600  # of a user; rounds
 _PASSES = 80  # of the seed's training
-_USERS, _UTTERANCES = 50, 12.0  # where the data is not there yet
+USERS, UTTERANCES = 50, 12.0  # where the data is not there yet
 # The quickstart's noise, which makes epsilon 7.3 as deployed at 120 rounds, and the power of the
 # rounds that it grows with: fitted to 30 to 1000 rounds of 1024 in a million users, where so few
 # are drawn that rounds cost little (docs/decisions/2026-11-30-own-speech.md).
@@ -85,17 +87,19 @@ def get_config(arguments: str = "") -> ConfigDict:
     if Path(args["data"]).exists():
         _fit(config, args)
     else:  # whoever runs it is told that there is no such corpus
-        _set_training(config, _USERS, _UTTERANCES, args["rounds"])
-        _say(f"own_speech: {args['data']} is not there: the settings are for {_USERS} users")
+        _set_training(config, USERS, UTTERANCES, args["rounds"])
+        _say(f"own_speech: {args['data']} is not there: the settings are for {USERS} users")
     return config
 
 
 def _fit(config: ConfigDict, args: Mapping[str, Any]) -> None:
     """Chooses what follows from the data, and says so."""
     metadata = read_metadata(args["data"])
-    config.data.eval = tuple(s for s in ("dev", "test") if has_split(metadata, s))
-    if "dev" in config.data.eval:
-        config.selection.split = "dev"
+    config.data.train = args["train"] or training_split(metadata)
+    config.data.eval = held_out(metadata, config.data.train)
+    if dev := [split for split in config.data.eval if split.startswith("dev")]:
+        config.selection.split = dev[0]
+        config.evaluation.while_training = (dev[0],)
         config.selection.patience = 6
     config.model.options.vocab = tokenizer_for(metadata).vocab_size
     seeded = _set_seed(config, metadata, args["seed_share"])
@@ -108,6 +112,31 @@ def _fit(config: ConfigDict, args: Mapping[str, Any]) -> None:
         f"{config.cohort}, {config.client.steps} steps of {_BATCH} utterances a round, "
         f"{config.rounds} rounds; {seeded}; {words}"
     )
+
+
+def training_split(metadata: Mapping[str, Any]) -> str:
+    """The split that trains: "train", or all "train_..." together, as LibriSpeech names them.
+
+    Raises:
+      UserError: there is none.
+    """
+    if has_split(metadata, "train"):
+        return "train"
+    parts = sorted(name for name in metadata["splits"] if name.startswith("train_"))
+    if not parts:
+        first = min(metadata["splits"])
+        raise UserError(
+            f"the data has no split 'train', only {', '.join(sorted(metadata['splits']))}: name "
+            f"what trains, such as train={first}[20%:] in the recipe's arguments"
+        )
+    return "+".join(parts)
+
+
+def held_out(metadata: Mapping[str, Any], train: str) -> tuple[str, ...]:
+    """Splits of people who do not train: "dev", "test" or "dev_...", "test_..."."""
+    trained = {part.partition("[")[0] for part in train.split("+")}
+    names = sorted(name for name in metadata["splits"] if name.split("_")[0] in ("dev", "test"))
+    return tuple(name for name in names if name not in trained)
 
 
 def _set_training(config: ConfigDict, users: int, utterances: float, rounds: int) -> None:
@@ -128,18 +157,25 @@ def _set_training(config: ConfigDict, users: int, utterances: float, rounds: int
     config.server.decay_rounds = (all_rounds + 3) // 4  # at least 1
     config.client.learning_rate = 0.3
     config.privacy.clip_norm = 0.4
-    config.privacy.sigma = (all_rounds.to_float() / _ROUNDS) ** _POWER * _SIGMA
+    config.privacy.sigma = sigma(all_rounds)
     config.model.options.dropout = 0.1
     config.augment.enabled = True
     config.augment.options.update(frequency_width=20, time_masks=4, time_width=20)
     config.augment.options.update(time_warp=0.1, frequency_warp=0.05)
 
 
+def sigma(rounds: FieldReference) -> Any:
+    """The noise with which epsilon is about 7.3 as deployed, for a clip norm of 0.4."""
+    return (rounds.to_float() / _ROUNDS) ** _POWER * _SIGMA
+
+
 def _set_seed(config: ConfigDict, metadata: Mapping[str, Any], share: int) -> str:
     """The seed's split and steps, and what is said of them."""
     if share:
-        config.seed_training.split = f"train[:{share}%]"
-        config.data.train = f"train[{share}%:]"
+        if set(config.data.train) & set("[+"):
+            raise UserError("--config: seed_share takes a part of one whole split: leave it out")
+        config.seed_training.split = f"{config.data.train}[:{share}%]"
+        config.data.train = f"{config.data.train}[{share}%:]"
     elif not has_split(metadata, "seed"):
         return (
             "no seed, for the data has no split 'seed': from scratch it takes many more rounds "
@@ -164,13 +200,14 @@ def _set_language(config: ConfigDict, metadata: Mapping[str, Any], source: str) 
     if not split or not spaced or not has_split(metadata, split):
         return "greedy decoding"
     # Nothing is chosen by what tests: without a dev split other words are allowed.
-    unknown = _unknown(config.data.dir, split, "dev") if "dev" in config.data.eval else None
+    dev = config.selection.split
+    unknown = _unknown(config.data.dir, split, dev) if dev else None
     if unknown is not None and unknown > _OPEN:
-        return f"greedy decoding ({unknown:.0%} of dev's words are in no transcript)"
+        return f"greedy decoding ({unknown:.0%} of {dev}'s words are in no transcript)"
     config.decoding.lm = config.decoding.lexicon = f"{FROM}{split}"
     config.decoding.name = "beam" if unknown is None or unknown > _CLOSED else "lexicon"
     config.decoding.lm_weight, config.decoding.word_bonus = 0.5, 2.0
-    share = "no dev" if unknown is None else f"{unknown:.1%} of dev's words are not among them"
+    share = "no dev" if unknown is None else f"{unknown:.1%} of {dev}'s words are not among them"
     return (
         f"{config.decoding.name} decoding with the words and a language model of {split} ({share})"
     )

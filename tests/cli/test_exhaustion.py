@@ -51,6 +51,23 @@ PROGRAMS = {
         limit(resource.RLIMIT_NOFILE, 32)
         kept = [open("/dev/null") for _ in range(99)]
     """,
+    # The loop is left half-made, and the coroutine never starts: both would be said, too.
+    "event loop": """
+        import asyncio
+        async def save():
+            pass
+        limit(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")))
+        asyncio.run(save())
+    """,
+    # As where memory gives out in a thread's first lines.
+    "a thread that never begins": """
+        class Lost(threading.Thread):
+            def _bootstrap(self):
+                pass
+        exhaustion._LOOK, exhaustion._PATIENCE = 0.1, 0.3
+        threading.Thread(target=lambda: Lost(daemon=True).start(), daemon=True).start()
+        time.sleep(60)
+    """,
     "abort": """
         limit(resource.RLIMIT_AS, size() + (4 << 20))
         os.abort()
@@ -66,6 +83,8 @@ WORDS = {
     "logged": "no open files: allow",
     "memory": "out of memory: give",
     "files": "no open files: allow the process more open files (ulimit -n); what was saved",
+    "event loop": "no open files: allow",
+    "a thread that never begins": "a thread was started and never began",
     "abort": "error: ",  # of the address space, threads or memory are missed first
     "abort in a thread": "no open files",
 }

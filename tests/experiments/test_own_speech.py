@@ -128,6 +128,27 @@ def test_without_a_seed_split(tmp_path, capsys):
     loop.dry_run(to_json(config.to_dict()))
 
 
+def test_splits_of_other_names(tmp_path):
+    """As LibriSpeech has them; who trains is not judged by."""
+    split = {"train_a": 2, "train_b": 2, "dev_clean": 2, "dev_other": 1, "test_clean": 1}
+    make(tmp_path / "data", split)
+    config = own_speech.get_config(f"data={tmp_path / 'data'}")
+    assert config.data.train == "train_a+train_b" and config.cohort == 2
+    assert config.data.eval == ("dev_clean", "dev_other", "test_clean")
+    assert config.selection.split == "dev_clean"
+    loop.dry_run(to_json(config.to_dict()))
+    config = own_speech.get_config(f"data={tmp_path / 'data'},train=dev_clean[50%:]")
+    assert config.data.train == "dev_clean[50%:]" and config.cohort == 1
+    assert config.data.eval == ("dev_other", "test_clean")
+    with pytest.raises(UserError, match="one whole split"):
+        own_speech.get_config(f"data={tmp_path / 'data'},seed_share=20")
+    make(tmp_path / "one", {"dev_clean": 3})
+    with pytest.raises(UserError, match=r"only dev_clean: .*train=dev_clean\[20%:\]"):
+        own_speech.get_config(f"data={tmp_path / 'one'}")
+    config = own_speech.get_config(f"data={tmp_path / 'one'},train=dev_clean")
+    assert config.data.eval == () and config.selection.split == ""
+
+
 def test_decoding_follows_the_words(tmp_path, capsys):
     """Words that dev says and train does not: beyond a few, no list of words is closed."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from fedasr.errors import UserError
 from fedasr.privacy import accounting
-from fedasr.recipes import mini, own_speech, published, shared
+from fedasr.recipes import adapted, mini, own_speech, published, shared
 from fedasr.training import loop
 from fedasr.training.builders import models
 from fedasr.training.config import Config
@@ -208,7 +208,7 @@ def test_the_tables_hold_the_published_figures():
     assert figures[ls, "seed cv, cohort 16"] == {"test_clean": 3.8, "test_other": 9.4}
     assert figures["published_privacy", "uniform, sigma 50e-6"] == {"dev": 27.1, "test": 31.3}
     assert figures["published_optimizers_librispeech", "lars"] == {"dev_clean": 13.7}
-    tables = (published.TABLES, mini.TABLES, own_speech.TABLES)
+    tables = (published.TABLES, mini.TABLES, own_speech.TABLES, adapted.TABLES)
     for table in (table for found in tables for table in found.values()):
         names = [row.name for row in table.rows]
         assert len(set(names)) == len(names)

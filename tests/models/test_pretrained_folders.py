@@ -194,8 +194,10 @@ def test_a_folder_is_written_of_models_that_came_from_one(tmp_path):
         ("wav2vec2", {"layout": "data2vec"}, "layout must be one of"),
         ("wav2vec2", {"blank": 32}, "blank=32 must be below vocab=32"),
         ("parakeet", {"vocab": 30}, "blank=1024 must be below vocab=30"),
-        ("whisper", {"window": "half"}, "window must be one of"),
+        ("whisper", {"window": "half"}, "window='half' must be padded, true, or whole seconds"),
+        ("whisper", {"window": "31"}, "1 to 30"),
         ("whisper", {"start": ""}, "start must hold a token"),
+        ("whisper", {"most_tokens": -1}, "most_tokens=-1 must be at least 0"),
         ("whisper", {"end": 90_000}, "end must hold tokens below"),
         ("parakeet", {"factor": 6}, "factor must be 2, 4, 8"),
         ("parakeet", {"dim": 1023}, "must be even"),
@@ -249,6 +251,45 @@ def test_dropout_draws_alike_however_far_it_is_padded(waves, batch):
     found = {seed: float(loss(params, batch(sounds), jax.random.key(seed))[0]) for seed in (0, 1)}
     padded = float(loss(params, batch(sounds, blocks=39), jax.random.key(0))[0])
     assert found[0] == pytest.approx(padded, rel=1e-5) and found[0] != pytest.approx(found[1])
+
+
+WHISPER = {
+    **{"dim": 8, "mlp": 8, "blocks": 1, "decoder_blocks": 1, "heads": 2, "decoder_heads": 2},
+    **{"decoder_mlp": 8, "vocab": 12, "start": "8,9", "end": 7, "longest": 20, "positions": 100},
+}
+
+
+def test_whisper_stops_at_the_most_tokens(waves, batch):
+    options = {**WHISPER, "window": "true"}
+    params = make_recogniser("whisper", options).init(jax.random.key(0))
+    sounds = batch(waves())
+
+    def decoded(**more):
+        evaluate = make_recogniser("whisper", {**options, **more}).evaluate
+        return [np.asarray(x) for x in jax.jit(evaluate)(params, sounds)[:2]]
+
+    whole, lengths = decoded()
+    assert whole.shape == (3, 20) and lengths.max() > 3
+    for most, size in {3: 4, 40: 20}.items():
+        found, counts = decoded(most_tokens=most)
+        assert found.shape == (3, size)
+        np.testing.assert_array_equal(found[:, :most], whole[:, :most])
+        np.testing.assert_array_equal(counts, np.minimum(lengths, most))
+
+
+def test_whisper_hears_a_part_of_its_window(waves, batch):
+    """As a model does whose window is no longer."""
+    recogniser = make_recogniser("whisper", WHISPER)
+    params, sounds = recogniser.init(jax.random.key(0)), batch(waves())
+    cut = jax.tree.map(lambda x: x, params)
+    cut["encoder"]["positions"] = params["encoder"]["positions"][:50]
+    short = make_recogniser("whisper", {**WHISPER, "positions": 50})
+    part = make_recogniser("whisper", {**WHISPER, "window": "1"})
+    losses = [
+        float(jax.jit(x.loss)(p, sounds, jax.random.key(1))[0])
+        for x, p in ((part, params), (short, cut), (recogniser, params))
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_samples_of_a_batch():

@@ -17,6 +17,7 @@ from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.models.pretrained import export_folder, folders
 from fedasr.models.recogniser import make_recogniser
+from fedasr.recipes import adapted
 from fedasr.text import CHARACTERS
 from fedasr.training import loop, stages, starts
 from fedasr.training.builders import models, pretrained, whole
@@ -196,3 +197,36 @@ def test_blocks_of_audio(corpora):
     stored = np.round(noise(1)[0] * 32768)
     np.testing.assert_allclose(example["features"].reshape(-1)[:7900], stored, atol=1)
     assert Config.of({}).init_from == ""
+
+
+def test_the_recipe_for_a_pretrained_model(corpora, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
+    arguments = f"data={corpora / 'audio'},model={folder},rounds=2"
+    config = adapted.get_config(arguments)
+    assert (config.init_from, config.model.name) == (f"hf:{folder}", "wav2vec2")
+    assert (config.cohort, config.client.steps, config.rounds) == (2, 1, 2)
+    assert config.selection.split == "dev" and config.peft.kind == "ffa_lora"
+    config.peft.patterns = ("attention/",)
+    config.evaluation.batch_size = 2
+    summary = loop.run(to_json(config.to_dict()), tmp_path / "run")
+    assert summary["status"] == "completed" and summary["invalid_client_updates"] == 0
+    before, after = (
+        adapted.get_config(arguments.replace("rounds=2", f"rounds={n}")) for n in (10, 100)
+    )
+    assert after.privacy.sigma > before.privacy.sigma and after.server.decay_start == 66
+    assert adapted.get_config(f"{arguments},window=10").model.options.window == "10"
+    nowhere = adapted.get_config("data=nowhere,model=hf-encoder:models/none")
+    assert nowhere.init_from == "hf-encoder:models/none"
+    small = adapted.get_config("data=nowhere,size=whisper-small,window=10")
+    assert small.init_from == "" and small.model.options.dim == 768
+    recogniser = make_recogniser(small.model.name, to_json(small.model.options.to_dict()))
+    assert models.parameter_count(recogniser) == 241_734_912  # Whisper small
+    wrong = {
+        "model=x": "data=data/audio",
+        "data=x": "model=models/",
+        "data=x,model=y,size=whisper-small": "leave one out",
+        "data=x,size=whisper-vast": "choose one of wav2vec2-base, whisper-tiny.en",
+    }
+    for given, named in wrong.items():
+        with pytest.raises(UserError, match=named):
+            adapted.get_config(given)

@@ -18,7 +18,8 @@ from fedasr.training.logging import write_json_atomic
 
 TABLE_FILE = "table.json"
 _REGISTRIES = tuple(
-    f"fedasr.recipes.{name}" for name in ("published", "mini", "mini_algorithms", "own_speech")
+    f"fedasr.recipes.{name}"
+    for name in ("published", "mini", "mini_algorithms", "own_speech", "adapted")
 )
 
 

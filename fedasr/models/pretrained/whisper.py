@@ -1,9 +1,10 @@
 """Whisper (arXiv 2212.04356): an encoder and a decoder of words, or the encoder with a CTC head.
 
 The encoder was trained on 30 s of audio, silence after the utterance included, and by default hears
-just that ("padded"). With `window="true"` it hears true frames alone, which costs a fraction and is
-what a new CTC head may well learn from. Of longer utterances the first 30 s are heard; none is
-trained on.
+just that ("padded"). Less costs a fraction: `window="10"` hears 10 s, silence included, and
+`window="true"` true frames alone, which a new CTC head may well learn from; a decoder that was
+trained with silence often does not find its end without. Of utterances longer than the window its
+length is heard; none is trained on.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from fedasr.models.objectives import Recogniser, from_forward
 from fedasr.models.pretrained import audio, mapping
 from fedasr.models.pretrained.family import Family, augmented, ctc, example, known
 from fedasr.models.pretrained.modules import CtcModel, numbers, written
-from fedasr.models.pretrained.whisper_model import Decoder, Encoder, WhisperConfig
+from fedasr.models.pretrained.whisper_model import TRUE, Decoder, Encoder, WhisperConfig
 
 Array = jax.Array
 
@@ -32,12 +33,12 @@ def heard(c: WhisperConfig, batch: Mapping[str, Array]) -> tuple[Array, Array]:
     """
     waveforms, lengths = audio.samples(batch)
     size = min(waveforms.shape[1], c.samples)
-    frames = jnp.minimum(-(-lengths // audio.BLOCK_SAMPLES), c.positions * 2)
+    frames = jnp.minimum(-(-lengths // audio.BLOCK_SAMPLES), c.samples // audio.BLOCK_SAMPLES)
     waveforms = waveforms[:, :size]
     # A block of silence after the longest, too: what is mirrored there would depend on padding.
-    more = c.samples - size if c.window == "padded" else 2 * audio.BLOCK_SAMPLES
+    more = 2 * audio.BLOCK_SAMPLES if c.window == TRUE else c.samples - size
     mel = audio.whisper_mel(jnp.pad(waveforms, ((0, 0), (0, more))), c.mels)
-    if c.window == "padded":
+    if c.window != TRUE:
         return mel, frames
     mel = mel[:, : size // audio.BLOCK_SAMPLES]
     return jnp.where(audio.inside(mel.shape[1], frames)[..., None], mel, 0.0), frames
@@ -68,7 +69,7 @@ def recogniser(c: WhisperConfig, augment: SpecAugmentConfig | None) -> Recognise
         encoded, lengths = encoder.apply({"params": params["encoder"]}, mel, lengths, k_encoder)
         size = encoded.shape[1]
         seen = jnp.ones(encoded.shape[:2], bool)
-        if c.window == "true":
+        if c.window == TRUE:
             seen = audio.inside(size, lengths)
         inputs, targets, weights = _texts(c, start, batch["labels"], batch["labels_length"])
         scores = decoder.apply({"params": params["decoder"]}, inputs, encoded, seen, k_decoder)
@@ -110,20 +111,22 @@ def greedy(
       encoded: [b, t, d]. heard: bool [b, t].
 
     Returns:
-      int32 [b, longest], one more than in the file, zeros after the end; and int32 [b].
+      int32 [b, u], one more than in the file, zeros after the end; and int32 [b]. u is `longest`,
+      or less as `most_tokens` says.
     """
     start = jnp.array(numbers(c, "start"), jnp.int32)
+    size = min(c.longest, c.most_tokens + len(start) - 1) if c.most_tokens else c.longest
     ids = jnp.arange(c.vocab - 1)
     never = (ids > c.end) | jnp.isin(ids, jnp.array(numbers(c, "suppress") or (-1,)))
     not_first = never | jnp.isin(ids, jnp.array(numbers(c, "begin_suppress") or (-1,)))
     variables = {"params": params}
     memory = decoder.apply(variables, encoded, method="memory")
-    shape = (len(encoded), c.longest, c.decoder_heads, c.dim // c.decoder_heads)
+    shape = (len(encoded), size, c.decoder_heads, c.dim // c.decoder_heads)
     nothing = [(jnp.zeros(shape, c.compute),) * 2 for _ in range(c.decoder_blocks)]
 
     def more(carry: Any) -> Array:
         place, _, _, ended, _ = carry
-        return (place < c.longest) & ~jnp.all(ended)
+        return (place < size) & ~jnp.all(ended)
 
     def step(carry: Any) -> Any:
         place, token, found, ended, past = carry
@@ -142,7 +145,7 @@ def greedy(
     carry = (
         jnp.int32(0),
         jnp.full(b, start[0]),
-        jnp.zeros((b, c.longest), jnp.int32),
+        jnp.zeros((b, size), jnp.int32),
         jnp.zeros(b, bool),
         nothing,
     )

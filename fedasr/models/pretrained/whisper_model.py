@@ -23,7 +23,7 @@ from fedasr.models.pretrained.modules import (
 )
 
 Array = jax.Array
-CROSS_ENTROPY = "cross_entropy"
+CROSS_ENTROPY, TRUE = "cross_entropy", "true"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,12 @@ class WhisperConfig(ComputeConfig):
     objective: "cross_entropy", the decoder's, whose tokens are one more than in the file (0 is the
     blank, here of no use), or "ctc" for a new output layer on the encoder.
     positions: frames of the encoder's window, of 20 ms. longest: tokens of a text, with its start.
-    window: "padded" or "true", see above. mels: channels. start, suppress, begin_suppress: tokens
-    of the file, with commas between, that every text begins with, that are never written, or not
-    first. end: the token that ends a text; what lies above it is no text and is never written.
+    most_tokens: of a text that is decoded, without its start; 0 for what `longest` allows. Texts
+    that do not end, as those of an untrained model, cost less for it.
+    window: "padded", "true" or seconds such as "10", see above. mels: channels. start, suppress,
+    begin_suppress: tokens of the file, with commas between, that every text begins with, that are
+    never written, or not first. end: the token that ends a text; what lies above it is no text and
+    is never written.
 
     Raises:
       UserError: a size below 1, or sizes that do not go together.
@@ -53,6 +56,7 @@ class WhisperConfig(ComputeConfig):
     mels: int = 80
     positions: int = 1500
     longest: int = 448
+    most_tokens: int = 0
     window: str = "padded"
     start: str = "50257,50362"
     end: int = 50256
@@ -61,7 +65,12 @@ class WhisperConfig(ComputeConfig):
 
     def __post_init__(self) -> None:
         self.check("vocab", "dim", "heads", "mlp", "decoder_heads", "decoder_mlp", "mels")
-        choose(self, objective=(CROSS_ENTROPY, "ctc"), window=("padded", "true"))
+        choose(self, objective=(CROSS_ENTROPY, "ctc"))
+        if self.window not in ("padded", TRUE) and not 1 <= self._seconds <= self.positions // 50:
+            raise UserError(
+                f"the model's window={self.window!r} must be padded, true, or whole seconds, 1 to "
+                f"{self.positions // 50}"
+            )
         if self.dim % self.heads or self.dim % self.decoder_heads:
             raise UserError(f"the model's dim={self.dim} must be a multiple of its heads")
         if not numbers(self, "start"):
@@ -74,7 +83,13 @@ class WhisperConfig(ComputeConfig):
     @property
     def samples(self) -> int:
         """Of the encoder's window."""
-        return self.positions * 2 * audio.BLOCK_SAMPLES
+        places = 50 * self._seconds or self.positions
+        return places * 2 * audio.BLOCK_SAMPLES
+
+    @property
+    def _seconds(self) -> int:
+        """Of a window that is given so; else 0."""
+        return int(self.window) if self.window.isdecimal() else 0
 
 
 class EncoderBlock(nn.Module):
@@ -109,7 +124,7 @@ class Encoder(nn.Module):
         def masked(x: Array, lengths: Array) -> Array:
             return jnp.where(audio.inside(x.shape[1], lengths)[..., None], x, 0.0)
 
-        true = mel.shape[1] if c.window == "padded" else lengths
+        true = lengths if c.window == TRUE else mel.shape[1]
         true = jnp.broadcast_to(jnp.asarray(true, jnp.int32), lengths.shape)
         x = masked(gelu(Convolution(c.dim, 3, 1, c.compute, 1, name="conv_0")(mel)), true)
         x = gelu(Convolution(c.dim, 3, 2, c.compute, 1, name="conv_1")(x))

@@ -63,7 +63,8 @@ def _steps(
     before = 0 if stage == "seed" else session.parts.seed_steps
     config, over = session.parts.config, False
     every = config.checkpoint.seed_every
-    session.logger.start(before + total, before + units, "seed")
+    phase = "seed" if stage == "seed" else "central"
+    session.logger.start(before + total, before + units, phase)
     for state, done, loss in training.run(state, total - units):
         record: dict[str, Any] = {"loss": loss}
         if stage == "main":  # whose steps are counted on from the seed's
