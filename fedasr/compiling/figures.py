@@ -46,7 +46,8 @@ class Figures:
       bound: the largest of them.
       estimate: seconds that the compiler itself expects; None where it expects none or where it
         cannot be so.
-      collectives: {kind: number}. from_host: instructions that wait for the host.
+      collectives: by kind, of a call with one local step.
+      from_host: instructions that wait for the host.
       float64: whether there are floats of 64 bits.
     """
 
@@ -65,7 +66,7 @@ class Figures:
     seconds: dict[str, float]
     bound: str
     estimate: float | None
-    collectives: dict[str, int]
+    collectives: dict[str, hlo.Collective]
     from_host: tuple[str, ...]
     float64: bool
 
@@ -146,7 +147,7 @@ def _figures(described: tuple[Any, ...], compiled: Any, flops: float) -> Figures
         seconds=seconds,
         bound=max(seconds, key=lambda kind: seconds[kind]),
         estimate=sane_estimate(costs.get("optimal_seconds"), max(seconds.values())),
-        collectives=text.collectives,
+        collectives=text.entry.collectives,
         from_host=text.from_host,
         float64=text.float64,
     )
