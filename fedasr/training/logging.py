@@ -428,7 +428,7 @@ class _Progress:
 
     def __init__(self, phase: str, total: int, done: int, interval: float, stream: TextIO):
         self._phase, self._total, self._done = phase, total, done
-        self._unit = "steps" if phase == "seed" else "rounds"
+        self._unit = "rounds" if phase == "federated" else "steps"
         self._interval, self._stream = interval, stream
         # The rate over the last rounds forgets the compilation of the first.
         self._printed = time.monotonic()

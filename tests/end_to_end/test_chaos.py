@@ -116,7 +116,7 @@ PLANTED = {
 
 @pytest.mark.long
 def test_what_is_broken_in_the_program_is_noticed(own_forkserver, tmp_path, monkeypatch):
-    """Each in a run that was killed before its end, and whose newest checkpoint is damaged."""
+    """Each in a run that was killed before its end, and goes on from what is left of it."""
     with Chaos(tmp_path, seed=0, kinds=("garble",), say=lambda text: None) as chaos:
         chaos._turn = 0
         for plant, words in PLANTED.items():
@@ -124,12 +124,11 @@ def test_what_is_broken_in_the_program_is_noticed(own_forkserver, tmp_path, monk
             shutil.copytree(tmp_path / "whole", workdir)
             (workdir / "summary.json").unlink()
             *_, older, newest = sorted(int(f.name) for f in (workdir / "checkpoints").iterdir())
-            state = workdir / "checkpoints" / str(newest) / "state"
-            shutil.rmtree(state)
+            newest, older = (workdir / "checkpoints" / str(x) for x in (newest, older))
             if plant in (nothing, checkpoints_are_not_checked):  # it is read, and is another
-                shutil.copytree(workdir / "checkpoints" / str(older) / "state", state)
-            else:
-                shutil.rmtree(state.parent)
+                shutil.rmtree(older / "state")
+                shutil.copytree(newest / "state", older / "state")
+            shutil.rmtree(newest)
             monkeypatch.setattr(chaos_lib, "LONGEST", 5.0 if plant is a_run_that_hangs else 600.0)
             chaos.plant, before = plant, len(chaos.failures)
             status, errors = chaos._run(workdir)
