@@ -29,6 +29,7 @@ _CLIENTS = flags.DEFINE_integer("clients", 32, "Clients in a round.")
 _DIM = flags.DEFINE_integer("dim", 144, "Width of the model; 144 gives 1.1M parameters.")
 _BLOCKS = flags.DEFINE_integer("blocks", 4, "Blocks of the model.")
 _FRAMES = flags.DEFINE_integer("frames", 200, "Frames of an utterance.")
+_MEMORY = flags.DEFINE_bool("memory", True, "Whether to measure peak memory, too.")
 _CHUNKS = flags.DEFINE_list("chunks", ["1", "4", "8", "all"], "Clients vmapped on a device.")
 
 STEPS, BATCH, RAGGED = 4, 2, 16
@@ -108,7 +109,7 @@ def run() -> None:
     median = {name: statistics.median(values) for name, values in speeds.items()}
 
     memory = {}
-    for count in (clients, 8 * clients):
+    for count in (clients, 8 * clients) if _MEMORY.value else ():
         corpus = RandomSpeech([STEPS * BATCH] * count, frames)
         sim = simulation(corpus, Batching(BATCH, steps=STEPS), 1)
         state = sim.init(params)

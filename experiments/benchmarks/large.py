@@ -27,6 +27,7 @@ _STEPS = flags.DEFINE_integer("steps", 10, "Local steps.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 15.0, "Of audio in an utterance.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Utterances in a batch.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 1, "Users vmapped together on a device.", lower_bound=1)
+_SCAN = flags.DEFINE_bool("scan_blocks", False, "Compile one block and run all through it.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds timed, after one that compiles.", lower_bound=1)
 
 # bfloat16 matrix products per second and device, dense, from the makers' data sheets.
@@ -88,6 +89,7 @@ def run() -> None:
     device = jax.local_devices()[0]
     shrunken = device.platform == "cpu"
     options = MODELS[_MODEL.value] | {"heads": 4, "dropout": 0.3, "cape_shift": 30.0}
+    options |= {"scan_blocks": _SCAN.value}
     cohort, steps, frames = _COHORT.value, _STEPS.value, round(100 * _SECONDS.value)
     batch, rounds = _BATCH.value, _ROUNDS.value
     if shrunken:
@@ -136,6 +138,7 @@ def run() -> None:
             "steps": steps,
             "batch_audio_seconds": batch * frames / 100,
             "chunk": _CHUNK.value,
+            "scan_blocks": _SCAN.value,
             "seconds_per_round": per_round,
             "first_round_seconds": seconds[0],
             "client_steps_per_second": rate,

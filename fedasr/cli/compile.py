@@ -6,7 +6,8 @@
 
 For each target: whether the round's programs compile, memory by kind beside the device's, launches
 of a local step, loops, FLOPs, bytes, the roofline and what bounds it, the compiler's own estimate
-(TPUs), and how long compiling took. --fit finds the largest chunk that the device's memory holds.
+(TPUs), how long compiling took, and what devices exchange (of a call with one local step: how often
+and how many MB arrive on a device). --fit finds the largest chunk that the device's memory holds.
 Utterances are all --seconds long. The data is not read. No device is needed, only the target's
 compiler: `pip install 'jax[tpu]'` for TPUs; `jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc`
 for GPUs. Exit status: 0 when all is compiled, 2 for a mistake that the user can mend.
@@ -103,6 +104,7 @@ def table(rows: list) -> list[str]:
     header = (
         "program", "target", "chunk", "fits", "GiB", "of", "launches", "loops", "TFLOP", "GB",
         "bound", "ms", "estimate", "compiled in",
+        "collectives",
     )  # fmt: skip
     lines = [header, *(_row(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -128,7 +130,12 @@ def _row(row) -> tuple[str, ...]:
         f"{1e3 * max(row.seconds.values()):.3g}",
         "-" if row.estimate is None else f"{1e3 * row.estimate:.3g} ms",
         f"{row.compile_seconds:.1f} s",
+        ", ".join(_collective(*item) for item in sorted(row.collectives.items())) or "-",
     )
+
+
+def _collective(kind: str, found) -> str:
+    return f"{found.number} {kind} {found.bytes / 1e6:.3g} MB"
 
 
 def _define_flags() -> None:

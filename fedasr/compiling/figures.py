@@ -13,6 +13,7 @@ from fedasr.compiling.targets import Target
 from fedasr.errors import UserError
 from fedasr.federated import chunks
 from fedasr.federated.simulation import Simulation, program_bytes
+from fedasr.kernels.devices import lowered
 from fedasr.training.builders import models
 from fedasr.training.config import Config
 
@@ -45,7 +46,8 @@ class Figures:
       bound: the largest of them.
       estimate: seconds that the compiler itself expects; None where it expects none or where it
         cannot be so.
-      collectives: {kind: number}. from_host: instructions that wait for the host.
+      collectives: by kind, of a call with one local step.
+      from_host: instructions that wait for the host.
       float64: whether there are floats of 64 bits.
     """
 
@@ -64,7 +66,7 @@ class Figures:
     seconds: dict[str, float]
     bound: str
     estimate: float | None
-    collectives: dict[str, int]
+    collectives: dict[str, hlo.Collective]
     from_host: tuple[str, ...]
     float64: bool
 
@@ -98,7 +100,7 @@ def measure(
         flops = float(matrix_flops(traced[name].jaxpr))
         began = time.perf_counter()
         try:
-            compiled = traced[name].lower().compile()
+            compiled = lowered(traced[name], simulation.mesh).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(f"{target.name}: {name} at chunk {chunk}: {reason}") from error
@@ -145,7 +147,7 @@ def _figures(described: tuple[Any, ...], compiled: Any, flops: float) -> Figures
         seconds=seconds,
         bound=max(seconds, key=lambda kind: seconds[kind]),
         estimate=sane_estimate(costs.get("optimal_seconds"), max(seconds.values())),
-        collectives=text.collectives,
+        collectives=text.entry.collectives,
         from_host=text.from_host,
         float64=text.float64,
     )

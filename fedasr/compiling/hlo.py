@@ -27,6 +27,20 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 
 @dataclasses.dataclass(frozen=True)
+class Collective:
+    """Exchanges of one kind between devices.
+
+    Attributes:
+      number: how many are made. bytes: of what a device has from all of them.
+      largest: bytes of what it has from the largest.
+    """
+
+    number: int
+    bytes: int
+    largest: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Loop:
     """What runs between a beginning and an end, once for the whole program.
 
@@ -36,17 +50,39 @@ class Loop:
       moved: bytes that these read and write, each array that one of them names counted whole; an
         array that goes through a loop within counts once each way.
       loops: within.
+      exchanges: (kind, bytes of the result) of each collective in one turn, without those of loops.
     """
 
     trips: int | None
     launches: int
     moved: int
     loops: tuple["Loop", ...]
+    exchanges: tuple[tuple[str, int], ...] = ()
 
     @property
     def total(self) -> int:
         """Launches of one turn with those of the loops within, of unknown ones one turn."""
         return self.launches + sum((loop.trips or 1) * loop.total for loop in self.loops)
+
+    @property
+    def collectives(self) -> dict[str, Collective]:
+        """By kind, of one turn with those of the loops within, of unknown ones one turn."""
+        found: dict[str, Collective] = {}
+
+        def add(kind: str, times: int, more: Collective) -> None:
+            known = found.get(kind, Collective(0, 0, 0))
+            found[kind] = Collective(
+                known.number + times * more.number,
+                known.bytes + times * more.bytes,
+                max(known.largest, more.largest),
+            )
+
+        for kind, size in self.exchanges:
+            add(kind, 1, Collective(1, size, size))
+        for loop in self.loops:
+            for kind, inner in loop.collectives.items():
+                add(kind, 1 if loop.trips is None else loop.trips, inner)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +91,11 @@ class Program:
 
     Attributes:
       entry: the program as a loop of one turn.
-      collectives: {kind: how many stand in the text}.
       from_host: names of instructions that call the host or wait for it.
       float64: whether any array has 64 bits of float.
     """
 
     entry: Loop
-    collectives: dict[str, int]
     from_host: tuple[str, ...]
     float64: bool
 
@@ -94,14 +128,9 @@ def read(text: str) -> Program:
     if entry is None:
         raise ValueError("the text has no entry computation")
     every = [x for found in computations.values() for x in found]
-    kinds: dict[str, int] = {}
-    for instruction in every:
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in _COLLECTIVES:
-            kinds[kind] = kinds.get(kind, 0) + 1
     host = tuple(x.name for x in every if _HOST.search(f"{x.opcode} {x.text}"))
     wide = any(re.search(r"\b(f64|c128)\[", x.shape) for x in every)
-    return Program(_loop(computations, entry, 1), kinds, host, wide)
+    return Program(_loop(computations, entry, 1), host, wide)
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
@@ -150,6 +179,7 @@ def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | N
     sizes = {x.name: shape_bytes(x.shape) for x in instructions}
     launches = moved = 0
     loops: list[Loop] = []
+    exchanges: list[tuple[str, int]] = []
     for instruction in instructions:
         if instruction.opcode == "while":
             (body,) = _called(instruction, "body")
@@ -161,11 +191,31 @@ def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | N
                 part = max(parts, key=lambda loop: loop.total)
                 launches, moved = launches + part.launches, moved + part.moved
                 loops += part.loops
+                exchanges += part.exchanges
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
             launches += 1
             moved += sizes[instruction.name]
             moved += sum(sizes.get(operand, 0) for operand in instruction.operands)
-    return Loop(trips, launches, moved, tuple(loops))
+            exchanges += _exchanges(computations, instruction, sizes)
+    return Loop(trips, launches, moved, tuple(loops), tuple(exchanges))
+
+
+def _exchanges(
+    computations: dict[str, list[_Instruction]], instruction: _Instruction, sizes: dict[str, int]
+) -> list[tuple[str, int]]:
+    """The collective that an instruction is, or those within what it calls, such as a fusion."""
+    opcode = instruction.opcode
+    kind = opcode.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+        return [
+            found
+            for callee in _called(instruction, "calls")
+            for found in _loop(computations, callee, 1).exchanges
+        ]
+    size = sizes[instruction.name]
+    if opcode in ("all-gather-start", "collective-permute-start"):  # named beside what goes in
+        size -= sum(sizes.get(operand, 0) for operand in instruction.operands)
+    return [(kind, size)]
 
 
 def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> int | None:

@@ -47,6 +47,7 @@ from fedasr.federated.participation import Turnout, async_turnout
 from fedasr.federated.server import ServerState, init_server, server_step
 from fedasr.federated.subset import merge, transform_part
 from fedasr.federated.weights import by_weight, user_weights
+from fedasr.kernels.devices import lowered
 from fedasr.privacy.adaptive import ClientView, hold, scales_of
 from fedasr.privacy.clipping import layer_names
 from fedasr.privacy.mechanism import Mechanism
@@ -374,7 +375,8 @@ class Simulation:
           params: arrays or their shapes.
         """
         arguments = self._arguments(params)
-        found: Any = self._cohort.add.lower(*arguments.of_clients).compile().memory_analysis()
+        traced = self._cohort.add.trace(*arguments.of_clients)
+        found: Any = lowered(traced, self.mesh).compile().memory_analysis()
         return program_bytes(found) + self.beside_bytes(params)
 
     def beside_bytes(self, params: Params) -> int:

@@ -5,6 +5,7 @@ reading: without hand-written derivatives, in the dtype that it is given, at any
 memory. A test beside it in `tests/kernels` compares values and gradients of the two.
 
     ctc           the CTC loss: one loop forwards and backwards in time, which is its derivative
+                  (ctc_accelerated: as kernels for TPUs and GPUs, chosen by `devices`)
     rnnt          the RNN-T loss over diagonals of the lattice
     attention     attention by way of all scores, JAX's fused one, and one for long recordings
     dense         a product with a matrix that all frames share
@@ -14,7 +15,8 @@ memory. A test beside it in `tests/kernels` compares values and gradients of the
     checkpoint    gradient checkpointing that compilers keep
 
 Which implementation runs follows from the platform that a program is compiled for
-(`jax.lax.platform_dependent`), never from the machine that compiles it. A kernel is right for every
-argument that can have a gradient: what leaves one out does so because that argument is not being
-differentiated, which JAX tells it.
+(`jax.lax.platform_dependent`; for kernels in Pallas, which no compiler divides among devices, the
+devices of the `jax.shard_map` around), never from the machine that compiles it. A kernel is right
+for every argument that can have a gradient: what leaves one out does so because that argument is
+not being differentiated, which JAX tells it.
 """

@@ -6,6 +6,8 @@ Graves et al., "Connectionist temporal classification", ICML 2006. The blank is 
 import jax
 import jax.numpy as jnp
 
+from fedasr.kernels import devices
+
 BLANK = 0
 _NEVER = -1e30  # log of the probability of what can't be; finite, lest differences of it be NaN
 
@@ -165,6 +167,19 @@ def _log_likelihood(
 
 def _log_likelihood_forward(emissions, jumps, frames, states):
     emissions, offset, first, last, inside = _prepared(emissions, frames, states)
+    after, posterior = _posteriors(emissions, first, last, jumps, frames, inside)
+    return _at_last(after, states) + offset, posterior
+
+
+def _posteriors(emissions, first, last, jumps, frames, inside):
+    """The scores after the last frame [b, s], and posteriors of states [b, t, s].
+
+    A device that has a kernel for it (`ctc_accelerated`) is given that.
+    """
+    if kind := devices.platform():
+        from fedasr.kernels import ctc_accelerated  # Pallas takes a second to import
+
+        return ctc_accelerated.posteriors(kind, emissions, first, last, jumps, frames)
     by_frame = jnp.moveaxis(emissions, 1, 0)
     # Backwards in time and in states is the same walk.
     from_end = jnp.pad(jumps, ((0, 0), (0, 2)))[:, :1:-1]
@@ -178,7 +193,7 @@ def _log_likelihood_forward(emissions, jumps, frames, states):
     # would grow with the scores.
     joint = before[:, 0] + by_frame + before[::-1, 1, :, ::-1]
     posterior = jnp.where(inside, jax.nn.softmax(joint, axis=-1), 0)
-    return _at_last(after[0], states) + offset, jnp.moveaxis(posterior, 0, 1)
+    return after[0], jnp.moveaxis(posterior, 0, 1)
 
 
 def _log_likelihood_backward(posterior, gradient):

@@ -56,6 +56,7 @@ def check_numbers(config: Any) -> None:
         "the model's",
         dict.fromkeys(_SIZES, (0, 65_536)) | {"blocks": (0, 1000), "layers": (0, 1000)},
     )
+    config.check_generator()
     if getattr(config, "dropout", 0) >= 1:
         raise UserError(f"the model's dropout={config.dropout} must be below 1")
     if getattr(config, "layer_drop", 0) > 1:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.audio.augment import SpecAugmentConfig, spec_augment
+from fedasr.generators import drawing
 from fedasr.kernels.ctc import greedy_decode
 from fedasr.models.layers import split_keys
 from fedasr.streams import Stream, fold
@@ -38,7 +39,7 @@ class Recogniser(NamedTuple):
 
 
 def from_frames(
-    init: Callable, forward: Callable, augment: SpecAugmentConfig | None, alike: bool = False
+    init: Callable, forward: Callable, augment: SpecAugmentConfig | None, config: Any = None
 ) -> Recogniser:
     """What models with scores in each frame share; see `from_forward`."""
 
@@ -51,7 +52,7 @@ def from_frames(
         valid = batch["mask"] & feasible
         return jax.nn.log_softmax(logits), lengths, jnp.where(valid, values, 0.0), valid
 
-    return from_forward(init, forward, decode, augment, alike)._replace(scores=scores)
+    return from_forward(init, forward, decode, augment, config)._replace(scores=scores)
 
 
 _STREAMED = 1 << 24  # scores of all states in all frames, beyond which they are not kept
@@ -67,22 +68,25 @@ def from_forward(
     forward: Callable,
     decode: Callable,
     augment: SpecAugmentConfig | None,
-    alike: bool = False,
+    config: Any = None,
 ) -> Recogniser:
     """What all objectives share.
 
     forward(params, batch, features, keys or None) -> (losses to train with [b], losses to report
-    [b], feasible [b], outputs). decode(params, outputs) -> (tokens, counts). alike: whether
-    `forward` finds a "batch_key" in training batches, the same for all parts of one.
+    [b], feasible [b], outputs). decode(params, outputs) -> (tokens, counts). config: the model's,
+    if it has one, whose `generator` and `layer_drop_per` count: with "batch" `forward` finds a
+    "batch_key" in training batches, the same for all parts of one.
     """
+    alike = getattr(config, "layer_drop_per", "part") == "batch"
 
     def loss(params, batch, key):
+        key = drawing(key, config)
         slots = jnp.arange(batch["mask"].shape[0])
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(slots)
         keys, masks = split_keys(keys, 2)
         if alike:
-            shared = fold(batch.get("batch_key", key), Stream.BATCH)
-            batch = {**batch, "batch_key": shared}
+            shared = drawing(batch["batch_key"], config) if "batch_key" in batch else key
+            batch = {**batch, "batch_key": fold(shared, Stream.BATCH)}
         features = batch["features"].astype(jnp.float32)
         if augment is not None:
             features = jax.vmap(lambda x, n, k: spec_augment(x, n, k, augment))(

@@ -45,7 +45,7 @@ def ctc_recogniser(
         values, feasible = ctc_loss(logits, lengths, *labels, streamed(logits, labels[0], keys))
         return values, values, feasible, (logits, lengths)
 
-    return from_frames(init, forward, augment, _draws_alike(module))
+    return from_frames(init, forward, augment, getattr(module, "config", None))
 
 
 def rnnt_recogniser(
@@ -92,7 +92,7 @@ def rnnt_recogniser(
 
         return rnnt_greedy_decode(score, *outputs, config.context, config.max_symbols)
 
-    return from_forward(init, forward, decode, augment, _draws_alike(module))
+    return from_forward(init, forward, decode, augment, config)
 
 
 def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
@@ -108,12 +108,7 @@ def recurrent_recogniser(config: recurrent.RecurrentConfig) -> Recogniser:
         values, feasible = ctc_loss(*outputs, *labels, streamed(outputs[0], labels[0], keys))
         return values + recurrent.penalty(params, config), values, feasible, outputs
 
-    return from_frames(lambda key: recurrent.init(key, config), forward, None)
-
-
-def _draws_alike(module: Any) -> bool:
-    """Whether all parts of a batch drop the same blocks."""
-    return getattr(getattr(module, "config", None), "layer_drop_per", "part") == "batch"
+    return from_frames(lambda key: recurrent.init(key, config), forward, None, config)
 
 
 def _shared(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.generators import DrawingConfig
 from fedasr.kernels.dense import product
 from fedasr.kernels.frontend import patches
 from fedasr.kernels.gru import gru
@@ -35,7 +36,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class RecurrentConfig:
+class RecurrentConfig(DrawingConfig):
     """Default sizes are those of the published seed configuration (two GRU layers of 512).
 
     With the fields of `PUBLISHED` it is built as published; see docs/fidelity.md for the rest.
@@ -60,7 +61,7 @@ class RecurrentConfig:
     the others' stay zero. walk_axis: along which the random walk adds up, "time" or "channels".
     taps: of the smoothing; 0 for three standard deviations on both sides. windows: "centred", with
     zeros beyond the ends, one for every stride of bins; or "inside" the utterance alone, as many
-    as there are whole ones.
+    as there are whole ones. generator: see `fedasr.generators`.
     """
 
     vocab: int = 32

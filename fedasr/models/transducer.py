@@ -15,19 +15,21 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.generators import DrawingConfig
 from fedasr.kernels.ctc import BLANK
 from fedasr.models import layers
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(DrawingConfig):
     """What an encoder is trained for; all fields but `objective` are for "rnnt" alone.
 
     objective: "ctc", the encoder scores every token in every frame; or "rnnt", its output layer
     projects to `joint_dim` and a `Transducer` scores. context: labels that the prediction network
     looks back on. prediction_dim, joint_dim: its hidden units, and the joint network's. ctc_weight:
     share of the loss that is CTC on the encoder's output, by a layer of its own; the rest is RNN-T.
-    max_symbols: labels that greedy decoding may write in one encoder frame.
+    max_symbols: labels that greedy decoding may write in one encoder frame. generator: see
+    `fedasr.generators`.
     """
 
     objective: str = "ctc"

@@ -7,12 +7,13 @@ and the comment says so. Each item beside what was published: `fedasr.recipes.fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedasr.errors import UserError
 from fedasr.training.config import default_config
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 # The widths of "narrow" and "wide" are inferred from their sizes, 114M and 450M parameters.
 MODELS: dict[str, dict[str, Any]] = {

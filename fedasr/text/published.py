@@ -6,8 +6,6 @@ says so. For whoever compares word error rates with theirs.
 
 import string
 
-from anyascii import anyascii
-
 from fedasr.text.alphabets import CHARACTERS, alphabet
 
 _REMOVED = frozenset(string.punctuation) - {"'", "-"}
@@ -42,14 +40,20 @@ def published_text(text: str) -> str:
             pieces.append("" if any(_removes(x) for x in beside) else "'")
         elif c in _KEPT:
             pieces.append(c)
-        elif set(written := anyascii(c).lower()) <= _LETTERS:
+        elif set(written := _written(c).lower()) <= _LETTERS:
             pieces.append(written)
     joined = "".join(pieces).replace("- ", " ").replace(" -", " ")
-    ascii_text = "".join(c if c in CHARACTERS else anyascii(c).lower() for c in joined)
+    ascii_text = "".join(c if c in CHARACTERS else _written(c).lower() for c in joined)
     return " ".join(ascii_text.split())
+
+
+def _written(character: str) -> str:
+    from anyascii import anyascii  # only preparing text pays for it
+
+    return anyascii(character)
 
 
 def _removes(neighbour: str) -> bool:
     """Whether an apostrophe beside it goes: punctuation, a hyphen, or what has no letters."""
-    written = anyascii(neighbour)
+    written = _written(neighbour)
     return written == "" or written in _REMOVED or written == "-"

@@ -73,6 +73,7 @@ LATER: dict[str, Any] = {
     "model.options.layer_drop_per": "part",
     "model.options.stream_dtype": "",
     "model.options.scan_blocks": False,
+    "model.options.generator": "threefry",
     "model.options.recurrent_init": "gates",
     "model.options.initial_states": "all",
     "model.options.walk_axis": "time",

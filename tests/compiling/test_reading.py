@@ -57,7 +57,8 @@ MODULE = MODULE.replace("KNOWN", 'backend_config={"known_trip_count":{"n":"5"},"
 
 def test_loops_and_launches_of_a_text():
     found = hlo.read(MODULE)
-    assert found.entry.launches == 0 and found.collectives == {"all-reduce": 1}
+    assert found.entry.launches == 0 and found.entry.exchanges == ()
+    assert found.entry.collectives == {"all-reduce": hlo.Collective(1, 128, 128)}
     (outer,) = found.entry.loops
     assert outer is found.step and outer.trips is None and outer.launches == 1
     assert [(loop.trips, loop.launches) for loop in outer.loops] == [(7, 2), (5, 2)]
@@ -67,6 +68,37 @@ def test_loops_and_launches_of_a_text():
     # An all-reduce in and out, and what is carried into both loops and out.
     assert outer.moved == 256 + 2 * 2 * (128 + 4)
     assert not found.from_host and not found.float64
+
+
+GATHER = """  %g.1 = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%p.9), dimensions={0}
+  %g.2 = f32[8,4]{1,0} all-gather-done(%g.1)
+  %p.9 = f32[2,4]{1,0} parameter(1)
+  %m.1 = f32[8,4]{1,0} fusion(%x.1), kind=kCustom, calls=%moving
+"""
+MOVING = """%moving (p.5: f32[8,4]) -> f32[8,4] {
+  %p.5 = f32[8,4]{1,0} parameter(0)
+  ROOT %m.5 = f32[16,4]{1,0} all-gather(%p.5), dimensions={0}
+}
+
+"""
+
+
+def test_collectives_count_as_often_as_they_run():
+    """In two counted loops, of 7 and 5 turns; also started ones, and within a fusion."""
+    text = MODULE.replace("  %c.1 = ", GATHER + "  %c.1 = ")
+    text = text.replace("%body.1 (", MOVING + "%body.1 (")
+    found = hlo.read(text).entry
+    assert found.collectives["all-gather"] == hlo.Collective(2 * 12, (128 + 256) * 12, 256)
+    assert found.collectives["all-reduce"].number == 1
+
+
+def test_a_real_exchange_is_found():
+    """Every device gets the whole of what it has half of."""
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("x",))
+    half, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("x",), ()))
+    given = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=half)
+    text = jax.jit(lambda x: x + 1, out_shardings=whole).lower(given).compile().as_text()
+    assert hlo.read(text).entry.collectives == {"all-gather": hlo.Collective(1, 512, 512)}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from fedasr.compiling import figures, hlo, programs, targets
+from fedasr.kernels.devices import lowered
 from fedasr.models.recogniser import make_recogniser
 from fedasr.training.builders import models
 from fedasr.training.config import Config, default_config, resolve
@@ -95,8 +96,19 @@ def test_no_branch_of_the_cpu(target):
     there = targets.devices(target)
     simulation = programs.make_simulation(config(), there, 2, seconds=1.0, labels_per_second=4.0)
     traced = simulation.trace(models.variable_shapes(config()))["clients"]
-    text = traced.lower().compile().as_text()
+    text = lowered(traced, simulation.mesh).compile().as_text()
     assert not any(name in text for name in OF_CPU) and "front_end_plainly" in text
+
+
+def test_the_ctc_is_a_kernel(target):
+    """In programs of rounds: its frames are no loop of launches."""
+    there = targets.devices(target)
+    simulation = programs.make_simulation(config(), there, 2, seconds=1.0, labels_per_second=4.0)
+    traced = simulation.trace(models.variable_shapes(config()))["clients"]
+    text = lowered(traced, simulation.mesh).as_text(debug_info=True)
+    of_tpu, of_gpu = ("ctc_forwards", "ctc_backwards"), ("__gpu$xla.gpu.triton",)
+    mine, others = (of_tpu, of_gpu) if target.platform == "tpu" else (of_gpu, of_tpu)
+    assert all(name in text for name in mine) and not any(name in text for name in others)
 
 
 def test_evaluation(target):
@@ -122,13 +134,33 @@ def test_evaluation(target):
 
 @pytest.mark.slow
 def test_a_model_over_several_devices(target):
+    """Four devices hold a quarter each, and in no step does one of them get the whole model.
+
+    One utterance of half a second: what is computed of it is small beside the parameters.
+    """
     if target.platform != "tpu":
         pytest.skip("collectives of GPUs need several hosts' descriptions")
-    whole, split = (
-        compiled(target, config(**{"model_devices": parts, "chunk": 1}), 4, 1)[1]
-        for parts in (1, 4)
-    )
-    assert split.collectives and split.memory["arguments"] < whole.memory["arguments"]
+    wide = {"dim": 128, "blocks": 2, "heads": 4, "mlp": 512, "scan_blocks": True}
+    changes = {"model.options": wide, "chunk": 1, "client.steps": 1, "client.batch_size": 1}
+    there = targets.devices(target, 4)
+
+    def programs_of(parts, *names):
+        chosen = config(**changes, model_devices=parts)
+        lengths = {"seconds": 0.5, "labels_per_second": 4.0}
+        return figures.measure(chosen, target, there, 1, names, **lengths)
+
+    (whole,) = programs_of(1, "clients")
+    clients, server = programs_of(4, "clients", "server")
+    held = [x.memory["arguments"] + x.memory["beside"] for x in (whole, clients)]
+    assert held[1] < 0.3 * held[0]
+    taken = [size + x.memory["temporaries"] for size, x in zip(held, (whole, clients), strict=True)]
+    assert taken[1] < 0.6 * taken[0]
+    assert not whole.collectives.get("all-gather")
+    shapes = models.variable_shapes(config(**changes))
+    model = sum(4 * x.size for x in jax.tree.leaves(shapes))
+    for split in (clients, server):  # neither at once nor bit by bit
+        gathered = split.collectives.get("all-gather", hlo.Collective(0, 0, 0))
+        assert split.collectives and gathered.largest < model / 4 and gathered.bytes < model
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """The benchmark of a round prints what it promises; how fast is not tested here."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +84,25 @@ def test_a_peer_that_cannot_start_is_named(program, tmp_path):
         "experiments.benchmarks.peers", f"--envs={tmp_path}", "--peers=pfl 1 process", "--sizes=50k"
     )
     assert done.returncode == 2 and "pfl-1-process.log" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_device_script_runs_to_its_end_on_a_cpu(corpus_dir, program_environment, tmp_path):
+    environment = program_environment | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [
+            Path(__file__).parents[2] / "experiments" / "benchmarks" / "device.sh",
+            "--tiny",
+            f"--out={tmp_path}",
+            f"--data={corpus_dir}",
+            "--minutes=60",
+            "--stage_seconds=900",
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads((tmp_path / "cpu-tiny.json").read_text())["stages"]
+    assert done.returncode == 0, done.stderr
+    assert {name: stage["status"] for name, stage in found.items()} == dict.fromkeys(found, "done")
+    assert all(stage["rows"] for stage in found.values()) and len(found) == 8

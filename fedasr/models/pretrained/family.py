@@ -52,11 +52,12 @@ class Family:
     encoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def ctc(module: Any, front: Front, augment: SpecAugmentConfig | None) -> Recogniser:
+def ctc(module: Any, config: Any, front: Front, augment: SpecAugmentConfig | None) -> Recogniser:
     """A recogniser of a linen encoder `module(inputs, lengths, keys) -> (logits, lengths)`.
 
     Args:
       module: see above.
+      config: the model's, whose `generator` counts.
       front: what it hears of a batch of audio.
       augment: SpecAugment of inputs that are features; None for none.
     """
@@ -72,7 +73,7 @@ def ctc(module: Any, front: Front, augment: SpecAugmentConfig | None) -> Recogni
     def init(key: Array) -> Any:
         return module.init(key, *front(example()))["params"]
 
-    return from_frames(init, forward, None)
+    return from_frames(init, forward, None, config)
 
 
 def augmented(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.generators import DrawingConfig
 from fedasr.kernels import attention as attentions
 from fedasr.kernels.dense import product
 from fedasr.kernels.frontend import patches
@@ -24,12 +25,13 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeConfig:
+class ComputeConfig(DrawingConfig):
     """What all pretrained models have besides their sizes.
 
     Attributes:
       dropout: on hidden units and branches. layer_drop: probability that a training step skips a
-        block. dtype: of the compute. remat, attention: as of the project's own encoders.
+        block. dtype: of the compute. remat, attention, generator: as of the project's own
+        encoders.
     """
 
     dropout: float = 0.0

@@ -233,7 +233,7 @@ def recogniser(c: ParakeetConfig, augment: SpecAugmentConfig | None) -> Recognis
     def front(batch: Mapping[str, Array]) -> tuple[Array, Array]:
         return audio.nemo_mel(*audio.samples(batch), c.mels, c.emphasis)
 
-    return ctc(CtcModel(Encoder(c), c.vocab, c.compute), front, augment)
+    return ctc(CtcModel(Encoder(c), c.vocab, c.compute), c, front, augment)
 
 
 def table(c: ParakeetConfig, head: bool) -> list[mapping.Entry]:

@@ -312,7 +312,7 @@ def recogniser(c: Wav2Vec2Config, augment: SpecAugmentConfig | None) -> Recognis
     """
     if augment is not None:
         raise UserError("this model hears raw audio, no features: set augment.enabled=False")
-    return ctc(Model(c), lambda batch: heard(c, batch), None)
+    return ctc(Model(c), c, lambda batch: heard(c, batch), None)
 
 
 def table(c: Wav2Vec2Config, head: bool) -> list[mapping.Entry]:

@@ -47,7 +47,8 @@ def heard(c: WhisperConfig, batch: Mapping[str, Array]) -> tuple[Array, Array]:
 def recogniser(c: WhisperConfig, augment: SpecAugmentConfig | None) -> Recogniser:
     """See `Family`."""
     if c.objective == "ctc":
-        return ctc(CtcModel(Encoder(c), c.vocab, c.compute), lambda batch: heard(c, batch), augment)
+        module = CtcModel(Encoder(c), c.vocab, c.compute)
+        return ctc(module, c, lambda batch: heard(c, batch), augment)
     encoder: Any = Encoder(c)
     decoder: Any = Decoder(c)
     start = jnp.array(numbers(c, "start"), jnp.int32)
@@ -82,7 +83,7 @@ def recogniser(c: WhisperConfig, augment: SpecAugmentConfig | None) -> Recognise
     def decode(params: Any, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
         return greedy(c, decoder, params["decoder"], *outputs)
 
-    return from_forward(init, forward, decode, None)
+    return from_forward(init, forward, decode, None, c)
 
 
 def _texts(

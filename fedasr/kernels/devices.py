@@ -1,0 +1,35 @@
+"""Which kernels written for one kind of device fit where a program is being traced."""
+
+import importlib.util
+import re
+
+import jax
+from jax.sharding import AxisType
+
+_TRITON = re.compile(r"\b(A10|A30|A40|A100|L4|L40S?|G?H100|G?H200|G?B200|G?B300)\b")
+
+
+def platform() -> str:
+    """The kind of kernel that fits here, while tracing: "tpu", "gpu", or "" for none.
+
+    That is of the devices of the `jax.shard_map` around, if it divides all its axes by hand.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    if mesh.empty or device is None or any(x != AxisType.Manual for x in mesh.axis_types):
+        return ""
+    found = getattr(device, "platform", "")
+    if found == "tpu":
+        return "tpu"
+    # XLA's Triton is for compute capability 8.0 and above; JAX may give Pallas's up.
+    fits = found in ("gpu", "cuda") and _TRITON.search(device.device_kind)
+    return "gpu" if fits and importlib.util.find_spec("jax.experimental.pallas.triton") else ""
+
+
+def lowered(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """Lowers a program for a mesh whose devices need not be there.
+
+    Kernels ask the context which devices they are lowered for.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return traced.lower()
