@@ -10,6 +10,7 @@ import jax
 from fedasr.data.batching import Batching
 from fedasr.data.corpus import Corpus
 from fedasr.errors import UserError
+from fedasr.federated import hosts
 from fedasr.federated.client import takes_correction
 from fedasr.federated.extras import MemoryLayout
 from fedasr.federated.hardware import Hardware
@@ -35,7 +36,7 @@ def check(
     weigh_sees_one_client(algorithm, batching)
     shares_are_whole(mechanism, hardware)
     resident_is_in_one_process(batching)
-    store_is_in_one_process(algorithm)
+    store_has_one_writer(algorithm)
     store_and_corpus_agree(algorithm, corpus)
     store_knows_what_is_trained(algorithm)
     store_is_private(mechanism, algorithm)
@@ -89,10 +90,14 @@ def resident_is_in_one_process(batching: Batching) -> None:
         raise UserError("a resident corpus needs all devices in one process")
 
 
-def store_is_in_one_process(algorithm: Algorithm) -> None:
-    """One process writes the rows."""
-    if algorithm.store is not None and jax.process_count() > 1:
-        raise UserError("local parameters need all devices in one process")
+def store_has_one_writer(algorithm: Algorithm) -> None:
+    """Of several processes the first writes the rows, the others read them."""
+    store = algorithm.store
+    if store is not None and not hosts.is_leader() and not store.read_only:
+        raise UserError(
+            "of several processes only the first may write local parameters: open the store with "
+            "read_only=True in the others"
+        )
 
 
 def store_and_corpus_agree(algorithm: Algorithm, corpus: Corpus) -> None:

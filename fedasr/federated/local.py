@@ -208,7 +208,7 @@ class LocalStore:
         check_prototype(prototype)
         self.layout, self.users, self.prototype = layout, users, prototype
         self.round: int | None = None
-        self._read_only = read_only
+        self.read_only = read_only
         folder = Path(folder)
         try:
             if not read_only:
@@ -248,7 +248,7 @@ class LocalStore:
           forget: False to look only: no row may be written after it.
         """
         written, user = self._records()[1:].T
-        if forget and not self._read_only:
+        if forget and not self.read_only:
             for slot in np.flatnonzero(written > round):
                 self._record(int(slot), 0, 0)
         used = np.flatnonzero((written > 0) & (written <= round))
@@ -316,7 +316,7 @@ class LocalStore:
                 slot = self._free.pop()
             else:
                 slot, self._count = self._count, self._count + 1
-            if not self._read_only:
+            if not self.read_only:
                 _write(self._rows, slot * row.nbytes, row)
             self._record(slot, self._next_round(), int(user))
             self._written.append((int(user), slot, _checksum(row)))
@@ -365,7 +365,7 @@ class LocalStore:
 
     def flush(self) -> None:
         """Returns when all that was written is on the disk itself."""
-        for file in () if self._read_only else (self._rows, self._slots):
+        for file in () if self.read_only else (self._rows, self._slots):
             os.fsync(file.fileno())
 
     def release(self, round: int) -> None:
@@ -419,7 +419,7 @@ class LocalStore:
         return row
 
     def _record(self, slot: int, round: int, user: int) -> None:
-        if not self._read_only:
+        if not self.read_only:
             _write(self._slots, (1 + int(slot)) * _PAIR, np.array([round, user], np.int64))
 
     def _read(self, user: int, row: np.ndarray) -> None:
@@ -429,7 +429,7 @@ class LocalStore:
           UserError: it is not.
         """
         slot = int(self._slot[user])
-        for seconds in _PATIENCE if self._read_only else (0.0,):
+        for seconds in _PATIENCE if self.read_only else (0.0,):
             time.sleep(seconds)  # another host's file system may show late what was written
             whole = self._fill(slot, row)
             checksum = _checksum(row)

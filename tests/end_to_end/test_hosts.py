@@ -16,11 +16,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from fedasr.federated.local import LocalStore
 from fedasr.training.checkpoint import restore_params
 
 LONGEST = 300.0  # seconds that a process may take
@@ -31,15 +33,15 @@ SOON = 60.0  # seconds within which it must notice that the other is gone
 def start(program_environment):
     """start(flags, processes, last): a run's processes, of four CPU devices or one if alone.
 
-    `last` are more flags of the last process.
+    `last` are more flags of the last process, `each` the devices of one of several.
     """
     running = []
 
-    def begin(flags, processes, last=()):
+    def begin(flags, processes, last=(), each=4):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        devices = {"JAX_NUM_CPU_DEVICES": "1" if processes == 1 else "4"}
+        devices = {"JAX_NUM_CPU_DEVICES": "1" if processes == 1 else str(each)}
         for process in range(processes):
             together = (
                 f"--coordinator=localhost:{port}",
@@ -149,6 +151,55 @@ def test_two_processes_are_one_run_and_end_together(start, tiny_flags, tmp_path)
         summary = json.loads(outputs[0][0].splitlines()[-1])
         assert summary["device_changes"] == [f"{change} at 8"]
         alike(folder, tmp_path / "alone")
+
+
+def rows_after(rounds, workdir):
+    """The local parameters of all users, float32 [users, size]."""
+    size, users = np.fromfile(workdir / "local" / "slots.i64", np.int64)[:2]
+    layout = SimpleNamespace(size=int(size))
+    with LocalStore(workdir / "local", layout, int(users), read_only=True) as store:
+        store.restore(rounds)
+        assert store.known.all()
+        return store.gather(np.arange(users), np.zeros(size, np.float32))
+
+
+ROWS = ("--config.local.patterns=('output',)", "--config.cohort=6")
+ROWS = (*ROWS, "--config.privacy.sampler=everyone", "--config.rounds=4")
+KINDS = {
+    "local parameters": ROWS,
+    "central": ("--config.algorithm=central", "--config.central.steps=4"),
+    "central with local parameters": (
+        "--config.algorithm=central",
+        "--config.central.steps=4",
+        "--config.local.patterns=('output',)",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_users_keep_and_central_training_take_two_processes(start, tiny_flags, tmp_path, kind):
+    flags = (*tiny_flags, *KINDS[kind], "--config.seed_training.steps=0")
+    flags = (*flags, "--config.checkpoint.seed_every=2", "--config.central.batch_size=4")
+    flags = (*flags, "--config.evaluation.every=0")
+    (alone,) = start((*flags, f"--workdir={tmp_path}/alone"), 1)
+    output, errors = alone.communicate(timeout=LONGEST)
+    assert alone.returncode == 0, errors
+    for resumed in (False, True):  # from the checkpoint in the middle
+        if resumed:
+            (tmp_path / "both" / "summary.json").unlink()
+            shutil.rmtree(tmp_path / "both" / "checkpoints" / "4")
+        both = start((*flags, f"--workdir={tmp_path}/both"), 2, each=1)
+        outputs = [process.communicate(timeout=LONGEST) for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
+        assert ("at 2, exactly: on 2 x cpu in 2 processes" in outputs[0][1]) == resumed
+        summary, expected = (json.loads(x.splitlines()[-1]) for x in (outputs[0][0], output))
+        for name in ("rounds", "central_steps", "client_updates", "local"):
+            assert summary[name] == expected[name], name
+        alike(tmp_path / "both", tmp_path / "alone")
+        if "local" in kind:
+            rows = [rows_after(4, tmp_path / name) for name in ("both", "alone")]
+            np.testing.assert_allclose(*rows, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -230,19 +230,23 @@ def test_what_needs_one_process_or_one_device_is_refused(monkeypatch):
     """Rules whose breach no single process can reach by a simulation, asked by themselves."""
     resident, store = (
         types.SimpleNamespace(resident=object()),
-        types.SimpleNamespace(store=object()),
+        types.SimpleNamespace(store=types.SimpleNamespace(read_only=False)),
     )
     two, one = types.SimpleNamespace(model_devices=2), types.SimpleNamespace(model_devices=1)
     shares, none = types.SimpleNamespace(secure=object()), types.SimpleNamespace(secure=None)
     checks.resident_is_in_one_process(resident)
-    checks.store_is_in_one_process(store)
+    checks.store_has_one_writer(store)
     checks.shares_are_whole(shares, one)
     checks.shares_are_whole(none, two)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(fa.UserError, match="one process"):
         checks.resident_is_in_one_process(resident)
-    with pytest.raises(fa.UserError, match="one process"):
-        checks.store_is_in_one_process(store)
+    checks.store_has_one_writer(store)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(fa.UserError, match="read_only=True in the others"):
+        checks.store_has_one_writer(store)
+    store.store.read_only = True
+    checks.store_has_one_writer(store)
     with pytest.raises(fa.UserError, match="model_devices=1"):
         checks.shares_are_whole(shares, two)
 

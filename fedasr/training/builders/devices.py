@@ -6,7 +6,6 @@ import jax
 
 from fedasr.errors import UserError
 from fedasr.federated import chunks
-from fedasr.training.builders import models
 from fedasr.training.config import Config
 
 
@@ -21,8 +20,6 @@ def check(config: Config) -> None:
     if jax.process_count() > 1:
         if config.devices:
             raise UserError("devices must be 0, all of them, with several processes")
-        if not config.has_rounds or models.keeps_rows(config):
-            raise UserError("central training and what users keep need a single process")
         if config.model_devices > 1:
             raise UserError("model_devices above 1 needs a single process")
 
