@@ -7,7 +7,10 @@ import jax
 from jax.sharding import Mesh
 
 from fedasr.errors import UserError
+from fedasr.federated import hosts
 from fedasr.federated.cohort import AXIS, client_mesh
+from fedasr.kernels.devices import kind_of
+from fedasr.kernels.trial import refuse_kernels, try_kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Hardware:
     def mesh(self) -> Mesh:
         """The devices by client; see `fedasr.federated.cohort.client_mesh`."""
         return client_mesh(self.devices, self.model_devices)
+
+    def tried_mesh(self) -> Mesh:
+        """`mesh`, of devices whose own kernels were tried: see `fedasr.kernels.trial`."""
+        mesh, here = self.mesh(), set(jax.local_devices())
+        own = [device for device in mesh.devices.flat if device in here]
+        if own and kind_of(own[0]):
+            reason = try_kernels(own[0])
+            if hosts.any_process(bool(reason)):  # all have the same program
+                refuse_kernels(own[0], reason or "it fails or differs in another process")
+        return mesh
 
     def clients_at_once(self, mesh: Mesh, slots: int) -> int:
         """Clients of a chunk on each group of devices.

@@ -127,7 +127,7 @@ class Simulation:
         self.mechanism, self.store = mechanism, algorithm.store
         self.seed, self.identity = seed, identity
         self._users = corpus_digest(corpus)
-        self.mesh = hardware.mesh()
+        self.mesh = hardware.tried_mesh()
         self._lanes = self.mesh.shape[AXIS]
         self.chunk = hardware.clients_at_once(self.mesh, mechanism.sampler.slots)
         self.batcher = batching.batcher(

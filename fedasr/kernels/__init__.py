@@ -5,7 +5,8 @@ reading: without hand-written derivatives, in the dtype that it is given, at any
 memory. A test beside it in `tests/kernels` compares values and gradients of the two.
 
     ctc           the CTC loss: one loop forwards and backwards in time, which is its derivative
-                  (ctc_accelerated: as kernels for TPUs and GPUs, chosen by `devices`)
+                  (ctc_accelerated: as kernels for TPUs and GPUs, chosen by `devices`, and tried
+                  by `trial` on those that are there)
     rnnt          the RNN-T loss over diagonals of the lattice
     attention     attention by way of all scores, JAX's fused one, and one for long recordings
     dense         a product with a matrix that all frames share

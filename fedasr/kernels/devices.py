@@ -2,11 +2,14 @@
 
 import importlib.util
 import re
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
 _TRITON = re.compile(r"\b(A10|A30|A40|A100|L4|L40S?|G?H100|G?H200|G?B200|G?B300)\b")
+# Why kernels are not used on a kind of device that is here, "" where they are: see `trial`.
+TRIED: dict[str, str] = {}
 
 
 def platform() -> str:
@@ -18,6 +21,11 @@ def platform() -> str:
     device = getattr(mesh, "abstract_device", None)
     if mesh.empty or device is None or any(x != AxisType.Manual for x in mesh.axis_types):
         return ""
+    return "" if TRIED.get(device.device_kind) else kind_of(device)
+
+
+def kind_of(device: Any) -> str:
+    """The kind of kernel that is written for a device, which need not be there; "" for none."""
     found = getattr(device, "platform", "")
     if found == "tpu":
         return "tpu"

@@ -1,0 +1,75 @@
+"""A kernel that fails or differs on a device is noticed, and not used there."""
+
+import jax
+import numpy as np
+import pytest
+
+from fedasr.federated.hardware import Hardware
+from fedasr.kernels import ctc_accelerated, devices, trial
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A CPU that passes for a GPU, whose kernels are interpreted."""
+    interpreted = ctc_accelerated.posteriors
+
+    def posteriors(kind, *args):
+        return interpreted(kind, *args, interpret=True)
+
+    monkeypatch.setattr(devices, "TRIED", {})
+    monkeypatch.setattr(devices, "kind_of", lambda device: "gpu")
+    monkeypatch.setattr("fedasr.federated.hardware.kind_of", lambda device: "gpu")
+    monkeypatch.setattr(ctc_accelerated, "posteriors", posteriors)
+    return jax.devices()[0]
+
+
+def used(device):
+    """The kind of kernel that a program for the device gets."""
+    seen = []
+
+    def note(x):
+        seen.append(devices.platform())
+        return x
+
+    mesh, spec = jax.sharding.Mesh(np.array([device]), ("x",)), jax.sharding.PartitionSpec()
+    jax.jit(jax.shard_map(note, mesh=mesh, in_specs=spec, out_specs=spec)).trace(1.0)
+    return seen[0]
+
+
+def test_a_kernel_that_is_right_is_used(device, recwarn):
+    Hardware(devices=[device]).tried_mesh()
+    assert devices.TRIED == {device.device_kind: ""} and used(device) == "gpu"
+    assert not recwarn.list
+
+
+def differs(real):
+    """Off in one frame of one utterance, as by a race."""
+
+    def posteriors(*args):
+        after, found = real(*args)
+        return after, found.at[1, 3].multiply(0.9)
+
+    return posteriors
+
+
+def fails(real):
+    def posteriors(*args):
+        raise RuntimeError("no such\ninstruction")
+
+    return posteriors
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(differs, "its gradients differ by up to"), (fails, "it fails: no such instruction")],
+)
+def test_one_that_is_not_gives_way_to_the_loop(device, monkeypatch, broken, said):
+    monkeypatch.setattr(ctc_accelerated, "posteriors", broken(ctc_accelerated.posteriors))
+    with pytest.warns(UserWarning, match=f"not used on .*{said}"):
+        Hardware(devices=[device]).tried_mesh()
+    assert used(device) == ""
+
+
+def test_nothing_is_tried_where_there_is_no_kernel(monkeypatch):
+    monkeypatch.setattr(trial, "_difference", lambda device: pytest.fail("tried"))
+    assert trial.try_kernels(jax.devices()[0]) == ""
