@@ -12,6 +12,7 @@ import numpy as np
 
 from fedasr.kernels import ctc, devices
 
+Array = jax.Array
 _TOLERANCE = 1e-3  # of gradients, which are at most 1, and of losses in shares
 _REPEATS = 3  # since what is wrong in the order of memory is not wrong always
 
@@ -52,8 +53,8 @@ def refuse_kernels(device: jax.Device, reason: str) -> None:
 def _difference(device: jax.Device) -> str:
     """What the kernel does other than the loop; "" for nothing."""
 
-    def loss(*args: jax.Array) -> jax.Array:
-        return ctc.ctc_loss(*args)[0].sum()
+    def loss(logits: Array, frames: Array, labels: Array, counts: Array) -> Array:
+        return ctc.ctc_loss(logits, frames, labels, counts)[0].sum()
 
     gradient = jax.value_and_grad(loss)
     mesh = jax.sharding.Mesh(np.array([device]), ("devices",))
