@@ -340,6 +340,8 @@ def chunk_memory(config, chunk, kind=None):
 @pytest.mark.parametrize("frozen_dtype", peft.FROZEN)
 def test_the_frozen_variables_are_there_once_at_a_chunk_of_eight(frozen_dtype):
     """Eight clients take little more than one, of all that is as large as the model."""
+    if frozen_dtype == "bfloat16" and jax.__version_info__ < (0, 11):
+        pytest.skip("XLA before JAX 0.11 widens all frozen matrices at once")
     config = peft.PeftConfig(kind="ffa_lora", rank=2, frozen_dtype=frozen_dtype)
     (one, frozen), (eight, _) = (chunk_memory(config, chunk) for chunk in (1, 8))
     assert eight - one < frozen

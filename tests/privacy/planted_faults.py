@@ -446,7 +446,7 @@ FAULTS = (
          "tests/federated/test_participation.py::test_what_is_refused"),
     edit("participation", "a turn of FedBuff's users is not counted", "epsilon is of fewer turns",
          f"{SAMPLING}.asynchronous:AsynchronousSampler.participations",
-         "1 + (starts - 1) // (self._others + 1)", "max(1, (starts - 1) // (self._others + 1))",
+         "1 + (rounds - 1) // self.separation", "max(1, (rounds - 1) // self.separation)",
          "tests/federated/test_fedbuff.py::"
          "test_no_user_takes_part_more_often_than_is_accounted"),
     edit("participation", "old updates count more than new ones", "above the clip norm",
