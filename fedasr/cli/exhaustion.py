@@ -76,13 +76,12 @@ def _watch() -> None:
 
     So it is where memory gives out within a new thread's first lines: Python tells nobody.
     """
-    since: dict[int, float] = {}
+    looks: dict[int, int] = {}  # counted, for a clock goes on while a process is stopped
     while True:
         time.sleep(_LOOK)
         waiting = {id(frame) for frame in sys._current_frames().values() if _starts(frame)}
-        now = time.monotonic()
-        since = {frame: since.get(frame, now) for frame in waiting}
-        if since and now - min(since.values()) > _PATIENCE:
+        looks = {frame: looks.get(frame, 0) + 1 for frame in waiting}
+        if looks and max(looks.values()) * _LOOK > _PATIENCE:
             what = next(iter(_SEEN), "") or _missing() or "memory"
             _end(what, "a thread was started and never began")
 

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 RECORDED = {"data": ("identity", "characters", "knowledge"), "": ("start",)}
 # How a run is kept, and not what it computes: it may change from one start of a run to the next.
 HOW = ("checkpoint.every_seconds", "checkpoint.deadline")
+# Options of models that a release removed, at the value which meant nothing.
+_REMOVED = {"frozen_dtype": "float32"}
 _RECORDED = (*RECORDED["data"], "vocabulary")
 
 
@@ -139,7 +141,9 @@ class Config:
         found = parse(cls, tree)
         recorded = {name: tree.get("data", {}).get(name) for name in _RECORDED}
         data = dataclasses.replace(found.data, **recorded)
-        return dataclasses.replace(found, data=data, start=tree.get("start"))
+        options = {k: v for k, v in found.model.options.items() if _REMOVED.get(k) != v}
+        model = dataclasses.replace(found.model, options=options)
+        return dataclasses.replace(found, data=data, model=model, start=tree.get("start"))
 
     def tree(self) -> dict[str, Any]:
         """All of it as JSON holds it, with what was recorded: what `of` reads."""

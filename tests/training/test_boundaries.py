@@ -9,17 +9,15 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fedasr.data.preparation.prepare import prepare
 from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
-from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import noise
-from fedasr.training import loop, session, stages, workdir
-from fedasr.training.builders import devices, identities, models
+from fedasr.training import loop, session, workdir
+from fedasr.training.builders import devices, identities
 from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import Config, default_config
 from fedasr.training.interrupts import StopFlag
@@ -43,23 +41,6 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boundaries") / "data"
     prepare(said, folder, name="noise")
     return folder
-
-
-@pytest.fixture
-def small_model(monkeypatch):
-    def build(config, augmented=True):
-        def loss(params, batch, key):
-            seen = jnp.mean(batch["features"])
-            return jnp.sum(params["kernel"] ** 2) * seen + params["bias"] @ params["bias"], {}
-
-        def init(key):
-            return {"kernel": jax.random.normal(key, (3, 2)), "bias": jnp.ones(4)}
-
-        return Recogniser(init, loss, lambda params, batch: ())  # never asked
-
-    monkeypatch.setattr(models, "build_recogniser", build)
-    monkeypatch.setattr(models, "build_base", build)
-    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
 
 
 @pytest.fixture

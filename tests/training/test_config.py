@@ -144,3 +144,11 @@ def test_a_checkpoint_of_an_earlier_release_is_read_with_what_it_did():
     assert config.local == Local() and config.compression == Compression()
     # A model's options are its own affair: what is not there is its class's default.
     assert "attention" not in config.model.options
+
+
+def test_options_that_a_release_removed_are_left_out_where_they_meant_nothing():
+    tree = default_config().to_dict()
+    tree["model"]["options"] = {**tree["model"]["options"], "frozen_dtype": "float32"}
+    assert Config.of(tree) == Config.of(default_config().to_dict())
+    tree["model"]["options"]["frozen_dtype"] = "bfloat16"  # which the model's check refuses
+    assert "frozen_dtype" in Config.of(tree).model.options

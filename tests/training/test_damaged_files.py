@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,8 +17,7 @@ from fedasr.data.preparation.prepare import prepare
 from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.federated.local import LocalStore
-from fedasr.models.recogniser import Recogniser
-from fedasr.training import loop, stages
+from fedasr.training import loop
 from fedasr.training.builders import models
 from fedasr.training.checkpoint import restore_params
 from fedasr.training.config import Config, default_config
@@ -27,6 +25,7 @@ from fedasr.training.logging import to_json
 
 pytest.importorskip("array_record")
 pytest.importorskip("tensorflow_datasets")
+pytestmark = pytest.mark.usefixtures("small_model")
 
 USERS = 4
 
@@ -38,26 +37,6 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged") / "data"
     prepare(said, folder, name="noise")
     return folder
-
-
-def small(config, augmented=True):
-    def loss(params, batch, key):
-        seen = jnp.mean(batch["features"])
-        return jnp.sum(params["kernel"] ** 2) * seen + params["bias"] @ params["bias"], {}
-
-    def init(key):
-        return {"kernel": jax.random.normal(key, (3, 2)), "bias": jnp.ones(4)}
-
-    return Recogniser(init, loss, lambda params, batch: ())  # never asked
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "build_recogniser", small)
-        patch.setattr(models, "build_base", small)
-        patch.setattr(stages, "write_report", lambda workdir: None)
-        yield
 
 
 def configure(corpus, **changes):

@@ -10,7 +10,6 @@ import shutil
 
 import dp_accounting as dp
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from dp_accounting import pld
@@ -19,10 +18,8 @@ from fedasr import streams
 from fedasr.data.preparation.prepare import prepare
 from fedasr.data.utterances import Utterance
 from fedasr.federated.simulation import Simulation
-from fedasr.models.recogniser import Recogniser
 from fedasr.privacy import accounting, ledger, noise
-from fedasr.training import loop, session, stages
-from fedasr.training.builders import models
+from fedasr.training import loop, session
 from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import default_config
 from fedasr.training.interrupts import StopFlag
@@ -51,25 +48,6 @@ def data(tmp_path_factory):
         folders.append(tmp_path_factory.mktemp("privacy") / name)
         prepare(said, folders[-1], name=name)
     return folders
-
-
-@pytest.fixture
-def small_model(monkeypatch):
-    def build(config, augmented=True):
-        shift = 1.0 if config.augment.enabled and augmented else 0.0
-
-        def loss(params, batch, key):
-            seen = jnp.mean(batch["features"]) + shift
-            return jnp.sum(params["kernel"] ** 2) * seen + params["bias"] @ params["bias"], {}
-
-        def init(key):
-            return {"kernel": jax.random.normal(key, (3, 2)), "bias": jnp.ones(4)}
-
-        return Recogniser(init, loss, lambda params, batch: ())  # never asked
-
-    monkeypatch.setattr(models, "build_recogniser", build)
-    monkeypatch.setattr(models, "build_base", build)
-    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
 
 
 @pytest.fixture
