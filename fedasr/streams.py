@@ -38,6 +38,7 @@ class Stream(enum.IntEnum):
     ATTACK = 0x9D1A_000E  # an attack's targets, shadow models and guesses
     DEVICES = 0x9D1A_000F  # speeds of users' devices, and who drops out of which round
     FINE_TUNING = 0x9D1A_0010  # of users' own models before they are evaluated
+    CODES = 0x9D1A_0011  # random projection and codebook of masked prediction
     # Of a run's root.
     NOISE = 0x9D1A_0101  # on the sum of updates
     VOTES = 0x9D1A_0102  # on the votes that adapt the clipping

@@ -12,7 +12,7 @@ from fedasr.errors import UserError
 from fedasr.kernels.ctc import ctc_loss
 from fedasr.kernels.rnnt import greedy_decode as rnnt_greedy_decode
 from fedasr.kernels.rnnt import rnnt_loss
-from fedasr.models import pretrained, recurrent
+from fedasr.models import best_rq, pretrained, recurrent
 from fedasr.models.conformer import Conformer, ConformerConfig
 from fedasr.models.objectives import ARRAYS as ARRAYS
 from fedasr.models.objectives import INPUTS as INPUTS
@@ -177,12 +177,16 @@ def make_recogniser(
         return recurrent_recogniser(config)
     if name in pretrained.FAMILIES:
         return pretrained.FAMILIES[name].recogniser(config, augment)
-    module = MODELS[name][1]
-    if config.objective == "rnnt":
-        return rnnt_recogniser(module(config), Transducer(config), augment)
-    return ctc_recogniser(module(config), config.features, augment)
+    return OBJECTIVES[config.objective](MODELS[name][1](config), config, augment)
 
 
+# How an encoder is trained, from the module, its configuration and SpecAugment; the names are those
+# of `fedasr.models.transducer.OBJECTIVES`.
+OBJECTIVES: dict[str, Callable[[Any, Any, SpecAugmentConfig | None], Recogniser]] = {
+    "best_rq": lambda m, c, a: best_rq.recogniser(m, c, a, _encoder_init(m, c.features)),
+    "ctc": lambda m, c, a: ctc_recogniser(m, c.features, a),
+    "rnnt": lambda m, c, a: rnnt_recogniser(m, Transducer(c), a),
+}
 MODELS: dict[str, tuple[type, Callable[[Any], Any]]] = {  # encoders of speech
     "conformer": (ConformerConfig, Conformer),
     "transformer": (TransformerConfig, Transformer),

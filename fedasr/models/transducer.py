@@ -19,17 +19,24 @@ from fedasr.generators import DrawingConfig
 from fedasr.kernels.ctc import BLANK
 from fedasr.models import layers
 
+OBJECTIVES = ("best_rq", "ctc", "rnnt")
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig(DrawingConfig):
-    """What an encoder is trained for; all fields but `objective` are for "rnnt" alone.
+    """What an encoder is trained for.
 
-    objective: "ctc", the encoder scores every token in every frame; or "rnnt", its output layer
-    projects to `joint_dim` and a `Transducer` scores. context: labels that the prediction network
-    looks back on. prediction_dim, joint_dim: its hidden units, and the joint network's. ctc_weight:
-    share of the loss that is CTC on the encoder's output, by a layer of its own; the rest is RNN-T.
-    max_symbols: labels that greedy decoding may write in one encoder frame. generator: see
-    `fedasr.generators`.
+    objective: "ctc", the encoder scores every token in every frame; "rnnt", its output layer
+    projects to `joint_dim` and a `Transducer` scores; or "best_rq", without transcripts, it scores
+    the codes of hidden frames (`fedasr.models.best_rq`). generator: see `fedasr.generators`.
+
+    Of "rnnt" alone: context, labels that the prediction network looks back on; prediction_dim,
+    joint_dim, its hidden units, and the joint network's; ctc_weight, share of the loss that is CTC
+    on the encoder's output, by a layer of its own, the rest is RNN-T; max_symbols, labels that
+    greedy decoding may write in one encoder frame.
+
+    Of "best_rq" alone: mask_start, probability that a hidden span begins at an encoder frame;
+    mask_span, encoder frames of a span; code_dim, numbers of a code.
     """
 
     objective: str = "ctc"
@@ -38,16 +45,24 @@ class ObjectiveConfig(DrawingConfig):
     joint_dim: int = 128
     ctc_weight: float = 0.0
     max_symbols: int = 8
+    mask_start: float = 0.04
+    mask_span: int = 10
+    code_dim: int = 16
 
     def outputs(self, vocab: int) -> int:
         """Units of the encoder's output layer."""
-        return vocab if self.objective == "ctc" else self.joint_dim
+        return self.joint_dim if self.objective == "rnnt" else vocab
 
     def check_objective(self) -> None:
-        """Raises UserError for an unknown objective, a size below 1 or a share outside [0, 1)."""
-        if self.objective not in ("ctc", "rnnt"):
-            raise UserError(f"the model's objective must be 'ctc' or 'rnnt': {self.objective!r}")
+        """Raises UserError for an unknown objective, a size below 1 or a share out of range."""
+        if self.objective not in OBJECTIVES:
+            raise UserError(
+                f"the model's objective must be one of {OBJECTIVES}: {self.objective!r}"
+            )
         layers.check_sizes(self, ("context", "prediction_dim", "joint_dim", "max_symbols"))
+        layers.check_sizes(self, ("mask_span", "code_dim"))
+        if not 0 < self.mask_start < 1:
+            raise UserError(f"the model's mask_start must be in (0, 1): {self.mask_start}")
         if not 0 <= self.ctc_weight < 1:
             raise UserError(f"the model's ctc_weight must be in [0, 1): {self.ctc_weight}")
 

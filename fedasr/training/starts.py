@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
-from fedasr.models import peft
+from fedasr.models import best_rq, peft
 from fedasr.training import exported
 from fedasr.training.builders import clients, models, pretrained
 from fedasr.training.checkpoint import (
@@ -63,6 +63,7 @@ def _read_start(config: Config) -> dict[str, Any]:
 
 def _adapted(params: Any, path: str, config: Config) -> Any:
     """A start's parameters as the run has them: adapted alike, or its base adapted anew."""
+    params = _with_new_output(params, path, config)
     theirs = clients.peft_config(recorded_config(checkpoint_metadata(path).get("config", {})))
     ours = clients.peft_config(config)
     if theirs.kind != "full" and dataclasses.replace(theirs, also=(), frozen_dtype="") != (
@@ -70,6 +71,18 @@ def _adapted(params: Any, path: str, config: Config) -> Any:
     ):
         params = peft.merged(params, theirs)
     return models.completed(jax.tree.map(_in_float32, params), config)
+
+
+def _with_new_output(params: Any, path: str, config: Config) -> Any:
+    """Of an encoder that was trained without transcripts for a run with: its output layer anew."""
+    theirs = recorded_config(checkpoint_metadata(path).get("config", {})).model.options
+    if theirs.get("objective") != best_rq.OBJECTIVE:
+        return params
+    if config.model.options.get("objective") == best_rq.OBJECTIVE:
+        return params
+    fresh = models.base_params(config)
+    encoder = {name: value for name, value in params.items() if name != best_rq.OUTPUT}
+    return {**fresh, **encoder}
 
 
 def _in_float32(x: Any) -> jax.Array:

@@ -238,7 +238,7 @@ def test_configurations():
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"objective": "las"}, "'ctc' or 'rnnt'"),
+        ({"objective": "las"}, "one of"),
         ({"context": 0}, "context must be at least 1"),
         ({"max_symbols": 0}, "max_symbols must be at least 1"),
         ({"joint_dim": 0}, "joint_dim must be at least 1"),
