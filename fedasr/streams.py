@@ -48,6 +48,7 @@ class Stream(enum.IntEnum):
     EXAMPLES = 0x9D1A_0106  # the order of a client's examples
     HISTOGRAM = 0x9D1A_0107  # noise on histograms over users
     COINS = 0x9D1A_0108  # an audit's canaries
+    ANALYTICS = 0x9D1A_0109  # noise on what is asked of all users beside training
     # Folded into a client's key of a round, whose other children are its steps.
     WEIGHT = 0x9D1A_0201  # of what decides the client's weight
     CLIENT_SUBSET = 0x9D1A_0202  # the variables that this client trains

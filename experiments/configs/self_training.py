@@ -16,6 +16,9 @@ def get_config() -> ConfigDict:
     # Between the rounds, on the same utterances.
     config.central.optimizer = "sgd"
     config.central.learning_rate = 0.3
+    # Mild: as published it is too much for a model as small as this.
+    config.augment.enabled = True
+    config.augment.options.update({"time_masks": 2, "frequency_masks": 1, "frequency_width": 20})
     config.rounds = 60
     config.server.learning_rate = 0.01
     config.server.decay_start = 40
@@ -27,7 +30,9 @@ def get_config() -> ConfigDict:
         config.self_training.central_steps = 4  # after every round
         config.self_training.every = 10  # rounds between one labelling and the next
         config.self_training.decay = 0.0  # of the running mean that teaches
-        config.self_training.confidence = 0.8  # the least; 0 keeps all that is not empty
-        config.self_training.words = float("-1e9")  # least mean log probability a word, nats
+        config.self_training.confidence = 0.6  # the least; 0 keeps all that is not empty
+        config.self_training.words = (
+            -3.0
+        )  # least mean log probability a word, nats; -1e9 for no language model
         config.self_training.order = 3  # of the language model of the labelled users' transcripts
     return config

@@ -70,6 +70,7 @@ OF_SAMPLING = "tests/privacy/test_sampling.py"
 OF_STREAMS = "tests/test_streams.py"
 OF_RUNS = "tests/training/test_run_privacy.py"
 OF_CORRECTIONS = "tests/experiments/test_corrections.py"
+OF_ANALYTICS = "tests/feedback/test_analytics.py"
 OF_HISTOGRAMS = "tests/feedback/test_histograms.py"
 
 ADD_NOISE = "fedasr.privacy.gaussian:add_gaussian_noise"
@@ -321,6 +322,20 @@ FAULTS = (
          "fedasr.feedback.histograms:client_histogram", "np.asarray(drawn, np.float64)",
          "np.asarray(drawn, np.float64) * (counts > 0)",
          f"{OF_HISTOGRAMS}::test_noise_is_on_every_bucket_and_of_the_stated_size"),
+    edit("released histograms", "words have too little noise", "what one user holds is forgotten",
+         "fedasr.feedback.analytics:discover", "noise_multiplier * math.sqrt(most), longest",
+         "noise_multiplier, longest",
+         f"{OF_ANALYTICS}::test_noise_is_on_every_candidate_and_of_the_stated_size"),
+    edit("released histograms", "levels share their noise", "their difference is exact",
+         "fedasr.feedback.analytics:discover", "seed, level)", "seed, 0)",
+         f"{OF_ANALYTICS}::test_each_level_has_noise_of_its_own"),
+    edit("released histograms", "levels beyond the first are free", "all were asked of all users",
+         "fedasr.feedback.analytics:discover", "(noise_multiplier,) * levels)",
+         "(noise_multiplier,))",
+         f"{OF_ANALYTICS}::test_with_noise_it_finds_common_words_and_hardly_any_other"),
+    edit("released histograms", "volumes have too little noise", "three parts count as one",
+         "fedasr.feedback.analytics:volumes", "noise_multiplier * math.sqrt(3)",
+         "noise_multiplier", f"{OF_ANALYTICS}::test_noise_of_volumes_is_of_the_stated_size"),
     # ------------------------------------------------------------------------ identity and streams
     edit("identity and streams", "the noise ignores seed and run", "all runs have the same noise",
          f"{SIMULATION}:Simulation._chain", "key(root, Stream.NOISE)",
