@@ -56,9 +56,7 @@ def chosen_words(
     return tuple(sorted(fitting, key=lambda word: (-said[word], word))[:most])
 
 
-def level_counts(
-    reported: Sequence[Sequence[str]], candidates: Sequence[str]
-) -> np.ndarray:
+def level_counts(reported: Sequence[Sequence[str]], candidates: Sequence[str]) -> np.ndarray:
     """Of how many users' words each candidate is a beginning; a query with L2 sensitivity
     sqrt(most).
 
