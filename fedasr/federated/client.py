@@ -222,7 +222,9 @@ def local_training(
     Returns:
       A client update that takes one more argument, `correction`: a transformation of the clipped
       gradients of one client's steps, which may hold arrays of that client. With it the update
-      returns the transformation's last state, too: (delta, metrics, state).
+      returns the transformation's last state, too: (delta, metrics, state). One that takes more
+      arguments (`optax.GradientTransformationExtraArgs`) gets `start_gradient`, a function without
+      arguments: the clipped gradient of the step's batch where local training began.
     """
     clip = None if grad_clip is None else optax.clip_by_global_norm(grad_clip)
     gradient = batch_gradient(loss, batch_keys)
@@ -234,12 +236,20 @@ def local_training(
         aux_shape = jax.eval_shape(loss, params, first, key)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux_shape)
 
+        def extra(i):
+            def start_gradient():
+                _, grads = gradient(params, batches, i, jax.random.fold_in(key, i))
+                return grads if clip is None else clip.update(grads, clip.init(params))[0]
+
+            asked = isinstance(correction, optax.GradientTransformationExtraArgs)
+            return {"start_gradient": start_gradient} if asked else {}
+
         def step(i, carry):
             local, opt_state, loss_sum, aux_sum = carry
             (value, aux), grads = gradient(local, batches, i, jax.random.fold_in(key, i))
             if proximal:
                 grads = jax.tree.map(lambda g, a, b: g + proximal * (a - b), grads, local, params)
-            updates, new_opt_state = local_optimizer.update(grads, opt_state, local)
+            updates, new_opt_state = local_optimizer.update(grads, opt_state, local, **extra(i))
             if factor is not None:
                 updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
             new = (
@@ -269,10 +279,10 @@ def _chained(
     clip: optax.GradientTransformation | None,
     correction: optax.GradientTransformation | None,
     optimizer: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """What a step does to a gradient; the correction's state is the last but one."""
     steps = [step for step in (clip, correction, optimizer) if step is not None]
-    return steps[0] if len(steps) == 1 else optax.chain(*steps)
+    return optax.with_extra_args_support(steps[0] if len(steps) == 1 else optax.chain(*steps))
 
 
 def takes_correction(client_update: Callable[..., Any]) -> bool:

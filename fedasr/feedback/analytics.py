@@ -127,7 +127,8 @@ def discover(
         raise UserError("the alphabet must have letters, each once, and no line feed")
     reported = [chosen_words(one, alphabet, most, longest) for one in said]
     std, levels = noise_multiplier * math.sqrt(most), longest + 1
-    words, candidates = {}, list(alphabet)
+    words: dict[str, float] = {}
+    candidates = list(alphabet)
     for level in range(levels):
         counts = level_counts(reported, candidates)
         counts += _noise(std, noise_multiplier, len(candidates), seed, level)
@@ -209,10 +210,11 @@ def volumes(
         raise UserError(f"most_seconds must be finite and above 0, not {most_seconds}")
     if not all(np.isfinite(own).all() and (np.asarray(own) >= 0).all() for own in seconds):
         raise UserError("lengths of utterances must be finite seconds, 0 or more")
-    edges, size = (length_edges, count_edges), len(length_edges) + len(count_edges) + 3
+    size = len(length_edges) + len(count_edges) + 3
     total = np.zeros(size)
     for own in seconds:
-        total += volume_vector(np.asarray(own, np.float64), *edges, most_seconds)
+        own = np.asarray(own, np.float64)
+        total += volume_vector(own, length_edges, count_edges, most_seconds)
     std = noise_multiplier * math.sqrt(3)
     total += _noise(std, noise_multiplier, size, seed, _VOLUMES)
     lengths, users = total[: len(length_edges) + 1], total[len(length_edges) + 1 : -1]

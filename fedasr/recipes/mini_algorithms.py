@@ -28,6 +28,7 @@ _OPTIONS: dict[str, dict[str, float]] = {
     "fednova": {"steps": 0.0},
     "fedrep": {},
     "fomaml": {},
+    "mime": {"momentum": 0.9},
     "mimelite": {"momentum": 0.9},
     "pfedme": {"attraction": 1.0, "rate": 1.0},
     "reptile": {"anneal": 0.0},

@@ -168,6 +168,21 @@ def mimelite_by_hand(cohorts, x, own, momentum=0.9):
     return x, own
 
 
+def mime_by_hand(cohorts, x, own, momentum=0.9):
+    c, m = np.zeros(3), np.zeros(3)
+    for round, cohort in enumerate(cohorts):
+        if round % 2 == 0:
+            c = np.mean([SCALES * (x - p.mean(0)) for _, p in cohort], axis=0)
+            continue
+
+        def change(y, g, c=c, m=m, x=x):
+            return (1 - momentum) * (SCALES * (y - x) + c) + momentum * m
+
+        x = x - SERVER * np.mean([x - local_steps(x, p, change) for _, p in cohort], axis=0)
+        m = (1 - momentum) * c + momentum * m
+    return x, own
+
+
 def reptile_by_hand(cohorts, x, own, anneal=30.0):
     for round, cohort in enumerate(cohorts):
         step = SERVER * max(0.0, 1 - round / anneal)
@@ -212,6 +227,7 @@ BY_HAND = {
     "fednova, public steps": (functools.partial(fednova_by_hand, steps=2.0), {"steps": 2.0}),
     "fedexp": (fedexp_by_hand, {}),
     "mimelite": (mimelite_by_hand, {}),
+    "mime": (functools.partial(mime_by_hand, momentum=0.5), {"momentum": 0.5, "unit": 0.01}),
     "reptile": (reptile_by_hand, {"anneal": 30.0}),
     "fomaml": (fomaml_by_hand, {}),
     "ditto": (ditto_by_hand, {}),
@@ -317,6 +333,10 @@ def test_what_is_federated_averaging_in_a_special_case(tmp_path):
         expected = fedavg(1) if rounds == 1 else expected
         found = trained_by(run, rounds).params["w"]
         np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+    # Mime asks everybody, and a step goes along the gradient of all: one round of averaging.
+    whole = {"batching": fa.Batching(4, steps=1), "sampler": fa.ShuffledSampler(USERS, USERS, 0)}
+    run = make("mime", momentum=0.0, **whole)
+    np.testing.assert_allclose(trained_by(run, 2).params["w"], fedavg(1, **whole), rtol=1e-6)
     one = fa.Batching(1, steps=1)
     gradient = fa.local_training(squares, optax.sgd(1.0), grad_clip=None)
     found = trained_by(make("fomaml", batching=one), 3).params["w"]
@@ -346,7 +366,7 @@ def test_a_part_of_the_variables(tmp_path):
     update = partial_training(
         lambda loss: fa.local_training(loss, optax.sgd(RATE), grad_clip=None), squares, subset
     )
-    for name in ("scaffold", "feddyn", "mimelite", "ditto"):
+    for name in ("scaffold", "feddyn", "mimelite", "mime", "ditto"):
         whole = make(name, tmp_path / name)
         part = make(name, tmp_path / f"{name} in part", update=update, trained=trained)
         one, other = (trained_by(run, 3).params["w"] for run in (whole, part))
@@ -497,6 +517,7 @@ def test_what_does_not_go_together(tmp_path):
         ("fednova", {"steps": -1.0}, "steps=-1.0"),
         ("fednova", {"step": 1.0}, "'step', which 'fednova' does not take: it takes steps"),
         ("mimelite", {"momentum": 1.0}, "momentum=1.0"),
+        ("mime", {"momentum": 1.0}, "momentum=1.0"),
         ("fedexp", {"eps": 0.0}, "eps=0.0"),
         ("reptile", {"anneal": -1.0}, "anneal=-1.0"),
     ]:
@@ -509,7 +530,7 @@ def test_what_does_not_go_together(tmp_path):
     ]:
         with pytest.raises(fa.UserError, match=f"{next(iter(options))}="):
             make(name, tmp_path / name, **options)
-    for name in ("scaffold", "feddyn", "mimelite", "fomaml", "ditto", "pfedme"):
+    for name in ("scaffold", "feddyn", "mimelite", "mime", "fomaml", "ditto", "pfedme"):
         with pytest.raises(fa.UserError, match="unset compression"):
             make(name, tmp_path / name, update=rounded)
     assert option_names("federated") == []

@@ -228,3 +228,30 @@ def test_a_batch_from_a_store_is_the_dense_batch(dense, monkeypatch):
             for name, value in batch.items():
                 assert value.dtype == expected[name].dtype, name
                 np.testing.assert_array_equal(value, expected[name][client, step], err_msg=name)
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+def test_a_correction_may_ask_for_gradients_where_training_began(grad_clip):
+    """Of the same batch, clipped as the others; and asking changes nothing."""
+    rng = np.random.default_rng(8)
+    params, batches = random_params(rng), random_batches(rng)
+
+    def watch(grads, seen, local=None, *, start_gradient, **extra):
+        return grads, (start_gradient(), local)
+
+    like = (params, params)
+    correction = optax.GradientTransformationExtraArgs(lambda p: jax.tree.map(jnp.zeros_like, like),
+                                                       watch)  # fmt: skip
+    update = local_training(mean_squares, optax.sgd(0.1), grad_clip=grad_clip)
+    given = jax.tree.map(jnp.asarray, batches)
+    args = (params, given, STEPS, jax.random.key(0))
+    delta, _, (asked, local) = update(*args, correction=correction)
+    _, expected = numpy_gradient(params, {k: v[STEPS - 1] for k, v in batches.items()})
+    norm = np.sqrt(sum(np.sum(g**2) for g in expected.values()))
+    scale = 1.0 if grad_clip is None else min(1.0, grad_clip / norm)
+    assert grad_clip is None or scale < 0.9
+    for name, found in asked.items():
+        np.testing.assert_allclose(found, scale * expected[name], rtol=1e-4, atol=1e-5)
+        assert np.abs(local[name] - params[name]).max() > 1e-3  # training has moved on
+    for one, other in zip(jax.tree.leaves(delta), jax.tree.leaves(update(*args)[0]), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -36,6 +36,7 @@ ALGORITHMS = {
     "fednova": "fedasr.federated.algorithms.fednova:FedNova",
     "fedrep": "fedasr.federated.algorithms.fedrep:FedRep",
     "fomaml": "fedasr.federated.algorithms.fomaml:FOMAML",
+    "mime": "fedasr.federated.algorithms.mime:Mime",
     "mimelite": "fedasr.federated.algorithms.mimelite:MimeLite",
     "pfedme": "fedasr.federated.algorithms.pfedme:pFedMe",
     "reptile": "fedasr.federated.algorithms.reptile:Reptile",

@@ -27,8 +27,8 @@ def MimeLite(
     """Every local step goes along (1 - momentum) g + momentum m; m is the server's.
 
     The server then moves m to (1 - momentum) G + momentum m, where G is the mean of the clients'
-    whole gradients at the model that they were sent: a second pass over their batches. (Mime itself
-    corrects steps by G, too, for which a round has to ask its clients twice.)
+    whole gradients at the model that they were sent: a second pass over their batches. (`mime`
+    corrects steps by G, too, for which clients have to be asked before they train.)
 
     Args:
       client_update: takes corrections, and moves nowhere for gradients of zero: plain SGD.
