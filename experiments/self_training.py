@@ -13,7 +13,9 @@ the labelled users' utterances, the same for all systems:
 
 The gap that is closed is (WER of labelled - WER of self) / (WER of labelled - WER of all), on split
 "test"; where the rounds of "labelled" do worse on "dev" than "start", that takes its place. Results
-of each seed and system are kept in the work directory: the same command goes on.
+of each seed and system are kept in the work directory: the same command goes on. With
+--config.init_from=RUN the first model begins with the encoder of a run, such as one of masked
+prediction (`objective=best_rq`); `{seed}` in it is the seed.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def open_bench(config: Mapping[str, Any], seed: int) -> Bench:
     from fedasr.training.builders import corpora, evaluators, models
     from fedasr.training.config import Config
 
-    typed = dataclasses.replace(Config.of(config), seed=seed)
+    typed = Config.of(config)
+    start = typed.init_from.replace("{seed}", str(seed))
+    typed = dataclasses.replace(typed, seed=seed, init_from=start)
     data = corpora.Data(corpora.data_directory(typed), typed, lambda line: None)
     recogniser = models.build_recogniser(typed)
     settings, users = config["self_training"], len(data.train.users)
@@ -88,12 +92,19 @@ def central_training(bench: Bench, section: str) -> Any:
 
 
 def first_model(bench: Bench, settings: Mapping[str, Any], folder: Path, log: study.Log) -> Any:
-    """Trained centrally on the labelled users; once, and kept in `folder`."""
+    """Trained centrally on the labelled users; once, and kept in `folder`.
+
+    From scratch, or with `init_from` from the encoder of a run.
+    """
+    from fedasr.training import starts
 
     def train() -> tuple[int, Any]:
-        seed, steps = bench.config.seed, bench.config.seed_training.steps
+        config, seed, steps = bench.config, bench.config.seed, bench.config.seed_training.steps
         trainer = central_training(bench, "seed_training")
-        state = trainer.init(bench.recogniser.init(seed_key(seed, Stream.INIT)))
+        params = starts.read_start(config, None, folder)
+        if params is None:
+            params = bench.recogniser.init(seed_key(seed, Stream.INIT))
+        state = trainer.init(params)
         for state, done, loss in trainer.run(state, steps):  # noqa: B007
             if done % 100 == 0:
                 log(f"seed {seed}, start: step {done} of {steps}, loss {loss:.2f}")
@@ -199,7 +210,8 @@ def used(config: Mapping[str, Any], system: str) -> dict[str, Any]:
     """The part of the configuration that a result depends on."""
     kept = copy.deepcopy({name: value for name, value in config.items() if name != "seed"})
     if system == "start":
-        names = ("data", "model", "augment", "seed_training")
+        names = ["data", "model", "augment", "seed_training"]
+        names += ["init_from"] * bool(kept["init_from"])
         return {name: kept[name] for name in names} | {
             "labelled": config["self_training"]["labelled"]
         }

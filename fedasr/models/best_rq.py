@@ -4,9 +4,9 @@ Chiu et al., "Self-supervised learning with random-projection quantizer for spee
 (arXiv 2202.01855). Spans of the features are replaced by noise, and the encoder is to tell, in the
 frames that are hidden, the code of what was there: that of a random codebook which lies nearest to
 a random projection of the features. Projection and codebook are drawn once and never trained: they
-are the same in all runs of one shape. The model's `vocab` is the number of codes, and its output
-layer scores them. A run that starts from such a one and has another objective takes its encoder and
-begins with a new output layer (`fedasr.training.starts`).
+are the same in all runs of one shape. The output layer scores the codes. A run that starts from
+such a one and has another objective takes its encoder and begins with a new output layer
+(`fedasr.training.starts`).
 """
 
 import functools
@@ -65,13 +65,13 @@ def stacked(features: jax.Array, lengths: jax.Array, stride: int, frames: int) -
 
 
 def targets(features: jax.Array, lengths: jax.Array, config: Any, frames: int) -> jax.Array:
-    """The codes of encoder frames, int32 [b, frames] in 0..vocab-1; see `stacked`.
+    """The codes of encoder frames, int32 [b, frames] in 0..codes-1; see `stacked`.
 
     The nearest code to a projection of length 1 is that of the largest product, whatever its
     length.
     """
     x = stacked(features, lengths, config.stride, frames)
-    projection, book = quantizer(x.shape[-1], config.code_dim, config.vocab)
+    projection, book = quantizer(x.shape[-1], config.code_dim, config.codes)
     scores = jnp.dot(x, projection @ book.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 

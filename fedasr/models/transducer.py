@@ -36,7 +36,7 @@ class ObjectiveConfig(DrawingConfig):
     greedy decoding may write in one encoder frame.
 
     Of "best_rq" alone: mask_start, probability that a hidden span begins at an encoder frame;
-    mask_span, encoder frames of a span; code_dim, numbers of a code.
+    mask_span, encoder frames of a span; codes, how many there are; code_dim, numbers of a code.
     """
 
     objective: str = "ctc"
@@ -47,11 +47,12 @@ class ObjectiveConfig(DrawingConfig):
     max_symbols: int = 8
     mask_start: float = 0.04
     mask_span: int = 10
+    codes: int = 256
     code_dim: int = 16
 
     def outputs(self, vocab: int) -> int:
         """Units of the encoder's output layer."""
-        return self.joint_dim if self.objective == "rnnt" else vocab
+        return {"best_rq": self.codes, "rnnt": self.joint_dim}.get(self.objective, vocab)
 
     def check_objective(self) -> None:
         """Raises UserError for an unknown objective, a size below 1 or a share out of range."""
@@ -60,7 +61,7 @@ class ObjectiveConfig(DrawingConfig):
                 f"the model's objective must be one of {OBJECTIVES}: {self.objective!r}"
             )
         layers.check_sizes(self, ("context", "prediction_dim", "joint_dim", "max_symbols"))
-        layers.check_sizes(self, ("mask_span", "code_dim"))
+        layers.check_sizes(self, ("mask_span", "codes", "code_dim"))
         if not 0 < self.mask_start < 1:
             raise UserError(f"the model's mask_start must be in (0, 1): {self.mask_start}")
         if not 0 <= self.ctc_weight < 1:

@@ -76,6 +76,7 @@ LATER: dict[str, Any] = {
     "model.options.generator": "threefry",
     "model.options.mask_start": 0.04,
     "model.options.mask_span": 10,
+    "model.options.codes": 256,
     "model.options.code_dim": 16,
     "model.options.recurrent_init": "gates",
     "model.options.initial_states": "all",

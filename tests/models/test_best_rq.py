@@ -11,7 +11,8 @@ from fedasr.models.transformer import TransformerConfig
 
 OPTIONS = {
     "objective": "best_rq",
-    "vocab": 12,
+    "vocab": 6,
+    "codes": 12,
     "features": 8,
     "dim": 16,
     "blocks": 1,
@@ -174,6 +175,7 @@ def test_mistakes_are_one_line():
         ({"mask_start": 1.0}, "mask_start"),
         ({"mask_span": 0}, "mask_span"),
         ({"code_dim": 0}, "code_dim"),
+        ({"codes": 0}, "codes"),
     ):
         with pytest.raises(UserError, match=message):
             make_recogniser("transformer", OPTIONS | options)

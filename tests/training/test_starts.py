@@ -31,7 +31,7 @@ def initial(config):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A run of masked prediction: its folder, and its parameters."""
-    config = config_for(seed=1, objective=OBJECTIVE, vocab=40)
+    config = config_for(seed=1, objective=OBJECTIVE, codes=40)
     folder, params = tmp_path_factory.mktemp("run"), initial(config)
     with Checkpointer(folder / "checkpoints") as writer:
         metadata = {"stage": "main", "units": 3, "config": config.tree()}
@@ -62,7 +62,7 @@ def test_it_may_be_adapted_or_go_on_as_it_is(pretrained, tmp_path):
     folder, theirs = pretrained
     found = begun(config_for(peft="lora"), folder, tmp_path)
     np.testing.assert_array_equal(found["front_end"]["kernel"], theirs["front_end"]["kernel"])
-    same = begun(config_for(objective=OBJECTIVE, vocab=40), folder, tmp_path)
+    same = begun(config_for(objective=OBJECTIVE, codes=40), folder, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, same, theirs)
     with pytest.raises(UserError, match=r"another model: .*output"):
-        begun(config_for(objective=OBJECTIVE, vocab=41), folder, tmp_path)
+        begun(config_for(objective=OBJECTIVE, codes=41), folder, tmp_path)
