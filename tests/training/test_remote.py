@@ -132,7 +132,7 @@ def test_a_run_in_a_bucket_is_one_on_a_disk(corpus, whole, url, tmp_path, capsys
         patch.setattr(loop.stages, "run_stages", None)
         assert loop.run(configure(corpus), url + "/") == summary
     assert names(url) == there
-    with pytest.raises(UserError, match=r"differs in seed"):
+    with pytest.raises(UserError, match=rf"--workdir={url} .*differs in seed"):
         loop.run(configure(corpus, seed=1), url)
     with pytest.raises(UserError, match=r"differs in seed"):
         dry_run.dry_run(configure(corpus, seed=1), url)

@@ -111,12 +111,15 @@ def mirrored(url: str) -> Iterator[Mirror]:
             copied(Storage(url), folder)
         try:
             yield mirror
-        except BaseException as error:
+        except Exception as error:  # not what ends at once, such as a second Ctrl-C
             try:
                 _end(mirror)
             except UserError as problem:
                 say(f"warning: {problem}; what is not in {url} is in {folder}")
-            raise error
+            if isinstance(error, UserError) and str(folder) in str(error):
+                told = str(error).replace(str(folder), url)  # where it can be mended
+                raise UserError(told) from error
+            raise
         try:
             _end(mirror)
         except UserError as problem:
