@@ -166,12 +166,24 @@ def test_with_transcripts_of_all_it_is_the_rounds_themselves():
 
 
 def test_labels_are_of_the_teacher_and_the_true_ones_where_there_are_some():
-    trainer = self_training()
+
+    def mishear(params, corpus):  # so that what is true differs from what is heard
+        return [one._replace(labels=3 - one.labels) for one in hear(params, corpus)]
+
+    def late(one):
+        return one.number > 0
+
+    filters = [confident(0.6), late]
+    trainer = SelfTraining(CORPUS, mishear, simulate, labelled=[1], filters=filters)
     labels = trainer.labels(START)
     for index, example in enumerate(CORPUS.get(1, range(4))):
         np.testing.assert_array_equal(labels[1, index], example["labels"])
-    heard = {(one.user, one.number): one for one in hear(START, CORPUS) if one.user != 1}
-    kept = {place for place, one in heard.items() if one.confidence >= 0.6}
+    assert any(
+        one.user == 1 and late(one) and one.labels != labels[1, one.number] and confident(0.6)(one)
+        for one in mishear(START, CORPUS)
+    )
+    heard = {(one.user, one.number): one for one in mishear(START, CORPUS) if one.user != 1}
+    kept = {place for place, one in heard.items() if one.confidence >= 0.6 and late(one)}
     assert {place for place in labels if place[0] != 1} == kept and 0 < len(kept) < len(heard)
     for place in kept:
         np.testing.assert_array_equal(labels[place], heard[place].labels)
