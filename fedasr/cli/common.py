@@ -64,6 +64,9 @@ def main(
             raise UserError(f"no such field in the configuration: {error}") from error
         _refuse_urls(urls)
         if arguments:
+            for value in rest[1:]:
+                if wrong := bucket(value):
+                    raise UserError(f"{value} {wrong}")
             return program(rest[1:])
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: options are given as --name=value")

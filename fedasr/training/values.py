@@ -81,7 +81,7 @@ def prototypes() -> list[str]:
 
 def bucket(place: str) -> str | None:
     """What is to be done instead of naming a bucket ("gs://..."), or None for a path."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place) is None:
+    if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]+::?)+/", place) is None:
         return None
     return (
         "is not on a file system: only --workdir, init_from and a model or checkpoint that is read "

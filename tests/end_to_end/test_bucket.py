@@ -85,7 +85,7 @@ def test_a_run_in_a_bucket_survives_kills(
     assert process.returncode == 0, errors
     summary, whole = json.loads(output.splitlines()[-1]), json.loads(finished[1])
     assert summary["wer"] == whole["wer"]
-    copies._fetched.cache_clear()
+    copies.refresh()
     jax.tree.map(np.testing.assert_array_equal, restore_params(url), restore_params(finished[0]))
     there = Storage(url).sizes()
     assert "report.html" in there and ".owner" not in there

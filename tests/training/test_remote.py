@@ -38,7 +38,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(owner, "_SETTLED", 0.0)
     monkeypatch.setattr(storage, "_WAITS", ())
     monkeypatch.setattr(storage, "_AT_ONCE", 1)
-    copies._fetched.cache_clear()
+    copies.refresh()
 
 
 @pytest.fixture
@@ -136,14 +136,14 @@ def test_a_run_in_a_bucket_is_one_on_a_disk(corpus, whole, url, tmp_path, capsys
         loop.run(configure(corpus, seed=1), url)
     with pytest.raises(UserError, match=r"differs in seed"):
         dry_run.dry_run(configure(corpus, seed=1), url)
-    copies._fetched.cache_clear()
+    copies.refresh()
     assert dry_run.dry_run(configure(corpus), url)["rounds"] == 3
     assert names(url) == there
     assert read_metadata(url)["units"] == 3
     # Longer, and moved: what is in the bucket is a work directory.
     longer = loop.run(configure(corpus), url, extend=4)
     assert [len(longer["history"]), longer["rounds"]] == [1, 4]
-    copies._fetched.cache_clear()
+    copies.refresh()
     shutil.copytree(local(url), tmp_path / "moved")
     assert loop.run(configure(corpus, rounds=4), tmp_path / "moved") == longer
 
@@ -165,7 +165,7 @@ def test_wherever_the_machine_is_gone_another_goes_on(corpus, whole, url, change
     there = names(url)
     assert {name.split("/")[1] for name in there if name.startswith("checkpoints/")} == {"4", "5"}
     assert copies.leftovers(there) == [] and locks.OWNER_FILE not in there
-    copies._fetched.cache_clear()
+    copies.refresh()
     for step in ("4", "5"):
         verify(local(url) / "checkpoints" / step)
     rounds = [[r.get("round") for r in read_metrics(folder)] for folder in (local(url), whole[0])]
