@@ -21,7 +21,7 @@ from absl import app, flags
 from fedasr import recipes
 from fedasr.cli import aborts, exhaustion
 from fedasr.errors import UserError
-from fedasr.training.values import bucket
+from fedasr.fields import bucket
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedasr.errors import UserError, pass_exhaustion
+from fedasr.fields import bucket
 from fedasr.training import exported
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.remote.copies import STEP_MARKER, local
 from fedasr.training.remote.storage import is_remote
-from fedasr.training.values import bucket
 
 PyTree = Any
 

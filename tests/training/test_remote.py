@@ -247,7 +247,7 @@ def test_one_process_at_a_time(corpus, url, monkeypatch):
 def test_a_copy_that_loses_its_checkpoints_takes_none_away(corpus, url, monkeypatch):
     loop.run(configure(corpus), url)
     there = names(url)
-    with pytest.raises(UserError, match="has lost its checkpoints"):
+    with pytest.raises(UserError, match="has lost checkpoints"):
         with mirror.mirrored(url) as copy:
             shutil.rmtree(copy.folder / "checkpoints")
     with pytest.raises(UserError, match="was moved or removed"):

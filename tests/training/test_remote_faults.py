@@ -6,14 +6,21 @@ No run: files are made and removed by hand, as a run does.
 import shutil
 import uuid
 
+import numpy as np
 import pytest
 
+import fedasr.cli.compare as cli_compare
+from fedasr.data.corpus import InMemoryCorpus
+from fedasr.data.preparation.prepare import prepare
+from fedasr.data.writing import write_corpus
 from fedasr.errors import UserError
+from fedasr.federated.local import LocalStore
+from fedasr.fields import bucket
 from fedasr.training import locks
+from fedasr.training.checkpoint import Checkpointer
 from fedasr.training.remote import copies, mirror, owner, storage
 from fedasr.training.remote.copies import STEP_MARKER, local
 from fedasr.training.remote.storage import Storage
-from fedasr.training.values import bucket
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +79,25 @@ def test_a_url_of_no_bucket_makes_no_folder_of_that_name(place, tmp_path, monkey
 def test_chained_urls_are_no_folders():
     assert "is not on a file system" in bucket("simplecache::s3://bucket/run")
     assert bucket("a:b/c") is None and bucket("a::b") is None and bucket("x/gs://b") is None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: prepare([], "gs://bucket/x", name="x"),
+        lambda: write_corpus(
+            "gs://bucket/x", {"train": InMemoryCorpus({"a": [{"x": np.zeros(1)}]})}
+        ),
+        lambda: LocalStore("gs://bucket/x", None, 1),
+        lambda: Checkpointer("gs://bucket/x"),
+        lambda: cli_compare.run(["gs://bucket/a", "gs://bucket/b"]),
+    ],
+)
+def test_what_writes_on_disks_alone_makes_no_folder_of_a_url(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is not on a file system"):
+        make()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("end", [".", "..", "...", ".hidden", "x" * 300, " [1]*é%20#?", ""])
