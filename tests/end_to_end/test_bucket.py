@@ -100,7 +100,8 @@ def test_a_run_in_a_bucket_survives_kills(
     assert os.listdir(tmp_path / "cache" / "remote") == [".compile-cache"]
 
 
-def test_a_bucket_that_is_not_there_is_one_line(program, tiny_flags, bucket):
-    done = program("experiments.train", *tiny_flags, "--workdir=s3://none-of-mine/run")
+@pytest.mark.parametrize("flags", [[], ["--dry_run"]])
+def test_a_bucket_that_is_not_there_is_one_line(program, tiny_flags, bucket, flags):
+    done = program("experiments.train", *tiny_flags, "--workdir=s3://none-of-mine/run", *flags)
     assert done.returncode == 2 and "s3://none-of-mine/run cannot be" in done.stderr
     assert "Traceback" not in done.stderr

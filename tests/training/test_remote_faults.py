@@ -100,7 +100,23 @@ def test_what_writes_on_disks_alone_makes_no_folder_of_a_url(make, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("end", [".", "..", "...", ".hidden", "x" * 300, " [1]*é%20#?", ""])
+@pytest.mark.parametrize("end", ["//run", "/a/./run", "/a/..", "/.", "/../run"])
+def test_urls_whose_files_would_not_be_found_again_are_refused(end):
+    with pytest.raises(UserError, match="an empty part, or one of dots"):
+        with mirror.mirrored(f"memory://bucket{end}"):
+            pass
+    assert Storage("file:///tmp/x/").url == "file:///tmp/x"
+
+
+def test_what_is_written_and_not_listed_is_not_done(url, monkeypatch):
+    monkeypatch.setattr(mirror, "say", lambda text: None)
+    monkeypatch.setattr(Storage, "sizes", lambda self: {})
+    with pytest.raises(UserError, match=r"does not list config\.json, which was written"):
+        with mirror.mirrored(url) as copy:
+            make(copy.folder, "config.json")
+
+
+@pytest.mark.parametrize("end", ["...", ".hidden", "x" * 300, " [1]*é%20#?", ""])
 def test_copies_of_whatever_name_lie_by_themselves(url, end):
     other = mirror.copies_folder() / "another" / "run"
     other.mkdir(parents=True)

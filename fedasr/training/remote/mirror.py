@@ -87,6 +87,9 @@ class Mirror:
             self._sent |= dict.fromkeys(names, _HALF)  # also if sending fails midway
             self._storage.upload(names, self.folder)
             self._sent |= {name: here[name] for name in names}
+        there = self._storage.sizes() if changed else there
+        if lacking := [name for name in changed if name not in there]:
+            raise UserError(f"{self.url} does not list {lacking[0]}, which was written there")
         if gone:
             self._owner.check()
         self._storage.remove(gone)

@@ -15,6 +15,7 @@ from typing import Any
 from fedasr.errors import UserError, pass_exhaustion
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_NO_BUCKET = "specified bucket does not exist"  # of S3
 PART = ".part"  # ends the name of a file on its way to a file system
 _AT_ONCE = 8  # files in flight
 _WAITS = (1.0, 5.0)  # seconds before another try
@@ -41,6 +42,9 @@ class Storage:
         self.url = url.rstrip("/")
         if not is_remote(self.url):  # or it would be a local folder of that name
             raise UserError(f"{url} names no bucket: give one, as in gs://BUCKET/FOLDER")
+        if {"", ".", ".."} & {*self.url.partition("://")[2].removeprefix("/").split("/")}:
+            # What is written there is not found again, or is elsewhere.
+            raise UserError(f"{url} has an empty part, or one of dots: leave it out")
         with self._told("reached"):
             import fsspec
 
@@ -68,7 +72,9 @@ class Storage:
 
         try:
             found = self._tried("listed", find)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if _NO_BUCKET in str(error):
+                raise self._failed("listed", error) from error
             return {}
         for name in found:
             if any(part in ("", ".", "..") for part in name.split("/")):
