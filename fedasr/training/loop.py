@@ -88,7 +88,7 @@ def run(
     if is_remote(workdir):
         config = whole.checked(config, workdir)  # mistakes first
         whole.check_remote(config, only_seed)
-        with mirrored(str(workdir)) as mirror:
+        with mirrored(str(workdir), _set_aside) as mirror:
             return _run(
                 config, mirror.folder, extend, only_seed, command, trackers, sent=mirror.push
             )
@@ -150,6 +150,16 @@ def _run(
         summary = stages.run_stages(session, start, only_seed)
         hosts.wait_for_all("ended")  # who leaves before would end the others
         return summary
+
+
+def _set_aside(workdir: Path) -> bool:
+    """Sets aside the checkpoints that cannot be read; whether there were any."""
+    if not has_checkpoint(workdir / "checkpoints"):
+        return False
+    with Checkpointer(workdir / "checkpoints") as opened:
+        for folder, why in opened.damaged.items():
+            say(f"warning: {why}; it was set aside as {folder.name}")
+    return bool(opened.damaged)
 
 
 def _occupy(workdir: Path, stack: contextlib.ExitStack) -> None:

@@ -13,7 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from fedasr.errors import UserError
+from fedasr.training import dry_run
 from fedasr.training.checkpoint import restore_params
+from fedasr.training.config import default_config
 from fedasr.training.remote import copies
 from fedasr.training.remote.storage import Storage
 
@@ -36,6 +39,8 @@ def bucket(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "nobody")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("FEDASR_CACHE", str(tmp_path / "cache"))
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # it keeps the endpoint of an earlier test
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -100,8 +105,10 @@ def test_a_run_in_a_bucket_survives_kills(
     assert os.listdir(tmp_path / "cache" / "remote") == [".compile-cache"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--dry_run"]])
-def test_a_bucket_that_is_not_there_is_one_line(program, tiny_flags, bucket, flags):
-    done = program("experiments.train", *tiny_flags, "--workdir=s3://none-of-mine/run", *flags)
-    assert done.returncode == 2 and "s3://none-of-mine/run cannot be" in done.stderr
+def test_a_bucket_that_is_not_there_is_one_line(program, tiny_flags, bucket):
+    url = "s3://none-of-mine/run"
+    done = program("experiments.train", *tiny_flags, f"--workdir={url}")
+    assert done.returncode == 2 and f"{url} cannot be" in done.stderr
     assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=f"{url} cannot be listed: .* does not exist"):
+        dry_run.dry_run(default_config().to_dict(), url)

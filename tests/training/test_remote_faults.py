@@ -16,7 +16,7 @@ from fedasr.data.writing import write_corpus
 from fedasr.errors import UserError
 from fedasr.federated.local import LocalStore
 from fedasr.fields import bucket
-from fedasr.training import locks
+from fedasr.training import locks, loop
 from fedasr.training.checkpoint import Checkpointer
 from fedasr.training.remote import copies, mirror, owner, storage
 from fedasr.training.remote.copies import STEP_MARKER, local
@@ -287,3 +287,22 @@ def test_a_copy_is_read_anew_once_it_is_another(url):
     Storage(url).remove(["config.json"])
     copies.refresh()
     assert list(local(url).iterdir()) == []
+
+
+def test_other_processes_do_not_begin_with_a_checkpoint_that_is_damaged(url, monkeypatch):
+    with mirror.mirrored(url) as copy:
+        with Checkpointer(copy.folder / "checkpoints") as saved:
+            for number in (1, 2):
+                saved.save(number, {"params": np.arange(3.0)}, {"number": number})
+                saved.wait()
+    marker, cut = f"checkpoints/2/{STEP_MARKER}", "checkpoints/2/metadata/metadata"
+    assert {marker, cut} <= set(names(url))
+    Storage(url).write(cut, b"{")
+    seen = []
+    monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(mirror.hosts, "wait_for_all", lambda name: seen.append(names(url)))
+    monkeypatch.setattr(loop, "say", seen.append)
+    with mirror.mirrored(url, loop._set_aside):
+        pass
+    assert "set aside as damaged-2" in seen[0]
+    assert marker not in seen[1] and f"checkpoints/1/{STEP_MARKER}" in seen[1]

@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -122,10 +122,15 @@ class Mirror:
 
 
 @contextlib.contextmanager
-def mirrored(url: str) -> Iterator[Mirror]:
+def mirrored(url: str, mended: Callable[[Path], bool] = lambda folder: False) -> Iterator[Mirror]:
     """A work directory in cloud storage, here as long as the context lasts.
 
     Of several processes the first one sends; the others read what was there when they began.
+
+    Args:
+      url: of it.
+      mended: sets aside what is damaged in a copy, and says whether there was anything; called
+        before other processes make theirs, which would begin with it.
 
     Raises:
       UserError: the storage cannot be read or written, or the directory is in use. What is not
@@ -142,6 +147,8 @@ def mirrored(url: str) -> Iterator[Mirror]:
         mirror = Mirror(url, folder, owner)
         if hosts.is_leader():
             mirror.pull()
+            if jax.process_count() > 1 and mended(folder):
+                mirror.push()
         hosts.wait_for_all("pulled")  # leftovers are gone
         if not hosts.is_leader():
             copied(Storage(url), folder, of_run)
