@@ -92,8 +92,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.references += [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
-        self.inner += [v for k, v in attributes if k == "xlink:href"]
+        sounds = [v for k, v in attributes if tag == "audio" and k == "src"]
+        asked = [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
+        inside = [v for v in sounds if v.startswith("data:audio/wav;base64,")]
+        self.references += [v for v in asked if v not in inside]
+        self.inner += inside + [v for k, v in attributes if k == "xlink:href"]
         self.ids += [v for k, v in attributes if k == "id"]
         self.inner += [u for _, v in attributes for u in re.findall(r"url\((.*?)\)", v or "")]
 
@@ -110,7 +113,7 @@ class Page(html.parser.HTMLParser):
         assert not {"script", "link", "iframe", "object"} & set(self.tags)
         assert self.figures == self.tags.count("figure")
         for reference in self.inner:
-            if not reference.startswith("data:image/png;base64,"):
+            if not reference.startswith(("data:image/png;base64,", "data:audio/wav;base64,")):
                 assert reference.startswith("#") and reference[1:] in self.ids, reference
         assert len(set(self.ids)) == len(self.ids)
         for section in SECTIONS:
@@ -282,6 +285,27 @@ def test_who_is_served(tmp_path):
     page = Page(write_report(tmp_path / "run", tmp_path / "other"))
     page.check()
     assert "0 of 3 users have more errors here than in other, 1 fewer" in page.text
+
+
+def test_the_worst_are_heard(tmp_path):
+    write_run(tmp_path)
+    write_json_atomic(tmp_path / "users.json", USERS)
+    row = {"user": "anne", "id": "a/<1>", "reference": "x y", "hypothesis": "", "errors": 2,
+           "words": 2, "seconds": 1.25, "wav": "UklGRg=="}  # fmt: skip
+    rows = [row, row | {"wav": '"><script>'}, row | {"wav": ""}, 3]
+    write_json_atomic(
+        tmp_path / "worst.json", {"test": {"why": "Too <large>.", "utterances": rows}}
+    )
+    page = Page(write_report(tmp_path))
+    page.check()
+    assert page.tags.count("audio") == 1 and "data:audio/wav;base64,UklGRg==" in page.inner
+    for text in ("2 of 2 words", "a/<1>", "(nothing)", "1.2 s", "Too <large>."):
+        assert text in page.text, text
+    assert "media-src data:" in (tmp_path / "report.html").read_text()  # or nothing is played
+    write_json_atomic(tmp_path / "worst.json", {"test": {"why": 1, "utterances": {}}})
+    page = Page(write_report(tmp_path))
+    page.check()
+    assert "utterances with the most errors" not in page.text
 
 
 def test_attacks_are_told_and_alarms_first(tmp_path):

@@ -80,9 +80,9 @@ summary { cursor: pointer; }
 def write_report(workdir: str | Path, against: str | Path | None = None) -> Path:
     """Writes `report.html` into a work directory and returns its path.
 
-    Reads `summary.json`, `metrics.jsonl`, `config.json`, `users.json`, `attacks.json` and
-    `command.txt`; what is missing in them is said in the page. Without matplotlib the page has no
-    plots.
+    Reads `summary.json`, `metrics.jsonl`, `config.json`, `users.json`, `worst.json`, `attacks.json`
+    and `command.txt`; what is missing in them is said in the page. Without matplotlib the page has
+    no plots.
 
     Args:
         workdir: of the run.
@@ -119,7 +119,7 @@ def _page(workdir: Path, other: Any) -> str:
         "<h2>Summary</h2>",
         summary_table(summary),
         "<h2>Who is served</h2>",
-        served_section(users, splits, other),
+        served_section(users, splits, other, read_object(workdir / "worst.json")),
         "<h2>Loss and word error rate</h2>",
         learning_section(main, seed, summary, unit, unseen_text(users)),
         "<h2>Privacy</h2>",
@@ -139,7 +139,8 @@ def _page(workdir: Path, other: Any) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         # The browser then refuses anything that is not in the page.
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        "content=\"default-src 'none'; img-src data:; media-src data:; "
+        "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>Training report: {escaped(workdir.resolve().name)}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(sections) + "\n</body>\n</html>\n"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedasr.training.report.heard import heard_section
 from fedasr.training.report.plots import (
     COLORS,
     colors_of,
@@ -45,7 +46,10 @@ def unseen_text(users: Record) -> str:
 
 
 def served_section(
-    users: Record, splits: Sequence[str], against: tuple[str, Record] | None = None
+    users: Record,
+    splits: Sequence[str],
+    against: tuple[str, Record] | None = None,
+    worst: Record | None = None,
 ) -> str:
     """Errors by user and group of each split.
 
@@ -53,6 +57,7 @@ def served_section(
       users: what `users.json` holds.
       splits: of the run, for their colours.
       against: name and `users.json` of another run, whose users stand beside.
+      worst: what `worst.json` holds.
     """
     if not any(_rows(users, split) for split in users):
         return missing_text("Errors by user are not kept in this run.")
@@ -61,6 +66,7 @@ def served_section(
         if _rows(users, split):
             color = colors_of([*splits, split])[split]
             parts.append(_of_split(users, split, color, against))
+            parts.append(heard_section(mapping_at(worst, split)))
     return "".join(parts)
 
 
