@@ -281,10 +281,21 @@ def test_who_is_served(tmp_path):
         write_report(tmp_path / "run", tmp_path / "other")
     theirs = json.loads(json.dumps(USERS))
     theirs["test"]["by_user"][0]["wer"] = 20.0
+    theirs["test"]["wer"] |= {"mean": 43.5, "worst_decile": None}
+    theirs["test"]["columns"]["gender"] |= {"gap": 7.5, "worst": "f", "best": "m",
+                                            "gap_interval": [1.0, 9.0]}  # fmt: skip
     write_json_atomic(tmp_path / "other" / "users.json", theirs)
-    page = Page(write_report(tmp_path / "run", tmp_path / "other"))
+    write_report(tmp_path / "run", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other")
+    page = Page(write_report(tmp_path / "run"))  # also of a later report, as after attacks
     page.check()
     assert "0 of 3 users have more errors here than in other, 1 fewer" in page.text
+    beside = page.text.split("this run95% intervalother95% interval")[1].split("How to read")[0]
+    assert "Mean over users40.0%30.0 to 50.0%43.5%30.0 to 50.0%" in beside
+    assert "Worst tenth81.0%unknown" in beside
+    assert "Gap by genderunknown7.5 points, f over m1.0 to 9.0%" in beside
+    write_json_atomic(tmp_path / "run" / "beside.json", {"name": 3, "users": {"test": [1]}})
+    Page(write_report(tmp_path / "run")).check()
 
 
 def test_the_worst_are_heard(tmp_path):
@@ -319,6 +330,11 @@ def test_attacks_are_told_and_alarms_first(tmp_path):
     page.check()
     assert "Warning: speaker does better than the claimed privacy allows" in page.text
     assert "40.0 to 60.0%" in page.text and page.figures == 5
+    many = [row | {"attack": f"attack {i}"} for i in range(4)]
+    write_json_atomic(tmp_path / "attacks.json", {"results": many})
+    page = Page(write_report(tmp_path))
+    page.check()
+    assert page.figures == 6  # three side by side
 
 
 def test_a_browser_shows_it_in_both_schemes(tmp_path):

@@ -1,11 +1,11 @@
 """The report's section on who is served: users by error, groups, confusions, another run beside."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedasr.training.report.beside import beside_table
 from fedasr.training.report.heard import heard_section
 from fedasr.training.report.plots import (
     COLORS,
@@ -95,6 +95,7 @@ def _of_split(users: Record, split: str, color: str, against: tuple[str, Record]
     parts = [
         f"<h3>{escaped(split)}: {len(rows)} users</h3>",
         table,
+        beside_table(users, split, *against) if against else "",
         _users_figure(rows, split, color, against),
         _groups(mapping_at(mapping_at(users, split), "columns"), split, color),
         _worst(rows),
@@ -215,11 +216,3 @@ def _confusions(found: Record) -> str:
             )
             parts.append(f"<details><summary>Confusions of {kind}</summary>{table}</details>")
     return "".join(parts)
-
-
-def read_against(workdir: Path) -> tuple[str, Record] | None:
-    """The other run's name and errors by user; None if it has none."""
-    from fedasr.training.report.read import read_object
-
-    users = read_object(workdir / "users.json")
-    return (workdir.resolve().name, users) if users else None
