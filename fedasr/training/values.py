@@ -11,6 +11,7 @@ from typing import Any
 
 from fedasr.errors import UserError
 from fedasr.fields import is_number
+from fedasr.training.remote.storage import is_remote
 
 CENTRAL = "central"  # the algorithm that forgets the users
 
@@ -83,8 +84,9 @@ def bucket(place: str) -> str | None:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place) is None:
         return None
     return (
-        "is not on a file system: mount the bucket (such as by gcsfuse or s3fs), or work in a "
-        "local folder and copy that (gcloud storage rsync, aws s3 sync)"
+        "is not on a file system: only --workdir, init_from and a model or checkpoint that is read "
+        "may be URLs (gs://BUCKET/FOLDER); mount the bucket (such as by gcsfuse or s3fs), or copy "
+        "it (gcloud storage rsync, aws s3 sync)"
     )
 
 
@@ -109,7 +111,9 @@ def parse_start(value: str) -> tuple[str, str]:
 
 def check_start(value: Any) -> str | None:
     """Of what a run starts from."""
-    return check_place(parse_start(value)[1] if isinstance(value, str) else value)
+    if not isinstance(value, str) or not is_remote(value):
+        return check_place(parse_start(value)[1] if isinstance(value, str) else value)
+    return check_place(re.sub("://", "/", value))
 
 
 def check_chunk(value: Any) -> str | None:

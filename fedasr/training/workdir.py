@@ -133,11 +133,11 @@ STATE_ADDED = ("root",)
 
 
 def local_path(workdir: str | Path) -> Path:
-    """A work directory's path.
+    """The path of a work directory on a file system.
 
     Raises:
       UserError: it is a bucket: `Path` would make a local folder of its name, which nobody looks
-        for. The users' rows, locks and logs need files that can be changed in place.
+        for. What is in a bucket is worked on in a copy: `fedasr.training.remote.mirror`.
     """
     if wrong := bucket(str(workdir)):
         raise UserError(f"--workdir={workdir} {wrong}; a local folder of that name begins with ./")

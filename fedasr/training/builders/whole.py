@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from fedasr.errors import UserError
 from fedasr.training.builders import (
     algorithms,
     batches,
@@ -46,3 +49,23 @@ def checked(given: Mapping[str, Any] | Config, workdir: Path | None = None) -> C
     devices.check(config)
     decoders.check(config)
     return config
+
+
+def check_remote(config: Config, only_seed: bool = False) -> None:
+    """Raises UserError for what a run in cloud storage cannot do."""
+    if only_seed or config.seed_training.reuse:
+        raise UserError(
+            "a seed that other runs find (--action=seed_only, seed_training.reuse) lies beside its "
+            "work directory, which must then be a local folder"
+        )
+    rows = models.keeps_rows(config)
+    if rows and config.checkpoint.keep < 2:
+        raise UserError(
+            f"checkpoint.keep={config.checkpoint.keep}: users' rows in cloud storage need 2, those "
+            "of the last checkpoint there must stay until the next one is whole"
+        )
+    if jax.process_count() > 1 and (config.selection.split or rows):
+        raise UserError(
+            "several processes with selection.split, local.patterns or an algorithm that remembers "
+            "users need a work directory that all can read: mount the bucket"
+        )
