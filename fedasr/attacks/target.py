@@ -46,8 +46,8 @@ class Settings:
     users: int = 32
     noise: tuple[float, ...] = (0.0,)
     draws: int = 2
-    rounds: int = 6
-    shadows: int = 6
+    rounds: int = 2
+    shadows: int = 8
     candidates: int = 50
     seed: int = 0
 
