@@ -81,6 +81,10 @@ class Target:
             normalise=privacy.normalise,
         )
 
+    def noise_of(self, noise_multiplier: float | None) -> float:
+        """Standard deviation of the noise on each parameter of a sum of updates."""
+        return (noise_multiplier or 0.0) * self.config.privacy.clip_norm
+
     def simulation(
         self, corpus: Corpus, mechanism: Mechanism, server: optax.GradientTransformation, name: str
     ) -> Simulation:

@@ -70,13 +70,13 @@ def run() -> int | None:
         candidates=flags.FLAGS.candidates,
         seed=flags.FLAGS.seed,
     )
-    kept = _earlier(workdir, wanted)
     found: list[Any] = []
     for name in wanted:
         began = time.monotonic()
         found += attacks.ATTACKS[name](target, settings)
         say(f"{name}: {time.monotonic() - began:.0f} s")
-    records = [*kept, *(one.record() for one in found)]
+    # Read now: others may have been tried meanwhile.
+    records = [*_earlier(workdir, wanted), *(one.record() for one in found)]
     write_json_atomic(workdir / ATTACKS_FILE, to_json({"results": records}))
     write_report(workdir)
     if common.JSON.value:

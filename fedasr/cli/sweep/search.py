@@ -20,6 +20,7 @@ STUDY_FILE = "search.db"
 _POLL_SECONDS = 0.5
 # Trials, and evaluations of a trial, before any is ended early.
 _STARTUP, _WARMUP = 5, 1
+_RANDOM = 3  # trials at random, at least, before what they came to is used
 
 
 class Search(NamedTuple):
@@ -103,7 +104,12 @@ def run_search(search: Search, place: Place, jobs: int) -> Table:
         storage=f"sqlite:///{(folder / STUDY_FILE).resolve()}",
         study_name=name,
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=search.seed, constant_liar=jobs > 1),
+        sampler=optuna.samplers.TPESampler(
+            # Optuna's own 10 at random leave short searches nothing to choose.
+            n_startup_trials=max(_RANDOM, min(10, search.trials // 3)),
+            seed=search.seed,
+            constant_liar=jobs > 1,
+        ),
         pruner=optuna.pruners.MedianPruner(_STARTUP, _WARMUP),
     )
     if any(set(trial.distributions) - set(space) for trial in study.trials):
