@@ -21,7 +21,7 @@ from absl import app, flags
 from fedasr import recipes
 from fedasr.cli import aborts, exhaustion
 from fedasr.errors import UserError
-from fedasr.training.values import bucket
+from fedasr.fields import bucket
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
@@ -64,6 +64,9 @@ def main(
             raise UserError(f"no such field in the configuration: {error}") from error
         _refuse_urls(urls)
         if arguments:
+            for value in rest[1:]:
+                if wrong := bucket(value):
+                    raise UserError(f"{value} {wrong}")
             return program(rest[1:])
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: options are given as --name=value")

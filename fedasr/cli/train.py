@@ -57,7 +57,9 @@ def train(chosen: Sequence[tuple[Any, int]] = ()) -> int | None:
 
     config = config_lib.resolve(common.plain_config())
     if flags.FLAGS.dry_run:
-        summary = loop.dry_run(config, flags.FLAGS.workdir, flags.FLAGS.extend)
+        summary = loop.dry_run(
+            config, flags.FLAGS.workdir, flags.FLAGS.extend, flags.FLAGS.action == "seed_only"
+        )
         rows = measured(config, chosen) if chosen else []
         if rows:
             summary["programs"] = [dataclasses.asdict(row) for row in rows]

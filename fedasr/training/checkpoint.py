@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from fedasr.errors import REMEDIES, UserError, exhausted, pass_exhaustion
+from fedasr.fields import check_local
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.remote.copies import TEMPORARY_MARK
 from fedasr.training.stored import (
@@ -84,6 +85,7 @@ class Checkpointer:
     def __init__(self, directory: str | Path, keep: int = 2):
         if keep < 1:
             raise UserError(f"at least one checkpoint must be kept, not keep={keep}")
+        check_local("directory", directory)
         self.directory = Path(directory).absolute()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

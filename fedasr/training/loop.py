@@ -28,6 +28,7 @@ from fedasr.training.config import Config
 from fedasr.training.dry_run import dry_run as dry_run
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import say, write_json_atomic
+from fedasr.training.remote import copies
 from fedasr.training.remote.mirror import mirrored
 from fedasr.training.remote.storage import is_remote
 from fedasr.training.rows import LOCAL_FOLDER
@@ -83,10 +84,11 @@ def run(
         be lost.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
+    copies.refresh()
     if is_remote(workdir):
-        config = whole.checked(config)  # mistakes first
+        config = whole.checked(config, workdir)  # mistakes first
         whole.check_remote(config, only_seed)
-        with mirrored(str(workdir)) as mirror:
+        with mirrored(str(workdir), _set_aside) as mirror:
             return _run(
                 config, mirror.folder, extend, only_seed, command, trackers, sent=mirror.push
             )
@@ -150,6 +152,16 @@ def _run(
         return summary
 
 
+def _set_aside(workdir: Path) -> bool:
+    """Sets aside the checkpoints that cannot be read; whether there were any."""
+    if not has_checkpoint(workdir / "checkpoints"):
+        return False
+    with Checkpointer(workdir / "checkpoints") as opened:
+        for folder, why in opened.damaged.items():
+            say(f"warning: {why}; it was set aside as {folder.name}")
+    return bool(opened.damaged)
+
+
 def _occupy(workdir: Path, stack: contextlib.ExitStack) -> None:
     """Makes a work directory and keeps others out of it, as long as the stack lasts."""
     try:
@@ -164,11 +176,7 @@ def _occupy(workdir: Path, stack: contextlib.ExitStack) -> None:
 
 def _for_seed_only(config: Config) -> Config:
     """Raises UserError for a configuration that trains no seed."""
-    if config.init_from or not config.seed_training.steps:
-        raise UserError(
-            "--action=seed_only: this configuration trains no seed: set seed_training.steps, and "
-            "no init_from"
-        )
+    whole.check_seed(config)
     return dataclasses.replace(
         config, seed_training=dataclasses.replace(config.seed_training, reuse=True)
     )

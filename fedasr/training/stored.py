@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedasr.errors import UserError, pass_exhaustion
+from fedasr.fields import bucket
 from fedasr.training import exported
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
 from fedasr.training.remote.copies import STEP_MARKER, local
 from fedasr.training.remote.storage import is_remote
-from fedasr.training.values import bucket
 
 PyTree = Any
 
@@ -50,7 +50,8 @@ def restore_params(path: str | Path) -> PyTree:
         path: a work directory, its `checkpoints/` folder (both stand for the latest checkpoint in
             them; a work directory for the best, if its run keeps that: see
             `fedasr.training.selection`), the folder of one checkpoint, or one of `fedasr export`.
-            A URL in cloud storage is copied, once in a process.
+            A URL in cloud storage is copied, and read from that copy until the next run, dry run or
+            `fedasr.load` in this process, or `fedasr.training.remote.copies.refresh`.
 
     Returns:
         The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedasr.errors import UserError
-from fedasr.fields import is_number
+from fedasr.fields import bucket, is_number
 from fedasr.training.remote.storage import is_remote
 
 CENTRAL = "central"  # the algorithm that forgets the users
@@ -77,17 +77,6 @@ def prototypes() -> list[str]:
     from fedasr.federated.local import PROTOTYPES
 
     return list(PROTOTYPES)
-
-
-def bucket(place: str) -> str | None:
-    """What is to be done instead of naming a bucket ("gs://..."), or None for a path."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place) is None:
-        return None
-    return (
-        "is not on a file system: only --workdir, init_from and a model or checkpoint that is read "
-        "may be URLs (gs://BUCKET/FOLDER); mount the bucket (such as by gcsfuse or s3fs), or copy "
-        "it (gcloud storage rsync, aws s3 sync)"
-    )
 
 
 def check_place(value: Any) -> str | None:

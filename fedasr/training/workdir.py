@@ -16,11 +16,11 @@ from typing import Any
 
 from fedasr.digests import START, params_digest
 from fedasr.errors import UserError
+from fedasr.fields import bucket
 from fedasr.training.checkpoint import has_checkpoint, read_metadata, step_folders
 from fedasr.training.config import HOW, Config, fingerprint
 from fedasr.training.logging import from_json, to_json, write_json_atomic
 from fedasr.training.stored import BEST_FOLDER, Unreadable
-from fedasr.training.values import bucket
 
 CONFIG_FILE, SUMMARY_FILE, COMMAND_FILE = "config.json", "summary.json", "command.txt"
 # Where things lie; beside each, what they are.

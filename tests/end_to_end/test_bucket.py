@@ -13,7 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from fedasr.errors import UserError
+from fedasr.training import dry_run
 from fedasr.training.checkpoint import restore_params
+from fedasr.training.config import default_config
 from fedasr.training.remote import copies
 from fedasr.training.remote.storage import Storage
 
@@ -36,6 +39,8 @@ def bucket(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "nobody")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("FEDASR_CACHE", str(tmp_path / "cache"))
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # it keeps the endpoint of an earlier test
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -85,7 +90,7 @@ def test_a_run_in_a_bucket_survives_kills(
     assert process.returncode == 0, errors
     summary, whole = json.loads(output.splitlines()[-1]), json.loads(finished[1])
     assert summary["wer"] == whole["wer"]
-    copies._fetched.cache_clear()
+    copies.refresh()
     jax.tree.map(np.testing.assert_array_equal, restore_params(url), restore_params(finished[0]))
     there = Storage(url).sizes()
     assert "report.html" in there and ".owner" not in there
@@ -101,6 +106,9 @@ def test_a_run_in_a_bucket_survives_kills(
 
 
 def test_a_bucket_that_is_not_there_is_one_line(program, tiny_flags, bucket):
-    done = program("experiments.train", *tiny_flags, "--workdir=s3://none-of-mine/run")
-    assert done.returncode == 2 and "s3://none-of-mine/run cannot be" in done.stderr
+    url = "s3://none-of-mine/run"
+    done = program("experiments.train", *tiny_flags, f"--workdir={url}")
+    assert done.returncode == 2 and f"{url} cannot be" in done.stderr
     assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=f"{url} cannot be listed: .* does not exist"):
+        dry_run.dry_run(default_config().to_dict(), url)

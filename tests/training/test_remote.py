@@ -24,6 +24,7 @@ from fedasr.training.logging import read_metrics, to_json
 from fedasr.training.remote import copies, mirror, owner, storage
 from fedasr.training.remote.copies import STEP_MARKER, local
 from fedasr.training.remote.storage import Storage
+from fedasr.training.session import Session
 from fedasr.training.stored import verify
 
 pytest.importorskip("array_record")
@@ -38,7 +39,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(owner, "_SETTLED", 0.0)
     monkeypatch.setattr(storage, "_WAITS", ())
     monkeypatch.setattr(storage, "_AT_ONCE", 1)
-    copies._fetched.cache_clear()
+    copies.refresh()
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def corpus(tmp_path_factory):
     sound = 0.1 * np.random.default_rng(0).standard_normal(8_000, np.float32), 16_000
     said = [
         Utterance(f"{split}-{user}", f"{split}-{user}", "one two", split, lambda: sound)
-        for split, users in {"seed": 2, "train": 4}.items()
+        for split, users in {"seed": 2, "train": 4, "dev": 1}.items()
         for user in range(users)
     ]
     folder = tmp_path_factory.mktemp("remote") / "data"
@@ -136,14 +137,14 @@ def test_a_run_in_a_bucket_is_one_on_a_disk(corpus, whole, url, tmp_path, capsys
         loop.run(configure(corpus, seed=1), url)
     with pytest.raises(UserError, match=r"differs in seed"):
         dry_run.dry_run(configure(corpus, seed=1), url)
-    copies._fetched.cache_clear()
+    copies.refresh()
     assert dry_run.dry_run(configure(corpus), url)["rounds"] == 3
     assert names(url) == there
     assert read_metadata(url)["units"] == 3
     # Longer, and moved: what is in the bucket is a work directory.
     longer = loop.run(configure(corpus), url, extend=4)
     assert [len(longer["history"]), longer["rounds"]] == [1, 4]
-    copies._fetched.cache_clear()
+    copies.refresh()
     shutil.copytree(local(url), tmp_path / "moved")
     assert loop.run(configure(corpus, rounds=4), tmp_path / "moved") == longer
 
@@ -165,7 +166,7 @@ def test_wherever_the_machine_is_gone_another_goes_on(corpus, whole, url, change
     there = names(url)
     assert {name.split("/")[1] for name in there if name.startswith("checkpoints/")} == {"4", "5"}
     assert copies.leftovers(there) == [] and locks.OWNER_FILE not in there
-    copies._fetched.cache_clear()
+    copies.refresh()
     for step in ("4", "5"):
         verify(local(url) / "checkpoints" / step)
     rounds = [[r.get("round") for r in read_metrics(folder)] for folder in (local(url), whole[0])]
@@ -190,6 +191,31 @@ def test_users_rows_go_on_elsewhere(corpus, url, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint\.keep=1: users' rows"):
         loop.run(configure(corpus, **changes, **{"checkpoint.keep": 1}), f"{url}-other")
     assert names(f"{url}-other") == []
+
+
+@pytest.mark.slow
+def test_the_best_state_goes_on_elsewhere(corpus, url, tmp_path, monkeypatch):
+    def evaluate(self, params, splits=None):  # the small model has no transcripts
+        size = float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(jax.device_get(params))))
+        return {"dev": {"wer": size, "cer": size, "loss": size}}
+
+    monkeypatch.setattr(Session, "evaluate", evaluate)
+    changes = {"data.eval": ("dev",), "evaluation.while_training": ("dev",), "evaluation.every": 1}
+    config = configure(corpus, **changes, **{"selection.split": "dev"})
+    expected = loop.run(config, tmp_path / "disk")
+    for changes in (30, 25, 9):  # what is left to do is less each time
+        with pytest.MonkeyPatch.context() as patch:
+            Machine(patch, changes)
+            patch.setattr(mirror, "say", lambda text: None)
+            with pytest.raises(Gone):
+                loop.run(config, url)
+        shutil.rmtree(mirror.copies_folder())
+        Storage(url).remove([locks.OWNER_FILE])
+    assert any(name.startswith("best/") for name in names(url))
+    summary = loop.run(config, url)
+    assert summary["selection"] == expected["selection"] and summary["wer"] == expected["wer"]
+    same_params(url, tmp_path / "disk")
+    assert len({name.split("/")[1] for name in names(url) if name.startswith("best/")}) == 1
 
 
 def test_a_bucket_that_fails_ends_the_run_in_one_line(corpus, whole, url, monkeypatch):
@@ -247,7 +273,7 @@ def test_one_process_at_a_time(corpus, url, monkeypatch):
 def test_a_copy_that_loses_its_checkpoints_takes_none_away(corpus, url, monkeypatch):
     loop.run(configure(corpus), url)
     there = names(url)
-    with pytest.raises(UserError, match="has lost its checkpoints"):
+    with pytest.raises(UserError, match="has lost checkpoints"):
         with mirror.mirrored(url) as copy:
             shutil.rmtree(copy.folder / "checkpoints")
     with pytest.raises(UserError, match="was moved or removed"):

@@ -23,7 +23,7 @@ from fedasr.training.config import Config, check_fields
 from fedasr.training.logging import to_json
 
 
-def checked(given: Mapping[str, Any] | Config, workdir: Path | None = None) -> Config:
+def checked(given: Mapping[str, Any] | Config, workdir: str | Path | None = None) -> Config:
     """The configuration that a run is given, as a tree or typed.
 
     Args:
@@ -68,4 +68,13 @@ def check_remote(config: Config, only_seed: bool = False) -> None:
         raise UserError(
             "several processes with selection.split, local.patterns or an algorithm that remembers "
             "users need a work directory that all can read: mount the bucket"
+        )
+
+
+def check_seed(config: Config) -> None:
+    """Raises UserError for a configuration that trains no seed, where that alone is wanted."""
+    if config.init_from or not config.seed_training.steps:
+        raise UserError(
+            "--action=seed_only: this configuration trains no seed: set seed_training.steps, and "
+            "no init_from"
         )

@@ -12,7 +12,8 @@ import hashlib
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -20,9 +21,20 @@ import jax
 from fedasr.errors import UserError
 from fedasr.federated import hosts
 from fedasr.training.logging import say
-from fedasr.training.remote.copies import STEP_MARKER, copied, copies_folder, leftovers, whole
+from fedasr.training.remote.copies import (
+    STEP_MARKER,
+    copied,
+    copies_folder,
+    leftovers,
+    of_run,
+    step_of,
+    taken_here,
+    whole,
+)
 from fedasr.training.remote.owner import Owner
 from fedasr.training.remote.storage import Storage
+
+_HALF = (-1, -1)  # in place of what a file was, if it may not be there as a whole
 
 
 class Mirror:
@@ -45,7 +57,7 @@ class Mirror:
 
     def pull(self) -> None:
         """Makes the copy; removes checkpoints there that were not sent whole."""
-        names = copied(self._storage, self.folder)
+        names = copied(self._storage, self.folder, of_run)
         self._storage.remove(leftovers(names))
         self._sent = {name: _stamp(self.folder / name) for name in whole(names)}
 
@@ -56,24 +68,47 @@ class Mirror:
             for _ in range(10):  # files may go while they are read: the best state's, for one
                 with contextlib.suppress(FileNotFoundError):
                     return self._push()
+                time.sleep(0.1)
             raise UserError(f"{self.folder}, the copy of {self.url}, does not keep still")
 
     def _push(self) -> None:
-        here = self._here()
-        changed = sorted(name for name, stamp in here.items() if self._sent.get(name) != stamp)
+        here, there = self._here(), self._storage.sizes()
+        gone = sorted(self._sent.keys() - here.keys(), key=lambda name: STEP_MARKER not in name)
+        self._check_lost(gone, here)
+        changed = sorted(
+            name
+            for name, stamp in here.items()
+            if self._sent.get(name) != stamp or there.get(name) != stamp[0]
+        )
         for last in (False, True):
             names = [name for name in changed if name.endswith(STEP_MARKER) == last]
+            if last and names:
+                self._owner.check()  # sending may have taken long
+            self._sent |= dict.fromkeys(names, _HALF)  # also if sending fails midway
             self._storage.upload(names, self.folder)
             self._sent |= {name: here[name] for name in names}
-        gone = sorted(self._sent.keys() - here.keys(), key=lambda name: STEP_MARKER not in name)
-        if any(map(_is_checkpoint, gone)) and not any(map(_is_checkpoint, here)):
-            raise UserError(
-                f"{self.folder}, the copy of {self.url}, has lost its checkpoints: those there are "
-                "left as they are, and the same command goes on from them"
-            )
+        there = self._storage.sizes() if changed else there
+        if lacking := [name for name in changed if name not in there]:
+            raise UserError(f"{self.url} does not list {lacking[0]}, which was written there")
+        if gone:
+            self._owner.check()
         self._storage.remove(gone)
         for name in gone:
             del self._sent[name]
+
+    def _check_lost(self, gone: Collection[str], here: Collection[str]) -> None:
+        """Raises UserError if what is no longer here is not what a run removes."""
+        if any(f"{step_of(name)}/{STEP_MARKER}" in here for name in gone):
+            raise FileNotFoundError  # a checkpoint on its way out
+        if not _has(self._sent, "checkpoints"):
+            return  # a run that begins anew
+        lost = [f for f in ("checkpoints", "best") if _has(gone, f) and not _has(here, f)]
+        lost += {name for name in gone if name.startswith("local/")}
+        if lost:
+            raise UserError(
+                f"{self.folder}, the copy of {self.url}, has lost {lost[0]}: what is there is "
+                "left as it is, and the same command goes on from it"
+            )
 
     def _here(self) -> dict[str, tuple[int, int]]:
         if not self.folder.is_dir():
@@ -87,10 +122,15 @@ class Mirror:
 
 
 @contextlib.contextmanager
-def mirrored(url: str) -> Iterator[Mirror]:
+def mirrored(url: str, mended: Callable[[Path], bool] = lambda folder: False) -> Iterator[Mirror]:
     """A work directory in cloud storage, here as long as the context lasts.
 
     Of several processes the first one sends; the others read what was there when they began.
+
+    Args:
+      url: of it.
+      mended: sets aside what is damaged in a copy, and says whether there was anything; called
+        before other processes make theirs, which would begin with it.
 
     Raises:
       UserError: the storage cannot be read or written, or the directory is in use. What is not
@@ -102,13 +142,16 @@ def mirrored(url: str) -> Iterator[Mirror]:
             stack.enter_context(owner)
         folder = place_of(url)
         shutil.rmtree(folder.parent, ignore_errors=True)
-        folder.mkdir(parents=True)
+        with taken_here(url, folder):
+            folder.mkdir(parents=True)
         mirror = Mirror(url, folder, owner)
         if hosts.is_leader():
             mirror.pull()
+            if jax.process_count() > 1 and mended(folder):
+                mirror.push()
         hosts.wait_for_all("pulled")  # leftovers are gone
         if not hosts.is_leader():
-            copied(Storage(url), folder)
+            copied(Storage(url), folder, of_run)
         try:
             yield mirror
         except Exception as error:  # not what ends at once, such as a second Ctrl-C
@@ -131,17 +174,19 @@ def place_of(url: str) -> Path:
     process = "" if hosts.is_leader() else f"-{jax.process_index()}"
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", url.rstrip("/").rpartition("/")[2])
-    return copies_folder() / f"{digest}{process}" / (name or "run")
+    return copies_folder() / f"{digest}{process}" / (name.lstrip(".")[-100:] or "run")
 
 
 def _end(mirror: Mirror) -> None:
     if hosts.is_leader():
-        mirror.push()
+        with taken_here(mirror.url, mirror.folder):
+            mirror.push()
     shutil.rmtree(mirror.folder.parent, ignore_errors=True)
 
 
-def _is_checkpoint(name: str) -> bool:
-    return name.startswith("checkpoints/") and name.endswith(STEP_MARKER)
+def _has(names: Iterable[str], folder: str) -> bool:
+    """Whether there is a checkpoint among the files in a folder of a work directory."""
+    return any(n.startswith(f"{folder}/") and n.endswith(f"/{STEP_MARKER}") for n in names)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

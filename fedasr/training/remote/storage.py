@@ -2,7 +2,10 @@
 
 import contextlib
 import hashlib
+import os
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +15,8 @@ from typing import Any
 from fedasr.errors import UserError, pass_exhaustion
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_NO_BUCKET = "specified bucket does not exist"  # of S3
+PART = ".part"  # ends the name of a file on its way to a file system
 _AT_ONCE = 8  # files in flight
 _WAITS = (1.0, 5.0)  # seconds before another try
 _PART = 1 << 23  # bytes that are compared at a time
@@ -35,6 +40,11 @@ class Storage:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
+        if not is_remote(self.url):  # or it would be a local folder of that name
+            raise UserError(f"{url} names no bucket: give one, as in gs://BUCKET/FOLDER")
+        if {"", ".", ".."} & {*self.url.partition("://")[2].removeprefix("/").split("/")}:
+            # What is written there is not found again, or is elsewhere.
+            raise UserError(f"{url} has an empty part, or one of dots: leave it out")
         with self._told("reached"):
             import fsspec
 
@@ -44,18 +54,27 @@ class Storage:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, by name; {} if there is no such folder."""
 
-        def find() -> dict[str, int]:
+        return {name: int(info["size"] or 0) for name, info in self._listed().items()}
+
+    def versions(self) -> dict[str, str]:
+        """What tells whether a file is another than before, by name: its size, tag, time."""
+        return {name: str(sorted(info.items(), key=str)) for name, info in self._listed().items()}
+
+    def _listed(self) -> dict[str, Any]:
+        def find() -> dict[str, Any]:
             self._fs.invalidate_cache()
             found = self._fs.find(self._root, detail=True)
             return {
-                name.removeprefix(self._root).lstrip("/"): int(info["size"] or 0)
+                name.removeprefix(self._root).lstrip("/"): info
                 for name, info in found.items()
                 if info["type"] == "file" and not name.endswith("/")
             }
 
         try:
             found = self._tried("listed", find)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if _NO_BUCKET in str(error):
+                raise self._failed("listed", error) from error
             return {}
         for name in found:
             if any(part in ("", ".", "..") for part in name.split("/")):
@@ -104,44 +123,48 @@ class Storage:
         def copy(name: str) -> None:
             path = folder / name
             try:
-                send(path, name)
+                before = path.stat()
+                if not self._sent(path, name) and _times(path.stat()) == _times(before):
+                    raise UserError(f"{self.url}/{name} is not what was written there: try again")
+                if _times(path.stat()) != _times(before):  # a log, or users' rows: as they are now
+                    with tempfile.NamedTemporaryFile(dir=folder.parent) as still:
+                        shutil.copyfile(path, still.name)
+                        if not self._sent(Path(still.name), name):
+                            raise UserError(f"{self.url}/{name} is not what was written there")
             except FileNotFoundError as error:
                 if path.exists():
                     raise self._failed(f"written ({name})", error) from error
                 raise
 
-        def send(path: Path, name: str) -> None:
-            for _ in range(3):  # a log may have grown meanwhile
-                before = path.stat()
-                self._tried(f"written ({name})", lambda: self._put_file(path, name))
-                after = path.stat()
-                if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
-                    break
-            else:
-                self._put(name, path.read_bytes())
-                return
-            if self._tried(f"read back ({name})", lambda: self._digest(name)) != _digest_of(path):
-                if path.stat().st_mtime_ns == after.st_mtime_ns:
-                    raise UserError(f"{self.url}/{name} is not what was written there: try again")
-
         self._each(copy, names)
+
+    def _sent(self, path: Path, name: str) -> bool:
+        """Whether what was sent is what is here."""
+        self._tried(f"written ({name})", lambda: self._put_file(path, name))
+        return self._tried(f"read back ({name})", lambda: self._digest(name)) == _digest_of(path)
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def _put(self, name: str, content: bytes) -> None:
-        self._make_parent(name)
-        self._fs.pipe_file(self._key(name), content)
+        with self._placed(name) as key:
+            self._fs.pipe_file(key, content)
 
     def _put_file(self, path: Path, name: str) -> None:
         path.stat()  # whether it is the local file that is not there
-        self._make_parent(name)
-        self._fs.put_file(str(path), self._key(name))
+        with self._placed(name) as key:
+            self._fs.put_file(str(path), key)
 
-    def _make_parent(self, name: str) -> None:
-        # Of storage that has folders: a bucket has none, and would be made.
-        if getattr(self._fs, "auto_mkdir", None) is not None:
-            self._fs.makedirs(self._key(name).rpartition("/")[0], exist_ok=True)
+    @contextlib.contextmanager
+    def _placed(self, name: str) -> Iterator[str]:
+        """Where a file is to be written, for it to be there as a whole or not at all."""
+        key = self._key(name)
+        if getattr(self._fs, "auto_mkdir", None) is None:  # a bucket: it has no folders
+            yield key
+            return
+        self._fs.makedirs(key.rpartition("/")[0], exist_ok=True)
+        yield key + PART
+        self._fs.mv(key + PART, key)
 
     def _digest(self, name: str) -> str:
         with self._fs.open(self._key(name), "rb") as file:
@@ -149,8 +172,12 @@ class Storage:
 
     def _each(self, do: Any, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for done in [pool.submit(do, name) for name in names]:
-                done.result()
+            try:
+                for done in [pool.submit(do, name) for name in names]:
+                    done.result()
+            except BaseException:  # each of the others might be tried as long
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _tried(self, what: str, do: Any) -> Any:
         """What `do` returns, tried again where the network may have been the reason."""
@@ -177,13 +204,18 @@ class Storage:
     def _failed(self, what: str, error: Exception) -> UserError:
         pass_exhaustion(error, f"reaching {self.url}")
         if isinstance(error, ImportError):
-            reason = "pip install 'fedasr[remote]'"
+            ours = self.url.partition("://")[0] in ("gs", "gcs", "s3", "s3a")
+            reason = "pip install 'fedasr[remote]'" + ("" if ours else f"; {error}")
         elif isinstance(error, ValueError) and "rotocol" in str(error):
             reason = "no file system is known by that name: gs:// and s3:// are"
         else:
             text = " ".join(str(error).split()) or type(error).__name__
             reason = f"{text[:200]}: mend that, and the same command goes on"
         return UserError(f"{self.url} cannot be {what}: {reason}")
+
+
+def _times(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
 
 
 def _digest_of(path: Path) -> str:
