@@ -12,7 +12,6 @@ from fedasr.attacks.matching import Halves, halves, releases, result
 from fedasr.attacks.results import Result
 from fedasr.attacks.target import Settings, Target
 
-
 _LEAST = 0.1  # of the mean variance: parameters in which nobody differs say little
 
 
