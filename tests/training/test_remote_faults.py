@@ -306,3 +306,14 @@ def test_other_processes_do_not_begin_with_a_checkpoint_that_is_damaged(url, mon
         pass
     assert "set aside as damaged-2" in seen[0]
     assert marker not in seen[1] and f"checkpoints/1/{STEP_MARKER}" in seen[1]
+
+
+def test_storage_elsewhere_of_the_same_name_does_not_lose_its_copy(url):
+    with mirror.mirrored(url) as copy, locks.lock_directory(copy.folder):
+        Storage(url).remove([locks.OWNER_FILE])  # as where nobody has it
+        with pytest.raises(UserError, match="in use by another process"):
+            with mirror.mirrored(url):
+                pass
+        assert copy.folder.is_dir()
+        fill(url, "x")
+        copy._owner._write(0)

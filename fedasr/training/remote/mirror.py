@@ -20,6 +20,7 @@ import jax
 
 from fedasr.errors import UserError
 from fedasr.federated import hosts
+from fedasr.training.locks import lock_directory
 from fedasr.training.logging import say
 from fedasr.training.remote.copies import (
     STEP_MARKER,
@@ -141,6 +142,8 @@ def mirrored(url: str, mended: Callable[[Path], bool] = lambda folder: False) ->
         if hosts.is_leader():
             stack.enter_context(owner)
         folder = place_of(url)
+        if folder.is_dir():  # another's of the same name, in storage elsewhere, may be at work
+            lock_directory(folder).close()
         shutil.rmtree(folder.parent, ignore_errors=True)
         with taken_here(url, folder):
             folder.mkdir(parents=True)
