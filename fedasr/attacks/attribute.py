@@ -11,7 +11,7 @@ import numpy as np
 
 from fedasr.attacks.matching import Halves, halves, releases, result
 from fedasr.attacks.results import Result
-from fedasr.attacks.speaker import scores
+from fedasr.attacks.speaker import scale_of, scores
 from fedasr.attacks.target import Settings, Target
 from fedasr.data.listing import read_listing
 
@@ -49,7 +49,8 @@ def attack(target: Target, settings: Settings, given: Halves | None = None) -> l
         for release in releases(target, settings, found.observed):
             plain = release.noise_multiplier is None
             enrolled = found.enrolled if plain else target.clipped(found.enrolled)
-            right = guessed(enrolled, release.seen, kinds)[..., known]
+            scale = scale_of(enrolled, target.noise_of(release.noise_multiplier))
+            right = guessed(enrolled * scale, release.seen * scale, kinds)[..., known]
             what = f"{column} named, of {len(set(kinds[known].tolist()))} values"
             results.append(result(target, f"attribute {column}", release, right, chance, what))
     return results

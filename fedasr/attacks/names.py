@@ -1,48 +1,70 @@
 """Which name did a user say? Planted names, looked for in the model that comes out.
 
-Each target has a recording of their own whose transcript is a random name, beside other speech. The
-model trains on for some rounds. The attacker has both models, a recording of the target's voice,
-and the list of names; they name the one whose loss fell most. (arXiv 2204.08345 masks a name's
-part of a recording with noise and reads what the model puts there.)
+Each target says a random name once among a known number of utterances: the longest of these has it
+as its transcript. They are alone in the rounds, which is what is left for one who knows all others'
+updates. The attacker has the models before and after, the recording, and a list of names; they name
+the one whose likelihood rose most. (arXiv 2204.08345 masks a name's part of a recording with noise
+and reads what the model puts there.)
 """
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedasr.attacks.results import Result
-from fedasr.attacks.target import Settings, Target, choose_users
+from fedasr.attacks.target import Examples, Settings, Target, choose_users
 from fedasr.attacks.training import Users, multipliers, trained, training_result
+from fedasr.data.corpus import Corpus
+from fedasr.errors import UserError
 from fedasr.streams import Stream, generator
 
 _TOKENS = 6  # of a name
-_OTHERS = 2  # other utterances of a target
+RATES = (4, 10)  # one utterance of so many has the name
 
 
-def planted(target: Target, settings: Settings) -> tuple[Users, list[list[dict]], np.ndarray]:
-    """Targets with their names.
+class Planted(NamedTuple):
+    """users: examples of each. candidates: each one's recording with every name on their list.
+    true: which was planted. among: how many utterances that was one of."""
 
-    Returns:
-      (users' examples, for each user the recording with every candidate name [users][candidates],
-      which is the true one, int [users]).
+    users: Users
+    candidates: list[Examples]
+    true: list[int]
+    among: list[int]
+
+
+def planted(target: Target, settings: Settings) -> Planted:
+    """Targets with their names, for each rate that users have utterances enough for.
+
+    Raises:
+      UserError: no two users have enough for any.
     """
-    corpus = target.data.evaluation or {"train": target.data.train}
-    held_out = next(iter(corpus.values()))
-    chosen = choose_users(held_out, settings.users, settings.seed, _OTHERS + 1)
+    corpora: Sequence[Corpus] = list(target.data.evaluation.values()) or [target.data.train]
+    held_out = corpora[0]
     rng = generator(Stream.ATTACK, "names", settings.seed)
     vocab = target.data.tokenizer.vocab_size
-    users: Users = {}
-    lists = []
-    truth = rng.integers(settings.candidates, size=len(chosen))
-    for user, true in zip(chosen, truth, strict=True):
-        examples = held_out.get(user, range(_OTHERS + 1))
-        spoken = max(examples, key=lambda example: len(example["features"]))
-        names = [
-            _name(vocab, rng).astype(spoken["labels"].dtype) for _ in range(settings.candidates)
-        ]
-        with_name = [{**spoken, "labels": labels} for labels in names]
-        others = [example for example in examples if example is not spoken]
-        users[f"{len(users):06d}"] = [*others, *[with_name[true]] * len(examples)]
-        lists.append(with_name)
-    return users, lists, truth
+    found = Planted({}, [], [], [])
+    for among in RATES:
+        if (np.asarray(held_out.sizes) >= among).sum() < 2:
+            continue
+        for user in choose_users(held_out, settings.users, settings.seed, among):
+            examples = held_out.get(user, range(among))
+            place = max(range(among), key=lambda i: len(examples[i]["features"]))
+            spoken, true = examples[place], int(rng.integers(settings.candidates))
+            names = [_name(vocab, rng) for _ in range(settings.candidates)]
+            candidates = [
+                {**spoken, "labels": name.astype(spoken["labels"].dtype)} for name in names
+            ]
+            examples[place] = candidates[true]
+            found.users[f"{len(found.users):06d}"] = examples
+            found.candidates.append(candidates)
+            found.true.append(true)
+            found.among.append(among)
+    if not found.users:
+        raise UserError(
+            f"names: no two held-out users have {min(RATES)} utterances: leave it out of --attacks"
+        )
+    return found
 
 
 def _name(vocab: int, rng: np.random.Generator) -> np.ndarray:
@@ -53,16 +75,21 @@ def _name(vocab: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def attack(target: Target, settings: Settings) -> list[Result]:
-    """Names each target's name, by setting."""
-    users, lists, truth = planted(target, settings)
-    every = [example for candidates in lists for example in candidates]
-    before = target.losses(target.params, every).reshape(len(lists), -1)
-    presence = np.ones((1, len(users)), bool)
-    results = []
+    """Names each target's name, by setting and rate."""
+    found = planted(target, settings)
+    before = [target.losses(target.params, each) for each in found.candidates]
+    alone = np.eye(len(found.users), dtype=bool)
+    among, results = np.array(found.among), []
     for setting in multipliers(settings):
-        (params,) = trained(target, settings, "names", users, presence, setting[1])
-        fall = before - target.losses(params, every).reshape(len(lists), -1)
-        right = np.where(np.isfinite(fall), fall, -np.inf).argmax(1) == truth
-        chance, what = 1 / settings.candidates, f"the name, of {settings.candidates}"
-        results.append(training_result(target, settings, "names", setting, right, chance, what))
+        models = trained(target, settings, "names", found.users, alone, setting[1])
+        falls: Any = [
+            old - target.losses(params, each)
+            for params, old, each in zip(models, before, found.candidates, strict=True)
+        ]
+        falls = np.where(np.isfinite(falls), falls, -np.inf)
+        right = falls.argmax(1) == found.true
+        for rate in sorted(set(found.among)):
+            chance, what = 1 / settings.candidates, f"the name, of {settings.candidates}"
+            name, those = f"names 1 in {rate}", right[among == rate]
+            results.append(training_result(target, settings, name, setting, those, chance, what))
     return results

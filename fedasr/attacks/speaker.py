@@ -12,6 +12,19 @@ from fedasr.attacks.matching import Halves, halves, releases, result
 from fedasr.attacks.results import Result
 from fedasr.attacks.target import Settings, Target
 
+_LEAST = 0.1  # of the mean variance: parameters in which nobody differs say little
+
+
+def scale_of(enrolled: np.ndarray, noise: float = 0.0) -> np.ndarray:
+    """What brings parameters to a like spread, so that a few of them do not decide: [n].
+
+    Args:
+      enrolled: [candidates, n].
+      noise: standard deviation of what is added to each parameter of what is seen.
+    """
+    variance = enrolled.var(0)
+    return 1 / np.sqrt(variance + _LEAST * variance.mean() + noise**2 + 1e-30)
+
 
 def scores(enrolled: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """How well each update that is seen fits each candidate: [..., seen, candidates].
@@ -49,7 +62,8 @@ def identified(target: Target, settings: Settings, found: Halves) -> Iterable[Re
         for (known, _), release in zip(sides, both, strict=True):
             plain = release.noise_multiplier is None
             enrolled = known if plain else target.clipped(known)
-            guesses = scores(enrolled, release.seen).argmax(-1)
+            scale = scale_of(enrolled, target.noise_of(release.noise_multiplier))
+            guesses = scores(enrolled * scale, release.seen * scale).argmax(-1)
             right.append(guesses == np.arange(users))
         what = f"the sender named among {users} speakers"
         yield result(target, "speaker", both[0], np.stack(right), 1 / users, what)

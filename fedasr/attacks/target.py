@@ -46,8 +46,8 @@ class Settings:
     users: int = 32
     noise: tuple[float, ...] = (0.0,)
     draws: int = 2
-    rounds: int = 6
-    shadows: int = 6
+    rounds: int = 2
+    shadows: int = 8
     candidates: int = 50
     seed: int = 0
 
@@ -80,6 +80,10 @@ class Target:
             sampler,
             normalise=privacy.normalise,
         )
+
+    def noise_of(self, noise_multiplier: float | None) -> float:
+        """Standard deviation of the noise on each parameter of a sum of updates."""
+        return (noise_multiplier or 0.0) * self.config.privacy.clip_norm
 
     def simulation(
         self, corpus: Corpus, mechanism: Mechanism, server: optax.GradientTransformation, name: str

@@ -42,14 +42,15 @@ def trained(
       settings: for the number of rounds.
       name: of the attack; its trainings have noise of their own.
       users: examples of each, by id.
-      presence: bool [trainings, users], in the order of the ids.
+      presence: bool [trainings, users], in the order of the ids; the server divides by how many
+        there are on average.
       z: noise multiplier; None for no clipping.
 
     Returns:
       On the host, one for each training.
     """
     corpus = InMemoryCorpus(users, ragged=ARRAYS)
-    sampler = RollCall(presence, settings.rounds, float(presence.shape[1]))
+    sampler = RollCall(presence, settings.rounds, float(presence.sum(1).mean()))
     mechanism = target.mechanism(sampler, z)
     server = optimizers.server_optimizer(target.config)
     simulation = target.simulation(corpus, mechanism, server, "training")

@@ -70,13 +70,13 @@ def run() -> int | None:
         candidates=flags.FLAGS.candidates,
         seed=flags.FLAGS.seed,
     )
-    kept = _earlier(workdir, wanted)
     found: list[Any] = []
     for name in wanted:
         began = time.monotonic()
         found += attacks.ATTACKS[name](target, settings)
         say(f"{name}: {time.monotonic() - began:.0f} s")
-    records = [*kept, *(one.record() for one in found)]
+    # Read now: others may have been tried meanwhile.
+    records = [*_earlier(workdir, wanted), *(one.record() for one in found)]
     write_json_atomic(workdir / ATTACKS_FILE, to_json({"results": records}))
     write_report(workdir)
     if common.JSON.value:
@@ -121,8 +121,8 @@ def main() -> None:
     flags.DEFINE_list("noise", None, "Noise multipliers to try.")
     flags.DEFINE_integer("users", 32, "Targets.", lower_bound=2)
     flags.DEFINE_integer("draws", 2, "Of the noise on each update.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 6, "Of a training that is observed.", lower_bound=1)
-    flags.DEFINE_integer("shadows", 6, "Trainings of the attack on membership.", lower_bound=4)
+    flags.DEFINE_integer("rounds", 2, "Of a training that is observed.", lower_bound=1)
+    flags.DEFINE_integer("shadows", 8, "Trainings of the attack on membership.", lower_bound=4)
     flags.DEFINE_integer("candidates", 50, "Names among which one is looked for.", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "Of all that is drawn.", lower_bound=0)
     common.main(run, __name__)

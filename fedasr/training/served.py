@@ -15,6 +15,7 @@ from fedasr.evaluation import confusions
 from fedasr.evaluation.hypotheses import HYPOTHESES_FILE, Hypothesis, write_hypotheses
 from fedasr.evaluation.users import by_user, columns_of, groups, statistics
 from fedasr.training.evaluation import Decoded
+from fedasr.training.heard import WORST_FILE, describe_worst
 from fedasr.training.logging import to_json, write_json_atomic
 
 USERS_FILE = "users.json"
@@ -112,7 +113,7 @@ def write_served(
     decoded: Mapping[str, Sequence[Decoded]],
     trained: Sequence[Corpus],
 ) -> dict[str, Any]:
-    """Writes `hypotheses.jsonl` and `users.json`; returns the summary's part, by split.
+    """Writes hypotheses, errors by user and the worst; returns the summary's part, by split.
 
     Args:
       workdir: where they are written.
@@ -128,4 +129,6 @@ def write_served(
     write_hypotheses(workdir / HYPOTHESES_FILE, (one for each in found.values() for one in each))
     described = {split: describe_users(each, minutes) for split, each in found.items()}
     write_json_atomic(workdir / USERS_FILE, to_json(described))
+    worst = {split: describe_worst(directory, split, each) for split, each in found.items()}
+    write_json_atomic(workdir / WORST_FILE, worst)
     return to_json({split: in_short(each) for split, each in described.items()})

@@ -2,15 +2,18 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedasr.errors import UserError
-from fedasr.evaluation.alignment import align
+from fedasr.evaluation.alignment import align, errors_of
 from fedasr.evaluation.comparison import compare, in_words, permutation_p
 from fedasr.evaluation.hypotheses import Hypothesis
 from fedasr.evaluation.mapsswe import mapsswe, segments
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 # Reference, two hypotheses, and by hand: errors of both in each segment.
 BY_HAND = [
@@ -61,6 +64,26 @@ def test_the_statistic_by_hand():
     for alike in (1, 2):
         told = mapsswe([pair("a b", "a", "a b")] * alike)
         assert told.mean == 1 and math.isnan(told.z) and math.isnan(told.p)
+
+
+@pytest.mark.parametrize(
+    ("name", "segments_", "errors", "mean", "sd", "z"),
+    [
+        ("sparse", 56, (71, 39), 0.571, 1.158, 3.694),
+        ("dense", 58, (179, 138), 0.707, 1.737, 3.099),
+    ],
+)
+def test_figures_are_those_of_nist(name, segments_, errors, mean, sd, z):
+    """Made-up utterances; of the same texts NIST's sclite and sc_stats 1.3 (-t mapsswe -v) said so.
+
+    Columns of the files: reference, first, second hypothesis.
+    """
+    lines = (FIXTURES / f"{name}.tsv").read_text().splitlines()
+    pairs = [pair(*line.split("\t")) for line in lines]
+    found = mapsswe(pairs)
+    assert found.segments == segments_
+    assert [found.mean, found.sd, found.z] == pytest.approx([mean, sd, z], abs=5e-4)
+    assert tuple(sum(errors_of(each[i]) for each in pairs) for i in (0, 1)) == errors
 
 
 def test_the_test_is_calibrated():

@@ -92,8 +92,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.references += [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
-        self.inner += [v for k, v in attributes if k == "xlink:href"]
+        sounds = [v for k, v in attributes if tag == "audio" and k == "src"]
+        asked = [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
+        inside = [v for v in sounds if v.startswith("data:audio/wav;base64,")]
+        self.references += [v for v in asked if v not in inside]
+        self.inner += inside + [v for k, v in attributes if k == "xlink:href"]
         self.ids += [v for k, v in attributes if k == "id"]
         self.inner += [u for _, v in attributes for u in re.findall(r"url\((.*?)\)", v or "")]
 
@@ -110,7 +113,7 @@ class Page(html.parser.HTMLParser):
         assert not {"script", "link", "iframe", "object"} & set(self.tags)
         assert self.figures == self.tags.count("figure")
         for reference in self.inner:
-            if not reference.startswith("data:image/png;base64,"):
+            if not reference.startswith(("data:image/png;base64,", "data:audio/wav;base64,")):
                 assert reference.startswith("#") and reference[1:] in self.ids, reference
         assert len(set(self.ids)) == len(self.ids)
         for section in SECTIONS:
@@ -278,10 +281,42 @@ def test_who_is_served(tmp_path):
         write_report(tmp_path / "run", tmp_path / "other")
     theirs = json.loads(json.dumps(USERS))
     theirs["test"]["by_user"][0]["wer"] = 20.0
+    theirs["test"]["wer"] |= {"mean": 43.5, "worst_decile": None}
+    theirs["test"]["columns"]["gender"] |= {"gap": 7.5, "worst": "f", "best": "m",
+                                            "gap_interval": [1.0, 9.0]}  # fmt: skip
     write_json_atomic(tmp_path / "other" / "users.json", theirs)
-    page = Page(write_report(tmp_path / "run", tmp_path / "other"))
+    write_report(tmp_path / "run", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other")
+    page = Page(write_report(tmp_path / "run"))  # also of a later report, as after attacks
     page.check()
     assert "0 of 3 users have more errors here than in other, 1 fewer" in page.text
+    beside = page.text.split("this run95% intervalother95% interval")[1].split("How to read")[0]
+    assert "Mean over users40.0%30.0 to 50.0%43.5%30.0 to 50.0%" in beside
+    assert "Worst tenth81.0%unknown" in beside
+    assert "Gap by genderunknown7.5 points, f over m1.0 to 9.0%" in beside
+    write_json_atomic(tmp_path / "run" / "beside.json", {"name": 3, "users": {"test": [1]}})
+    Page(write_report(tmp_path / "run")).check()
+
+
+def test_the_worst_are_heard(tmp_path):
+    write_run(tmp_path)
+    write_json_atomic(tmp_path / "users.json", USERS)
+    row = {"user": "anne", "id": "a/<1>", "reference": "x y", "hypothesis": "", "errors": 2,
+           "words": 2, "seconds": 1.25, "wav": "UklGRg=="}  # fmt: skip
+    rows = [row, row | {"wav": '"><script>'}, row | {"wav": ""}, 3]
+    write_json_atomic(
+        tmp_path / "worst.json", {"test": {"why": "Too <large>.", "utterances": rows}}
+    )
+    page = Page(write_report(tmp_path))
+    page.check()
+    assert page.tags.count("audio") == 1 and "data:audio/wav;base64,UklGRg==" in page.inner
+    for text in ("2 of 2 words", "a/<1>", "(nothing)", "1.2 s", "Too <large>."):
+        assert text in page.text, text
+    assert "media-src data:" in (tmp_path / "report.html").read_text()  # or nothing is played
+    write_json_atomic(tmp_path / "worst.json", {"test": {"why": 1, "utterances": {}}})
+    page = Page(write_report(tmp_path))
+    page.check()
+    assert "utterances with the most errors" not in page.text
 
 
 def test_attacks_are_told_and_alarms_first(tmp_path):
@@ -295,6 +330,11 @@ def test_attacks_are_told_and_alarms_first(tmp_path):
     page.check()
     assert "Warning: speaker does better than the claimed privacy allows" in page.text
     assert "40.0 to 60.0%" in page.text and page.figures == 5
+    many = [row | {"attack": f"attack {i}"} for i in range(4)]
+    write_json_atomic(tmp_path / "attacks.json", {"results": many})
+    page = Page(write_report(tmp_path))
+    page.check()
+    assert page.figures == 6  # three side by side
 
 
 def test_a_browser_shows_it_in_both_schemes(tmp_path):

@@ -1,6 +1,9 @@
 """Errors by user of a run: what prepared data says of utterances, and minutes of training."""
 
+import base64
+import io
 import json
+import wave
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +13,8 @@ from fedasr.data.listing import read_listing
 from fedasr.data.preparation.prepare import prepare
 from fedasr.data.records import open_corpus
 from fedasr.data.utterances import Utterance
-from fedasr.evaluation.hypotheses import read_hypotheses
-from fedasr.training import served, stages
+from fedasr.evaluation.hypotheses import Hypothesis, read_hypotheses
+from fedasr.training import heard, served, stages
 from fedasr.training.evaluation import Decoded
 
 pytest.importorskip("array_record")
@@ -39,9 +42,10 @@ def directory(tmp_path_factory):
         Utterance(name, user, text, split, sound(seconds), said)
         for name, user, text, split, seconds, said in rows
     ]
-    out = tmp_path_factory.mktemp("served") / "data"
-    prepare(utterances, out, name="three")
-    return out
+    out = tmp_path_factory.mktemp("served")
+    prepare(utterances, out / "audio", name="three", store="audio")
+    prepare(utterances, out / "data", name="three")
+    return out / "data"
 
 
 def decoded():
@@ -101,6 +105,36 @@ def test_a_run_writes_who_is_served(directory, tmp_path):
     assert users["columns"]["seen in training"]["groups"]["unseen"]["rate"] == 100
     assert users["confusions"]["words"][0]["count"] == 1
     assert [x.hypothesis for x in read_hypotheses(tmp_path)] == ["one too", "two", ""]
+
+
+def test_the_worst_are_kept_with_their_sound(directory, tmp_path, monkeypatch):
+    stored = directory.parent / "audio"
+    corpus = open_corpus(stored, "test")
+    served.write_served(tmp_path, stored, {"test": corpus}, {"test": decoded()}, [])
+    found = json.loads((tmp_path / "worst.json").read_text())["test"]
+    rows = found["utterances"]
+    # Of two with one error the shorter; the utterance without any is not there.
+    assert [(x["id"], x["errors"], x["words"]) for x in rows] == [("c\u2028", 1, 1), ("b0", 1, 2)]
+    assert not found["why"]
+    for row, seconds in zip(rows, (1.0, 1.0), strict=True):
+        assert row["seconds"] == seconds
+        with wave.open(io.BytesIO(base64.b64decode(row["wav"]))) as file:
+            assert (file.getframerate(), file.getnchannels()) == (16_000, 1)
+            samples = np.frombuffer(file.readframes(10**6), "<i2")
+        expected = np.random.default_rng(0).standard_normal(int(16_000 * seconds), np.float32)
+        assert abs(samples - 3276.8 * expected).max() <= 1
+    # Bounded: what does not fit has no sound, and that is said.
+    monkeypatch.setattr(heard, "_MOST_SAMPLES", 20_000)
+    found = served.hypotheses_of(stored, "test", corpus, decoded())
+    short = heard.describe_worst(stored, "test", found)
+    assert [bool(x["wav"]) for x in short["utterances"]] == [True, False]
+    assert "too large" in short["why"]
+    # Features cannot be heard.
+    silent = heard.describe_worst(directory, "test", found)
+    assert "--store=audio" in silent["why"] and not any(x["wav"] for x in silent["utterances"])
+    assert heard.describe_worst(directory, "test", found[1:2])["utterances"] == []
+    many = [Hypothesis("test", "b", i, "one " * (i + 1), "") for i in range(12)]
+    assert [errors for _, errors in heard.worst_of(many)] == list(range(12, 2, -1))
 
 
 def test_minutes_are_of_who_spoke_and_a_failure_is_told(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from fedasr.cli.sweep.runs import Place
 from fedasr.errors import UserError
 from fedasr.recipes import tables
 from fedasr.recipes.tables import Run, Table
+from fedasr.streams import make_root
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import read_metrics, say
 
@@ -20,6 +21,7 @@ STUDY_FILE = "search.db"
 _POLL_SECONDS = 0.5
 # Trials, and evaluations of a trial, before any is ended early.
 _STARTUP, _WARMUP = 5, 1
+_RANDOM = 3  # trials at random, at least, before what they came to is used
 
 
 class Search(NamedTuple):
@@ -103,7 +105,6 @@ def run_search(search: Search, place: Place, jobs: int) -> Table:
         storage=f"sqlite:///{(folder / STUDY_FILE).resolve()}",
         study_name=name,
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=search.seed, constant_liar=jobs > 1),
         pruner=optuna.pruners.MedianPruner(_STARTUP, _WARMUP),
     )
     if any(set(trial.distributions) - set(space) for trial in study.trials):
@@ -155,6 +156,7 @@ class _Trials(NamedTuple):
         """Starts trials in the free slots."""
         while len(running) < self.jobs:
             if not waiting and len(self.study.trials) < self.search.trials:
+                self.study.sampler = self._sampler(len(self.study.trials))
                 waiting.append(self.study.ask(dict(self.space)))
             if not waiting:
                 return
@@ -164,6 +166,15 @@ class _Trials(NamedTuple):
             slot = next(i for i in range(self.jobs) if i not in taken)
             child = launch(table, _run(table, trial.number), self.place, slot, self.jobs)
             running[trial.number] = trial, child
+
+    def _sampler(self, number: int) -> Any:
+        """Of a trial: one for all would draw again what it drew before the search was stopped."""
+        return self.optuna.samplers.TPESampler(
+            # Optuna's own 10 at random leave short searches nothing to choose.
+            n_startup_trials=max(_RANDOM, min(10, self.search.trials // 3)),
+            seed=int(make_root("search", self.search.seed, number)[0]),
+            constant_liar=self.jobs > 1,
+        )
 
     def _look_after(self, trial: Any, child: Child, stop: StopFlag) -> bool:
         """Reports or ends a running trial; whether it has ended."""

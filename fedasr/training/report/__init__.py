@@ -12,6 +12,7 @@ from typing import Any
 from fedasr.errors import UserError
 from fedasr.training.logging import read_metrics
 from fedasr.training.report.attacks import attacks_section
+from fedasr.training.report.beside import keep_beside, read_beside
 from fedasr.training.report.plots import (
     colors_of,
     draw_wer,
@@ -36,7 +37,7 @@ from fedasr.training.report.sections import (
     norms_section,
     privacy_section,
 )
-from fedasr.training.report.served import read_against, served_section, unseen_text
+from fedasr.training.report.served import served_section, unseen_text
 from fedasr.training.report.tables import (
     clients_table,
     configuration_text,
@@ -80,22 +81,22 @@ summary { cursor: pointer; }
 def write_report(workdir: str | Path, against: str | Path | None = None) -> Path:
     """Writes `report.html` into a work directory and returns its path.
 
-    Reads `summary.json`, `metrics.jsonl`, `config.json`, `users.json`, `attacks.json` and
-    `command.txt`; what is missing in them is said in the page. Without matplotlib the page has no
-    plots.
+    Reads `summary.json`, `metrics.jsonl`, `config.json`, `users.json`, `worst.json`, `attacks.json`
+    and `command.txt`; what is missing in them is said in the page. Without matplotlib the page has
+    no plots.
 
     Args:
         workdir: of the run.
-        against: of another run, whose users stand beside this one's.
+        against: of another run, whose users stand beside this one's, here and in later reports of
+            this run; without, those of an earlier report.
 
     Raises:
         UserError: if a folder does not exist, or the other run has no errors by user.
     """
     workdir = existing_folder(workdir)
-    other = None if against is None else read_against(existing_folder(against))
-    if against is not None and other is None:
+    if against is not None and not keep_beside(workdir, existing_folder(against)):
         raise UserError(f"{against} has no users.json: let its run end with this release")
-    page = _page(workdir, other)
+    page = _page(workdir)
     path = workdir / "report.html"
     temporary = workdir / ".report.html.tmp"
     temporary.write_text(page, encoding="utf-8", errors="replace")
@@ -103,7 +104,7 @@ def write_report(workdir: str | Path, against: str | Path | None = None) -> Path
     return path
 
 
-def _page(workdir: Path, other: Any) -> str:
+def _page(workdir: Path) -> str:
     summary = read_object(workdir / "summary.json")
     config = read_object(workdir / "config.json")
     users, attacks = read_object(workdir / "users.json"), read_object(workdir / "attacks.json")
@@ -119,7 +120,7 @@ def _page(workdir: Path, other: Any) -> str:
         "<h2>Summary</h2>",
         summary_table(summary),
         "<h2>Who is served</h2>",
-        served_section(users, splits, other),
+        served_section(users, splits, read_beside(workdir), read_object(workdir / "worst.json")),
         "<h2>Loss and word error rate</h2>",
         learning_section(main, seed, summary, unit, unseen_text(users)),
         "<h2>Privacy</h2>",
@@ -139,7 +140,8 @@ def _page(workdir: Path, other: Any) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         # The browser then refuses anything that is not in the page.
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        "content=\"default-src 'none'; img-src data:; media-src data:; "
+        "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>Training report: {escaped(workdir.resolve().name)}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(sections) + "\n</body>\n</html>\n"

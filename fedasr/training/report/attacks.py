@@ -1,6 +1,7 @@
 """The report's section on attacks: what `fedasr attack` found, from `attacks.json`."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from fedasr.training.report.tables import html_table
 from fedasr.training.report.words import as_text, escaped, missing_text, note_text
 
 _COMMAND = "fedasr attack --workdir=DIR"
+_PANELS = 3  # side by side
 
 
 def attacks_section(found: Record) -> str:
@@ -42,14 +44,9 @@ def attacks_section(found: Record) -> str:
         )
     )
     names = list(dict.fromkeys(str(row.get("attack")) for row in rows))
-
-    def draw() -> Any:
-        figure, all_axes = new_figure(len(names), height=3.2)
-        for axes, name in zip(all_axes, names, strict=True):
-            _draw(axes, name, [row for row in rows if row.get("attack") == name])
-        return figure
-
-    parts.append(html_figure(draw, "success of each attack by noise"))
+    for some in (names[i : i + _PANELS] for i in range(0, len(names), _PANELS)):
+        said = f"success by noise: {', '.join(some)}"
+        parts.append(html_figure(functools.partial(_panels, some, rows), said))
     parts.append(
         note_text(
             "Success is the share of targets that the attack gets right; each attack says what "
@@ -59,6 +56,15 @@ def attacks_section(found: Record) -> str:
         )
     )
     return "".join(parts)
+
+
+def _panels(names: Sequence[str], rows: list[Record]) -> Any:
+    figure, all_axes = new_figure(_PANELS, height=3.2)
+    for axes in all_axes[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(all_axes, names, strict=False):
+        _draw(axes, name, [row for row in rows if str(row.get("attack")) == name])
+    return figure
 
 
 def _share(row: Record, key: str) -> str:

@@ -1,11 +1,12 @@
 """The report's section on who is served: users by error, groups, confusions, another run beside."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedasr.training.report.beside import beside_table
+from fedasr.training.report.heard import heard_section
 from fedasr.training.report.plots import (
     COLORS,
     colors_of,
@@ -45,7 +46,10 @@ def unseen_text(users: Record) -> str:
 
 
 def served_section(
-    users: Record, splits: Sequence[str], against: tuple[str, Record] | None = None
+    users: Record,
+    splits: Sequence[str],
+    against: tuple[str, Record] | None = None,
+    worst: Record | None = None,
 ) -> str:
     """Errors by user and group of each split.
 
@@ -53,6 +57,7 @@ def served_section(
       users: what `users.json` holds.
       splits: of the run, for their colours.
       against: name and `users.json` of another run, whose users stand beside.
+      worst: what `worst.json` holds.
     """
     if not any(_rows(users, split) for split in users):
         return missing_text("Errors by user are not kept in this run.")
@@ -61,6 +66,7 @@ def served_section(
         if _rows(users, split):
             color = colors_of([*splits, split])[split]
             parts.append(_of_split(users, split, color, against))
+            parts.append(heard_section(mapping_at(worst, split)))
     return "".join(parts)
 
 
@@ -89,6 +95,7 @@ def _of_split(users: Record, split: str, color: str, against: tuple[str, Record]
     parts = [
         f"<h3>{escaped(split)}: {len(rows)} users</h3>",
         table,
+        beside_table(users, split, *against) if against else "",
         _users_figure(rows, split, color, against),
         _groups(mapping_at(mapping_at(users, split), "columns"), split, color),
         _worst(rows),
@@ -209,11 +216,3 @@ def _confusions(found: Record) -> str:
             )
             parts.append(f"<details><summary>Confusions of {kind}</summary>{table}</details>")
     return "".join(parts)
-
-
-def read_against(workdir: Path) -> tuple[str, Record] | None:
-    """The other run's name and errors by user; None if it has none."""
-    from fedasr.training.report.read import read_object
-
-    users = read_object(workdir / "users.json")
-    return (workdir.resolve().name, users) if users else None
