@@ -5,6 +5,7 @@ time as the leading axis: JAX's counter-based generator then gives an utterance 
 however far it is padded.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,17 +13,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 
+from fedasr import stacks
 from fedasr.errors import UserError
 from fedasr.fields import check_dataclass
+from fedasr.generators import is_hashed
 from fedasr.kernels import attention as attentions
+from fedasr.kernels import attention_accelerated, devices
 from fedasr.kernels.checkpoint import checkpoint
 from fedasr.kernels.dense import product
 from fedasr.kernels.frontend import Affine, affine_product, patches
 
 # Of whatever is a size: more is a slip, and would not end in an error but in no memory.
 _SIZES = ("vocab", "features", "dim", "mlp", "units", "joint_dim", "prediction_dim", "heads")
-BLOCK = "block_"  # how the names of an encoder's blocks begin
+BLOCK = stacks.BLOCK  # how the names of an encoder's blocks begin
+KEPT = "kept"  # the name of what a block keeps for its backward pass, on accelerators
+_STACKED = "stacked"  # of flax's variables: parameters of all blocks
 ADAPTER = "adapter"  # among a block's parameters, beside its own
 
 
@@ -140,11 +147,25 @@ def adapted(adapter: Any, x: jax.Array) -> jax.Array:
     return x + (product(hidden, up["kernel"]) + up["bias"]).astype(x.dtype)
 
 
-def _alike(blocks: Sequence[nn.Module]) -> bool:
-    """Whether blocks hold parameters of the same names: not where some of them are adapted."""
+def variables(params: Any) -> dict[str, Any]:
+    """A flax module's variables of an encoder's parameters, of which blocks may be stacked."""
+    if not stacks.is_stacked(params):
+        return {"params": params}
+    rest = {name: x for name, x in params.items() if name != stacks.STACK}
+    return {"params": rest, _STACKED: {stacks.STACK: params[stacks.STACK]}}
+
+
+def _stacked(blocks: Sequence[nn.Module]) -> Any:
+    """Their parameters, stacked; None where names differ, as where some of them are adapted."""
     if not blocks or blocks[0].is_initializing():
-        return False
-    return len({jax.tree.structure(block.variables["params"]) for block in blocks}) == 1
+        return None
+    parent: Any = blocks[0].parent
+    if found := parent.variables.get(_STACKED):
+        return found[stacks.STACK]
+    each = [block.variables["params"] for block in blocks]
+    if len(set(map(jax.tree.structure, each))) != 1:
+        return None
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(realise, each))
 
 
 def apply_blocks(
@@ -155,6 +176,7 @@ def apply_blocks(
     keys: jax.Array | None,
     streams: tuple[int, int],
     batch_key: jax.Array | None = None,
+    narrow: Any = None,
 ) -> jax.Array:
     """An encoder's blocks one after another, with layer drop.
 
@@ -165,6 +187,7 @@ def apply_blocks(
       keys: [b], or None for evaluation.
       streams: of the keys' that of the first block, and of a block's keys that of its layer drop.
       batch_key: of the layer drop; None to draw from the first utterance's.
+      narrow: the dtype that blocks compute with, where they take all their matrices in it.
     """
     first, dropping = streams
 
@@ -177,10 +200,8 @@ def apply_blocks(
             k = jax.random.fold_in(batch_key, index)[None]
         return drop_block(y, x, config.layer_drop, k, dropping)
 
-    if config.scan_blocks and _alike(blocks):
+    if config.scan_blocks and (stacked := _stacked(blocks)) is not None:
         # Blocks are equal in shape: one is compiled, and all of them run through it.
-        each = [realise(block.variables["params"]) for block in blocks]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         alone = blocks[0].clone(parent=None)
 
         def function(params: Any, *args: Any) -> Any:
@@ -190,6 +211,12 @@ def apply_blocks(
         run: Callable[..., jax.Array] = function
         if config.remat != "none":
             run = checkpoint(function)
+        elif devices.platform():
+            # What a turn keeps is written and read once more. The rest is cheap to have again.
+            kept = jax.checkpoint_policies.save_only_these_names(*attention_accelerated.KEPT, KEPT)
+            run = jax.checkpoint(function, prevent_cse=False, policy=kept)
+        if narrow is not None:
+            stacked = jax.tree.map(lambda x: x.astype(narrow) if x.ndim == 3 else x, stacked)
 
         def turn(x: jax.Array, block: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             params, index = block
@@ -250,8 +277,11 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     """
     if rate == 0.0 or keys is None:
         return x
-    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    return jnp.where(_kept(x.shape, rate, keys), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _kept(shape: tuple[int, ...], rate: float, keys: jax.Array) -> jax.Array:
+    return jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, shape[1:]))(keys)
 
 
 def sinusoidal_positions(positions: jax.Array, features: int) -> jax.Array:
@@ -410,6 +440,14 @@ class SelfAttention(nn.Module):
         """x: [b, t, d]; mask: bool [b, t], True for true frames; keys: [b] or None."""
         b, t, d = x.shape
         qkv = bias_free(3 * d, self.dtype, "qkv")(x)
+        if plan := self._plan(t, d, keys):
+            qkv = checkpoint_name(qkv, KEPT)
+            words = jnp.zeros((b, 2), jnp.uint32)
+            if plan.rate and keys is not None:
+                words = jax.random.key_data(keys)
+            lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+            out = attention_accelerated.attention(plan, qkv, lengths, words)
+            return bias_free(d, self.dtype, "out")(out)
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
         if self.rotary_positions:
             q, k = rotary(q), rotary(k)
@@ -429,6 +467,17 @@ class SelfAttention(nn.Module):
             factors = jnp.transpose(kept, (0, 3, 1, 2))
         return last(attentions.attention(q, k, v, mask, factors).reshape(b, t, d))
 
+    def _plan(self, t: int, d: int, keys: jax.Array | None) -> attention_accelerated.Plan | None:
+        """Of the kernel that computes this; None where there is none."""
+        kind = devices.platform()
+        rate = self.dropout if keys is not None else 0.0
+        drawn = not rate or (keys is not None and is_hashed(keys))
+        if self.fused or self.rotary_positions or not drawn:
+            return None
+        if not attention_accelerated.fits(kind, t, d, self.heads):
+            return None
+        return attention_accelerated.Plan(kind, self.heads, rate)
+
 
 class FeedForward(nn.Module):
     """Two bias-free dense layers around an activation, ReLU if not told otherwise."""
@@ -441,6 +490,30 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """x: [b, t, d] -> [b, t, d]; keys: [b] or None."""
-        hidden = self.activation(bias_free(self.hidden, self.dtype, "up")(x))
+        hidden = bias_free(self.hidden, self.dtype, "up")(x)
         down = bias_free(x.shape[-1], self.dtype, "down")
-        return down(dropout(hidden, self.dropout, keys))
+        if devices.platform() and self.activation is jax.nn.relu:
+            kept = jnp.ones((), bool)
+            if self.dropout and keys is not None:
+                kept = _kept(hidden.shape, self.dropout, keys)
+                return down(_relu_dropout(self.dropout, hidden, kept))
+            return down(_relu_dropout(0.0, hidden, kept))
+        return down(dropout(self.activation(hidden), self.dropout, keys))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _relu_dropout(rate: float, x: jax.Array, kept: jax.Array) -> jax.Array:
+    """dropout(relu(x)), whose derivative follows from what comes out: no mask is kept."""
+    return jnp.where(kept & (x > 0), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _relu_dropout_forward(rate: float, x: jax.Array, kept: jax.Array) -> Any:
+    out = checkpoint_name(_relu_dropout(rate, x, kept), KEPT)
+    return out, out
+
+
+def _relu_dropout_backward(rate: float, out: jax.Array, gradient: jax.Array) -> Any:
+    return jnp.where(out > 0, gradient / (1.0 - rate), jnp.zeros_like(gradient)), None
+
+
+_relu_dropout.defvjp(_relu_dropout_forward, _relu_dropout_backward)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fedasr.errors import UserError
 from fedasr.models import layers
@@ -120,6 +121,7 @@ class Block(nn.Module):
             x = attention_norm(x + layers.dropout(attend(x, mask, k[0]), rate, k[1]))
             return mlp_norm(x + layers.dropout(feed(x, k[2]), rate, k[3]))
         x = x + layers.dropout(attend(attention_norm(x), mask, k[0]), rate, k[1])
+        x = checkpoint_name(x, layers.KEPT)
         return x + layers.dropout(feed(mlp_norm(x), k[2]), rate, k[3])
 
 
@@ -164,7 +166,7 @@ class Transformer(nn.Module):
             x = layers.dropout(x, c.dropout, k_input)
         mask = frames < out_lengths[:, None]
         blocks = [Block(c, name=f"{layers.BLOCK}{i}") for i in range(c.blocks)]
-        x = layers.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key)
+        x = layers.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key, dtype)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         out = layers.Dense(

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedasr import stacks
 from fedasr.errors import UserError
 
 Budget = str | Callable[[tuple[int, ...]], Sequence[float]]
@@ -64,6 +65,10 @@ def _grouping(tree: Any, layers: Layers) -> _Grouping:
     names: dict[str, int] = {}
     index: list[int] = []
     sizes: list[int] = []
+    if stacks.is_stacked(tree):
+        tree = stacks.unstack(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), tree)
+        )
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     if not leaves:
         raise UserError("Clipping needs parameters: the tree has no arrays.")
@@ -248,6 +253,8 @@ def clip_layers(
     _check_clip_norm(clip_norm)
     grouping = _grouping(updates, layers)
     bounds = _bounds(grouping, clip_norm, budget).astype(np.float32)
+    if stacks.is_stacked(updates):
+        return _stacked().clip_layers(updates, bounds, clip_norm, layers, normalise)
     leaves, treedef = jax.tree.flatten(updates)
     norms = _layer_norms(leaves, grouping)
     # A bound of zero admits nothing at all, not even what underflows in the norm.
@@ -283,6 +290,8 @@ def clip_all(updates: Any, clip_norm: float, layers: Layers = None) -> tuple[Any
       The clipped updates, of the same shapes and dtypes, and the `ClipState`.
     """
     _check_clip_norm(clip_norm)
+    if stacks.is_stacked(updates):
+        return _stacked().clip_all(updates, clip_norm, layers)
     grouping = _grouping(updates, layers)
     leaves, treedef = jax.tree.flatten(updates)
     norms = _layer_norms(leaves, grouping)
@@ -305,10 +314,19 @@ def clip_all(updates: Any, clip_norm: float, layers: Layers = None) -> tuple[Any
 
 def guard_finite(updates: Any, layers: Layers = None) -> tuple[Any, ClipState]:
     """Zeros instead of an update that holds a NaN or an infinity; anything else is untouched."""
+    if stacks.is_stacked(updates):
+        return _stacked().guard_finite(updates, layers)
     grouping = _grouping(updates, layers)
     norms = _layer_norms(jax.tree.leaves(updates), grouping)
     state = _state(norms, jnp.zeros(len(grouping.names), bool))
     return jax.tree.map(lambda x: jnp.where(state.finite, x, jnp.zeros_like(x)), updates), state
+
+
+def _stacked() -> Any:
+    """The same rules for updates whose blocks are stacked: they are made of what is here."""
+    from fedasr.privacy import stacked
+
+    return stacked
 
 
 def _stateful(rule: Callable[[Any], tuple[Any, ClipState]], layers: Layers):
