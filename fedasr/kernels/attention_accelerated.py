@@ -45,7 +45,7 @@ def fits(kind: str, frames: int, features: int, heads: int) -> bool:
     """Whether there is a kernel for so many frames of so many features, of all heads together."""
     size = features // heads
     if kind == "tpu":
-        return frames <= _LONGEST and size % 8 == 0
+        return frames <= _LONGEST and size % 4 == 0
     return bool(kind) and size >= 16 and len(_pieces(size)) <= 3
 
 

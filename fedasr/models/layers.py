@@ -20,7 +20,7 @@ from fedasr.errors import UserError
 from fedasr.fields import check_dataclass
 from fedasr.generators import is_hashed
 from fedasr.kernels import attention as attentions
-from fedasr.kernels import attention_accelerated, devices
+from fedasr.kernels import attention_accelerated, devices, norm_accelerated
 from fedasr.kernels.checkpoint import checkpoint
 from fedasr.kernels.dense import product
 from fedasr.kernels.frontend import Affine, affine_product, patches
@@ -155,6 +155,12 @@ def variables(params: Any) -> dict[str, Any]:
     return {"params": rest, _STACKED: {stacks.STACK: params[stacks.STACK]}}
 
 
+def _with_adapters(blocks: Sequence[nn.Module], stacked: Any) -> bool:
+    if stacked is not None:
+        return ADAPTER in stacked
+    return any(ADAPTER in block.variables.get("params", {}) for block in blocks)
+
+
 def _stacked(blocks: Sequence[nn.Module]) -> Any:
     """Their parameters, stacked; None where names differ, as where some of them are adapted."""
     if not blocks or blocks[0].is_initializing():
@@ -187,20 +193,26 @@ def apply_blocks(
       keys: [b], or None for evaluation.
       streams: of the keys' that of the first block, and of a block's keys that of its layer drop.
       batch_key: of the layer drop; None to draw from the first utterance's.
-      narrow: the dtype that blocks compute with, where they take all their matrices in it.
+      narrow: the dtype that blocks compute with, of those that take all their matrices in it, norms
+        by `SumNorm` and, as a last argument, whether they are kept.
     """
     first, dropping = streams
+    stacked = _stacked(blocks) if config.scan_blocks else None
+    kernels = narrow is not None and devices.platform()
+    gated = kernels and not _with_adapters(blocks, stacked)
 
     def add(x: jax.Array, apply: Callable[..., jax.Array], index: Any) -> jax.Array:
         k = None
         if keys is not None:
             k = jax.vmap(lambda key: jax.random.fold_in(key, first + index))(keys)
-        y = apply(x, mask, k)
+        drawn = k
         if keys is not None and batch_key is not None:
-            k = jax.random.fold_in(batch_key, index)[None]
-        return drop_block(y, x, config.layer_drop, k, dropping)
+            drawn = jax.random.fold_in(batch_key, index)[None]
+        if gated:
+            return apply(x, mask, k, keeps_block(config.layer_drop, drawn, dropping))
+        return drop_block(apply(x, mask, k), x, config.layer_drop, drawn, dropping)
 
-    if config.scan_blocks and (stacked := _stacked(blocks)) is not None:
+    if stacked is not None:
         # Blocks are equal in shape: one is compiled, and all of them run through it.
         alone = blocks[0].clone(parent=None)
 
@@ -213,10 +225,12 @@ def apply_blocks(
             run = checkpoint(function)
         elif devices.platform():
             # What a turn keeps is written and read once more. The rest is cheap to have again.
-            kept = jax.checkpoint_policies.save_only_these_names(*attention_accelerated.KEPT, KEPT)
+            names = (*attention_accelerated.KEPT, *norm_accelerated.KEPT, KEPT)
+            kept = jax.checkpoint_policies.save_only_these_names(*names)
             run = jax.checkpoint(function, prevent_cse=False, policy=kept)
-        if narrow is not None:
+        if kernels == "gpu":  # a TPU's products convert what they read
             stacked = jax.tree.map(lambda x: x.astype(narrow) if x.ndim == 3 else x, stacked)
+            stacked = _in_parts(stacked)
 
         def turn(x: jax.Array, block: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             params, index = block
@@ -240,10 +254,15 @@ def drop_block(
       new, old: [b, t, d]. keys: the block's [b], or None for evaluation. index: of the stream of
         the block's keys to draw from; those below it are the block's own.
     """
+    keep = keeps_block(rate, keys, index)
+    return new if keep is None else jnp.where(keep, new, old)
+
+
+def keeps_block(rate: float, keys: jax.Array | None, index: int) -> jax.Array | None:
+    """Whether layer drop leaves a block in, see `drop_block`; None where it always does."""
     if not rate or keys is None:
-        return new
-    keep = jax.random.bernoulli(jax.random.fold_in(keys[0], index), 1.0 - rate)
-    return jnp.where(keep, new, old)
+        return None
+    return jax.random.bernoulli(jax.random.fold_in(keys[0], index), 1.0 - rate)
 
 
 def uniform_fan_in(scale: float = 1.0 / 3.0) -> nn.initializers.Initializer:
@@ -339,6 +358,37 @@ class Dense(nn.Dense):
 def bias_free(features: int, dtype: jnp.dtype, name: str) -> Dense:
     """A dense layer of a block: without biases, computed in `dtype`."""
     return Dense(features, use_bias=False, kernel_init=uniform_fan_in(), dtype=dtype, name=name)
+
+
+class SumNorm(nn.Module):
+    """A sum and its layer norm, with the parameters of `nn.LayerNorm`, as accelerators compute it.
+
+    dtype: of the norm.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, branch: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """[b, t, d] each, None for zeros -> x + branch in x's dtype, and its norm."""
+        scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
+        if not norm_accelerated.fits(devices.platform(), x.shape[-1]):
+            return norm_accelerated.plain_add_norm(self.dtype, x, branch, scale, bias)
+        parts = (norm_accelerated.PARTS, x.shape[-1])
+        scale, bias = (jnp.broadcast_to(a, parts) for a in (scale, bias))
+        return norm_accelerated.add_norm(self.dtype, False, x, branch, scale, bias)
+
+
+def _in_parts(blocks: Any) -> Any:
+    """Stacked blocks whose norms' parameters [n, d] are [n, PARTS, d], for `SumNorm`."""
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        if x.ndim != 2 or not norm_accelerated.fits(devices.platform(), x.shape[1]):
+            return x
+        parts = (x.shape[0], norm_accelerated.PARTS, x.shape[1])
+        return jnp.broadcast_to(x[:, None], parts) if path[0].key.endswith("_norm") else x
+
+    return jax.tree_util.tree_map_with_path(one, blocks)
 
 
 class MaskedNorm(nn.Module):
@@ -441,7 +491,8 @@ class SelfAttention(nn.Module):
         b, t, d = x.shape
         qkv = bias_free(3 * d, self.dtype, "qkv")(x)
         if plan := self._plan(t, d, keys):
-            qkv = checkpoint_name(qkv, KEPT)
+            # For a TPU the product again costs less than what its kernels read being copied.
+            qkv = checkpoint_name(qkv, KEPT) if plan.kind == "gpu" else qkv
             words = jnp.zeros((b, 2), jnp.uint32)
             if plan.rate and keys is not None:
                 words = jax.random.key_data(keys)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from fedasr.errors import UserError
+from fedasr.kernels import devices
 from fedasr.models import layers
 from fedasr.models.transducer import ObjectiveConfig
 
@@ -105,8 +105,17 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """x: [b, t, d]; mask: bool [b, t]; keys: [b] or None (no dropout)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        keys: jax.Array | None,
+        keep: jax.Array | None = None,
+    ) -> jax.Array:
+        """x: [b, t, d]; mask: bool [b, t]; keys: [b] or None (no dropout).
+
+        keep: bool scalar, of layer drop on accelerators; None to keep the block.
+        """
         c = self.config
         dtype = jnp.dtype(c.dtype)
         k = layers.split_keys(keys, 4)
@@ -114,14 +123,23 @@ class Block(nn.Module):
             c.heads, c.dropout, dtype, fused=c.attention == "fused", name="attention"
         )
         feed = layers.FeedForward(c.mlp, c.dropout, dtype, name="mlp")
+        rate = c.dropout if c.branch_dropout else 0.0
+        if c.norm == "pre" and devices.platform():
+
+            def branch(out: jax.Array, keys: jax.Array | None) -> jax.Array:
+                out = layers.dropout(out, rate, keys)
+                return out if keep is None else out * keep.astype(out.dtype)
+
+            x, normed = layers.SumNorm(dtype, name="attention_norm")(x, None)
+            attended = branch(attend(normed, mask, k[0]), k[1])
+            x, normed = layers.SumNorm(dtype, name="mlp_norm")(x, attended)
+            return x + branch(feed(normed, k[2]), k[3])
         attention_norm = nn.LayerNorm(1e-5, dtype=dtype, name="attention_norm")
         mlp_norm = nn.LayerNorm(1e-5, dtype=dtype, name="mlp_norm")
-        rate = c.dropout if c.branch_dropout else 0.0
         if c.norm == "post":
             x = attention_norm(x + layers.dropout(attend(x, mask, k[0]), rate, k[1]))
             return mlp_norm(x + layers.dropout(feed(x, k[2]), rate, k[3]))
         x = x + layers.dropout(attend(attention_norm(x), mask, k[0]), rate, k[1])
-        x = checkpoint_name(x, layers.KEPT)
         return x + layers.dropout(feed(mlp_norm(x), k[2]), rate, k[3])
 
 
@@ -166,7 +184,8 @@ class Transformer(nn.Module):
             x = layers.dropout(x, c.dropout, k_input)
         mask = frames < out_lengths[:, None]
         blocks = [Block(c, name=f"{layers.BLOCK}{i}") for i in range(c.blocks)]
-        x = layers.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key, dtype)
+        narrow = dtype if c.norm == "pre" else None
+        x = layers.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key, narrow)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         out = layers.Dense(
