@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fedasr import generators
+from fedasr.kernels import attention as attentions
 
 KEPT = ("attention",)  # names of what the backward pass needs, for `jax.checkpoint`'s policies
 _NEVER = -1e30  # as in `attention`
@@ -63,6 +64,22 @@ def attention(plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Array) 
       [b, t, d] in the dtype of qkv; the weights are computed in float32.
     """
     return _forward(plan, qkv, lengths, words)[0]
+
+
+def reference(plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Array) -> jax.Array:
+    """What the kernels compute, by way of all scores."""
+    b, t, wide = qkv.shape
+    q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, plan.heads, -1), 2, 0)
+    frames = jnp.arange(t, dtype=jnp.uint32)
+
+    def of_utterance(words: jax.Array) -> Any:
+        pair = (words[0], words[1])
+        heads = [_factors(plan, pair, h, frames[:, None], frames[None]) for h in range(plan.heads)]
+        return jnp.stack(heads)
+
+    factors = jax.vmap(of_utterance)(words) if plan.rate else None
+    mask = jnp.arange(t) < lengths[:, None]
+    return attentions.attention(q, k, v, mask, factors).reshape(b, t, wide // 3)
 
 
 def _forward(plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Array) -> Any:
