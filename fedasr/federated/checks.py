@@ -206,4 +206,6 @@ def may_stack(mechanism: Mechanism, algorithm: Algorithm, hardware: Hardware) ->
     """Whether nothing but the loss and the clipping looks at single parameters."""
     looks = (algorithm.trained, algorithm.store, algorithm.extras, algorithm.weigh)
     plain = all(x is None for x in looks) and mechanism.adaptive is None
-    return hardware.stacked_blocks and hardware.model_devices == 1 and plain and not mechanism.secure
+    return (
+        hardware.stacked_blocks and hardware.model_devices == 1 and plain and not mechanism.secure
+    )

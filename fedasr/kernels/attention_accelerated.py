@@ -482,9 +482,7 @@ def _gpu_backwards_kernel(
     ) -> tuple[jax.Array, jax.Array]:
         true = key < length
         weights = jnp.exp(jnp.where(true, scores * scale, _NEVER) - total)
-        factors = _factors(
-            plan, key_words, head, query.astype(jnp.uint32), key.astype(jnp.uint32)
-        )
+        factors = _factors(plan, key_words, head, query.astype(jnp.uint32), key.astype(jnp.uint32))
         used = weights
         if factors is not None:
             used, by_weights = weights * factors, by_weights * factors

@@ -38,83 +38,96 @@ def add_norm(
     interpret: bool,
     x: jax.Array,
     branch: jax.Array | None,
+    keep: jax.Array,
     scale: jax.Array,
     bias: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """x + branch, and its layer norm over features with an epsilon of 1e-5, in float32.
+    """x + keep * branch, and its layer norm over features with an epsilon of 1e-5, in float32.
 
     Args:
       dtype: of the norm that comes out. interpret: on the CPU, for tests.
-      x: [..., d]. branch: [..., d] of any float dtype; None for zeros.
+      x: [..., d]. branch: [..., d] of any float dtype; None for zeros. keep: float32, a scalar that
+        has no gradient.
       scale, bias: float32 [PARTS, d], all rows alike; the gradient's rows are to be summed.
 
     Returns:
       [..., d] in x's dtype, and [..., d] in `dtype`.
     """
-    return _forward(dtype, interpret, x, branch, scale, bias)[0]
+    return _forward(dtype, interpret, x, branch, keep, scale, bias)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def plain_add_norm(
-    dtype: Any, x: jax.Array, branch: jax.Array | None, scale: jax.Array, bias: jax.Array
+    dtype: Any,
+    x: jax.Array,
+    branch: jax.Array | None,
+    keep: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The same as XLA computes it; scale, bias: float32 [d]."""
-    return _plain_forward(dtype, x, branch, scale, bias)[0]
+    return _plain_forward(dtype, x, branch, keep, scale, bias)[0]
 
 
-def _plain_forward(dtype: Any, x: jax.Array, branch: Any, scale: Any, bias: Any) -> Any:
-    total = x if branch is None else checkpoint_name(x + branch.astype(x.dtype), KEPT[0])
+def _plain_forward(
+    dtype: Any, x: jax.Array, branch: Any, keep: jax.Array, scale: Any, bias: Any
+) -> Any:
+    total = x
+    if branch is not None:
+        total = checkpoint_name((x + branch * keep).astype(x.dtype), KEPT[0])
     wide = total.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1)
     variance = jnp.maximum(jnp.mean(wide * wide, axis=-1) - mean * mean, 0.0)
     mean = checkpoint_name(mean, KEPT[0])
     inverse = checkpoint_name(jax.lax.rsqrt(variance + _EPSILON), KEPT[0])
     out = (wide - mean[..., None]) * (inverse[..., None] * scale) + bias
-    saved = total, None if branch is None else branch[:0], scale, mean, inverse
+    saved = total, None if branch is None else branch[:0], keep, scale, mean, inverse
     return (total, out.astype(dtype)), saved
 
 
 def _plain_backward(dtype: Any, saved: Any, gradients: Any) -> Any:
     del dtype
-    total, branch, scale, mean, inverse = saved
+    total, branch, keep, scale, mean, inverse = saved
     direct, by_norm = gradients
     slopes = by_norm.astype(jnp.float32)
     normed = (total.astype(jnp.float32) - mean[..., None]) * inverse[..., None]
     scaled = slopes * scale
     along = jnp.mean(scaled * normed, axis=-1, keepdims=True)
-    found = (scaled - jnp.mean(scaled, axis=-1, keepdims=True) - normed * along) * inverse[..., None]
+    found = (scaled - jnp.mean(scaled, axis=-1, keepdims=True) - normed * along) * inverse[
+        ..., None
+    ]
     found = direct + found.astype(direct.dtype)
     rows = tuple(range(slopes.ndim - 1))
-    by_branch = None if branch is None else found.astype(branch.dtype)
-    return found, by_branch, jnp.sum(slopes * normed, axis=rows), jnp.sum(slopes, axis=rows)
+    by_branch = None if branch is None else (found * keep).astype(branch.dtype)
+    return found, by_branch, None, jnp.sum(slopes * normed, axis=rows), jnp.sum(slopes, axis=rows)
 
 
 plain_add_norm.defvjp(_plain_forward, _plain_backward)
 
 
 def _forward(
-    dtype: Any, interpret: bool, x: jax.Array, branch: Any, scale: jax.Array, bias: jax.Array
+    dtype: Any, interpret: bool, x: jax.Array, branch: Any, keep: jax.Array, scale: Any, bias: Any
 ) -> Any:
     wide = (x,) if branch is None else (x, branch)
     kernel = _forwards_kernel if branch is None else _forwards_kernel_of_sum
     dtypes = (dtype,) if branch is None else (x.dtype, dtype)
     call = functools.partial(_call, kernel, "norm_forwards", interpret, len(wide), dtypes, False)
-    found = _batched(call)(*(_rows(a) for a in wide), scale, bias)
+    found = _batched(call)(*(_rows(a) for a in wide), keep.reshape(1), scale, bias)
     out = tuple(checkpoint_name(a.reshape(x.shape), KEPT[0]) for a in found)
     out = (x, *out) if branch is None else out
-    return out, (out[0], None if branch is None else branch[:0], scale)
+    return out, (out[0], None if branch is None else branch[:0], keep, scale)
 
 
 def _backward(dtype: Any, interpret: bool, saved: Any, gradients: Any) -> Any:
-    total, branch, scale = saved
+    total, branch, keep, scale = saved
     direct, by_norm = gradients
     dtypes = (total.dtype,) if branch is None else (total.dtype, branch.dtype)
     kernel = _backwards_kernel
     call = functools.partial(_call, kernel, "norm_backwards", interpret, 3, dtypes, True)
     wide = (_rows(a) for a in (total, direct, by_norm))
-    *found, by_scale, by_bias = _batched(call)(*wide, scale)
+    *found, by_scale, by_bias = _batched(call)(*wide, keep.reshape(1), scale)
     found = [a.reshape(total.shape) for a in found]
-    return found[0], None if branch is None else found[1], by_scale, by_bias
+    return found[0], None if branch is None else found[1], None, by_scale, by_bias
 
 
 add_norm.defvjp(_forward, _backward)
@@ -148,7 +161,7 @@ def _call(
     kernel: Any, name: str, interpret: bool, wide: int, dtypes: tuple[Any, ...], sums: bool,
     *args: jax.Array,
 ) -> Any:  # fmt: skip
-    """args: `wide` arrays [clients, rows, d], then such of scale [clients, PARTS, d]."""
+    """args: `wide` arrays [clients, rows, d], keep [clients, 1], scales [clients, PARTS, d]."""
     from jax.experimental.pallas import triton as plgpu  # a release of JAX may lack it
 
     clients, rows, d = args[0].shape
@@ -162,7 +175,9 @@ def _call(
     return pl.pallas_call(
         functools.partial(kernel, (rows, d, -(-rows // (PARTS * _ROWS)))),
         grid=(clients, PARTS),
-        in_specs=[of_rows] * wide + [of_parts] * (len(args) - wide),
+        in_specs=[of_rows] * wide
+        + [pl.BlockSpec((None, 1), lambda i, _: (i, 0))]
+        + [of_parts] * (len(args) - wide - 1),
         out_specs=specs,
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -231,20 +246,20 @@ def _vector(x: Block, d: int) -> list[jax.Array]:
 
 
 def _forwards_kernel(
-    sizes: tuple[int, int, int], x: Block, scale: Block, bias: Block, out: Block
+    sizes: tuple[int, int, int], x: Block, keep: Block, scale: Block, bias: Block, out: Block
 ) -> None:
-    _normalise(sizes, (x,), None, scale, bias, out)
+    _normalise(sizes, (x,), keep, None, scale, bias, out)
 
 
 def _forwards_kernel_of_sum(
     sizes: tuple[int, int, int],
-    x: Block, branch: Block, scale: Block, bias: Block, total: Block, out: Block,
+    x: Block, branch: Block, keep: Block, scale: Block, bias: Block, total: Block, out: Block,
 ) -> None:  # fmt: skip
-    _normalise(sizes, (x, branch), total, scale, bias, out)
+    _normalise(sizes, (x, branch), keep, total, scale, bias, out)
 
 
 def _normalise(
-    sizes: tuple[int, int, int], terms: tuple[Block, ...], total: Block | None,
+    sizes: tuple[int, int, int], terms: tuple[Block, ...], keep: Block, total: Block | None,
     scale: Block, bias: Block, out: Block,
 ) -> None:  # fmt: skip
     scales, biases = _vector(scale, sizes[1]), _vector(bias, sizes[1])
@@ -254,7 +269,7 @@ def _normalise(
         at = _Rows(sizes, part, number)
         x = at.load(terms[0])
         if total is not None:
-            x = [a + b for a, b in zip(x, at.load(terms[1]), strict=True)]
+            x = [a + b * keep[0] for a, b in zip(x, at.load(terms[1]), strict=True)]
             x = [a.astype(total.dtype).astype(jnp.float32) for a in x]
             at.store(total, x)
         normed, _ = at.normed(x)
@@ -265,8 +280,9 @@ def _normalise(
 
 
 def _backwards_kernel(
-    sizes: tuple[int, int, int], x: Block, direct: Block, by_norm: Block, scale: Block, *out: Block
-) -> None:
+    sizes: tuple[int, int, int],
+    x: Block, direct: Block, by_norm: Block, keep: Block, scale: Block, *out: Block,
+) -> None:  # fmt: skip
     *into, by_scale, by_bias = out
     d, part = sizes[1], pl.program_id(1)
     scales = _vector(scale, d)
@@ -282,13 +298,17 @@ def _backwards_kernel(
             e + (a - mean[:, None] - b * along[:, None]) * inverse[:, None]
             for a, b, e in zip(scaled, normed, at.load(direct), strict=True)
         ]
-        for array in into:
-            at.store(array, found)
+        at.store(into[0], found)
+        for array in into[1:]:  # the branch's
+            at.store(array, [a * keep[0] for a in found])
         by_scales, by_biases = sums
         by_scales = [
-            a + jnp.sum(b * c, axis=0, keepdims=True) for a, b, c in zip(by_scales, slopes, normed, strict=True)
+            a + jnp.sum(b * c, axis=0, keepdims=True)
+            for a, b, c in zip(by_scales, slopes, normed, strict=True)
         ]
-        return by_scales, [a + jnp.sum(b, axis=0, keepdims=True) for a, b in zip(by_biases, slopes, strict=True)]
+        return by_scales, [
+            a + jnp.sum(b, axis=0, keepdims=True) for a, b in zip(by_biases, slopes, strict=True)
+        ]
 
     nothing = [jnp.zeros_like(s) for s in scales]
     for array, sums in zip(

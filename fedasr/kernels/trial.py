@@ -6,7 +6,6 @@ which is said; the results of a run then are everybody's.
 """
 
 import warnings
-
 from typing import Any
 
 import jax
@@ -48,8 +47,8 @@ def refuse_kernels(device: jax.Device, reason: str) -> None:
     """
     devices.TRIED[device.device_kind] = reason
     warnings.warn(
-        f"the kernels for accelerators are not used on {device.device_kind} ({reason}): what others "
-        "have is, which is slower",
+        f"the kernels for accelerators are not used on {device.device_kind} ({reason}): what "
+        "others have is, which is slower",
         stacklevel=2,
     )
 
@@ -145,12 +144,14 @@ def _of_norm(device: jax.Device) -> str:
 
         return both
 
+    keep = jnp.float32(0.5)
+
     def kernel(x: Array, branch: Array, scale: Array, bias: Array) -> Any:
         scale, bias = (jnp.broadcast_to(a, (parts, d)) for a in (scale, bias))
-        return norm_accelerated.add_norm(jnp.dtype("float32"), False, x, branch, scale, bias)
+        return norm_accelerated.add_norm(jnp.dtype("float32"), False, x, branch, keep, scale, bias)
 
-    def plain(*args: Array) -> Any:
-        return norm_accelerated.plain_add_norm(jnp.dtype("float32"), *args)
+    def plain(x: Array, branch: Array, *rest: Array) -> Any:
+        return norm_accelerated.plain_add_norm(jnp.dtype("float32"), x, branch, keep, *rest)
 
     args = (x, branch, scale, bias, direct, slopes)
     return _compared(device, "layer norm", with_slopes(kernel), with_slopes(plain), args)

@@ -29,6 +29,7 @@ from fedasr.kernels.frontend import Affine, affine_product, patches
 _SIZES = ("vocab", "features", "dim", "mlp", "units", "joint_dim", "prediction_dim", "heads")
 BLOCK = stacks.BLOCK  # how the names of an encoder's blocks begin
 KEPT = "kept"  # the name of what a block keeps for its backward pass, on accelerators
+_FEW = 6  # blocks that accelerators run without a loop, which would copy what goes in and comes out
 _STACKED = "stacked"  # of flax's variables: parameters of all blocks
 ADAPTER = "adapter"  # among a block's parameters, beside its own
 
@@ -193,23 +194,34 @@ def apply_blocks(
       keys: [b], or None for evaluation.
       streams: of the keys' that of the first block, and of a block's keys that of its layer drop.
       batch_key: of the layer drop; None to draw from the first utterance's.
-      narrow: the dtype that blocks compute with, of those that take all their matrices in it, norms
-        by `SumNorm` and, as a last argument, whether they are kept.
+      narrow: the dtype that blocks compute with, of those that take all their matrices in it and,
+        on accelerators, lengths in place of the mask, all their keys and whether they are kept.
     """
     first, dropping = streams
     stacked = _stacked(blocks) if config.scan_blocks else None
     kernels = narrow is not None and devices.platform()
     gated = kernels and not _with_adapters(blocks, stacked)
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.int32) if gated else None
 
-    def add(x: jax.Array, apply: Callable[..., jax.Array], index: Any) -> jax.Array:
+    def keys_of(index: Any) -> tuple[jax.Array | None, jax.Array | None]:
+        """A block's, and what its layer drop is drawn from."""
         k = None
         if keys is not None:
             k = jax.vmap(lambda key: jax.random.fold_in(key, first + index))(keys)
-        drawn = k
         if keys is not None and batch_key is not None:
-            drawn = jax.random.fold_in(batch_key, index)[None]
+            return k, jax.random.fold_in(batch_key, index)[None]
+        return k, k
+
+    def gate_of(index: Any) -> tuple[jax.Array | None, jax.Array | None]:
+        """A block's keys [own, b], and whether it is kept."""
+        k, drawn = keys_of(index)
+        own = None if k is None else jnp.stack([*split_keys(k, dropping)])
+        return own, keeps_block(config.layer_drop, drawn, dropping)
+
+    def add(x: jax.Array, apply: Callable[..., jax.Array], index: Any, gate: Any) -> jax.Array:
         if gated:
-            return apply(x, mask, k, keeps_block(config.layer_drop, drawn, dropping))
+            return apply(x, lengths, *gate)
+        k, drawn = keys_of(index)
         return drop_block(apply(x, mask, k), x, config.layer_drop, drawn, dropping)
 
     if stacked is not None:
@@ -228,17 +240,22 @@ def apply_blocks(
             names = (*attention_accelerated.KEPT, *norm_accelerated.KEPT, KEPT)
             kept = jax.checkpoint_policies.save_only_these_names(*names)
             run = jax.checkpoint(function, prevent_cse=False, policy=kept)
-        if kernels == "gpu":  # a TPU's products convert what they read
+        if kernels:
             stacked = jax.tree.map(lambda x: x.astype(narrow) if x.ndim == 3 else x, stacked)
             stacked = _in_parts(stacked)
 
-        def turn(x: jax.Array, block: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-            params, index = block
-            return add(x, lambda *args: run(params, *args), index), None
+        def turn(x: jax.Array, block: tuple[Any, jax.Array, Any]) -> tuple[jax.Array, None]:
+            params, index, gate = block
+            return add(x, lambda *args: run(params, *args), index, gate), None
 
-        return jax.lax.scan(turn, x, (stacked, jnp.arange(len(blocks))))[0]
+        index = jnp.arange(len(blocks))
+        # Small numbers one by one would be as many launches of a turn.
+        gates = jax.vmap(gate_of)(index) if gated else None
+        few = bool(kernels) and len(blocks) <= _FEW
+        return jax.lax.scan(turn, x, (stacked, index, gates), unroll=few or 1)[0]
     for i, block in enumerate(blocks):
-        x = add(x, lambda *args: apply_block(block, config.remat, *args), i)  # noqa: B023
+        gate = gate_of(i) if gated else None
+        x = add(x, lambda *args: apply_block(block, config.remat, *args), i, gate)  # noqa: B023
     return x
 
 
@@ -369,14 +386,20 @@ class SumNorm(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, branch: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """[b, t, d] each, None for zeros -> x + branch in x's dtype, and its norm."""
+    def __call__(
+        self, x: jax.Array, branch: jax.Array | None, keep: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """[b, t, d] each, None for zeros -> x + branch in x's dtype, and its norm.
+
+        keep: bool scalar, whether the branch counts; None for True.
+        """
+        keep = jnp.ones(()) if keep is None else keep.astype(jnp.float32)
         scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
         if not norm_accelerated.fits(devices.platform(), x.shape[-1]):
-            return norm_accelerated.plain_add_norm(self.dtype, x, branch, scale, bias)
+            return norm_accelerated.plain_add_norm(self.dtype, x, branch, keep, scale, bias)
         parts = (norm_accelerated.PARTS, x.shape[-1])
         scale, bias = (jnp.broadcast_to(a, parts) for a in (scale, bias))
-        return norm_accelerated.add_norm(self.dtype, False, x, branch, scale, bias)
+        return norm_accelerated.add_norm(self.dtype, False, x, branch, keep, scale, bias)
 
 
 def _in_parts(blocks: Any) -> Any:
@@ -487,7 +510,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """x: [b, t, d]; mask: bool [b, t], True for true frames; keys: [b] or None."""
+        """x: [b, t, d]; mask: bool [b, t], True for true frames, or these int [b]; keys: [b]."""
         b, t, d = x.shape
         qkv = bias_free(3 * d, self.dtype, "qkv")(x)
         if plan := self._plan(t, d, keys):
@@ -496,9 +519,10 @@ class SelfAttention(nn.Module):
             words = jnp.zeros((b, 2), jnp.uint32)
             if plan.rate and keys is not None:
                 words = jax.random.key_data(keys)
-            lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+            lengths = mask if mask.ndim == 1 else jnp.sum(mask, axis=1, dtype=jnp.int32)
             out = attention_accelerated.attention(plan, qkv, lengths, words)
             return bias_free(d, self.dtype, "out")(out)
+        mask = jnp.arange(t) < mask[:, None] if mask.ndim == 1 else mask
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
         if self.rotary_positions:
             q, k = rotary(q), rotary(k)
@@ -539,16 +563,18 @@ class FeedForward(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """x: [b, t, d] -> [b, t, d]; keys: [b] or None."""
+    def __call__(
+        self, x: jax.Array, keys: jax.Array | None, keep: jax.Array | None = None
+    ) -> jax.Array:
+        """x: [b, t, d] -> [b, t, d]; keys: [b] or None. keep: bool; where False, zeros."""
         hidden = bias_free(self.hidden, self.dtype, "up")(x)
         down = bias_free(x.shape[-1], self.dtype, "down")
         if devices.platform() and self.activation is jax.nn.relu:
-            kept = jnp.ones((), bool)
-            if self.dropout and keys is not None:
-                kept = _kept(hidden.shape, self.dropout, keys)
-                return down(_relu_dropout(self.dropout, hidden, kept))
-            return down(_relu_dropout(0.0, hidden, kept))
+            kept = jnp.ones((), bool) if keep is None else keep
+            rate = self.dropout if keys is not None else 0.0
+            if rate:
+                kept &= _kept(hidden.shape, rate, keys)
+            return down(_relu_dropout(rate, hidden, kept))
         return down(dropout(self.activation(hidden), self.dropout, keys))
 
 
@@ -564,6 +590,7 @@ def _relu_dropout_forward(rate: float, x: jax.Array, kept: jax.Array) -> Any:
 
 
 def _relu_dropout_backward(rate: float, out: jax.Array, gradient: jax.Array) -> Any:
+    out = jax.lax.optimization_barrier(out)  # by itself, this joins the product before it
     return jnp.where(out > 0, gradient / (1.0 - rate), jnp.zeros_like(gradient)), None
 
 

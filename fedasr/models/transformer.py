@@ -114,26 +114,23 @@ class Block(nn.Module):
     ) -> jax.Array:
         """x: [b, t, d]; mask: bool [b, t]; keys: [b] or None (no dropout).
 
-        keep: bool scalar, of layer drop on accelerators; None to keep the block.
+        On accelerators, see `layers.apply_blocks`, mask: true frames int [b]; keys: [4, b]; keep:
+        bool scalar, of layer drop, None to keep the block.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        k = layers.split_keys(keys, 4)
+        each = keys is not None and keys.ndim == 2
+        k = list(keys) if each else layers.split_keys(keys, 4)
         attend = layers.SelfAttention(
             c.heads, c.dropout, dtype, fused=c.attention == "fused", name="attention"
         )
         feed = layers.FeedForward(c.mlp, c.dropout, dtype, name="mlp")
         rate = c.dropout if c.branch_dropout else 0.0
         if c.norm == "pre" and devices.platform():
-
-            def branch(out: jax.Array, keys: jax.Array | None) -> jax.Array:
-                out = layers.dropout(out, rate, keys)
-                return out if keep is None else out * keep.astype(out.dtype)
-
             x, normed = layers.SumNorm(dtype, name="attention_norm")(x, None)
-            attended = branch(attend(normed, mask, k[0]), k[1])
-            x, normed = layers.SumNorm(dtype, name="mlp_norm")(x, attended)
-            return x + branch(feed(normed, k[2]), k[3])
+            attended = layers.dropout(attend(normed, mask, k[0]), rate, k[1])
+            x, normed = layers.SumNorm(dtype, name="mlp_norm")(x, attended, keep)
+            return x + layers.dropout(feed(normed, k[2], keep), rate, k[3])
         attention_norm = nn.LayerNorm(1e-5, dtype=dtype, name="attention_norm")
         mlp_norm = nn.LayerNorm(1e-5, dtype=dtype, name="mlp_norm")
         if c.norm == "post":

@@ -76,9 +76,7 @@ def test_clients_side_by_side_are_one_batch():
     lengths, words = jnp.asarray([20, 11, 0, 3]), jax.random.key_data(keys_of(4))
 
     def both(qkv, slopes, lengths, words):
-        out, pull = jax.vjp(
-            lambda x: attention_accelerated.attention(plan, x, lengths, words), qkv
-        )
+        out, pull = jax.vjp(lambda x: attention_accelerated.attention(plan, x, lengths, words), qkv)
         return out, pull(slopes)[0]
 
     at_once = both(qkv, slopes, lengths, words)
@@ -98,13 +96,15 @@ def test_norms_are_the_same(summed, clients):
     )
     scale, bias = (jnp.asarray(rng.standard_normal((*lead, d)), jnp.float32) for _ in range(2))
 
+    keep = jnp.float32(0.5)
+
     def kernel(x, branch, scale, bias):
         parts = (norm_accelerated.PARTS, d)
         scale, bias = (jnp.broadcast_to(a, parts) for a in (scale, bias))
-        return norm_accelerated.add_norm(jnp.float32, True, x, branch, scale, bias)
+        return norm_accelerated.add_norm(jnp.float32, True, x, branch, keep, scale, bias)
 
     def reference(x, branch, scale, bias):
-        total = x if branch is None else x + branch
+        total = x if branch is None else x + keep * branch
         centred = total - total.mean(-1, keepdims=True)
         deviation = jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
         return total, centred / deviation * scale + bias
@@ -116,9 +116,11 @@ def test_norms_are_the_same(summed, clients):
 
     args = (x, branch if summed else None, scale, bias, direct, slopes)
     results = []
-    for way in (
-        reference, kernel, functools.partial(norm_accelerated.plain_add_norm, jnp.float32)
-    ):  # fmt: skip
+
+    def plain(x, branch, scale, bias):
+        return norm_accelerated.plain_add_norm(jnp.float32, x, branch, keep, scale, bias)
+
+    for way in (reference, kernel, plain):
         of = functools.partial(both, way)
         results.append(jax.jit(jax.vmap(of) if clients else of)(*args))
     for found in results[1:]:
