@@ -79,7 +79,7 @@ def _child_words(first: Any, second: Any, data: Any, constants: tuple[int, int])
 
 
 def is_hashed(key: jax.Array) -> bool:
-    """Whether what is drawn from a typed key are hashes, as `folded_words` and `kept_words` know."""
+    """Whether what is drawn from a typed key are hashes, which kernels know how to draw."""
     return str(jax.random.key_impl(key)) == str(HASHED)
 
 
