@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from fedasr.data.batching import Store
+from fedasr.kernels import devices
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -224,7 +225,7 @@ def local_training(
       gradients of one client's steps, which may hold arrays of that client. With it the update
       returns the transformation's last state, too: (delta, metrics, state).
     """
-    clip = None if grad_clip is None else optax.clip_by_global_norm(grad_clip)
+    clip = None if grad_clip is None else _clip_by_global_norm(grad_clip)
     gradient = batch_gradient(loss, batch_keys)
 
     def update(params, batches, num_steps, key, max_steps=None, round=0, *, correction=None):
@@ -263,6 +264,30 @@ def local_training(
         return delta, metrics, opt_state[-2]
 
     return update
+
+
+_SMALL = 1 << 14  # numbers of an array, at most, to be summed with others
+
+
+def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`; on accelerators all small arrays together are few launches."""
+    usual = optax.clip_by_global_norm(most)
+
+    def update(updates, state, params=None):
+        if not devices.platform():
+            return usual.update(updates, state, params)
+        leaves = jax.tree.leaves(updates)
+        large = [x for x in leaves if x.size > _SMALL]
+        small = [x.astype(jnp.float32).ravel() for x in leaves if x.size <= _SMALL]
+        parts = [*large, *([jnp.concatenate(small)] if small else [])]
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in parts))
+
+        def clipped(x):
+            return jnp.where(norm < most, x, x / norm.astype(x.dtype) * most)
+
+        return jax.tree.map(clipped, updates), state
+
+    return optax.GradientTransformation(usual.init, update)
 
 
 def _chained(

@@ -26,7 +26,7 @@ from fedasr.kernels import attention as attentions
 KEPT = ("attention",)  # names of what the backward pass needs, for `jax.checkpoint`'s policies
 _NEVER = -1e30  # as in `attention`
 _AT_ONCE = 128  # queries of a TPU's turn
-_TILE = 64  # queries and keys of a GPU's
+_TILE = 64  # queries and keys of a GPU's, at most
 _LONGEST = 1024  # frames of a TPU's kernel: it has all keys of an utterance, and their scores
 _VMEM = 64 << 20
 
@@ -74,8 +74,8 @@ def reference(plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Array) 
 
     def of_utterance(words: jax.Array) -> Any:
         pair = (words[0], words[1])
-        heads = [_factors(plan, pair, h, frames[:, None], frames[None]) for h in range(plan.heads)]
-        return jnp.stack(heads)
+        every = (_factors(plan, pair, h, frames[:, None], frames[None]) for h in range(plan.heads))
+        return jnp.stack([factors for factors in every if factors is not None])
 
     factors = jax.vmap(of_utterance)(words) if plan.rate else None
     mask = jnp.arange(t) < lengths[:, None]
@@ -382,7 +382,7 @@ def _gpu_call(
     moved += sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(out_shape))
     return pl.pallas_call(
         functools.partial(kernel, plan, d),
-        grid=(b, plan.heads, t // _TILE),
+        grid=(b, plan.heads, t // _tile(t)),
         in_specs=[of_utterance(x) for x in args],
         out_specs=jax.tree.map(of_utterance, out_shape),
         out_shape=out_shape,
@@ -395,8 +395,14 @@ def _gpu_call(
     )(*args)
 
 
+def _tile(t: int) -> int:
+    """So many queries and keys that no frames have to be added, if there are such."""
+    return next((size for size in (_TILE, _TILE // 2, _TILE // 4) if t % size == 0), _TILE)
+
+
 def _whole_tiles(x: jax.Array) -> jax.Array:
-    return _extended(x, -(-x.shape[1] // _TILE) * _TILE)
+    tile = _tile(x.shape[1])
+    return _extended(x, -(-x.shape[1] // tile) * tile)
 
 
 def _gpu_forwards(plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Array) -> Any:
@@ -433,16 +439,17 @@ def _sum_of_dots(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
 def _gpu_forwards_kernel(
     plan: Plan, d: int, lengths: Block, words: Block, qkv: Block, out: Block, sums: Block
 ) -> None:
-    head, start = pl.program_id(1), pl.program_id(2) * _TILE
-    at = _Head(_TILE, d, d // plan.heads, head)
+    tile = _tile(qkv.shape[0])
+    head, start = pl.program_id(1), pl.program_id(2) * tile
+    at = _Head(tile, d, d // plan.heads, head)
     length, key_words = lengths[0], (words[0], words[1])
     q = at.load(qkv, 0, start)
-    query = _iota((_TILE, 1), 0, start).astype(jnp.uint32)
+    query = _iota((tile, 1), 0, start).astype(jnp.uint32)
 
     def turn(part: jax.Array, carry: Any) -> Any:
         most, total, sums = carry
-        k, v = at.load(qkv, 1, part * _TILE), at.load(qkv, 2, part * _TILE)
-        key = _iota((1, _TILE), 1, part * _TILE)
+        k, v = at.load(qkv, 1, part * tile), at.load(qkv, 2, part * tile)
+        key = _iota((1, tile), 1, part * tile)
         scores = jnp.where(key < length, _sum_of_dots(q, k) * at.e**-0.5, _NEVER)
         new = jnp.maximum(most, jnp.max(scores, axis=1))
         before = jnp.exp(most - new)
@@ -453,11 +460,11 @@ def _gpu_forwards_kernel(
         return new, total * before + jnp.sum(shares, axis=1), sums
 
     nothing = [jnp.zeros(x.shape, jnp.float32) for x in q]
-    begin = jnp.full((_TILE,), _NEVER, jnp.float32), jnp.zeros((_TILE,), jnp.float32), nothing
-    parts = jnp.maximum(pl.cdiv(length, _TILE), 1)
+    begin = jnp.full((tile,), _NEVER, jnp.float32), jnp.zeros((tile,), jnp.float32), nothing
+    parts = jnp.maximum(pl.cdiv(length, tile), 1)
     most, total, summed = jax.lax.fori_loop(0, parts, turn, begin)
     at.store(out, 0, start, [x / total[:, None] for x in summed])
-    sums[head, pl.ds(start, _TILE)] = most + jnp.log(total)
+    sums[head, pl.ds(start, tile)] = most + jnp.log(total)
 
 
 def _gpu_backwards_kernel(
@@ -465,17 +472,17 @@ def _gpu_backwards_kernel(
     qkv: Block, gradient: Block, out: Block, sums: Block, by_qkv: Block,
 ) -> None:  # fmt: skip
     """Of some frames, first as queries, then as keys."""
-    head, start = pl.program_id(1), pl.program_id(2) * _TILE
-    at = _Head(_TILE, d, d // plan.heads, head)
+    tile = _tile(qkv.shape[0])
+    head, start = pl.program_id(1), pl.program_id(2) * tile
+    at = _Head(tile, d, d // plan.heads, head)
     length, key_words, scale = lengths[0], (words[0], words[1]), at.e**-0.5
     dtype = qkv.dtype
 
     def of_queries(begin: Any) -> tuple[Any, ...]:
         slopes = at.load(gradient, 0, begin)
         by_out = zip(slopes, at.load(out, 0, begin), strict=True)
-        mean = [jnp.sum(x.astype(jnp.float32) * y, axis=1) for x, y in by_out]
-        mean = functools.reduce(jnp.add, mean)
-        return at.load(qkv, 0, begin), slopes, mean, sums[head, pl.ds(begin, _TILE)]
+        mean = sum(jnp.sum(x.astype(jnp.float32) * y, axis=1) for x, y in by_out)
+        return at.load(qkv, 0, begin), slopes, mean, sums[head, pl.ds(begin, tile)]
 
     def slopes_of(
         scores: Any, by_weights: Any, mean: Any, total: Any, query: Any, key: Any
@@ -490,26 +497,26 @@ def _gpu_backwards_kernel(
         return used.astype(dtype), by_scores.astype(dtype)
 
     q, slopes, mean, total = of_queries(start)
-    query = _iota((_TILE, 1), 0, start)
+    query = _iota((tile, 1), 0, start)
 
     def keys(part: jax.Array, by_q: Any) -> Any:
-        k, v = at.load(qkv, 1, part * _TILE), at.load(qkv, 2, part * _TILE)
-        key = _iota((1, _TILE), 1, part * _TILE)
+        k, v = at.load(qkv, 1, part * tile), at.load(qkv, 2, part * tile)
+        key = _iota((1, tile), 1, part * tile)
         scores, by_weights = _sum_of_dots(q, k), _sum_of_dots(slopes, v)
         _, by_scores = slopes_of(scores, by_weights, mean[:, None], total[:, None], query, key)
         return [x + _dot(by_scores, y, (1, 0)) for x, y in zip(by_q, k, strict=True)]
 
     nothing = [jnp.zeros(x.shape, jnp.float32) for x in q]
-    parts = jnp.maximum(pl.cdiv(length, _TILE), 1)
+    parts = jnp.maximum(pl.cdiv(length, tile), 1)
     at.store(by_qkv, 0, start, jax.lax.fori_loop(0, parts, keys, nothing))
 
     k, v = at.load(qkv, 1, start), at.load(qkv, 2, start)
-    key = _iota((_TILE, 1), 0, start)
+    key = _iota((tile, 1), 0, start)
 
     def queries(part: jax.Array, carry: Any) -> Any:
         by_k, by_v = carry
-        q, slopes, mean, total = of_queries(part * _TILE)
-        query = _iota((1, _TILE), 1, part * _TILE)
+        q, slopes, mean, total = of_queries(part * tile)
+        query = _iota((1, tile), 1, part * tile)
         scores, by_weights = _sum_of_dots(k, q), _sum_of_dots(v, slopes)
         used, by_scores = slopes_of(scores, by_weights, mean[None], total[None], query, key)
         by_k = [x + _dot(by_scores, y, (1, 0)) for x, y in zip(by_k, q, strict=True)]

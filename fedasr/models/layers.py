@@ -212,11 +212,12 @@ def apply_blocks(
             return k, jax.random.fold_in(batch_key, index)[None]
         return k, k
 
-    def gate_of(index: Any) -> tuple[jax.Array | None, jax.Array | None]:
-        """A block's keys [own, b], and whether it is kept."""
+    def gate_of(index: Any) -> tuple[Any, jax.Array | None]:
+        """A block's own keys, each [b], and 1 where it is kept, else 0."""
         k, drawn = keys_of(index)
-        own = None if k is None else jnp.stack([*split_keys(k, dropping)])
-        return own, keeps_block(config.layer_drop, drawn, dropping)
+        keep = keeps_block(config.layer_drop, drawn, dropping)
+        own = None if k is None else tuple(split_keys(k, dropping))
+        return own, None if keep is None else keep.astype(jnp.float32)
 
     def add(x: jax.Array, apply: Callable[..., jax.Array], index: Any, gate: Any) -> jax.Array:
         if gated:
@@ -391,10 +392,11 @@ class SumNorm(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """[b, t, d] each, None for zeros -> x + branch in x's dtype, and its norm.
 
-        keep: bool scalar, whether the branch counts; None for True.
+        keep: float32 scalar, factor of the branch; None for 1.
         """
-        keep = jnp.ones(()) if keep is None else keep.astype(jnp.float32)
-        scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
+        keep = jnp.ones(()) if keep is None else keep
+        scale: jax.Array = self.get_variable("params", "scale")
+        bias: jax.Array = self.get_variable("params", "bias")
         if not norm_accelerated.fits(devices.platform(), x.shape[-1]):
             return norm_accelerated.plain_add_norm(self.dtype, x, branch, keep, scale, bias)
         parts = (norm_accelerated.PARTS, x.shape[-1])
@@ -566,13 +568,13 @@ class FeedForward(nn.Module):
     def __call__(
         self, x: jax.Array, keys: jax.Array | None, keep: jax.Array | None = None
     ) -> jax.Array:
-        """x: [b, t, d] -> [b, t, d]; keys: [b] or None. keep: bool; where False, zeros."""
+        """x: [b, t, d] -> [b, t, d]; keys: [b] or None. keep: float scalar; where 0, zeros."""
         hidden = bias_free(self.hidden, self.dtype, "up")(x)
         down = bias_free(x.shape[-1], self.dtype, "down")
         if devices.platform() and self.activation is jax.nn.relu:
-            kept = jnp.ones((), bool) if keep is None else keep
+            kept = jnp.ones((), bool) if keep is None else keep > 0
             rate = self.dropout if keys is not None else 0.0
-            if rate:
+            if rate and keys is not None:
                 kept &= _kept(hidden.shape, rate, keys)
             return down(_relu_dropout(rate, hidden, kept))
         return down(dropout(self.activation(hidden), self.dropout, keys))
@@ -590,7 +592,6 @@ def _relu_dropout_forward(rate: float, x: jax.Array, kept: jax.Array) -> Any:
 
 
 def _relu_dropout_backward(rate: float, out: jax.Array, gradient: jax.Array) -> Any:
-    out = jax.lax.optimization_barrier(out)  # by itself, this joins the product before it
     return jnp.where(out > 0, gradient / (1.0 - rate), jnp.zeros_like(gradient)), None
 
 

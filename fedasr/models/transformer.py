@@ -109,18 +109,17 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array,
-        keys: jax.Array | None,
+        keys: jax.Array | tuple[jax.Array, ...] | None,
         keep: jax.Array | None = None,
     ) -> jax.Array:
         """x: [b, t, d]; mask: bool [b, t]; keys: [b] or None (no dropout).
 
-        On accelerators, see `layers.apply_blocks`, mask: true frames int [b]; keys: [4, b]; keep:
-        bool scalar, of layer drop, None to keep the block.
+        On accelerators, see `layers.apply_blocks`, mask: true frames int [b]; keys: four [b]; keep:
+        float scalar of layer drop, 0 or 1; None to keep the block.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        each = keys is not None and keys.ndim == 2
-        k = list(keys) if each else layers.split_keys(keys, 4)
+        k = list(keys) if isinstance(keys, tuple) else layers.split_keys(keys, 4)
         attend = layers.SelfAttention(
             c.heads, c.dropout, dtype, fused=c.attention == "fused", name="attention"
         )

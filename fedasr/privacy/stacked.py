@@ -12,23 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedasr import stacks
-from fedasr.privacy import clipping
+from fedasr.privacy import norms as parts
 
 
 class _Layers(NamedTuple):
-    """layer_of: of each leaf, the layer or (stacked) the layers [blocks]. count: of layers."""
+    """layer_of: of each leaf, the layer or (stacked) the layers [blocks]. total: of layers."""
 
     layer_of: list[np.ndarray]
-    count: int
+    total: int
 
-    def combine(self, parts: list[jax.Array], largest: bool) -> jax.Array:
+    def combine(self, found: list[jax.Array], largest: bool) -> jax.Array:
         """From a number for each part of each leaf to one for each layer [count]."""
-        every = jnp.concatenate([jnp.atleast_1d(x) for x in parts])
+        every = jnp.concatenate([jnp.atleast_1d(x) for x in found])
         layers = np.concatenate([np.atleast_1d(x) for x in self.layer_of])
-        if len(layers) == self.count:  # each its own
+        if len(layers) == self.total:  # each its own
             return every[np.argsort(layers)]
         of_segments = jax.ops.segment_max if largest else jax.ops.segment_sum
-        return of_segments(every, layers, self.count)
+        return of_segments(every, layers, self.total)
 
     def spread(self, of_layers: jax.Array, leaf: jax.Array, number: int) -> jax.Array:
         """A leaf's layers' numbers, so that they multiply it."""
@@ -36,19 +36,19 @@ class _Layers(NamedTuple):
         return found.reshape(found.shape + (1,) * (leaf.ndim - found.ndim))
 
 
-def _layers(updates: Any, layers: clipping.Layers) -> _Layers:
+def _layers(updates: Any, layers: parts.Layers) -> _Layers:
     before = stacks.unstack(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), updates))
-    grouping = clipping._grouping(before, layers)
+    grouping = parts.grouped(before, layers)
     numbered = jax.tree.unflatten(
         jax.tree.structure(before), [np.asarray(i) for i in grouping.layer_of]
     )
     return _Layers(jax.tree.leaves(stacks.stack(numbered)), len(grouping.names))
 
 
-def _norms(leaves: list[jax.Array], layers: _Layers) -> clipping._Norm:
+def _norms(leaves: list[jax.Array], layers: _Layers) -> parts.Norm:
     """Of all layers, [layers]: see `clipping._layer_norm`."""
     peaks, squares = [], []
-    scales = (1 / clipping._RESCALE, 1.0, clipping._RESCALE)
+    scales = (1 / parts.RESCALE, 1.0, parts.RESCALE)
     for leaf, layer in zip(leaves, layers.layer_of, strict=True):
         wide = leaf.astype(jnp.float32)
         axes = tuple(range(layer.ndim, leaf.ndim))
@@ -60,67 +60,65 @@ def _norms(leaves: list[jax.Array], layers: _Layers) -> clipping._Norm:
     small, usual, large = (
         layers.combine([sums[i] for sums in squares], largest=False) for i in range(3)
     )
-    long, short = peak > clipping._SAFE, peak < 1 / clipping._SAFE
+    long, short = peak > parts.SAFE, peak < 1 / parts.SAFE
     scale = jnp.where(long, scales[2], jnp.where(short, scales[0], scales[1]))
     square = jnp.where(long, large, jnp.where(short, small, usual))
-    return clipping._Norm(jnp.sqrt(square), scale, jnp.isfinite(peak))
+    return parts.Norm(jnp.sqrt(square), scale, jnp.isfinite(peak))
 
 
-def _joint(norms: clipping._Norm) -> clipping._Norm:
+def _joint(norms: parts.Norm) -> parts.Norm:
     scale = norms.scale.max()
     root = jnp.sqrt(jnp.sum(jnp.square(norms.root * (norms.scale / scale))))
-    return clipping._Norm(root, scale, norms.finite.all())
+    return parts.Norm(root, scale, norms.finite.all())
 
 
 def _clipped(
     updates: Any,
     layers: _Layers,
-    norms: clipping._Norm,
+    norms: parts.Norm,
     chosen: jax.Array,
     factors: tuple[jax.Array, jax.Array],
-) -> tuple[Any, clipping.ClipState]:
+) -> tuple[Any, parts.ClipState]:
     """Scales the layers that are `chosen` by their factors."""
     finite = norms.finite.all()
-    state = clipping.ClipState(jnp.where(finite, norms.value(), 0.0), chosen & finite, finite)
+    state = parts.ClipState(jnp.where(finite, norms.value(), 0.0), chosen & finite, finite)
     chosen, factors, finite = jax.lax.optimization_barrier((chosen, factors, finite))
     leaves, treedef = jax.tree.flatten(updates)
     out = []
     for i, leaf in enumerate(leaves):
         first, second, of_chosen = (layers.spread(x, leaf, i) for x in (*factors, chosen))
         small = leaf.astype(jnp.float32) * first * second
-        out.append(clipping._select(of_chosen, finite, small, leaf))
+        out.append(parts.select(of_chosen, finite, small, leaf))
     return jax.tree.unflatten(treedef, out), state
 
 
 def clip_layers(
-    updates: Any, bounds: np.ndarray, clip_norm: float, layers: clipping.Layers, normalise: bool
-) -> tuple[Any, clipping.ClipState]:
+    updates: Any, bounds: np.ndarray, clip_norm: float, layers: parts.Layers, normalise: bool
+) -> tuple[Any, parts.ClipState]:
     """See `clipping.clip_layers`; bounds: float32 [layers]."""
     found = _layers(updates, layers)
     norms = _norms(jax.tree.leaves(updates), found)
     chosen = (norms.value() > bounds) | (bounds == 0)
     if normalise:
-        chosen = jnp.full(found.count, _joint(norms).value() > np.float32(clip_norm))
-    factors = clipping._factors(norms, bounds * np.float32(1 - clipping._MARGIN))
+        chosen = jnp.full(found.total, _joint(norms).value() > np.float32(clip_norm))
+    factors = parts.factors_to(norms, bounds * np.float32(1 - parts.MARGIN))
     return _clipped(updates, found, norms, chosen, factors)
 
 
-def clip_all(
-    updates: Any, clip_norm: float, layers: clipping.Layers
-) -> tuple[Any, clipping.ClipState]:
+def clip_all(updates: Any, clip_norm: float, layers: parts.Layers) -> tuple[Any, parts.ClipState]:
     """See `clipping.clip_all`."""
     found = _layers(updates, layers)
     norms = _norms(jax.tree.leaves(updates), found)
     norm = _joint(norms)
-    factors = clipping._factors(norm, np.float32(clip_norm * (1 - clipping._MARGIN)))
-    every = jnp.full(found.count, norm.value() > np.float32(clip_norm))
-    first, second = (jnp.full(found.count, x) for x in factors)
+    factors = parts.factors_to(norm, np.float32(clip_norm * (1 - parts.MARGIN)))
+    every = jnp.full(found.total, norm.value() > np.float32(clip_norm))
+    first, second = (jnp.full(found.total, x) for x in factors)
     return _clipped(updates, found, norms, every, (first, second))
 
 
-def guard_finite(updates: Any, layers: clipping.Layers) -> tuple[Any, clipping.ClipState]:
+def guard_finite(updates: Any, layers: parts.Layers) -> tuple[Any, parts.ClipState]:
     """See `clipping.guard_finite`."""
     found = _layers(updates, layers)
     norms = _norms(jax.tree.leaves(updates), found)
-    none, one = jnp.zeros(found.count, bool), jnp.ones(found.count)
+    none, one = jnp.zeros(found.total, bool), jnp.ones(found.total)
     return _clipped(updates, found, norms, none, (one, one))
