@@ -27,6 +27,7 @@ TRACKERS = {  # told of a run's metrics by `fedasr train --track`
     "mlflow": ["mlflow>=2.16"],
     "trackio": ["trackio>=0.4"],
 }
+REMOTE = ["fsspec>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"]  # work directories in buckets
 SEARCH = ["optuna>=4.0"]  # `fedasr sweep --search=optuna`
 COMPILERS = [  # of accelerators that are not there: `fedasr compile`
     "jax[tpu]>=0.8",  # libtpu of the same release
@@ -89,6 +90,7 @@ setup(
         "huggingface": HUGGINGFACE,
         "docs": DOCS,
         **TRACKERS,
+        "remote": REMOTE,
         "search": SEARCH,
         "compilers": COMPILERS,
         **SUBWORDS,
@@ -107,7 +109,9 @@ setup(
             *SUBWORDS["sentencepiece"],
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # with nbclient and nbformat: runs the notebook
+            "flask-cors>=4.0",  # with moto: its server
             "jiwer>=4.0",  # word error rates by other code
+            "moto[s3]>=5.0",  # an emulated S3
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8.0",
@@ -115,6 +119,7 @@ setup(
             "pytest-xdist>=3.5",
             "PyYAML>=6.0",  # reads the SkyPilot task that the sweep writes
             "ruff>=0.11",
+            "s3fs>=2024.6",
             "setuptools>=70.1",  # builds wheels by itself
         ],
     },

@@ -21,6 +21,23 @@ _SHOWN = 60  # characters of a value in a message
 Choices = Collection[str] | Callable[[], Collection[str]]
 
 
+def bucket(place: str) -> str | None:
+    """What is to be done instead of naming a bucket ("gs://..."), or None for a path."""
+    if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]+::?)+/", place) is None:
+        return None
+    return (
+        "is not on a file system: only --workdir, init_from and a model or checkpoint that is read "
+        "may be URLs (gs://BUCKET/FOLDER); mount the bucket (such as by gcsfuse or s3fs), or copy "
+        "it (gcloud storage rsync, aws s3 sync)"
+    )
+
+
+def check_local(name: str, place: object) -> None:
+    """Raises UserError for a URL in place of a path: a folder would be made of its name."""
+    if wrong := bucket(str(place)):
+        raise UserError(f"{name}={place} {wrong}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """One field.

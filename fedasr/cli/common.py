@@ -21,6 +21,7 @@ from absl import app, flags
 from fedasr import recipes
 from fedasr.cli import aborts, exhaustion
 from fedasr.errors import UserError
+from fedasr.fields import bucket
 
 # Seconds: a program that took so long to lower will take long to compile; a compilation to report.
 LARGE_PROGRAM, LONG_COMPILATION = 0.3, 2.0
@@ -39,7 +40,10 @@ def fail(message: object, status: int = MISTAKE) -> int:
 
 
 def main(
-    program: Callable[..., int | None], module: str = "__main__", arguments: bool = False
+    program: Callable[..., int | None],
+    module: str = "__main__",
+    arguments: bool = False,
+    urls: Sequence[str] = (),
 ) -> None:
     """Parses the flags, runs `program` and exits: 0 done, 2 a user's mistake, 1 anything else.
 
@@ -47,6 +51,7 @@ def main(
       program: returns the exit status, or None for 0.
       module: its name, whose docstring and flags are what --help shows.
       arguments: whether the program takes a list of what is given beside flags.
+      urls: names of the flags that may be a URL in cloud storage.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)
     app.define_help_flags()
@@ -57,7 +62,11 @@ def main(
             rest = flags.FLAGS(sys.argv)
         except (AttributeError, KeyError) as error:
             raise UserError(f"no such field in the configuration: {error}") from error
+        _refuse_urls(urls)
         if arguments:
+            for value in rest[1:]:
+                if wrong := bucket(value):
+                    raise UserError(f"{value} {wrong}")
             return program(rest[1:])
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: options are given as --name=value")
@@ -72,6 +81,17 @@ def main(
         # Whoever does not come to the usual end changes nothing any more.
         _TOGETHER[0].status, _TOGETHER[0].message = status, None
     sys.exit(status)
+
+
+def _refuse_urls(allowed: Sequence[str]) -> None:
+    """Raises UserError if another flag is one: a folder would be made of its name."""
+    for name in set(flags.FLAGS) - set(allowed):
+        if name.startswith("config."):  # fields say themselves what they take
+            continue
+        given = flags.FLAGS[name].value
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and (wrong := bucket(value)):
+                raise UserError(f"--{name}={value} {wrong}")
 
 
 def status_of(program: Callable[[], int | None]) -> int:

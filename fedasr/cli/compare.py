@@ -17,6 +17,7 @@ from absl import flags
 
 from fedasr.cli import common
 from fedasr.errors import UserError
+from fedasr.fields import bucket
 
 
 def run(runs: list[str]) -> None:
@@ -27,6 +28,9 @@ def run(runs: list[str]) -> None:
 
     if len(runs) != 2:
         raise UserError("give two runs: fedasr compare RUN_A RUN_B")
+    for path in runs:
+        if wrong := bucket(path):
+            raise UserError(f"{path} {wrong}")
     split = flags.FLAGS.split
     found = []
     for path in runs:

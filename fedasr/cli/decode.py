@@ -120,7 +120,7 @@ def _define_flags() -> None:
 def main() -> None:
     """The command `fedasr decode`: parses the flags, runs and exits."""
     _define_flags()
-    common.main(run, __name__)
+    common.main(run, __name__, urls=["checkpoint"])
 
 
 if __name__ == "__main__":

@@ -39,17 +39,19 @@ def run() -> None:
     from fedasr.training.builders.models import build_recogniser
     from fedasr.training.checkpoint import read_metadata, restore_params
     from fedasr.training.evaluation import Evaluator, evaluation_buckets
+    from fedasr.training.remote.copies import local
     from fedasr.training.rows import local_rows
     from fedasr.training.workdir import recorded_config
 
-    metadata = read_metadata(flags.FLAGS.checkpoint)
-    params = restore_params(flags.FLAGS.checkpoint)
+    checkpoint = local(flags.FLAGS.checkpoint)
+    metadata = read_metadata(checkpoint)
+    params = restore_params(checkpoint)
     config = recorded_config(metadata["config"])
     corpus = open_split(flags.FLAGS.data, flags.FLAGS.split, config)
     recogniser = build_recogniser(config)
     buckets = evaluation_buckets([corpus])
     tokenizer = fitting_tokenizer(config, read_corpus_metadata(flags.FLAGS.data))
-    layout, rows = local_rows(flags.FLAGS.checkpoint, params, corpus, flags.FLAGS.data)
+    layout, rows = local_rows(checkpoint, params, corpus, flags.FLAGS.data)
     if rows is None and config.local.patterns:
         text = "warning: users' own parameters are not beside the checkpoint, or of other data"
         print(text, file=sys.stderr)
@@ -134,7 +136,7 @@ def _define_flags() -> None:
 def main() -> None:
     """The command `fedasr evaluate`: parses the flags, runs and exits."""
     _define_flags()
-    common.main(run, __name__)
+    common.main(run, __name__, urls=["checkpoint"])
 
 
 if __name__ == "__main__":

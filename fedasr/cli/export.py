@@ -48,7 +48,7 @@ def _define_flags() -> None:
 def main() -> None:
     """The command `fedasr export`: parses the flags, runs and exits."""
     _define_flags()
-    common.main(run, __name__)
+    common.main(run, __name__, urls=["model"])
 
 
 if __name__ == "__main__":

@@ -51,11 +51,15 @@ def train(chosen: Sequence[tuple[Any, int]] = ()) -> int | None:
     from fedasr.training import config as config_lib
     from fedasr.training import loop
     from fedasr.training.logging import say
+    from fedasr.training.remote import copies, mirror
+    from fedasr.training.remote.storage import is_remote
     from fedasr.training.workdir import local_path
 
     config = config_lib.resolve(common.plain_config())
     if flags.FLAGS.dry_run:
-        summary = loop.dry_run(config, flags.FLAGS.workdir, flags.FLAGS.extend)
+        summary = loop.dry_run(
+            config, flags.FLAGS.workdir, flags.FLAGS.extend, flags.FLAGS.action == "seed_only"
+        )
         rows = measured(config, chosen) if chosen else []
         if rows:
             summary["programs"] = [dataclasses.asdict(row) for row in rows]
@@ -64,16 +68,21 @@ def train(chosen: Sequence[tuple[Any, int]] = ()) -> int | None:
             common.show(summary) if common.JSON.value else print("\n".join(shown))
         return None
     name = f"{config['name']}-{config_lib.fingerprint(config_lib.what(config))}"
-    workdir = local_path(flags.FLAGS.workdir or Path("runs") / name)
+    place = flags.FLAGS.workdir or str(Path("runs") / name)
+    if is_remote(place):
+        workdir = mirror.place_of(place)
+        where = f"{place}, while it runs in {workdir}"
+        common.configure_compilation(copies.copies_folder())
+    else:
+        workdir = local_path(place)
+        where = place = str(workdir)
+        common.configure_compilation(workdir.parent)
     if hosts.is_leader():
-        say(f"work directory: {workdir}")
-    common.configure_compilation(workdir.parent)
+        say(f"work directory: {where}")
     only_seed = flags.FLAGS.action == "seed_only"
     try:
         command = shlex.join(["fedasr", "train", *sys.argv[1:]])
-        summary = loop.run(
-            config, workdir, flags.FLAGS.extend, only_seed, command, flags.FLAGS.track
-        )
+        summary = loop.run(config, place, flags.FLAGS.extend, only_seed, command, flags.FLAGS.track)
     except loop.Interrupted as stopped:
         return common.fail(stopped, common.STOPPED)
     if only_seed:
@@ -85,7 +94,7 @@ def train(chosen: Sequence[tuple[Any, int]] = ()) -> int | None:
             common.show(summary)
         else:
             print("\n".join(_describe(summary)))
-        say(f"report: {workdir / 'report.html'}")
+        say(f"report: {place.rstrip('/')}/report.html")
     return None if summary["status"] == "completed" else common.FAILED
 
 
@@ -216,7 +225,7 @@ def main() -> None:
     """The command `fedasr train`: parses the flags, runs and exits."""
     _define_flags()
     common.define_config("quickstart")
-    common.main(program, __name__)
+    common.main(program, __name__, urls=["workdir"])
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _define_flags() -> None:
 def main() -> None:
     """The command `fedasr transcribe`: parses the flags, runs and exits."""
     _define_flags()
-    common.main(run, __name__, arguments=True)
+    common.main(run, __name__, arguments=True, urls=["model"])
 
 
 if __name__ == "__main__":

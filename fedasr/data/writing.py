@@ -17,6 +17,7 @@ import numpy as np
 from fedasr.data.corpus import Corpus, all_lengths, user_hashes, valid_split_name
 from fedasr.data.records import FORMAT_VERSION, INDEX, METADATA_FILE, RECORDS, tfds_module
 from fedasr.errors import UserError
+from fedasr.fields import check_local
 
 _SHARD_BYTES = 64 << 20  # tfds holds one shard in memory while it writes it
 
@@ -39,6 +40,7 @@ def write_corpus(
     Raises:
       UserError: no split, a name that cannot be one, or examples that do not fit together.
     """
+    check_local("directory", directory)
     directory = Path(directory).absolute()
     if not splits:
         raise UserError("a corpus needs at least one split")

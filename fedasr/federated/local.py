@@ -29,6 +29,7 @@ import numpy as np
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientMetrics, ClientUpdate, Params
 from fedasr.federated.subset import matches, merge, select
+from fedasr.fields import check_local
 
 PROTOTYPES = ("init", "mean", "last")
 ROWS_FILE, SLOTS_FILE = "rows.f32", "slots.i64"
@@ -206,6 +207,7 @@ class LocalStore:
         read_only: bool = False,
     ) -> None:
         check_prototype(prototype)
+        check_local("folder", folder)
         self.layout, self.users, self.prototype = layout, users, prototype
         self.round: int | None = None
         self.read_only = read_only

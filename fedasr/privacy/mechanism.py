@@ -383,10 +383,12 @@ class Mechanism:
         """
         floor = self.tail_delta(rounds)
         if floor > _TAIL_SHARE * delta:
+            least = floor / _TAIL_SHARE
+            other = f"delta to {least:.2g} or more, or " if least < 0.1 else ""
             raise UserError(
                 f"delta={delta:g} cannot be claimed: the noise ends, and what lies beyond has a "
-                f"probability of up to {floor:.2g}, more than 1% of it. Set delta to "
-                f"{floor / _TAIL_SHARE:.2g} or more, or more noise (sigma)."
+                f"probability of up to {floor:.2g}, more than 1% of it. Set {other}more noise "
+                "(sigma)."
             )
         return floor
 

@@ -24,7 +24,9 @@ import jax
 import numpy as np
 
 from fedasr.errors import REMEDIES, UserError, exhausted, pass_exhaustion
+from fedasr.fields import check_local
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
+from fedasr.training.remote.copies import TEMPORARY_MARK
 from fedasr.training.stored import (
     CHECKSUMS,
     METADATA,
@@ -47,8 +49,6 @@ from fedasr.training.stored import step_folders as step_folders
 
 PyTree = Any
 
-# Part of the name of a folder that orbax has not finished.
-_TEMPORARY_MARK = ".orbax-checkpoint-tmp"
 # What a checkpoint that cannot be read is renamed to, before its number.
 DAMAGED = "damaged-"
 # The library numbers the saves of a process: two at once wait for each other's numbers in vain.
@@ -74,6 +74,8 @@ class Checkpointer:
         damaged: {folder as it is called now: why it cannot be read} of what was set aside.
         seconds: the longest that a save took until it was on the disk, as yet not read back; 0.0
             before the first.
+        sent: called after each that was read back, before the next may begin: a place elsewhere
+            gets it then. What it raises is what went wrong with that save. None for nothing.
 
     Raises:
         UserError: if `keep` is below 1, the folder cannot be made, or there are checkpoints and
@@ -83,6 +85,7 @@ class Checkpointer:
     def __init__(self, directory: str | Path, keep: int = 2):
         if keep < 1:
             raise UserError(f"at least one checkpoint must be kept, not keep={keep}")
+        check_local("directory", directory)
         self.directory = Path(directory).absolute()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -93,11 +96,12 @@ class Checkpointer:
             ) from error
         # Orbax's own clean-up runs in the background and may not end in a run that saves nothing.
         for folder in self.directory.iterdir():
-            if _TEMPORARY_MARK in folder.name and folder.is_dir():
+            if TEMPORARY_MARK in folder.name and folder.is_dir():
                 shutil.rmtree(folder)
         _quieten()
         self.damaged = _set_aside(self.directory)
         self._keep, self.seconds = keep, 0.0
+        self.sent: Callable[[], None] | None = None
         self._writing: threading.Thread | None = None
         self._problem: Exception | None = None
         self._stack = contextlib.ExitStack()
@@ -176,12 +180,20 @@ class Checkpointer:
                     shutil.rmtree(other)
         except Exception as error:
             self._problem = self._unwritten(step, error)
+            return
+        if self.sent is None:
+            return
+        try:
+            self.sent()
+            self.seconds = max(self.seconds, time.monotonic() - began)
+        except Exception as error:  # of any kind: it is told where training waits for it
+            self._problem = error
 
     def _unwritten(self, step: int, error: Exception) -> UserError:
         # The writes beside the one that failed have failed, too, and asyncio would print a
         # traceback of each that nobody asked for: it is one fault, said in one line.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        for folder in self.directory.glob(f"{step}{_TEMPORARY_MARK}*"):
+        for folder in self.directory.glob(f"{step}{TEMPORARY_MARK}*"):
             shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
         older = max((x for x in saved_steps(self.directory) if x != step), default=None)
         remedy = REMEDIES.get(exhausted(error), "make room there")

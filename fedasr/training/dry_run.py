@@ -30,6 +30,8 @@ from fedasr.training.builders import (
 from fedasr.training.builders.splits import check_splits
 from fedasr.training.config import Config
 from fedasr.training.logging import to_json
+from fedasr.training.remote import copies
+from fedasr.training.remote.storage import is_remote
 from fedasr.training.sections import Data
 from fedasr.training.workdir import (
     check_same,
@@ -45,11 +47,12 @@ def dry_run(
     config: Mapping[str, Any] | Config,
     workdir: str | Path | None = None,
     extend: int | None = None,
+    only_seed: bool = False,
 ) -> dict[str, Any]:
     """What a run would be: resolves the configuration, trains nothing, makes no data.
 
     Args:
-      config, extend: see `fedasr.training.loop.run`.
+      config, extend, only_seed: see `fedasr.training.loop.run`; of a seed the run after it is told.
       workdir: where it would be, to find out whether it may; None for anywhere.
 
     Returns:
@@ -58,7 +61,15 @@ def dry_run(
     Raises:
       UserError: as the run itself would.
     """
-    checked = whole.checked(config, None if workdir is None else local_path(workdir))
+    copies.refresh()
+    remote = workdir is not None and is_remote(workdir)
+    if workdir is not None:
+        workdir = local_path(copies.local(workdir))
+    checked = whole.checked(config, workdir)
+    if remote:
+        whole.check_remote(checked, only_seed)
+    if only_seed:
+        whole.check_seed(checked)
     selection.check(checked)
     with disk_errors(workdir):
         checked = _rehearse_place(checked, workdir, extend)
@@ -141,7 +152,7 @@ def _federated(
 
 def _rehearse_place(config: Config, workdir: str | Path | None, extend: int | None) -> Config:
     """The configuration that would be run in a directory, refused if that is another's."""
-    existing = None if workdir is None else read_existing(local_path(workdir))
+    existing = None if workdir is None else read_existing(Path(workdir))
     if extend is not None:
         config = extended(Path(workdir or "?"), existing, config, extend)
     known = _characters(config.data)

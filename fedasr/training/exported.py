@@ -15,6 +15,7 @@ import numpy as np
 
 from fedasr.errors import UserError
 from fedasr.models.pretrained.mapping import nested
+from fedasr.training.remote.copies import local
 
 FORMAT, VERSION = "fedasr", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -37,7 +38,7 @@ def safetensors() -> Any:
 
 def is_exported(path: str | Path) -> bool:
     """Whether a folder is one of ours."""
-    return _config(Path(path)) is not None
+    return _config(local(path)) is not None
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -54,7 +55,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no such folder, or one of a later format.
     """
-    found = _config(Path(path))
+    found = _config(local(path))
     if found is None:
         raise UserError(f"{path} is no folder of fedasr export: it has no {CONFIG} of that format")
     if found.get("version") != VERSION:
@@ -70,7 +71,7 @@ def read_params(path: str | Path) -> Any:
     Raises:
       UserError: the file is missing, truncated or not what was exported.
     """
-    folder, library = Path(path), safetensors()
+    folder, library = local(path), safetensors()
     shapes = read_metadata(folder)["shapes"]
     try:
         found = library.load_file(folder / WEIGHTS)

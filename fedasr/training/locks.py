@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,7 @@ class _Owner:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._me = {
-            "host": socket.gethostname(),
-            "boot": _boot(),
-            "pid": os.getpid(),
-            "started": _started(os.getpid()),
-            "name": uuid.uuid4().hex,
-            "folder": path.parent.stat().st_ino,
-        }
+        self._me = this_process() | {"folder": path.parent.stat().st_ino}
         self._stop = threading.Event()
 
     def take(self) -> bool:
@@ -120,7 +114,7 @@ class _Owner:
             if self._make():
                 threading.Thread(target=self._beat, daemon=True).start()
                 return True
-            if _lives(self._path):
+            if lives(lambda: _content(self._path), self._me["folder"]):
                 return False
             # Of several who find it dead one gets to move it away.
             with contextlib.suppress(OSError):
@@ -168,22 +162,38 @@ class _Owner:
                 continue  # a disk that is full now may have room at the next beat
 
 
-def _lives(path: Path) -> bool:
-    """Whether the maker of an owner's file seems to live."""
-    seen = _content(path)
+def this_process() -> dict[str, Any]:
+    """What an owner's file says of its maker."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "name": uuid.uuid4().hex,
+    }
+
+
+def lives(read: Callable[[], str | None], folder: int | None = None) -> bool:
+    """Whether the maker of an owner's file seems to live; may take `SILENT_SECONDS` to find out.
+
+    Args:
+      read: gives what is in the file, None if there is none.
+      folder: number of the file's folder, by which a copy is known; None where it has none.
+    """
+    seen = read()
     if seen is None:
         return False
     with contextlib.suppress(ValueError, KeyError, TypeError):
         owner = json.loads(seen)
         if owner["host"] == socket.gethostname() and owner["boot"] == _boot():
-            if owner.get("folder") not in (None, path.parent.stat().st_ino):
+            if folder is not None and owner.get("folder") not in (None, folder):
                 return False  # the copy of a folder that was in use
             return _started(owner["pid"]) == owner["started"] is not None
     until = time.monotonic() + SILENT_SECONDS
     while time.monotonic() < until:
         time.sleep(min(1.0, SILENT_SECONDS / 4))
-        if _content(path) != seen:
-            return _content(path) is not None
+        if (now := read()) != seen:
+            return now is not None
     return False
 
 

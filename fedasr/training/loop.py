@@ -12,7 +12,7 @@ training, `session` and `stages` are a run that goes on, `trainers` the two kind
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from fedasr.federated.local import remove_rows
 from fedasr.text import learned_vocabulary, tokenizer_for
 from fedasr.training import stages, starts
 from fedasr.training.builders import corpora, decoders, models, whole
-from fedasr.training.checkpoint import has_checkpoint, lock_directory
+from fedasr.training.checkpoint import Checkpointer, has_checkpoint, lock_directory
 from fedasr.training.config import Config
 from fedasr.training.dry_run import dry_run as dry_run
 from fedasr.training.interrupts import StopFlag, graceful_stop
 from fedasr.training.logging import say, write_json_atomic
+from fedasr.training.remote import copies
+from fedasr.training.remote.mirror import mirrored
+from fedasr.training.remote.storage import is_remote
 from fedasr.training.rows import LOCAL_FOLDER
 from fedasr.training.session import Interrupted as Interrupted
 from fedasr.training.session import Session, make_parts
@@ -66,7 +69,7 @@ def run(
 
     Args:
       config: a plain mapping with the fields of `default_config`, or a `Config`.
-      workdir: made if missing.
+      workdir: made if missing; a path, or a URL in cloud storage (`fedasr.training.remote`).
       extend: rounds to go on to instead of the configuration's, in a directory that holds a run.
       only_seed: end with the seed, which is kept for later runs (`seed_training.reuse`).
       command: that asked for it, which the report names; kept in `workdir/command.txt`.
@@ -77,10 +80,31 @@ def run(
 
     Raises:
       UserError: for a mistake in the configuration or data, no seed where only that is wanted, a
-        `workdir` of another configuration, or a disk that does not take what must not be lost.
+        `workdir` of another configuration, or a disk or storage that does not take what must not
+        be lost.
       Interrupted: on SIGTERM or SIGINT, after saving a checkpoint.
     """
-    workdir = local_path(workdir)
+    copies.refresh()
+    if is_remote(workdir):
+        config = whole.checked(config, workdir)  # mistakes first
+        whole.check_remote(config, only_seed)
+        with mirrored(str(workdir), _set_aside) as mirror:
+            return _run(
+                config, mirror.folder, extend, only_seed, command, trackers, sent=mirror.push
+            )
+    return _run(config, local_path(workdir), extend, only_seed, command, trackers)
+
+
+def _run(
+    config: Mapping[str, Any] | Config,
+    workdir: Path,
+    extend: int | None,
+    only_seed: bool,
+    command: str,
+    trackers: Sequence[str],
+    sent: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """See `run`; `sent` is called after each checkpoint that was read back."""
     config = whole.checked(config, workdir)
     check_trackers(trackers)
     if only_seed:
@@ -110,6 +134,8 @@ def run(
         if only_seed:
             _check_seed(session)
         session.trackers = trackers
+        if sent is not None and isinstance(session.checkpointer, Checkpointer):
+            session.checkpointer.sent = sent
         session.history = history(before, config.rounds) or session.metadata.get("history", [])
         # Before anything is written all have read, and the same.
         hosts.wait_for_all("begun")
@@ -126,6 +152,16 @@ def run(
         return summary
 
 
+def _set_aside(workdir: Path) -> bool:
+    """Sets aside the checkpoints that cannot be read; whether there were any."""
+    if not has_checkpoint(workdir / "checkpoints"):
+        return False
+    with Checkpointer(workdir / "checkpoints") as opened:
+        for folder, why in opened.damaged.items():
+            say(f"warning: {why}; it was set aside as {folder.name}")
+    return bool(opened.damaged)
+
+
 def _occupy(workdir: Path, stack: contextlib.ExitStack) -> None:
     """Makes a work directory and keeps others out of it, as long as the stack lasts."""
     try:
@@ -140,11 +176,7 @@ def _occupy(workdir: Path, stack: contextlib.ExitStack) -> None:
 
 def _for_seed_only(config: Config) -> Config:
     """Raises UserError for a configuration that trains no seed."""
-    if config.init_from or not config.seed_training.steps:
-        raise UserError(
-            "--action=seed_only: this configuration trains no seed: set seed_training.steps, and "
-            "no init_from"
-        )
+    whole.check_seed(config)
     return dataclasses.replace(
         config, seed_training=dataclasses.replace(config.seed_training, reuse=True)
     )

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedasr.errors import UserError, pass_exhaustion
+from fedasr.fields import bucket
 from fedasr.training import exported
 from fedasr.training.locks import lock_directory as lock_directory  # beside what it guards
-from fedasr.training.values import bucket
+from fedasr.training.remote.copies import STEP_MARKER, local
+from fedasr.training.remote.storage import is_remote
 
 PyTree = Any
 
@@ -36,8 +38,6 @@ _NO_DAMAGE = re.compile(
 )
 BEST_FOLDER = "best"  # of a work directory whose run keeps the best state on a split
 STATE, METADATA, CHECKSUMS = "state", "metadata", "checksums"
-# Written by orbax inside every complete step folder.
-_STEP_MARKER = "_CHECKPOINT_METADATA"
 _NUMBER = re.compile("0|[1-9][0-9]*")  # as a checkpoint is called
 # Paths that mean themselves to every library: others may be taken for patterns or escapes.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.+=,-]*")
@@ -50,6 +50,8 @@ def restore_params(path: str | Path) -> PyTree:
         path: a work directory, its `checkpoints/` folder (both stand for the latest checkpoint in
             them; a work directory for the best, if its run keeps that: see
             `fedasr.training.selection`), the folder of one checkpoint, or one of `fedasr export`.
+            A URL in cloud storage is copied, and read from that copy until the next run, dry run or
+            `fedasr.load` in this process, or `fedasr.training.remote.copies.refresh`.
 
     Returns:
         The saved state's `params` as nested dicts (sequences as lists) of numpy arrays.
@@ -153,7 +155,7 @@ def plain_path(path: str | Path) -> Iterator[Path]:
 
 def is_step(folder: Path) -> bool:
     """Whether it is a complete checkpoint."""
-    return (folder / _STEP_MARKER).is_file() and (folder / STATE).is_dir()
+    return (folder / STEP_MARKER).is_file() and (folder / STATE).is_dir()
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -175,17 +177,18 @@ def has_checkpoint(path: str | Path) -> bool:
 
 def find_step(path: str | Path) -> Path:
     """The folder of a checkpoint, by a path as `restore_params` takes it."""
-    if wrong := bucket(str(path)):
+    given = path
+    if not is_remote(path) and (wrong := bucket(str(path))):
         raise UserError(f"{path} {wrong}")
-    path = Path(path).absolute()
+    path = local(path).absolute()
     if is_step(path):
         return path
     for parent in (path / BEST_FOLDER, path / "checkpoints", path):
         if found := saved_steps(parent):
             return parent / str(max(found))
     raise UserError(
-        f"no checkpoint in {path}: give a work directory, its checkpoints folder or the folder of "
-        "one checkpoint"
+        f"no checkpoint in {given if is_remote(given) else path}: give a work directory, its "
+        "checkpoints folder or the folder of one checkpoint"
     )
 
 

@@ -28,6 +28,7 @@ from fedasr.training.builders import decoders, models
 from fedasr.training.builders.corpora import fitting_tokenizer
 from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import Config
+from fedasr.training.remote import copies
 from fedasr.training.sections import Decoding
 from fedasr.training.workdir import recorded_config
 
@@ -204,6 +205,7 @@ def load(
     Raises:
       UserError: there is no such model, or something that it needs is missing.
     """
+    copies.refresh()
     metadata = read_metadata(path)
     config = recorded_config(metadata.get("config", {}))
     settings = config.decoding

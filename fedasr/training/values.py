@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedasr.errors import UserError
-from fedasr.fields import is_number
+from fedasr.fields import bucket, is_number
+from fedasr.training.remote.storage import is_remote
 
 CENTRAL = "central"  # the algorithm that forgets the users
 
@@ -78,16 +79,6 @@ def prototypes() -> list[str]:
     return list(PROTOTYPES)
 
 
-def bucket(place: str) -> str | None:
-    """What is to be done instead of naming a bucket ("gs://..."), or None for a path."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", place) is None:
-        return None
-    return (
-        "is not on a file system: mount the bucket (such as by gcsfuse or s3fs), or work in a "
-        "local folder and copy that (gcloud storage rsync, aws s3 sync)"
-    )
-
-
 def check_place(value: Any) -> str | None:
     """Of a path of what is read."""
     if not isinstance(value, str) or re.fullmatch(r"[^\x00-\x1f]*", value) is None:
@@ -109,7 +100,9 @@ def parse_start(value: str) -> tuple[str, str]:
 
 def check_start(value: Any) -> str | None:
     """Of what a run starts from."""
-    return check_place(parse_start(value)[1] if isinstance(value, str) else value)
+    if not isinstance(value, str) or not is_remote(value):
+        return check_place(parse_start(value)[1] if isinstance(value, str) else value)
+    return check_place(re.sub("://", "/", value))
 
 
 def check_chunk(value: Any) -> str | None:

@@ -16,11 +16,11 @@ from typing import Any
 
 from fedasr.digests import START, params_digest
 from fedasr.errors import UserError
+from fedasr.fields import bucket
 from fedasr.training.checkpoint import has_checkpoint, read_metadata, step_folders
 from fedasr.training.config import HOW, Config, fingerprint
 from fedasr.training.logging import from_json, to_json, write_json_atomic
 from fedasr.training.stored import BEST_FOLDER, Unreadable
-from fedasr.training.values import bucket
 
 CONFIG_FILE, SUMMARY_FILE, COMMAND_FILE = "config.json", "summary.json", "command.txt"
 # Where things lie; beside each, what they are.
@@ -133,11 +133,11 @@ STATE_ADDED = ("root",)
 
 
 def local_path(workdir: str | Path) -> Path:
-    """A work directory's path.
+    """The path of a work directory on a file system.
 
     Raises:
       UserError: it is a bucket: `Path` would make a local folder of its name, which nobody looks
-        for. The users' rows, locks and logs need files that can be changed in place.
+        for. What is in a bucket is worked on in a copy: `fedasr.training.remote.mirror`.
     """
     if wrong := bucket(str(workdir)):
         raise UserError(f"--workdir={workdir} {wrong}; a local folder of that name begins with ./")

@@ -131,7 +131,9 @@ def test_another_configuration_is_refused(program, finished, tiny_flags):
         ("--config=no_such_file.py", "no_such_file.py"),
         ("--config.data.dir=no_such_folder", "no_such_folder"),
         ("rounds=3", "--name=value"),
-        ("--config.init_from=gs://bucket/run", "mount the bucket"),
+        ("--config.init_from=nothing://bucket/run", "no file system is known by that name"),
+        ("--config.data.dir=gs://bucket/data", "mount the bucket"),
+        ("--workdir=gs:/bucket/run", "mount the bucket"),
         ("--config.init_from=no/such/run", "no checkpoint"),
     ],
 )

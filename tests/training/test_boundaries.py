@@ -165,6 +165,11 @@ VARIANTS = {
         "privacy.sampler": "shuffled",
     },
     "memories": {"algorithm": "scaffold", "client.optimizer": "sgd"},
+    "whole numbers": {
+        "privacy.noise": "skellam",
+        "privacy.sampler": "poisson",
+        "privacy.sigma": 0.1,
+    },
 }
 
 

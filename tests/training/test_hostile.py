@@ -209,7 +209,7 @@ def test_options_are_checked_by_their_classes(options):
         ),
         ({"seed_training.steps": 1, "seed_training.batch_seconds": 0.1}, "shorter than"),
         ({"init_from": "no/such/run"}, "no checkpoint"),
-        ({"init_from": "gs://bucket/run"}, r"init_from='gs://bucket/run' is not on a file system"),
+        ({"init_from": "gs:/bucket/run"}, r"init_from='gs:/bucket/run' is not on a file system"),
         ({"data.dir": "s3://bucket/data"}, r"dir='s3://bucket/data' is not on a file system"),
         (BEAM | {"decoding.lm": "/no/such.arpa"}, r"decoding.lm=/no/such.arpa: .*cannot be read"),
         (BEAM | {"decoding.lm": "/dev/null"}, "decoding.lm=/dev/null: .* no whole ARPA file"),

@@ -121,6 +121,11 @@ def test_private_rounds_of_a_part_then_evaluation_and_resume(
         (tmp_path / "run" / "summary.json").unlink()
         again = loop.run(config, tmp_path / "run")
         assert again["wer"] == summary["wer"]
+        # Nor in cloud storage.
+        shutil.copytree(tmp_path / "run", tmp_path / "there" / "run")
+        url = f"file://{tmp_path}/there/run"
+        assert loop.dry_run(config, url)["config"]["model"]["name"] == "wav2vec2"
+        assert loop.run(config, url) == again
     finally:
         gone.rename(folder)
 

@@ -236,8 +236,8 @@ def test_files_that_are_decoded_with_are_known_by_their_content(
         accept(using(lists["words"]), halfway)
 
 
-@pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", "memory://run", "gs:/b"])
-def test_a_bucket_is_refused_and_no_folder_made_of_its_name(
+@pytest.mark.parametrize("place", ["gs:/bucket/run", "s3:/b"])
+def test_half_a_url_is_refused_and_no_folder_made_of_its_name(
     configure, accept, monkeypatch, tmp_path, place
 ):
     monkeypatch.chdir(tmp_path)

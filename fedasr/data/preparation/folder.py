@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from fedasr.data import records
 from fedasr.errors import UserError
+from fedasr.fields import check_local
 
 UNFINISHED = ".unfinished"
 PARTS = "parts"  # in the folder of what is unfinished
@@ -59,6 +60,7 @@ def prepared_folder(
 
 def _opened(out: Path, mark: Path, metadata_path: Path) -> IO[str]:
     """The lock's file in a folder that is ours, or new."""
+    check_local("out", out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another")
     foreign = sorted(p.name for p in out.iterdir() if p.name != _LOCK) if out.exists() else []

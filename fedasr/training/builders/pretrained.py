@@ -19,6 +19,7 @@ from fedasr.models.recogniser import make_recogniser
 from fedasr.streams import Stream, seed_key
 from fedasr.text import Tokenizer, folder_tokenizer
 from fedasr.training.config import Config
+from fedasr.training.remote.copies import local
 from fedasr.training.sections import Model
 from fedasr.training.values import WHOLE, parse_start
 from fedasr.training.workdir import read_existing
@@ -31,7 +32,7 @@ def is_pretrained(config: Config) -> bool:
     return parse_start(config.init_from)[0] != ""
 
 
-def resolved(config: Config, workdir: Path | None = None) -> Config:
+def resolved(config: Config, workdir: str | Path | None = None) -> Config:
     """A configuration whose model is the one that the run starts from; others as they are.
 
     Options of compute (`ComputeConfig`) are the configuration's, as are all that it gives for this
@@ -39,7 +40,7 @@ def resolved(config: Config, workdir: Path | None = None) -> Config:
 
     Args:
       config: of the run.
-      workdir: where the model is known from, if the folder is no longer there.
+      workdir: where the model is known from, if the folder is no longer there; also a URL.
 
     Raises:
       UserError: see `folders.open_source`.
@@ -48,7 +49,7 @@ def resolved(config: Config, workdir: Path | None = None) -> Config:
     if not scheme:
         return config
     if not Path(place).exists() and workdir is not None:
-        existing = Config.of(read_existing(workdir) or {})
+        existing = Config.of(read_existing(local(workdir)) or {})
         if existing.init_from == config.init_from:
             return dataclasses.replace(config, model=existing.model)
     source = folders.open_source(place, scheme == WHOLE)

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from fedasr.errors import UserError
 from fedasr.training.builders import (
     algorithms,
     batches,
@@ -20,7 +23,7 @@ from fedasr.training.config import Config, check_fields
 from fedasr.training.logging import to_json
 
 
-def checked(given: Mapping[str, Any] | Config, workdir: Path | None = None) -> Config:
+def checked(given: Mapping[str, Any] | Config, workdir: str | Path | None = None) -> Config:
     """The configuration that a run is given, as a tree or typed.
 
     Args:
@@ -46,3 +49,32 @@ def checked(given: Mapping[str, Any] | Config, workdir: Path | None = None) -> C
     devices.check(config)
     decoders.check(config)
     return config
+
+
+def check_remote(config: Config, only_seed: bool = False) -> None:
+    """Raises UserError for what a run in cloud storage cannot do."""
+    if only_seed or config.seed_training.reuse:
+        raise UserError(
+            "a seed that other runs find (--action=seed_only, seed_training.reuse) lies beside its "
+            "work directory, which must then be a local folder"
+        )
+    rows = models.keeps_rows(config)
+    if rows and config.checkpoint.keep < 2:
+        raise UserError(
+            f"checkpoint.keep={config.checkpoint.keep}: users' rows in cloud storage need 2, those "
+            "of the last checkpoint there must stay until the next one is whole"
+        )
+    if jax.process_count() > 1 and (config.selection.split or rows):
+        raise UserError(
+            "several processes with selection.split, local.patterns or an algorithm that remembers "
+            "users need a work directory that all can read: mount the bucket"
+        )
+
+
+def check_seed(config: Config) -> None:
+    """Raises UserError for a configuration that trains no seed, where that alone is wanted."""
+    if config.init_from or not config.seed_training.steps:
+        raise UserError(
+            "--action=seed_only: this configuration trains no seed: set seed_training.steps, and "
+            "no init_from"
+        )

@@ -1,0 +1,1 @@
+"""Work directories and checkpoints in cloud storage: see `mirror`."""
