@@ -131,8 +131,9 @@ def test_attention_is_a_kernel_and_no_step_grows_with_the_blocks(target):
         assert sorted(loop.trips for loop in step.loops) == [blocks, blocks]
         found.append((step.launches, sorted(loop.launches for loop in step.loops)))
     assert found[0][1] == found[1][1]
-    # Not one for each of three blocks more; by their sizes a TPU copies one array ahead or another.
-    assert abs(found[0][0] - found[1][0]) < 3
+    # Three blocks more by themselves would be some 180. By the arrays' sizes single ones are copied
+    # ahead (TPU), or summed in two stages (GPU).
+    assert abs(found[0][0] - found[1][0]) < 6
 
 
 def test_evaluation(target):
