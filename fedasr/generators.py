@@ -70,9 +70,39 @@ def _child(key: jax.Array, data: Any, constants: tuple[int, int]) -> jax.Array:
 
     No two data of a key, and no two keys with the same data, have the same child.
     """
-    first = key[0] ^ _word(data, key[1], np.uint32(constants[0]))
-    second = key[1] ^ _word(data, first, np.uint32(constants[1]))
-    return jnp.stack([first, second], axis=-1)
+    return jnp.stack(_child_words(key[0], key[1], data, constants), axis=-1)
+
+
+def _child_words(first: Any, second: Any, data: Any, constants: tuple[int, int]) -> tuple[Any, Any]:
+    new = first ^ _word(data, second, np.uint32(constants[0]))
+    return new, second ^ _word(data, new, np.uint32(constants[1]))
+
+
+def is_hashed(key: jax.Array) -> bool:
+    """Whether what is drawn from a typed key are hashes, which kernels know how to draw."""
+    return str(jax.random.key_impl(key)) == str(HASHED)
+
+
+def folded_words(first: Any, second: Any, data: Any) -> tuple[Any, Any]:
+    """Within a kernel: the two words of `jax.random.fold_in(key, data)` of a hashed key's.
+
+    Args:
+      first, second, data: uint32, of shapes that broadcast.
+    """
+    return _child_words(first, second, data, _FOLDED)
+
+
+def kept_words(first: Any, second: Any, index: Any, rate: float) -> Any:
+    """Within a kernel: `jax.random.bernoulli(key, 1 - rate, shape)` of a hashed key.
+
+    Args:
+      first, second: uint32, words of the key. index: uint32, of an element in row-major order.
+      rate: probability of False.
+    """
+    # A uniform float has 23 random bits; below 2^23 words compare alike with signs and without.
+    # The 1 - rate of float32, as it is compared there.
+    most = math.ceil(float(np.float32(1.0 - rate)) * 2**23)
+    return (_word(index, first, second) >> 9).astype(jnp.int32) < most
 
 
 def _indices(shape: Sequence[int]) -> jax.Array:

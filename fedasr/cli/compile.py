@@ -102,8 +102,8 @@ def measured(
 def table(rows: list) -> list[str]:
     """The figures for people."""
     header = (
-        "program", "target", "chunk", "fits", "GiB", "of", "launches", "loops", "TFLOP", "GB",
-        "bound", "ms", "estimate", "compiled in",
+        "program", "target", "chunk", "fits", "GiB", "of", "launches", "loops", "copies", "TFLOP",
+        "GB", "bound", "ms", "estimate", "compiled in",
         "collectives",
     )  # fmt: skip
     lines = [header, *(_row(row) for row in rows)]
@@ -124,6 +124,7 @@ def _row(row) -> tuple[str, ...]:
         f"{memory['device']:.0f}",
         str(row.kernels),
         loops,
+        str(row.copies),
         f"{row.flops / 1e12:.3g}",
         f"{row.bytes / 1e9:.3g}",
         row.bound,

@@ -37,15 +37,18 @@ class Figures:
         step; with "clients" alone), "device" (what it has).
       fits: whether all that, the code too, is within the share of the memory that runs use.
       kernels: launches of a local step (of the server's step, of all), without those of loops
-        within. loops: (turns or None, launches of a turn) of each loop within.
+        within. loops: (turns or None, launches of a turn) of each loop within. copies: of all
+        launches those that only copy a part of an array.
       launches: all of a local step, of loops of unknown length one turn.
       flops: of the matrix products of a call with one local step, on the devices that train a
         client together. bytes: that it reads and writes; where the compiler does not tell them (a
-        GPU), an upper bound from the program's text.
+        GPU), from the program's text. Compilers count loops once: what they say is scaled by how
+        much more the text has with all turns.
       seconds: by bound: "compute", "memory", "launches".
       bound: the largest of them.
-      estimate: seconds that the compiler itself expects; None where it expects none or where it
-        cannot be so.
+      estimate: seconds that the compiler itself expects, loops as often as they turn (of kernels of
+        ours what their operations and bytes allow); None where it expects none or where it cannot
+        be so.
       collectives: by kind, of a call with one local step.
       from_host: instructions that wait for the host.
       float64: whether there are floats of 64 bits.
@@ -60,6 +63,7 @@ class Figures:
     fits: bool
     kernels: int
     loops: tuple[tuple[int | None, int], ...]
+    copies: int
     launches: int
     flops: float
     bytes: float
@@ -117,7 +121,13 @@ def _figures(described: tuple[Any, ...], compiled: Any, flops: float) -> Figures
     step = text.step if name == "clients" else text.entry
     analysis = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
-    moved = float(costs.get("bytes accessed", 0.0)) or float(step.moved)
+    moved = float(costs.get("bytes accessed", 0.0)) * _share(
+        text.entry.total_moved, text.entry.moved_once
+    )
+    moved = moved or float(step.total_moved)
+    estimate = costs.get("optimal_seconds")
+    if estimate is not None:
+        estimate *= _share(text.entry.total_cycles, text.entry.cycles_once)
     seconds = {
         "compute": flops / target.flops / together,
         "memory": moved / target.bandwidth,
@@ -141,16 +151,22 @@ def _figures(described: tuple[Any, ...], compiled: Any, flops: float) -> Figures
         fits=needed <= chunks.SHARE * target.memory,
         kernels=step.launches,
         loops=tuple((loop.trips, loop.total) for loop in step.loops),
+        copies=step.copies + sum((loop.trips or 1) * loop.copies for loop in step.loops),
         launches=step.total,
         flops=flops,
         bytes=moved,
         seconds=seconds,
         bound=max(seconds, key=lambda kind: seconds[kind]),
-        estimate=sane_estimate(costs.get("optimal_seconds"), max(seconds.values())),
+        estimate=sane_estimate(estimate, max(seconds.values())),
         collectives=text.entry.collectives,
         from_host=text.from_host,
         float64=text.float64,
     )
+
+
+def _share(total: float, once: float) -> float:
+    """By how much loops that turn as often as they do exceed ones that turn once."""
+    return total / once if once else 1.0
 
 
 def sane_estimate(estimate: float | None, roofline: float) -> float | None:

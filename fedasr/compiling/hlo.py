@@ -17,6 +17,8 @@ _COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+_SLICES = ("dynamic-slice", "slice")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _HOST = re.compile(r"xla_\w*callback|^(?:infeed|outfeed)\b|is_host_transfer=true|MoveToHost")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -47,10 +49,12 @@ class Loop:
     Attributes:
       trips: how often; None if that is known only when it runs.
       launches: instructions that a device starts in one turn, without those of loops within.
-      moved: bytes that these read and write, each array that one of them names counted whole; an
-        array that goes through a loop within counts once each way.
+      moved: bytes that these read and write, each array that one of them names counted whole, but
+        of an array that is only sliced, or written in one place, that part.
       loops: within.
       exchanges: (kind, bytes of the result) of each collective in one turn, without those of loops.
+      copies: of the launches those that only copy a part of an array, started beside others (GPUs).
+      cycles: that the compiler expects of them, where it says so (TPUs; not of kernels of ours).
     """
 
     trips: int | None
@@ -58,6 +62,28 @@ class Loop:
     moved: int
     loops: tuple["Loop", ...]
     exchanges: tuple[tuple[str, int], ...] = ()
+    copies: int = 0
+    cycles: int = 0
+
+    @property
+    def total_moved(self) -> int:
+        """`moved` of one turn with that of the loops within, of unknown ones one turn."""
+        return self.moved + sum((loop.trips or 1) * loop.total_moved for loop in self.loops)
+
+    @property
+    def moved_once(self) -> int:
+        """The same as if each loop within turned once, as compilers count it."""
+        return self.moved + sum(loop.moved_once for loop in self.loops)
+
+    @property
+    def total_cycles(self) -> int:
+        """`cycles` of one turn with those of the loops within, of unknown ones one turn."""
+        return self.cycles + sum((loop.trips or 1) * loop.total_cycles for loop in self.loops)
+
+    @property
+    def cycles_once(self) -> int:
+        """The same as if each loop within turned once, as compilers count it."""
+        return self.cycles + sum(loop.cycles_once for loop in self.loops)
 
     @property
     def total(self) -> int:
@@ -177,27 +203,101 @@ def _shape_and_rest(text: str) -> tuple[str, str]:
 def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | None) -> Loop:
     instructions = computations.get(name, [])
     sizes = {x.name: shape_bytes(x.shape) for x in instructions}
-    launches = moved = 0
+    launches = moved = copies = cycles = 0
     loops: list[Loop] = []
     exchanges: list[tuple[str, int]] = []
     for instruction in instructions:
         if instruction.opcode == "while":
             (body,) = _called(instruction, "body")
             loops.append(_loop(computations, body, _trips(computations, instruction)))
-            moved += 2 * sizes[instruction.name]
         elif instruction.opcode in ("call", "conditional"):
             parts = [_loop(computations, callee, 1) for callee in _callees(instruction)]
             if parts:
                 part = max(parts, key=lambda loop: loop.total)
                 launches, moved = launches + part.launches, moved + part.moved
+                copies, cycles = copies + part.copies, cycles + part.cycles
                 loops += part.loops
                 exchanges += part.exchanges
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
             launches += 1
-            moved += sizes[instruction.name]
-            moved += sum(sizes.get(operand, 0) for operand in instruction.operands)
+            copies += _only_copies(computations, instruction)
+            moved += _moved(computations, instruction, sizes)
+            cycles += int(found[1]) if (found := _CYCLES.search(instruction.text)) else 0
             exchanges += _exchanges(computations, instruction, sizes)
-    return Loop(trips, launches, moved, tuple(loops), tuple(exchanges))
+    return Loop(trips, launches, moved, tuple(loops), tuple(exchanges), copies, cycles)
+
+
+def _moved(
+    computations: dict[str, list[_Instruction]], instruction: _Instruction, sizes: dict[str, int]
+) -> int:
+    """Bytes that an instruction reads and writes."""
+    opcode, operands = instruction.opcode, instruction.operands
+    if opcode in _SLICES:
+        return 2 * sizes[instruction.name]
+    if opcode == "dynamic-update-slice":
+        return 2 * sizes.get(operands[1], 0)
+    if opcode == "copy-start":
+        return 2 * sizes.get(operands[0], 0)
+    if opcode in ("fusion", "fusion-start") and (callee := _called(instruction, "calls")):
+        parameters = [x for x in computations.get(callee[0], []) if x.opcode == "parameter"]
+        if parameters:
+            read = sum(_read(computations, callee[0], x) for x in parameters)
+            return read + _written(computations, callee[0])
+    return sizes[instruction.name] + sum(sizes.get(operand, 0) for operand in operands)
+
+
+def _read(computations: dict[str, list[_Instruction]], name: str, parameter: _Instruction) -> int:
+    """Bytes that a fusion reads of one of its parameters, see `Loop.moved`."""
+    whole = shape_bytes(parameter.shape)
+
+    def of_users(found: str) -> int:
+        total = 0
+        for user in computations[name]:
+            for place, operand in enumerate(user.operands):
+                if operand != found:
+                    continue
+                if user.opcode == "bitcast":
+                    total += of_users(user.name)
+                elif user.opcode in _SLICES and place == 0:
+                    total += shape_bytes(user.shape)
+                elif user.opcode == "dynamic-update-slice" and place == 0:
+                    pass
+                elif user.opcode == "fusion":
+                    (callee,) = _called(user, "calls")
+                    inner = [x for x in computations[callee] if f"parameter({place})" in x.text]
+                    total += _read(computations, callee, inner[0])
+                else:
+                    return whole
+        return total
+
+    return min(whole, of_users(parameter.name))
+
+
+def _written(computations: dict[str, list[_Instruction]], name: str) -> int:
+    """Bytes that a fusion writes, see `Loop.moved`."""
+    by_name = {x.name: x for x in computations[name]}
+    (root,) = (x for x in computations[name] if x.root)
+    total = 0
+    for part in [by_name[x] for x in root.operands] if root.opcode == "tuple" else [root]:
+        while part.opcode == "bitcast" and part.operands[0] in by_name:
+            part = by_name[part.operands[0]]
+        if part.opcode == "dynamic-update-slice":
+            total += shape_bytes(by_name[part.operands[1]].shape)
+        elif part.opcode == "fusion":
+            total += _written(computations, _called(part, "calls")[0])
+        else:
+            total += shape_bytes(part.shape)
+    return total
+
+
+def _only_copies(computations: dict[str, list[_Instruction]], instruction: _Instruction) -> bool:
+    """Whether a fusion that is started beside others only slices, or writes into a place."""
+    if instruction.opcode != "fusion-start":
+        return False
+    (callee,) = _called(instruction, "calls")
+    allowed = {"parameter", "constant", "bitcast", "tuple", "dynamic-update-slice", *_SLICES}
+    of_place = {x.name for x in computations[callee] if not re.search(r"\[\d", x.shape)}
+    return all(x.opcode in allowed or x.name in of_place for x in computations[callee])
 
 
 def _exchanges(

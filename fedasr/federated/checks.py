@@ -200,3 +200,13 @@ def takes_corrections(client_update: Callable[..., Any], name: str) -> None:
             f"{name} corrects the gradients of plain local training: unset compression, and choose "
             "partial.mode='all' or 'fixed'"
         )
+
+
+def may_stack(mechanism: Mechanism, algorithm: Algorithm, hardware: Hardware) -> bool:
+    """Whether nothing but the loss and the clipping looks at single parameters."""
+    extras = getattr(algorithm, "extras", None)
+    looks = (algorithm.trained, algorithm.store, extras, algorithm.weigh)
+    plain = all(x is None for x in looks) and mechanism.adaptive is None
+    return (
+        hardware.stacked_blocks and hardware.model_devices == 1 and plain and not mechanism.secure
+    )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from fedasr.data.batching import Store
+from fedasr.kernels import devices
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -226,7 +227,7 @@ def local_training(
       arguments (`optax.GradientTransformationExtraArgs`) gets `start_gradient`, a function without
       arguments: the clipped gradient of the step's batch where local training began.
     """
-    clip = None if grad_clip is None else optax.clip_by_global_norm(grad_clip)
+    clip = None if grad_clip is None else _clip_by_global_norm(grad_clip)
     gradient = batch_gradient(loss, batch_keys)
 
     def update(params, batches, num_steps, key, max_steps=None, round=0, *, correction=None):
@@ -273,6 +274,30 @@ def local_training(
         return delta, metrics, opt_state[-2]
 
     return update
+
+
+_SMALL = 1 << 14  # numbers of an array, at most, to be summed with others
+
+
+def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`; on accelerators all small arrays together are few launches."""
+    usual = optax.clip_by_global_norm(most)
+
+    def update(updates, state, params=None):
+        if not devices.platform():
+            return usual.update(updates, state, params)
+        leaves = jax.tree.leaves(updates)
+        large = [x for x in leaves if x.size > _SMALL]
+        small = [x.astype(jnp.float32).ravel() for x in leaves if x.size <= _SMALL]
+        parts = [*large, *([jnp.concatenate(small)] if small else [])]
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in parts))
+
+        def clipped(x):
+            return jnp.where(norm < most, x, x / norm.astype(x.dtype) * most)
+
+        return jax.tree.map(clipped, updates), state
+
+    return optax.GradientTransformation(usual.init, update)
 
 
 def _chained(

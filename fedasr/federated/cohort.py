@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedasr import stacks
 from fedasr.data.batching import Chunk, Resident
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Params, view_of_client
@@ -204,6 +205,7 @@ def make_cohort(
     local: bool = False,
     in_turns: bool = False,
     encode: Encode | None = None,
+    stacked: bool = False,
 ) -> Cohort:
     """Builds the cohort's sum from a client update, the client-side clipping and the weights.
 
@@ -222,6 +224,9 @@ def make_cohort(
         that are not valid, or whose new ones are not finite, stay as they were.
       in_turns: each device trains its clients of a chunk one after another, not vmapped.
       encode: see `Encode`; None to send updates as they are.
+      stacked: `client_update` and `clip` get parameters with stacked blocks where they can be
+        (`fedasr.stacks`), and so does the accumulator; the total is as without. Not with local
+        parameters, `weigh`, `encode` or several devices a client.
     """
 
     def one_client(
@@ -265,6 +270,7 @@ def make_cohort(
         return sums, local_row
 
     def one_device(accumulator, params, chunk, round_key, round):
+        params = _stacked(params, stacked)
         args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user, chunk.local)
 
         def with_examples(batches):
@@ -319,20 +325,29 @@ def make_cohort(
         axis_names={AXIS},
     )
 
-    return _jitted(one_client, sharded, mesh, local)
+    return _jitted(one_client, sharded, mesh, local, stacked)
+
+
+def _stacked(params: Params, wanted: bool) -> Params:
+    return stacks.stack(params) if wanted and stacks.can_stack(params) else params
 
 
 def _jitted(
-    one_client: Callable[..., Any], sharded: Callable[..., Any], mesh: Mesh, local: bool
+    one_client: Callable[..., Any],
+    sharded: Callable[..., Any],
+    mesh: Mesh,
+    local: bool,
+    stacked: bool,
 ) -> Cohort:
     """The parts of a cohort's sum, compiled for where their arrays lie.
 
     Args:
       one_client: of which a client's sums are the shapes. sharded: adds a chunk's sums.
-      mesh, local: see `make_cohort`.
+      mesh, local, stacked: see `make_cohort`.
     """
 
     def zeros(params, chunk):
+        params = _stacked(params, stacked)
         alone = chunk._replace(resident=None)
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), alone)
         batches = _with_examples(first.batches, chunk.resident)
@@ -343,9 +358,13 @@ def _jitted(
 
     def total(accumulator):
         if MODEL in mesh.shape or mesh.size == 1:
-            return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), accumulator)
-        leaves, treedef = jax.tree.flatten(accumulator)
-        return jax.tree.unflatten(treedef, _sums_over_devices(leaves))
+            found = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), accumulator)
+        else:
+            leaves, treedef = jax.tree.flatten(accumulator)
+            found = jax.tree.unflatten(treedef, _sums_over_devices(leaves))
+        if stacks.is_stacked(found.delta):
+            found = found._replace(delta=stacks.unstack(found.delta))
+        return found
 
     if MODEL not in mesh.shape:
         return Cohort(

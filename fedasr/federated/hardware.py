@@ -24,6 +24,8 @@ class Hardware:
         fit on one: each holds a part of every matrix that has an axis to divide, and of what the
         server and the sum keep of it. Above 1 in one process only.
       chunk: clients vmapped together on a device; 0 for the whole cohort. On a CPU 1 is fastest.
+      stacked_blocks: whether programs hold the parameters of like blocks as one array each where
+        nothing asks for them singly (see `fedasr.stacks`): the algorithm's loss must take either.
 
     Raises:
       UserError: for numbers out of range, or devices that cannot be grouped so.
@@ -32,6 +34,7 @@ class Hardware:
     devices: Sequence[jax.Device] | None = None
     model_devices: int = 1
     chunk: int = 1
+    stacked_blocks: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk < 0:

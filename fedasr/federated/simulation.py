@@ -162,6 +162,7 @@ class Simulation:
             local=self.store is not None,
             in_turns=self.chunk == 1,
             encode=mechanism.encoder(),
+            stacked=checks.may_stack(mechanism, algorithm, hardware),
         )
         self._server_optimizer = algorithm.server_optimizer
         if mechanism.adaptive is not None:

@@ -1,24 +1,27 @@
-"""Whether a device's own kernels compute on it what everybody else's loop does: tried, not assumed.
+"""Whether a device's own kernels compute on it what everybody else's code does: tried, not assumed.
 
 A kernel for accelerators goes by another compiler than the rest of a program, and may meet a
-driver, a release or a device that it was never tried on. One that fails or differs is not used,
-which is said; the results of a run then are the loop's.
+driver, a release or a device that it was never tried on. Where one fails or differs none is used,
+which is said; the results of a run then are everybody's.
 """
 
 import warnings
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fedasr.kernels import ctc, devices
+from fedasr.kernels import attention_accelerated, ctc, devices, norm_accelerated
 
 Array = jax.Array
 _TOLERANCE = 1e-3  # of gradients, which are at most 1, and of losses in shares
+_ROUNDING = 0.03  # of bfloat16, in shares of the largest number
 _REPEATS = 3  # since what is wrong in the order of memory is not wrong always
 
 
 def try_kernels(device: jax.Device) -> str:
-    """Compares a device's CTC kernel with the loop, once for each kind of device in a process.
+    """Compares a device's kernels with what others have, once for each kind of device in a process.
 
     Args:
       device: of this process.
@@ -44,25 +47,32 @@ def refuse_kernels(device: jax.Device, reason: str) -> None:
     """
     devices.TRIED[device.device_kind] = reason
     warnings.warn(
-        f"the CTC kernel is not used on {device.device_kind} ({reason}): the loop is, which is "
-        "slower",
+        f"the kernels for accelerators are not used on {device.device_kind} ({reason}): what "
+        "others have is, which is slower",
         stacklevel=2,
     )
 
 
 def _difference(device: jax.Device) -> str:
-    """What the kernel does other than the loop; "" for nothing."""
+    """What a kernel does other than it should; "" for nothing."""
+    return _of_ctc(device) or _of_attention(device) or _of_norm(device)
 
+
+def _by_hand(device: jax.Device, function: Any) -> Any:
+    """The function compiled for a device as if it were one of several, each with its own."""
+    mesh = jax.sharding.Mesh(np.array([device]), ("devices",))
+    spec = jax.sharding.PartitionSpec()
+    return jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    )
+
+
+def _of_ctc(device: jax.Device) -> str:
     def loss(logits: Array, frames: Array, labels: Array, counts: Array) -> Array:
         return ctc.ctc_loss(logits, frames, labels, counts)[0].sum()
 
     gradient = jax.value_and_grad(loss)
-    mesh = jax.sharding.Mesh(np.array([device]), ("devices",))
-    spec = jax.sharding.PartitionSpec()
-    by_kernel = jax.jit(
-        jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    )
-    by_loop = jax.jit(gradient)
+    by_kernel, by_loop = _by_hand(device, gradient), jax.jit(gradient)
     for sizes in ((9, 40, 6), (3, 200, 70)):
         args = jax.device_put(_batch(*sizes), device)
         expected = jax.device_get(by_loop(*args))
@@ -73,6 +83,78 @@ def _difference(device: jax.Device) -> str:
             if not max(most, share) < _TOLERANCE:
                 return f"its gradients differ by up to {most:.2g}, its losses by {share:.2g}"
     return ""
+
+
+def _compared(device: jax.Device, name: str, kernel: Any, plain: Any, args: tuple) -> str:
+    """Whether two functions' results differ by more than half precision's rounding."""
+    by_kernel, args = _by_hand(device, kernel), jax.device_put(args, device)
+    expected = jax.device_get(jax.tree.leaves(jax.jit(plain)(*args)))
+    for _ in range(_REPEATS):
+        found = jax.device_get(jax.tree.leaves(by_kernel(*args)))
+        for a, b in zip(found, expected, strict=True):
+            a, b = a.astype(np.float32), b.astype(np.float32)
+            if not float(np.abs(a - b).max()) <= _ROUNDING * float(np.abs(b).max()):
+                return f"the {name}'s kernel differs by up to {float(np.abs(a - b).max()):.2g}"
+    return ""
+
+
+def _of_attention(device: jax.Device) -> str:
+    b, t, heads, e, rate = 2, 200, 2, 48, 0.3
+    kind = devices.kind_of(device)
+    if not attention_accelerated.fits(kind, t, heads * e, heads):
+        return ""
+    rng = np.random.default_rng(1)
+    plan = attention_accelerated.Plan(kind, heads, rate)
+    qkv = jnp.asarray(rng.standard_normal((b, t, 3 * heads * e)), jnp.bfloat16)
+    lengths = jnp.asarray([t, t - 77], jnp.int32)
+    true = jnp.arange(t) < lengths[:, None]
+    slopes = jnp.where(true[..., None], rng.standard_normal((b, t, heads * e)), 0)
+    words = jnp.asarray(rng.integers(0, 2**32, (b, 2), np.uint32))
+
+    def with_slopes(function: Any) -> Any:
+        def both(qkv: Array, slopes: Array, lengths: Array, words: Array) -> Any:
+            out, pull = jax.vjp(lambda x: function(x, lengths, words), qkv)
+            return jnp.where(true[..., None], out, 0), pull(slopes.astype(out.dtype))[0]
+
+        return both
+
+    return _compared(
+        device,
+        "attention",
+        with_slopes(lambda *args: attention_accelerated.attention(plan, *args)),
+        with_slopes(lambda *args: attention_accelerated.reference(plan, *args)),
+        (qkv, slopes, lengths, words),
+    )
+
+
+def _of_norm(device: jax.Device) -> str:
+    d, parts = 144, norm_accelerated.PARTS
+    if not norm_accelerated.fits(devices.kind_of(device), d):
+        return ""
+    rng = np.random.default_rng(2)
+    x, direct, slopes = (jnp.asarray(rng.standard_normal((3, 70, d)), jnp.float32) for _ in "123")
+    branch = jnp.asarray(rng.standard_normal(x.shape), jnp.bfloat16)
+    scale, bias = (jnp.asarray(rng.standard_normal(d), jnp.float32) for _ in "12")
+
+    def with_slopes(function: Any) -> Any:
+        def both(*args: Array) -> Any:
+            *inputs, direct, slopes = args
+            out, pull = jax.vjp(function, *inputs)
+            return out, pull((direct, slopes))
+
+        return both
+
+    keep = jnp.float32(0.5)
+
+    def kernel(x: Array, branch: Array, scale: Array, bias: Array) -> Any:
+        scale, bias = (jnp.broadcast_to(a, (parts, d)) for a in (scale, bias))
+        return norm_accelerated.add_norm(jnp.dtype("float32"), False, x, branch, keep, scale, bias)
+
+    def plain(x: Array, branch: Array, *rest: Array) -> Any:
+        return norm_accelerated.plain_add_norm(jnp.dtype("float32"), x, branch, keep, *rest)
+
+    args = (x, branch, scale, bias, direct, slopes)
+    return _compared(device, "layer norm", with_slopes(kernel), with_slopes(plain), args)
 
 
 def _batch(size: int, frames: int, labels: int) -> tuple[np.ndarray, ...]:

@@ -5,6 +5,7 @@ time as the leading axis: JAX's counter-based generator then gives an utterance 
 however far it is padded.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,17 +13,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 
+from fedasr import stacks
 from fedasr.errors import UserError
 from fedasr.fields import check_dataclass
+from fedasr.generators import is_hashed
 from fedasr.kernels import attention as attentions
+from fedasr.kernels import attention_accelerated, devices, norm_accelerated
 from fedasr.kernels.checkpoint import checkpoint
 from fedasr.kernels.dense import product
 from fedasr.kernels.frontend import Affine, affine_product, patches
 
 # Of whatever is a size: more is a slip, and would not end in an error but in no memory.
 _SIZES = ("vocab", "features", "dim", "mlp", "units", "joint_dim", "prediction_dim", "heads")
-BLOCK = "block_"  # how the names of an encoder's blocks begin
+BLOCK = stacks.BLOCK  # how the names of an encoder's blocks begin
+KEPT = "kept"  # the name of what a block keeps for its backward pass, on accelerators
+_FEW = 6  # blocks that accelerators run without a loop, which would copy what goes in and comes out
+_STACKED = "stacked"  # of flax's variables: parameters of all blocks
 ADAPTER = "adapter"  # among a block's parameters, beside its own
 
 
@@ -140,11 +148,31 @@ def adapted(adapter: Any, x: jax.Array) -> jax.Array:
     return x + (product(hidden, up["kernel"]) + up["bias"]).astype(x.dtype)
 
 
-def _alike(blocks: Sequence[nn.Module]) -> bool:
-    """Whether blocks hold parameters of the same names: not where some of them are adapted."""
+def variables(params: Any) -> dict[str, Any]:
+    """A flax module's variables of an encoder's parameters, of which blocks may be stacked."""
+    if not stacks.is_stacked(params):
+        return {"params": params}
+    rest = {name: x for name, x in params.items() if name != stacks.STACK}
+    return {"params": rest, _STACKED: {stacks.STACK: params[stacks.STACK]}}
+
+
+def _with_adapters(blocks: Sequence[nn.Module], stacked: Any) -> bool:
+    if stacked is not None:
+        return ADAPTER in stacked
+    return any(ADAPTER in block.variables.get("params", {}) for block in blocks)
+
+
+def _stacked(blocks: Sequence[nn.Module]) -> Any:
+    """Their parameters, stacked; None where names differ, as where some of them are adapted."""
     if not blocks or blocks[0].is_initializing():
-        return False
-    return len({jax.tree.structure(block.variables["params"]) for block in blocks}) == 1
+        return None
+    parent: Any = blocks[0].parent
+    if found := parent.variables.get(_STACKED):
+        return found[stacks.STACK]
+    each = [block.variables["params"] for block in blocks]
+    if len(set(map(jax.tree.structure, each))) != 1:
+        return None
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(realise, each))
 
 
 def apply_blocks(
@@ -155,6 +183,7 @@ def apply_blocks(
     keys: jax.Array | None,
     streams: tuple[int, int],
     batch_key: jax.Array | None = None,
+    narrow: Any = None,
 ) -> jax.Array:
     """An encoder's blocks one after another, with layer drop.
 
@@ -165,22 +194,39 @@ def apply_blocks(
       keys: [b], or None for evaluation.
       streams: of the keys' that of the first block, and of a block's keys that of its layer drop.
       batch_key: of the layer drop; None to draw from the first utterance's.
+      narrow: the dtype that blocks compute with, of those that take all their matrices in it and,
+        on accelerators, lengths in place of the mask, all their keys and whether they are kept.
     """
     first, dropping = streams
+    stacked = _stacked(blocks) if config.scan_blocks else None
+    kernels = narrow is not None and devices.platform()
+    gated = kernels and not _with_adapters(blocks, stacked)
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.int32) if gated else None
 
-    def add(x: jax.Array, apply: Callable[..., jax.Array], index: Any) -> jax.Array:
+    def keys_of(index: Any) -> tuple[jax.Array | None, jax.Array | None]:
+        """A block's, and what its layer drop is drawn from."""
         k = None
         if keys is not None:
             k = jax.vmap(lambda key: jax.random.fold_in(key, first + index))(keys)
-        y = apply(x, mask, k)
         if keys is not None and batch_key is not None:
-            k = jax.random.fold_in(batch_key, index)[None]
-        return drop_block(y, x, config.layer_drop, k, dropping)
+            return k, jax.random.fold_in(batch_key, index)[None]
+        return k, k
 
-    if config.scan_blocks and _alike(blocks):
+    def gate_of(index: Any) -> tuple[Any, jax.Array | None]:
+        """A block's own keys, each [b], and 1 where it is kept, else 0."""
+        k, drawn = keys_of(index)
+        keep = keeps_block(config.layer_drop, drawn, dropping)
+        own = None if k is None else tuple(split_keys(k, dropping))
+        return own, None if keep is None else keep.astype(jnp.float32)
+
+    def add(x: jax.Array, apply: Callable[..., jax.Array], index: Any, gate: Any) -> jax.Array:
+        if gated:
+            return apply(x, lengths, *gate)
+        k, drawn = keys_of(index)
+        return drop_block(apply(x, mask, k), x, config.layer_drop, drawn, dropping)
+
+    if stacked is not None:
         # Blocks are equal in shape: one is compiled, and all of them run through it.
-        each = [realise(block.variables["params"]) for block in blocks]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         alone = blocks[0].clone(parent=None)
 
         def function(params: Any, *args: Any) -> Any:
@@ -190,14 +236,27 @@ def apply_blocks(
         run: Callable[..., jax.Array] = function
         if config.remat != "none":
             run = checkpoint(function)
+        elif devices.platform():
+            # What a turn keeps is written and read once more. The rest is cheap to have again.
+            names = (*attention_accelerated.KEPT, *norm_accelerated.KEPT, KEPT)
+            kept = jax.checkpoint_policies.save_only_these_names(*names)
+            run = jax.checkpoint(function, prevent_cse=False, policy=kept)
+        if kernels:
+            stacked = jax.tree.map(lambda x: x.astype(narrow) if x.ndim == 3 else x, stacked)
+            stacked = _in_parts(stacked)
 
-        def turn(x: jax.Array, block: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-            params, index = block
-            return add(x, lambda *args: run(params, *args), index), None
+        def turn(x: jax.Array, block: tuple[Any, jax.Array, Any]) -> tuple[jax.Array, None]:
+            params, index, gate = block
+            return add(x, lambda *args: run(params, *args), index, gate), None
 
-        return jax.lax.scan(turn, x, (stacked, jnp.arange(len(blocks))))[0]
+        index = jnp.arange(len(blocks))
+        # Small numbers one by one would be as many launches of a turn.
+        gates = jax.vmap(gate_of)(index) if gated else None
+        few = bool(kernels) and len(blocks) <= _FEW
+        return jax.lax.scan(turn, x, (stacked, index, gates), unroll=few or 1)[0]
     for i, block in enumerate(blocks):
-        x = add(x, lambda *args: apply_block(block, config.remat, *args), i)  # noqa: B023
+        gate = gate_of(i) if gated else None
+        x = add(x, lambda *args: apply_block(block, config.remat, *args), i, gate)  # noqa: B023
     return x
 
 
@@ -213,10 +272,15 @@ def drop_block(
       new, old: [b, t, d]. keys: the block's [b], or None for evaluation. index: of the stream of
         the block's keys to draw from; those below it are the block's own.
     """
+    keep = keeps_block(rate, keys, index)
+    return new if keep is None else jnp.where(keep, new, old)
+
+
+def keeps_block(rate: float, keys: jax.Array | None, index: int) -> jax.Array | None:
+    """Whether layer drop leaves a block in, see `drop_block`; None where it always does."""
     if not rate or keys is None:
-        return new
-    keep = jax.random.bernoulli(jax.random.fold_in(keys[0], index), 1.0 - rate)
-    return jnp.where(keep, new, old)
+        return None
+    return jax.random.bernoulli(jax.random.fold_in(keys[0], index), 1.0 - rate)
 
 
 def uniform_fan_in(scale: float = 1.0 / 3.0) -> nn.initializers.Initializer:
@@ -250,8 +314,11 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     """
     if rate == 0.0 or keys is None:
         return x
-    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    return jnp.where(_kept(x.shape, rate, keys), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _kept(shape: tuple[int, ...], rate: float, keys: jax.Array) -> jax.Array:
+    return jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, shape[1:]))(keys)
 
 
 def sinusoidal_positions(positions: jax.Array, features: int) -> jax.Array:
@@ -309,6 +376,44 @@ class Dense(nn.Dense):
 def bias_free(features: int, dtype: jnp.dtype, name: str) -> Dense:
     """A dense layer of a block: without biases, computed in `dtype`."""
     return Dense(features, use_bias=False, kernel_init=uniform_fan_in(), dtype=dtype, name=name)
+
+
+class SumNorm(nn.Module):
+    """A sum and its layer norm, with the parameters of `nn.LayerNorm`, as accelerators compute it.
+
+    dtype: of the norm.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, branch: jax.Array | None, keep: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """[b, t, d] each, None for zeros -> x + branch in x's dtype, and its norm.
+
+        keep: float32 scalar, factor of the branch; None for 1.
+        """
+        keep = jnp.ones(()) if keep is None else keep
+        scale: jax.Array = self.get_variable("params", "scale")
+        bias: jax.Array = self.get_variable("params", "bias")
+        if not norm_accelerated.fits(devices.platform(), x.shape[-1]):
+            return norm_accelerated.plain_add_norm(self.dtype, x, branch, keep, scale, bias)
+        parts = (norm_accelerated.PARTS, x.shape[-1])
+        scale, bias = (jnp.broadcast_to(a, parts) for a in (scale, bias))
+        return norm_accelerated.add_norm(self.dtype, False, x, branch, keep, scale, bias)
+
+
+def _in_parts(blocks: Any) -> Any:
+    """Stacked blocks whose norms' parameters [n, d] are [n, PARTS, d], for `SumNorm`."""
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        if x.ndim != 2 or not norm_accelerated.fits(devices.platform(), x.shape[1]):
+            return x
+        parts = (x.shape[0], norm_accelerated.PARTS, x.shape[1])
+        return jnp.broadcast_to(x[:, None], parts) if path[0].key.endswith("_norm") else x
+
+    return jax.tree_util.tree_map_with_path(one, blocks)
 
 
 class MaskedNorm(nn.Module):
@@ -407,9 +512,19 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """x: [b, t, d]; mask: bool [b, t], True for true frames; keys: [b] or None."""
+        """x: [b, t, d]; mask: bool [b, t], True for true frames, or these int [b]; keys: [b]."""
         b, t, d = x.shape
         qkv = bias_free(3 * d, self.dtype, "qkv")(x)
+        if plan := self._plan(t, d, keys):
+            # For a TPU the product again costs less than what its kernels read being copied.
+            qkv = checkpoint_name(qkv, KEPT) if plan.kind == "gpu" else qkv
+            words = jnp.zeros((b, 2), jnp.uint32)
+            if plan.rate and keys is not None:
+                words = jax.random.key_data(keys)
+            lengths = mask if mask.ndim == 1 else jnp.sum(mask, axis=1, dtype=jnp.int32)
+            out = attention_accelerated.attention(plan, qkv, lengths, words)
+            return bias_free(d, self.dtype, "out")(out)
+        mask = jnp.arange(t) < mask[:, None] if mask.ndim == 1 else mask
         q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
         if self.rotary_positions:
             q, k = rotary(q), rotary(k)
@@ -429,6 +544,17 @@ class SelfAttention(nn.Module):
             factors = jnp.transpose(kept, (0, 3, 1, 2))
         return last(attentions.attention(q, k, v, mask, factors).reshape(b, t, d))
 
+    def _plan(self, t: int, d: int, keys: jax.Array | None) -> attention_accelerated.Plan | None:
+        """Of the kernel that computes this; None where there is none."""
+        kind = devices.platform()
+        rate = self.dropout if keys is not None else 0.0
+        drawn = not rate or (keys is not None and is_hashed(keys))
+        if self.fused or self.rotary_positions or not drawn:
+            return None
+        if not attention_accelerated.fits(kind, t, d, self.heads):
+            return None
+        return attention_accelerated.Plan(kind, self.heads, rate)
+
 
 class FeedForward(nn.Module):
     """Two bias-free dense layers around an activation, ReLU if not told otherwise."""
@@ -439,8 +565,34 @@ class FeedForward(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """x: [b, t, d] -> [b, t, d]; keys: [b] or None."""
-        hidden = self.activation(bias_free(self.hidden, self.dtype, "up")(x))
+    def __call__(
+        self, x: jax.Array, keys: jax.Array | None, keep: jax.Array | None = None
+    ) -> jax.Array:
+        """x: [b, t, d] -> [b, t, d]; keys: [b] or None. keep: float scalar; where 0, zeros."""
+        hidden = bias_free(self.hidden, self.dtype, "up")(x)
         down = bias_free(x.shape[-1], self.dtype, "down")
-        return down(dropout(hidden, self.dropout, keys))
+        if devices.platform() and self.activation is jax.nn.relu:
+            kept = jnp.ones((), bool) if keep is None else keep > 0
+            rate = self.dropout if keys is not None else 0.0
+            if rate and keys is not None:
+                kept &= _kept(hidden.shape, rate, keys)
+            return down(_relu_dropout(rate, hidden, kept))
+        return down(dropout(self.activation(hidden), self.dropout, keys))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _relu_dropout(rate: float, x: jax.Array, kept: jax.Array) -> jax.Array:
+    """dropout(relu(x)), whose derivative follows from what comes out: no mask is kept."""
+    return jnp.where(kept & (x > 0), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _relu_dropout_forward(rate: float, x: jax.Array, kept: jax.Array) -> Any:
+    out = checkpoint_name(_relu_dropout(rate, x, kept), KEPT)
+    return out, out
+
+
+def _relu_dropout_backward(rate: float, out: jax.Array, gradient: jax.Array) -> Any:
+    return jnp.where(out > 0, gradient / (1.0 - rate), jnp.zeros_like(gradient)), None
+
+
+_relu_dropout.defvjp(_relu_dropout_forward, _relu_dropout_backward)

@@ -14,6 +14,7 @@ from fedasr.kernels.rnnt import greedy_decode as rnnt_greedy_decode
 from fedasr.kernels.rnnt import rnnt_loss
 from fedasr.models import best_rq, pretrained, recurrent
 from fedasr.models.conformer import Conformer, ConformerConfig
+from fedasr.models.layers import variables
 from fedasr.models.objectives import ARRAYS as ARRAYS
 from fedasr.models.objectives import INPUTS as INPUTS
 from fedasr.models.objectives import Recogniser as Recogniser
@@ -39,7 +40,7 @@ def ctc_recogniser(
 
     def forward(params, batch, features, keys):
         logits, lengths = module.apply(
-            {"params": params}, features, batch["features_length"], keys, **_shared(batch)
+            variables(params), features, batch["features_length"], keys, **_shared(batch)
         )
         labels = batch["labels"], batch["labels_length"]
         values, feasible = ctc_loss(logits, lengths, *labels, streamed(logits, labels[0], keys))
@@ -75,7 +76,7 @@ def rnnt_recogniser(
     def forward(params, batch, features, keys):
         encoder = {name: value for name, value in params.items() if name != _TRANSDUCER}
         encoded, lengths = module.apply(
-            {"params": encoder}, features, batch["features_length"], keys, **_shared(batch)
+            variables(encoder), features, batch["features_length"], keys, **_shared(batch)
         )
         labels = batch["labels"], batch["labels_length"]
         scores = apply(params, encoded, batch["labels"])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
+from fedasr.kernels import devices
 from fedasr.models import layers
 from fedasr.models.transducer import ObjectiveConfig
 
@@ -104,18 +105,33 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """x: [b, t, d]; mask: bool [b, t]; keys: [b] or None (no dropout)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        keys: jax.Array | tuple[jax.Array, ...] | None,
+        keep: jax.Array | None = None,
+    ) -> jax.Array:
+        """x: [b, t, d]; mask: bool [b, t]; keys: [b] or None (no dropout).
+
+        On accelerators, see `layers.apply_blocks`, mask: true frames int [b]; keys: four [b]; keep:
+        float scalar of layer drop, 0 or 1; None to keep the block.
+        """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        k = layers.split_keys(keys, 4)
+        k = list(keys) if isinstance(keys, tuple) else layers.split_keys(keys, 4)
         attend = layers.SelfAttention(
             c.heads, c.dropout, dtype, fused=c.attention == "fused", name="attention"
         )
         feed = layers.FeedForward(c.mlp, c.dropout, dtype, name="mlp")
+        rate = c.dropout if c.branch_dropout else 0.0
+        if c.norm == "pre" and devices.platform():
+            x, normed = layers.SumNorm(dtype, name="attention_norm")(x, None)
+            attended = layers.dropout(attend(normed, mask, k[0]), rate, k[1])
+            x, normed = layers.SumNorm(dtype, name="mlp_norm")(x, attended, keep)
+            return x + layers.dropout(feed(normed, k[2], keep), rate, k[3])
         attention_norm = nn.LayerNorm(1e-5, dtype=dtype, name="attention_norm")
         mlp_norm = nn.LayerNorm(1e-5, dtype=dtype, name="mlp_norm")
-        rate = c.dropout if c.branch_dropout else 0.0
         if c.norm == "post":
             x = attention_norm(x + layers.dropout(attend(x, mask, k[0]), rate, k[1]))
             return mlp_norm(x + layers.dropout(feed(x, k[2]), rate, k[3]))
@@ -164,7 +180,8 @@ class Transformer(nn.Module):
             x = layers.dropout(x, c.dropout, k_input)
         mask = frames < out_lengths[:, None]
         blocks = [Block(c, name=f"{layers.BLOCK}{i}") for i in range(c.blocks)]
-        x = layers.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key)
+        narrow = dtype if c.norm == "pre" else None
+        x = layers.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key, narrow)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         out = layers.Dense(

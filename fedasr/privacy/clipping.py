@@ -15,9 +15,8 @@ federated speech recognition, arXiv 2310.00098), or a group of arrays named by a
 path, such as "encoder/block_0/mlp/kernel".
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -25,60 +24,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedasr import stacks
 from fedasr.errors import UserError
+from fedasr.privacy import stacked
+from fedasr.privacy.norms import (
+    MARGIN,
+    RESCALE,
+    SAFE,
+    Grouping,
+    Layers,
+    Norm,
+    factors_to,
+    grouped,
+    select,
+)
+from fedasr.privacy.norms import ClipState as ClipState
 
 Budget = str | Callable[[tuple[int, ...]], Sequence[float]]
-Layers = Callable[[str], str] | None
 
-# What is clipped is brought this far below its bound. XLA's float32 norm of four million elements
-# errs by up to 2e-7 and rescaling rounds by 1e-7: the bound holds in spite of both, and the norm
-# that is measured when clipping again is below the bound, so nothing changes the second time.
-_MARGIN = 2e-6
-# Squares of magnitudes outside [2^-40, 2^40] could leave float32; they are scaled by 2^±80 first.
-_SAFE = 2.0**40
-_RESCALE = 2.0**80
 _MIN_BOUND, _MAX_BOUND = 1e-30, 1e10
-
-
-class ClipState(NamedTuple):
-    """What the last update looked like before it was clipped (all zeros after `init`).
-
-    norms: float32 [H], L2 norm of each layer before clipping (saturates at the largest float32;
-      zeros for a non-finite update).
-    clipped: bool [H], whether the layer was scaled down; under a global clip all layers agree.
-    finite: bool [], False when the update held a NaN or an infinity and was replaced by zeros.
-    """
-
-    norms: chex.Array
-    clipped: chex.Array
-    finite: chex.Array
-
-
-class _Grouping(NamedTuple):
-    names: tuple[str, ...]  # one per layer, in order of first appearance
-    layer_of: tuple[int, ...]  # of each leaf
-    sizes: tuple[int, ...]  # elements of each layer
-
-
-def _grouping(tree: Any, layers: Layers) -> _Grouping:
-    names: dict[str, int] = {}
-    index: list[int] = []
-    sizes: list[int] = []
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    if not leaves:
-        raise UserError("Clipping needs parameters: the tree has no arrays.")
-    for path, leaf in leaves:
-        dtype = jnp.result_type(leaf)
-        where = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise UserError(f"Only floating-point updates can be clipped; {where!r} is {dtype}.")
-        name = where if layers is None else str(layers(where))
-        layer = names.setdefault(name, len(names))
-        if layer == len(sizes):
-            sizes.append(0)
-        index.append(layer)
-        sizes[layer] += math.prod(jnp.shape(leaf))
-    return _Grouping(tuple(names), tuple(index), tuple(sizes))
 
 
 def layer_names(params: Any, layers: Layers = None) -> list[str]:
@@ -89,12 +53,12 @@ def layer_names(params: Any, layers: Layers = None) -> list[str]:
       layers: None for one layer per array, or a function from an array's path (keys joined by "/")
         to the name of its layer.
     """
-    return list(_grouping(params, layers).names)
+    return list(grouped(params, layers).names)
 
 
 def layer_index(params: Any, layers: Layers = None) -> tuple[tuple[int, ...], int]:
     """The layer of every leaf of `params`, in the order of `ClipState.norms`, and their number."""
-    grouping = _grouping(params, layers)
+    grouping = grouped(params, layers)
     return grouping.layer_of, len(grouping.names)
 
 
@@ -117,7 +81,7 @@ def layer_bounds(
       UserError: for an unknown budget, unusable weights, or a bound that float32 cannot honour.
     """
     _check_clip_norm(clip_norm)
-    return _bounds(_grouping(params, layers), clip_norm, budget)
+    return _bounds(grouped(params, layers), clip_norm, budget)
 
 
 def _check_clip_norm(clip_norm: float) -> None:
@@ -133,7 +97,7 @@ def _check_budget(budget: Budget) -> None:
         raise UserError(f"budget must be 'uniform', 'dim' or a callable, not {budget!r}.")
 
 
-def _bounds(grouping: _Grouping, clip_norm: float, budget: Budget) -> np.ndarray:
+def _bounds(grouping: Grouping, clip_norm: float, budget: Budget) -> np.ndarray:
     _check_budget(budget)
     sizes = grouping.sizes
     if callable(budget):
@@ -152,78 +116,44 @@ def _bounds(grouping: _Grouping, clip_norm: float, budget: Budget) -> np.ndarray
     return bounds
 
 
-class _Norm(NamedTuple):
-    """A norm as root * scale: float32 holds both parts of what may be too large or small for it."""
-
-    root: chex.Array
-    scale: chex.Array  # exactly 2^-80, 1 or 2^80
-    finite: chex.Array
-
-    def value(self) -> chex.Array:
-        return jnp.minimum(self.root * self.scale, jnp.finfo(jnp.float32).max)
-
-
 # Scalars, one layer at a time: vectors over layers would cost XLA twice the time to compile. The
 # barriers keep it from recomputing scalars for every element that they scale.
-def _layer_norm(leaves: Sequence[chex.Array]) -> _Norm:
+def _layer_norm(leaves: Sequence[chex.Array]) -> Norm:
     """L2 norm of several arrays together, free of overflow and of harmful underflow."""
     leaves = [leaf.astype(jnp.float32) for leaf in leaves]
     peak = _combine([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves], jnp.max)
-    scale = jnp.where(peak > _SAFE, _RESCALE, jnp.where(peak < 1 / _SAFE, 1 / _RESCALE, 1.0))
+    scale = jnp.where(peak > SAFE, RESCALE, jnp.where(peak < 1 / SAFE, 1 / RESCALE, 1.0))
     inverse = jax.lax.optimization_barrier(1 / scale)
     square = _combine([jnp.sum(jnp.square(leaf * inverse)) for leaf in leaves], jnp.sum)
-    return _Norm(jnp.sqrt(square), scale, jnp.isfinite(peak))
+    return Norm(jnp.sqrt(square), scale, jnp.isfinite(peak))
 
 
 def _combine(values: Sequence[chex.Array], reduce: Callable) -> chex.Array:
     return reduce(jnp.stack(values)) if len(values) > 1 else values[0]
 
 
-def _layer_norms(leaves: Sequence[chex.Array], grouping: _Grouping) -> list[_Norm]:
+def _layer_norms(leaves: Sequence[chex.Array], grouping: Grouping) -> list[Norm]:
     return [
         _layer_norm([leaf for leaf, i in zip(leaves, grouping.layer_of, strict=True) if i == layer])
         for layer in range(len(grouping.names))
     ]
 
 
-def _joint_norm(norms: Sequence[_Norm]) -> _Norm:
+def _joint_norm(norms: Sequence[Norm]) -> Norm:
     """The norm of all layers together."""
     root, layer_scale, finite = (jnp.stack(part) for part in zip(*norms, strict=True))
     scale = layer_scale.max()
-    return _Norm(jnp.sqrt(jnp.sum(jnp.square(root * (layer_scale / scale)))), scale, finite.all())
+    return Norm(jnp.sqrt(jnp.sum(jnp.square(root * (layer_scale / scale)))), scale, finite.all())
 
 
-def _factors(norm: _Norm, length: Any) -> tuple[chex.Array, chex.Array]:
-    """Two factors, applied one after the other, that bring what has `norm` to `length`.
-
-    Their product could leave float32.
-    """
-    return 1 / norm.scale, length / jnp.where(norm.root > 0, norm.root, 1.0)
-
-
-def _cast_toward_zero(x: chex.Array, dtype: Any) -> chex.Array:
-    """Rounds float32 `x` to `dtype` so that no magnitude, and hence no norm, grows."""
-    if dtype == jnp.float32:
-        return x
-    y = x.astype(dtype)
-    grown = jnp.abs(y.astype(jnp.float32)) > jnp.abs(x)
-    return jnp.where(grown, jnp.nextafter(y, jnp.zeros_like(y)), y)
-
-
-def _select(clipped: chex.Array, finite: chex.Array, small: chex.Array, x: chex.Array):
-    """`small` (float32) where clipped, the untouched `x` elsewhere, zeros if not finite."""
-    chosen = jnp.where(clipped, _cast_toward_zero(small, x.dtype), x)
-    return jnp.where(finite, chosen, jnp.zeros_like(x))
-
-
-def _state(norms: Sequence[_Norm], clipped: chex.Array) -> ClipState:
+def _state(norms: Sequence[Norm], clipped: chex.Array) -> ClipState:
     finite = jnp.stack([norm.finite for norm in norms]).all()
     values = jnp.stack([norm.value() for norm in norms])
     return ClipState(jnp.where(finite, values, 0.0), clipped & finite, finite)
 
 
 def _initial_state(params: Any, layers: Layers) -> ClipState:
-    count = len(_grouping(params, layers).names)
+    count = len(grouped(params, layers).names)
     return ClipState(jnp.zeros(count, jnp.float32), jnp.zeros(count, bool), jnp.zeros((), bool))
 
 
@@ -246,8 +176,10 @@ def clip_layers(
       The clipped updates, of the same shapes and dtypes, and the `ClipState`.
     """
     _check_clip_norm(clip_norm)
-    grouping = _grouping(updates, layers)
+    grouping = grouped(updates, layers)
     bounds = _bounds(grouping, clip_norm, budget).astype(np.float32)
+    if stacks.is_stacked(updates):
+        return stacked.clip_layers(updates, bounds, clip_norm, layers, normalise)
     leaves, treedef = jax.tree.flatten(updates)
     norms = _layer_norms(leaves, grouping)
     # A bound of zero admits nothing at all, not even what underflows in the norm.
@@ -256,7 +188,7 @@ def clip_layers(
         clipped = [_joint_norm(norms).value() > np.float32(clip_norm)] * len(norms)
     state = _state(norms, jnp.stack(clipped))
     factors = [
-        _factors(norm, bound * np.float32(1 - _MARGIN))
+        factors_to(norm, bound * np.float32(1 - MARGIN))
         for norm, bound in zip(norms, bounds, strict=True)
     ]
     clipped, factors, finite = jax.lax.optimization_barrier((clipped, factors, state.finite))
@@ -264,7 +196,7 @@ def clip_layers(
     for leaf, layer in zip(leaves, grouping.layer_of, strict=True):
         first, second = factors[layer]
         small = leaf.astype(jnp.float32) * first * second
-        out.append(_select(clipped[layer], finite, small, leaf))
+        out.append(select(clipped[layer], finite, small, leaf))
     return jax.tree.unflatten(treedef, out), state
 
 
@@ -283,7 +215,9 @@ def clip_all(updates: Any, clip_norm: float, layers: Layers = None) -> tuple[Any
       The clipped updates, of the same shapes and dtypes, and the `ClipState`.
     """
     _check_clip_norm(clip_norm)
-    grouping = _grouping(updates, layers)
+    if stacks.is_stacked(updates):
+        return stacked.clip_all(updates, clip_norm, layers)
+    grouping = grouped(updates, layers)
     leaves, treedef = jax.tree.flatten(updates)
     norms = _layer_norms(leaves, grouping)
     norm = _joint_norm(norms)
@@ -291,21 +225,23 @@ def clip_all(updates: Any, clip_norm: float, layers: Layers = None) -> tuple[Any
     state = _state(norms, jnp.full(len(norms), clip))
 
     # Long or short beyond float32's squares: bring the norm to 2^40, above any bound there is.
-    first, second = _factors(norm, _SAFE)
+    first, second = factors_to(norm, SAFE)
     factors = first, jnp.where(norm.scale == 1, 1.0, second)
     # An infinite bound leaves alone what is within ours, so that optax's own rounding of the
     # norm cannot clip a second time what was clipped once.
-    max_norm = jnp.where(clip, np.float32(clip_norm * (1 - _MARGIN)), jnp.inf)
+    max_norm = jnp.where(clip, np.float32(clip_norm * (1 - MARGIN)), jnp.inf)
     (first, second), clip, finite = jax.lax.optimization_barrier((factors, clip, state.finite))
     scaled = [leaf.astype(jnp.float32) * first * second for leaf in leaves]
     small, _ = optax.clip_by_global_norm(max_norm).update(scaled, optax.EmptyState())
-    out = [_select(clip, finite, new, leaf) for new, leaf in zip(small, leaves, strict=True)]
+    out = [select(clip, finite, new, leaf) for new, leaf in zip(small, leaves, strict=True)]
     return jax.tree.unflatten(treedef, out), state
 
 
 def guard_finite(updates: Any, layers: Layers = None) -> tuple[Any, ClipState]:
     """Zeros instead of an update that holds a NaN or an infinity; anything else is untouched."""
-    grouping = _grouping(updates, layers)
+    if stacks.is_stacked(updates):
+        return stacked.guard_finite(updates, layers)
+    grouping = grouped(updates, layers)
     norms = _layer_norms(jax.tree.leaves(updates), grouping)
     state = _state(norms, jnp.zeros(len(grouping.names), bool))
     return jax.tree.map(lambda x: jnp.where(state.finite, x, jnp.zeros_like(x)), updates), state

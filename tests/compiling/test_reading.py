@@ -65,9 +65,54 @@ def test_loops_and_launches_of_a_text():
     assert outer.total == 1 + 7 * 2 + 5 * 2
     # The fusion reads and writes 128 bytes, the copy reads 128 and writes 64.
     assert outer.loops[0].moved == 256 + 192
-    # An all-reduce in and out, and what is carried into both loops and out.
-    assert outer.moved == 256 + 2 * 2 * (128 + 4)
+    assert outer.moved == outer.moved_once - (256 + 192) * 2 == 256  # an all-reduce in and out
+    assert outer.total_moved == 256 + (256 + 192) * (7 + 5)
     assert not found.from_host and not found.float64
+
+
+PLACES = """HloModule jit_step
+
+%slicing (p.0: f32[9,8,4], p.1: s32[]) -> f32[1,8,4] {
+  %p.0 = f32[9,8,4]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %less = s32[] subtract(%p.1, %zero)
+  ROOT %s.0 = f32[1,8,4]{2,1,0} dynamic-slice(%p.0, %less, %zero, %zero)
+}
+
+%inner (p.2: f32[9,8,4], p.3: s32[]) -> f32[8,4] {
+  %p.2 = f32[9,8,4]{2,1,0} parameter(0)
+  %p.3 = s32[] parameter(1)
+  %s.1 = f32[1,8,4]{2,1,0} dynamic-slice(%p.2, %p.3, %p.3, %p.3)
+  %s.2 = f32[8,4]{1,0} bitcast(%s.1)
+  ROOT %n.1 = f32[8,4]{1,0} negate(%s.2)
+}
+
+%writing (p.4: f32[9,8,4], p.5: f32[9,8,4], p.6: s32[]) -> f32[9,8,4] {
+  %p.4 = f32[9,8,4]{2,1,0} parameter(0)
+  %p.5 = f32[9,8,4]{2,1,0} parameter(1)
+  %p.6 = s32[] parameter(2)
+  %f.9 = f32[8,4]{1,0} fusion(%p.5, %p.6), kind=kLoop, calls=%inner
+  %b.9 = f32[1,8,4]{2,1,0} bitcast(%f.9)
+  ROOT %u.9 = f32[9,8,4]{2,1,0} dynamic-update-slice(%p.4, %b.9, %p.6, %p.6, %p.6)
+}
+
+ENTRY %main (a: f32[9,8,4], b: f32[9,8,4], c: s32[]) -> f32[9,8,4] {
+  %a = f32[9,8,4]{2,1,0} parameter(0)
+  %b = f32[9,8,4]{2,1,0} parameter(1)
+  %c = s32[] parameter(2)
+  %x.0 = ((f32[9,8,4], s32[]), f32[1,8,4], u32[]) fusion-start(%a, %c), calls=%slicing
+  %x.1 = f32[1,8,4]{2,1,0} fusion-done(%x.0)
+  ROOT %y = f32[9,8,4] fusion(%a, %b, %c), kind=kLoop, calls=%writing, "estimated_cycles":"70"
+}
+"""
+
+
+def test_only_the_part_of_an_array_that_is_sliced_or_written_counts():
+    found = hlo.read(PLACES).entry
+    part, index = 8 * 4 * 4, 4
+    assert found.moved == 2 * part + index + 2 * part + index
+    assert (found.launches, found.copies, found.cycles) == (2, 1, 70)
 
 
 GATHER = """  %g.1 = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%p.9), dimensions={0}

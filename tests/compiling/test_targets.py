@@ -111,6 +111,31 @@ def test_the_ctc_is_a_kernel(target):
     assert all(name in text for name in mine) and not any(name in text for name in others)
 
 
+@pytest.mark.slow
+def test_attention_is_a_kernel_and_no_step_grows_with_the_blocks(target):
+    there = targets.devices(target)
+    found = []
+    for blocks in (8, 11):
+        options = TINY | {
+            "blocks": blocks, "scan_blocks": True, "dropout": 0.1, "generator": "hashed",
+            "dtype": "bfloat16",
+        }  # fmt: skip
+        chosen = config(**{"model.options": options})
+        lengths = {"seconds": 1.0, "labels_per_second": 4.0}
+        simulation = programs.make_simulation(chosen, there, 1, **lengths)
+        traced = simulation.trace(models.variable_shapes(chosen))["clients"]
+        compiled = lowered(traced, simulation.mesh).compile()
+        text = compiled.as_text()
+        assert "attention_forwards" in text and "attention_backwards" in text
+        step = hlo.read(text).step
+        assert sorted(loop.trips for loop in step.loops) == [blocks, blocks]
+        found.append((step.launches, sorted(loop.launches for loop in step.loops)))
+    assert found[0][1] == found[1][1]
+    # Three blocks more by themselves would be some 180. By the arrays' sizes single ones are copied
+    # ahead (TPU), or summed in two stages (GPU).
+    assert abs(found[0][0] - found[1][0]) < 6
+
+
 def test_evaluation(target):
     recogniser = make_recogniser("transformer", TINY)
     sharding = jax.sharding.SingleDeviceSharding(targets.devices(target)[0])

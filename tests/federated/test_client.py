@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fedasr.data.batching import ClientBatcher, LocalBatches, arrays
 from fedasr.data.corpus import InMemoryCorpus
+from fedasr.federated import client as clients
 from fedasr.federated.client import local_training, take_batch, view_of_client
 
 STEPS, BATCH, FEATURES, OUTPUTS = 5, 3, 4, 2
@@ -255,3 +256,20 @@ def test_a_correction_may_ask_for_gradients_where_training_began(grad_clip):
         assert np.abs(local[name] - params[name]).max() > 1e-3  # training has moved on
     for one, other in zip(jax.tree.leaves(delta), jax.tree.leaves(update(*args)[0]), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_gradients_are_clipped_alike_on_accelerators(monkeypatch):
+    """Where small arrays are summed together; `optax.clip_by_global_norm` is the reference."""
+    rng = np.random.default_rng(0)
+    shapes = {"large": (130, 130), "small": (3,), "none": (), "half": (5, 2)}
+    tree = {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+    tree["half"] = tree["half"].astype(jnp.bfloat16)
+    monkeypatch.setattr(clients.devices, "platform", lambda: "tpu")
+    for most in (1.0, 1e3):
+        rule = clients._clip_by_global_norm(most)
+        found, _ = rule.update(tree, rule.init(tree))
+        expected, _ = optax.clip_by_global_norm(most).update(tree, optax.EmptyState())
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-2)
+        np.testing.assert_allclose(found["large"], expected["large"], rtol=1e-5)

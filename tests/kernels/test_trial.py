@@ -1,11 +1,20 @@
 """A kernel that fails or differs on a device is noticed, and not used there."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fedasr.federated.hardware import Hardware
-from fedasr.kernels import ctc_accelerated, devices, trial
+from fedasr.kernels import (
+    attention_accelerated,
+    ctc_accelerated,
+    devices,
+    norm_accelerated,
+    trial,
+)
 
 
 @pytest.fixture
@@ -20,6 +29,12 @@ def device(monkeypatch):
     monkeypatch.setattr(devices, "kind_of", lambda device: "gpu")
     monkeypatch.setattr("fedasr.federated.hardware.kind_of", lambda device: "gpu")
     monkeypatch.setattr(ctc_accelerated, "posteriors", posteriors)
+    plan = functools.partial(attention_accelerated.Plan, interpret=True)
+    monkeypatch.setattr(attention_accelerated, "Plan", plan)
+    add_norm = norm_accelerated.add_norm
+    monkeypatch.setattr(
+        norm_accelerated, "add_norm", lambda dtype, _, *args: add_norm(dtype, True, *args)
+    )
     return jax.devices()[0]
 
 
@@ -68,6 +83,23 @@ def test_one_that_is_not_gives_way_to_the_loop(device, monkeypatch, broken, said
     with pytest.warns(UserWarning, match=f"not used on .*{said}"):
         Hardware(devices=[device]).tried_mesh()
     assert used(device) == ""
+
+
+def test_attention_and_norms_are_tried_too(device, monkeypatch):
+    """One frame's weights are off; one row's sum is."""
+    real = attention_accelerated.attention
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_accelerated, "attention", lambda *a: real(*a).at[0, 5].add(0.5))
+        assert "the attention's kernel differs" in trial.try_kernels(device)
+    devices.TRIED.clear()
+    normed = norm_accelerated.add_norm
+
+    def off(*args):
+        total, out = normed(*args)
+        return total, out + jnp.zeros_like(out).at[0, 3].set(0.5)
+
+    monkeypatch.setattr(norm_accelerated, "add_norm", off)
+    assert "the layer norm's kernel differs" in trial.try_kernels(device)
 
 
 def test_nothing_is_tried_where_there_is_no_kernel(monkeypatch):

@@ -60,6 +60,12 @@ def peft_config(config: Config) -> peft.PeftConfig:
     return peft.PeftConfig(**dataclasses.asdict(config.peft))
 
 
+def takes_stacks(config: Config) -> bool:
+    """Whether local training takes stacked blocks (`fedasr.stacks`): of all that they hold."""
+    scanned = bool(config.model.options.get("scan_blocks"))
+    return scanned and make_subset(config) is None and make_formats(config) == (None, None)
+
+
 def make_client_update(
     config: Config, make_update: Callable[[Loss], ClientUpdate], loss: Loss
 ) -> ClientUpdate:

@@ -16,6 +16,7 @@ from fedasr.federated.simulation import Simulation
 from fedasr.training.builders import (
     algorithms,
     batches,
+    clients,
     corpora,
     identities,
     mechanisms,
@@ -67,7 +68,8 @@ def make_simulation(
         return dataclasses.replace(algorithm, participation=devices_of_users)
 
     def build(chunk: int) -> Simulation:
-        hardware = Hardware(devices, config.model_devices, chunk)
+        stacked = devices[0].platform != "cpu" and clients.takes_stacks(config)
+        hardware = Hardware(devices, config.model_devices, chunk, stacked)
         return Simulation(
             data.train,
             mechanisms.make_mechanism(config, sampler, models.sent_parameters(config)),

@@ -1,0 +1,77 @@
+"""Parameters of like blocks, one array for all: what a device's program computes with.
+
+A program that handles every array of every block by itself grows with their number, and so does the
+time to compile it and what an accelerator is given to launch. Outside of programs, in states and
+checkpoints, each block has arrays of its own.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = "block_"  # how the names of an encoder's blocks begin
+STACK = "block_*"  # the name of all of them together
+
+
+def can_stack(params: Any) -> bool:
+    """Whether a tree has blocks under `BLOCK` and a number, from 0, alike in names and shapes."""
+    if not isinstance(params, dict) or STACK in params:
+        return False
+    found = [params[name] for name in _names(params)]
+    if not found or len(found) != sum(name.startswith(BLOCK) for name in params):
+        return False
+
+    def shapes(block: Any) -> Any:
+        return jax.tree.structure(block), [(x.shape, x.dtype) for x in jax.tree.leaves(block)]
+
+    return all(shapes(block) == shapes(found[0]) for block in found)
+
+
+def _names(params: dict[str, Any]) -> list[str]:
+    names: list[str] = []
+    while (name := f"{BLOCK}{len(names)}") in params:
+        names.append(name)
+    return names
+
+
+def is_stacked(tree: Any) -> bool:
+    """Whether a tree is of `stack`."""
+    return isinstance(tree, dict) and STACK in tree
+
+
+def stack(params: Any) -> Any:
+    """A tree for which `can_stack`, its blocks' arrays [...] as one [blocks, ...] under `STACK`.
+
+    Leaves may also be of NumPy, or numbers.
+    """
+    names = _names(params)
+
+    def joined(*leaves: Any) -> Any:
+        traced = any(isinstance(x, jax.Array) for x in leaves)
+        return jnp.stack(leaves) if traced else np.stack(leaves)
+
+    blocks = jax.tree.map(joined, *(params[name] for name in names))
+    return {name: x for name, x in params.items() if name not in names} | {STACK: blocks}
+
+
+def unstack(tree: Any) -> Any:
+    """The tree before `stack`; of arrays or of their shapes."""
+    count = len_of(tree)
+
+    def part(x: Any, i: int) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return x[i]
+
+    blocks = {
+        f"{BLOCK}{i}": jax.tree.map(lambda x: part(x, i), tree[STACK])  # noqa: B023
+        for i in range(count)
+    }
+    return {name: x for name, x in tree.items() if name != STACK} | blocks
+
+
+def len_of(tree: Any) -> int:
+    """How many blocks are stacked."""
+    return int(jax.tree.leaves(tree[STACK])[0].shape[0])

@@ -1,0 +1,96 @@
+"""The Transformer as accelerators compute it, interpreted on the CPU, is everybody's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedasr import stacks
+from fedasr.kernels import attention_accelerated, devices, norm_accelerated
+from fedasr.models.recogniser import make_recogniser
+
+SIZES = {
+    "vocab": 6, "features": 8, "dim": 32, "heads": 2, "mlp": 32, "blocks": 3, "dropout": 0.2,
+    "layer_drop": 0.4, "generator": "hashed",
+}  # fmt: skip
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "features": jnp.asarray(rng.standard_normal((3, 40, 8)), jnp.float32),
+        "features_length": jnp.asarray([40, 33, 20], jnp.int32),
+        "labels": jnp.asarray(rng.integers(1, 6, (3, 4)), jnp.int32),
+        "labels_length": jnp.asarray([4, 3, 2], jnp.int32),
+        "mask": jnp.asarray([True, True, True]),
+    }
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on(kind): from here on programs are traced as if for such a device; CTC excepted."""
+    plan = functools.partial(attention_accelerated.Plan, interpret=True)
+    monkeypatch.setattr(attention_accelerated, "Plan", plan)
+    add_norm = norm_accelerated.add_norm
+    monkeypatch.setattr(
+        norm_accelerated, "add_norm", lambda dtype, _, *args: add_norm(dtype, True, *args)
+    )
+    return lambda kind: [
+        monkeypatch.setattr(f"fedasr.models.{name}.devices", Elsewhere(kind))
+        for name in ("layers", "transformer")
+    ]
+
+
+class Elsewhere:
+    """In place of `fedasr.kernels.devices`."""
+
+    def __init__(self, kind):
+        self.platform = lambda: kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+@pytest.mark.parametrize(
+    "options", [{"scan_blocks": True}, {"branch_dropout": False}], ids=["stacked", "one by one"]
+)
+def test_losses_and_gradients_are_the_same(kind, options, on):
+    """With dropout of weights, units and blocks: what is drawn is the same."""
+    recogniser = make_recogniser("transformer", SIZES | options)
+    params = recogniser.init(jax.random.key(0))
+    gradient = jax.value_and_grad(lambda *args: recogniser.loss(*args)[0])
+    args = batch(), jax.random.key(5)
+    value, expected = jax.jit(gradient)(params, *args)
+    on(kind)
+    stacked = "scan_blocks" in options
+    given = stacks.stack(params) if stacked else params
+
+    def anew(*args):  # JAX remembers what it traced before
+        return gradient(*args)
+
+    text = str(jax.make_jaxpr(anew)(given, *args))
+    assert "attention_forwards" in text and ("norm_forwards" in text) == (kind == "gpu")
+    found, slopes = jax.jit(anew)(given, *args)
+    slopes = stacks.unstack(slopes) if stacked else slopes
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max() + 1e-3)),
+        slopes,
+        expected,
+    )
+
+
+def test_here_nothing_is():
+    assert devices.platform() == ""
+    recogniser = make_recogniser("transformer", SIZES)
+    params = jax.eval_shape(recogniser.init, jax.random.key(0))
+    assert "pallas" not in str(jax.make_jaxpr(recogniser.loss)(params, batch(), jax.random.key(0)))
+
+
+def test_stacked_blocks_are_the_same_blocks():
+    """On any device: losses take parameters either way."""
+    recogniser = make_recogniser("transformer", SIZES | {"scan_blocks": True, "blocks": 11})
+    params = recogniser.init(jax.random.key(0))
+    loss = jax.jit(lambda params: recogniser.loss(params, batch(), jax.random.key(1))[0])
+    assert float(loss(params)) == float(loss(stacks.stack(params)))
