@@ -21,7 +21,7 @@ from fedasr.compression.formats import FloatFormat, decode, pack, unpack
 from fedasr.compression.online import Select, compress_variable, flags, weight_matrices
 from fedasr.federated.client import Loss
 from fedasr.kernels.checkpoint import after
-from fedasr.models.layers import LazyParameter, is_lazy, realise_outside_blocks
+from fedasr.models.encoder_blocks import LazyParameter, is_lazy, realise_outside_blocks
 
 
 @jax.tree_util.register_dataclass

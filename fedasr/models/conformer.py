@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from fedasr.errors import UserError
 from fedasr.kernels.depthwise import depthwise_convolution
-from fedasr.models import layers
+from fedasr.models import encoder_blocks, layers
 from fedasr.models.transducer import ObjectiveConfig
 
 _STREAMS = 7  # of a block's keys
@@ -162,8 +162,8 @@ class Conformer(nn.Module):
             # A bias has given padding a sound, which the next layer's windows would hear.
             x = jnp.where(mask[..., None], x, jnp.zeros_like(x))
         x = layers.dropout(x, c.dropout, k_input)
-        blocks = [Block(c, name=f"{layers.BLOCK}{i}") for i in range(c.blocks)]
-        x = layers.apply_blocks(blocks, c, x, mask, keys, (1, _STREAMS))
+        blocks = [Block(c, name=f"{encoder_blocks.BLOCK}{i}") for i in range(c.blocks)]
+        x = encoder_blocks.apply_blocks(blocks, c, x, mask, keys, (1, _STREAMS))
         init = layers.uniform_fan_in()
         out = layers.Dense(c.outputs(c.vocab), kernel_init=init, dtype=dtype, name="output")(x)
         return out.astype(jnp.float32), lengths

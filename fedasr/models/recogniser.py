@@ -14,7 +14,7 @@ from fedasr.kernels.rnnt import greedy_decode as rnnt_greedy_decode
 from fedasr.kernels.rnnt import rnnt_loss
 from fedasr.models import best_rq, pretrained, recurrent
 from fedasr.models.conformer import Conformer, ConformerConfig
-from fedasr.models.layers import variables
+from fedasr.models.encoder_blocks import variables
 from fedasr.models.objectives import ARRAYS as ARRAYS
 from fedasr.models.objectives import INPUTS as INPUTS
 from fedasr.models.objectives import Recogniser as Recogniser

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fedasr.errors import UserError
 from fedasr.kernels import devices
-from fedasr.models import layers
+from fedasr.models import encoder_blocks, layers
 from fedasr.models.transducer import ObjectiveConfig
 
 _CHOICES = {
@@ -114,8 +114,8 @@ class Block(nn.Module):
     ) -> jax.Array:
         """x: [b, t, d]; mask: bool [b, t]; keys: [b] or None (no dropout).
 
-        On accelerators, see `layers.apply_blocks`, mask: true frames int [b]; keys: four [b]; keep:
-        float scalar of layer drop, 0 or 1; None to keep the block.
+        On accelerators, see `encoder_blocks.apply_blocks`, mask: true frames int [b]; keys: four
+        [b]; keep: float scalar of layer drop, 0 or 1; None to keep the block.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -179,9 +179,9 @@ class Transformer(nn.Module):
         if c.branch_dropout:
             x = layers.dropout(x, c.dropout, k_input)
         mask = frames < out_lengths[:, None]
-        blocks = [Block(c, name=f"{layers.BLOCK}{i}") for i in range(c.blocks)]
+        blocks = [Block(c, name=f"{encoder_blocks.BLOCK}{i}") for i in range(c.blocks)]
         narrow = dtype if c.norm == "pre" else None
-        x = layers.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key, narrow)
+        x = encoder_blocks.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key, narrow)
         if c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         out = layers.Dense(

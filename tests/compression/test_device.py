@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedasr.compression import device, online
 from fedasr.compression.formats import FloatFormat, decode, encode, pack, unpack
 from fedasr.models.conformer import Conformer, ConformerConfig
-from fedasr.models.layers import is_lazy, realise
+from fedasr.models.encoder_blocks import is_lazy, realise
 from fedasr.models.transformer import Transformer, TransformerConfig
 
 S1E3M7 = FloatFormat(3, 7)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedasr.models import layers, recogniser
+from fedasr.models import encoder_blocks, layers, recogniser
 from fedasr.models import transformer as module
 from fedasr.models.transformer import Transformer, TransformerConfig
 from fedasr.recipes.shared import MODEL_AS_PUBLISHED
@@ -173,7 +173,7 @@ def test_front_end_and_residual_stream_stay_in_float32(monkeypatch, stream):
 
         return wrapped
 
-    monkeypatch.setattr(layers, "apply_block", record(layers.apply_block))
+    monkeypatch.setattr(encoder_blocks, "apply_block", record(encoder_blocks.apply_block))
     patches = layers.patches
     monkeypatch.setattr(
         layers, "product", lambda x, kernel: seen.append(x.dtype) or patches_product(x, kernel)
@@ -205,7 +205,7 @@ def drops(monkeypatch, per, parts=2):
             seen.append(jax.random.key_data(jax.random.fold_in(keys[0], index)))
         return new
 
-    monkeypatch.setattr(layers, "drop_block", record)
+    monkeypatch.setattr(encoder_blocks, "drop_block", record)
     config = TransformerConfig(**SIZES, layer_drop=0.5, layer_drop_per=per)
     model = recogniser.ctc_recogniser(Transformer(config), config.features)
     params = random_weights(config)

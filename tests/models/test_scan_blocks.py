@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedasr.errors import UserError
-from fedasr.models import layers
+from fedasr.models import encoder_blocks
 from fedasr.models.recogniser import make_recogniser
 
 SIZES = {"vocab": 6, "features": 8, "dim": 16, "heads": 2, "mlp": 16, "dropout": 0.2}
@@ -103,5 +103,5 @@ def test_each_block_is_dropped_by_a_draw_of_its_own(batch_key):
         jax.random.split(jax.random.key(0), 1),
     )
     blocks = [Counting()] * 16
-    found = layers.apply_blocks(blocks, config, x, mask, keys, (2, 4), batch_key)
+    found = encoder_blocks.apply_blocks(blocks, config, x, mask, keys, (2, 4), batch_key)
     assert 3 <= float(found[0, 0, 0]) <= 13

@@ -1,8 +1,8 @@
 """Bottleneck adapters (arXiv 1902.00751) after each block: x + up(relu(down(norm(x)))).
 
-What they compute is in `fedasr.models.layers.adapted`, which `layers.apply_block` calls where a
-block's parameters hold an adapter: they need an encoder of such blocks. The layer that goes up
-begins as zeros.
+What they compute is in `fedasr.models.encoder_blocks.adapted`, which `apply_block` there calls
+where a block's parameters hold an adapter: they need an encoder of such blocks. The layer that goes
+up begins as zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
-from fedasr.models.layers import ADAPTER, BLOCK
+from fedasr.models.encoder_blocks import ADAPTER, BLOCK
 from fedasr.models.peft.kind import Init, Kind, PeftConfig, leaves_by_path, matching
 
 BLOCKS = rf"(^|/){BLOCK}\d+$"

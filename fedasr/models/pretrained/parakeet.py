@@ -19,7 +19,7 @@ from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.errors import UserError
 from fedasr.kernels.dense import product
 from fedasr.kernels.depthwise import depthwise_convolution
-from fedasr.models import layers
+from fedasr.models import encoder_blocks, layers
 from fedasr.models.objectives import Recogniser
 from fedasr.models.pretrained import audio, mapping
 from fedasr.models.pretrained.family import Family, check_blank, ctc, known
@@ -214,8 +214,8 @@ class Encoder(nn.Module):
         distances = jnp.asarray(_waves(x.shape[1], c.dim), c.compute)
         for i, k in enumerate(k_blocks):
             block = Block(c, name=f"block_{i}")
-            y = layers.apply_block(block, c.remat, x, mask, k, distances)
-            x = layers.drop_block(y, x, c.layer_drop, k, 6)
+            y = encoder_blocks.apply_block(block, c.remat, x, mask, k, distances)
+            x = encoder_blocks.drop_block(y, x, c.layer_drop, k, 6)
         return x, lengths
 
 

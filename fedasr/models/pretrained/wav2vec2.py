@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fedasr.audio.augment import SpecAugmentConfig
 from fedasr.errors import UserError
-from fedasr.models import layers
+from fedasr.models import encoder_blocks, layers
 from fedasr.models.objectives import Recogniser
 from fedasr.models.pretrained import audio, mapping
 from fedasr.models.pretrained.family import Family, check_blank, choose, ctc, known
@@ -244,8 +244,8 @@ class Encoder(nn.Module):
         if c.layout == "wavlm":
             more = (Distances(c, name="distances")(x.shape[1]),)
         for i, k in enumerate(k_blocks):
-            y = layers.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k, *more)
-            x = layers.drop_block(y, x, c.layer_drop, k, 3)
+            y = encoder_blocks.apply_block(Block(c, name=f"block_{i}"), c.remat, x, mask, k, *more)
+            x = encoder_blocks.drop_block(y, x, c.layer_drop, k, 3)
         return norm(x) if c.norm == "pre" else x
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
-from fedasr.models import layers
+from fedasr.models import encoder_blocks, layers
 from fedasr.models.pretrained import audio
 from fedasr.models.pretrained.family import choose
 from fedasr.models.pretrained.modules import (
@@ -135,8 +135,8 @@ class Encoder(nn.Module):
         x = layers.dropout(x, c.dropout, k_input)
         mask = audio.inside(x.shape[1], true)
         for i, k in enumerate(k_blocks):
-            y = layers.apply_block(EncoderBlock(c, name=f"block_{i}"), c.remat, x, mask, k)
-            x = layers.drop_block(y, x, c.layer_drop, k, 3)
+            y = encoder_blocks.apply_block(EncoderBlock(c, name=f"block_{i}"), c.remat, x, mask, k)
+            x = encoder_blocks.drop_block(y, x, c.layer_drop, k, 3)
         return nn.LayerNorm(1e-5, dtype=c.compute, name="norm")(x), lengths
 
 
@@ -264,8 +264,8 @@ class Decoder(nn.Module):
         x = self._embedded(tokens, self.positions[: tokens.shape[1]])
         x = layers.dropout(x, c.dropout, k_input)
         for block, k in zip(self._blocks(), k_blocks, strict=True):
-            y = layers.apply_block(block, c.remat, x, encoded, heard, k)
-            x = layers.drop_block(y, x, c.layer_drop, k, 4)
+            y = encoder_blocks.apply_block(block, c.remat, x, encoded, heard, k)
+            x = encoder_blocks.drop_block(y, x, c.layer_drop, k, 4)
         return self._scores(x)
 
     def memory(self, encoded: Array) -> list[tuple[Array, Array]]:
