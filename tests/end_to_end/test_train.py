@@ -133,7 +133,6 @@ def test_another_configuration_is_refused(program, finished, tiny_flags):
         ("rounds=3", "--name=value"),
         ("--config.init_from=nothing://bucket/run", "no file system is known by that name"),
         ("--config.data.dir=gs://bucket/data", "mount the bucket"),
-        ("--workdir=gs:/bucket/run", "mount the bucket"),
         ("--config.init_from=no/such/run", "no checkpoint"),
     ],
 )
