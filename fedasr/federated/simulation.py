@@ -437,7 +437,8 @@ class Simulation:
         key = _laid(jax.eval_shape(self._round_key, 0), whole)
         sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
         total = jax.eval_shape(self._cohort.total, sums)
-        votes = jax.eval_shape(self._votes, state, total)
+        first = state._replace(round=np.int32(0), root=root)  # which votes may read as numbers
+        votes = jax.eval_shape(lambda total: self._votes(first, total), total)
         delta = jax.eval_shape(self._delta, state, total)
         return _Arguments(
             _laid(state, model_sharding(self.mesh, state)),

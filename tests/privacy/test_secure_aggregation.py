@@ -585,10 +585,19 @@ def means(
 ):
     """The noisy means that a server publishes, [rounds, 60], in units of C / expected cohort."""
     sampler = mechanism.sampler
+    simulation = canaries(mechanism, update, hardware, seed, weights)
+    state = simulation.init(auditing.canary_params(20))
+    seen = [sa.flatten(state.params) for state, _ in simulation.run(state, rounds)]
+    return np.stack(seen) * sampler.expected_cohort / mechanism.clip_norm
+
+
+def canaries(mechanism, update=None, hardware=Hardware(jax.devices()[:1]), seed=3, weights=None):
+    """A simulation of crafted updates."""
+    sampler = mechanism.sampler
     corpus = auditing.CanaryCorpus(np.ones((1, 20)), sampler.population)
     scales = auditing.layer_weights(mechanism, auditing.canary_params(20))
     crafted = auditing.crafted_update(scales, 0.3, 10**6)
-    simulation = Simulation(
+    return Simulation(
         corpus,
         mechanism,
         FedAvg(update or crafted, auditing.publish(), weights=weights),
@@ -596,9 +605,6 @@ def means(
         hardware=hardware,
         seed=seed,
     )
-    state = simulation.init(auditing.canary_params(20))
-    seen = [sa.flatten(state.params) for state, _ in simulation.run(state, rounds)]
-    return np.stack(seen) * sampler.expected_cohort / mechanism.clip_norm
 
 
 def broken_update(params, batches, num_steps, key, max_steps=None, round=0):
@@ -631,6 +637,16 @@ def test_chunks_and_devices_change_nothing_and_seeds_everything():
     together = means(mechanism, 3, hardware=Hardware(jax.devices()[:2], chunk=4))
     np.testing.assert_allclose(together, one, atol=0.02)
     assert np.abs(means(mechanism, 3, seed=4) - one).mean(axis=1).min() > 0.3
+
+
+def test_its_programs_can_be_had_before_a_run():
+    """As for accelerators that are not there."""
+    simulation = canaries(secure_mechanism(PoissonSampler(30, 15, seed=1)))
+    programs = simulation.trace(auditing.canary_params(20))
+    assert {name: program.lower().as_text() != "" for name, program in programs.items()} == {
+        "clients": True,
+        "server": True,
+    }
 
 
 def test_weights_and_parts_of_the_model():
