@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fedasr import generators
 from fedasr.kernels import attention as attentions
+from fedasr.kernels.one_batch import one_batch
 
 KEPT = ("attention",)  # names of what the backward pass needs, for `jax.checkpoint`'s policies
 _NEVER = -1e30  # as in `attention`
@@ -85,9 +85,9 @@ def reference(plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Array) 
 def _forward(plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Array) -> Any:
     args = (qkv, lengths.astype(jnp.int32), words)
     if plan.kind == "tpu":
-        out = checkpoint_name(_batched(functools.partial(_tpu_forwards, plan))(*args), KEPT[0])
+        out = checkpoint_name(one_batch(functools.partial(_tpu_forwards, plan))(*args), KEPT[0])
         return out, (args, out, None)
-    found = _batched(functools.partial(_gpu_forwards, plan))(*args)
+    found = one_batch(functools.partial(_gpu_forwards, plan))(*args)
     out, sums = (checkpoint_name(x, KEPT[0]) for x in found)
     return out, (args, out, sums)
 
@@ -96,33 +96,13 @@ def _backward(plan: Plan, saved: Any, gradient: jax.Array) -> tuple[jax.Array, N
     args, out, sums = saved
     gradient = gradient.astype(out.dtype)
     if plan.kind == "tpu":
-        by_qkv = _batched(functools.partial(_tpu_backwards, plan))(*args, gradient)
+        by_qkv = one_batch(functools.partial(_tpu_backwards, plan))(*args, gradient)
     else:
-        by_qkv = _batched(functools.partial(_gpu_backwards, plan))(*args, gradient, out, sums)
+        by_qkv = one_batch(functools.partial(_gpu_backwards, plan))(*args, gradient, out, sums)
     return by_qkv, None, None
 
 
 attention.defvjp(_forward, _backward)
-
-
-def _batched(function: Any) -> Any:
-    """Clients side by side are one batch."""
-
-    @custom_vmap
-    def one_batch(*args: jax.Array) -> Any:
-        return function(*args)
-
-    @one_batch.def_vmap
-    def _(size: int, batched: Any, *args: jax.Array) -> tuple[Any, Any]:
-        args = tuple(
-            x if there else jnp.broadcast_to(x, (size, *x.shape))
-            for x, there in zip(args, batched, strict=True)
-        )
-        flat = one_batch(*(x.reshape(-1, *x.shape[2:]) for x in args))
-        split = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), flat)
-        return split, jax.tree.map(lambda _: True, split)
-
-    return one_batch
 
 
 def _extended(x: jax.Array, frames: int) -> jax.Array:

@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from fedasr.kernels.one_batch import one_batch
 
 _NEVER = -1e30  # as in `ctc`
 _ROWS, _LANES = 8, 128  # of a TPU's registers
@@ -62,22 +63,9 @@ def posteriors(
     """
     walks = {"tpu": _on_tpu, "gpu": _on_gpu}[kind]
 
-    @custom_vmap
-    def one_batch(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return walks(*args, interpret=interpret)
-
-    @one_batch.def_vmap
-    def _(size: int, batched: Any, *args: jax.Array) -> tuple[Any, Any]:
-        """Clients side by side are one batch."""
-        args = tuple(
-            x if there else jnp.broadcast_to(x, (size, *x.shape))
-            for x, there in zip(args, batched, strict=True)
-        )
-        flat = one_batch(*(x.reshape(-1, *x.shape[2:]) for x in args))
-        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in flat), (True, True)
-
+    together = one_batch(functools.partial(walks, interpret=interpret))
     onwards = jnp.where(jumps, 0.0, _NEVER)
-    return one_batch(emissions, first, last, onwards, frames.astype(jnp.int32))
+    return together(emissions, first, last, onwards, frames.astype(jnp.int32))
 
 
 def _padded(x: jax.Array, axis: int, size: int, value: float) -> jax.Array:
