@@ -50,6 +50,15 @@ def get_config(arguments: str = "") -> ConfigDict:
     return config
 
 
+# Every user is waited for: the clock is told, and changes nothing. Link's seconds are those of the
+# numbers sent and received, a model each for most.
+_CLOCK: dict[str, Any] = {
+    "participation.enabled": True,
+    "participation.spread": 1.0,
+    "participation.transfer_seconds": 2.0,
+    "evaluation.every": 5,
+}
+_TWICE_SENT = {"participation.transfer_seconds": 4.0}
 _SKEWS: dict[str, dict[str, Any]] = {
     "natural": {"data.skew": "words"},
     "words": {"data.skew": "words", "data.skew_alpha": 0.1},
@@ -69,10 +78,14 @@ _THREE, _SIX = (0.003, 0.01, 0.03), (0.001, 0.003, 0.01, 0.02, 0.03, 0.1)
 _ALGORITHMS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     "FedAvg": ("federated", {}, {_RATE: _SIX}),
     "FedProx": ("federated", {}, {_RATE: _THREE, "client.proximal": (0.01, 0.1)}),
-    "SCAFFOLD": ("scaffold", {}, {_RATE: _THREE, "algorithm_options.unit": (0.3, 3.0)}),
+    "SCAFFOLD": ("scaffold", _TWICE_SENT, {_RATE: _THREE, "algorithm_options.unit": (0.3, 3.0)}),
     "FedNova": ("fednova", {}, {_RATE: _SIX}),
     "FedDyn": ("feddyn", {}, {_RATE: _THREE, "algorithm_options.alpha": (0.01, 0.1)}),
-    "MimeLite": ("mimelite", {}, {_RATE: _THREE, "algorithm_options.momentum": (0.5, 0.9)}),
+    "MimeLite": (
+        "mimelite",
+        _TWICE_SENT | {"participation.seconds_per_step": 2.0},  # it goes over the batches twice
+        {_RATE: _THREE, "algorithm_options.momentum": (0.5, 0.9)},
+    ),
     "FedExP": ("fedexp", {}, {_RATE: _SIX}),
 }
 _ONLY_WITHOUT = ("FedExP",)  # it is refused with noise
@@ -91,7 +104,7 @@ def _algorithms() -> Table:
             rows.append(
                 Row(
                     f"{name}, {skew}, {privacy}",
-                    {**users, **noise, **own, **more},
+                    {**users, **_CLOCK, **noise, **own, **more},
                     start="seed model",
                     series=name,
                     grid=grid,
@@ -159,6 +172,7 @@ def _participation() -> Table:
         "client.epochs": 0,
         "client.max_steps": 0,
         "rounds": 80,
+        "evaluation.every": 4,
     }
     drop = {"participation.dropout_before": 0.1, "participation.dropout_after": 0.1}
     queue = {"privacy.sampler": "asynchronous", "participation.concurrency": 16}
