@@ -103,7 +103,7 @@ def table(rows: list) -> list[str]:
     """The figures for people."""
     header = (
         "program", "target", "chunk", "fits", "GiB", "of", "launches", "loops", "copies", "TFLOP",
-        "GB", "bound", "ms", "estimate", "compiled in",
+        "GB", "of step", "bound", "ms", "estimate", "compiled in",
         "collectives",
     )  # fmt: skip
     lines = [header, *(_row(row) for row in rows)]
@@ -127,6 +127,7 @@ def _row(row) -> tuple[str, ...]:
         str(row.copies),
         f"{row.flops / 1e12:.3g}",
         f"{row.bytes / 1e9:.3g}",
+        f"{row.step_bytes / 1e9:.3g}",
         row.bound,
         f"{1e3 * max(row.seconds.values()):.3g}",
         "-" if row.estimate is None else f"{1e3 * row.estimate:.3g} ms",

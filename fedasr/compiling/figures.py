@@ -44,6 +44,8 @@ class Figures:
         client together. bytes: that it reads and writes; where the compiler does not tell them (a
         GPU), from the program's text. Compilers count loops once: what they say is scaled by how
         much more the text has with all turns.
+      step_bytes: that a local step (the server's step) moves from and to the device's memory, by
+        the program's text: what stays in a TPU's own fast memory is not among them.
       seconds: by bound: "compute", "memory", "launches".
       bound: the largest of them.
       estimate: seconds that the compiler itself expects, loops as often as they turn (of kernels of
@@ -67,6 +69,7 @@ class Figures:
     launches: int
     flops: float
     bytes: float
+    step_bytes: int
     seconds: dict[str, float]
     bound: str
     estimate: float | None
@@ -155,6 +158,7 @@ def _figures(described: tuple[Any, ...], compiled: Any, flops: float) -> Figures
         launches=step.total,
         flops=flops,
         bytes=moved,
+        step_bytes=step.total_moved,
         seconds=seconds,
         bound=max(seconds, key=lambda kind: seconds[kind]),
         estimate=sane_estimate(estimate, max(seconds.values())),

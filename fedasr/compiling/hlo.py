@@ -23,7 +23,9 @@ _HOST = re.compile(r"xla_\w*callback|^(?:infeed|outfeed)\b|is_host_transfer=true
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r"^\s*(?P<opcode>[\w\-]+)\((?P<operands>[^)]*)\)?")
-_SHAPE = re.compile(r"\b(pred|bf16|c64|c128|f8\w*|[suf]\d+)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(pred|bf16|c64|c128|f8\w*|[suf]\d+)\[([\d,]*)\](\{[^}]*\})?")
+_NEAR = re.compile(r"S\(1\)")  # of an array's layout: in a TPU's own memory, not in the device's
+_WORKSPACE = re.compile(r"\bs8\[(\d+)\]")  # of a library's product: not to be written whole
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
@@ -49,8 +51,9 @@ class Loop:
     Attributes:
       trips: how often; None if that is known only when it runs.
       launches: instructions that a device starts in one turn, without those of loops within.
-      moved: bytes that these read and write, each array that one of them names counted whole, but
-        of an array that is only sliced, or written in one place, that part.
+      moved: bytes that these read and write in the device's memory, each array that one of them
+        names counted whole, but of an array that is only sliced, or written in one place, that
+        part. What a TPU has in its own fast memory, or a library works in, does not count.
       loops: within.
       exchanges: (kind, bytes of the result) of each collective in one turn, without those of loops.
       copies: of the launches those that only copy a part of an array, started beside others (GPUs).
@@ -203,6 +206,7 @@ def _shape_and_rest(text: str) -> tuple[str, str]:
 def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | None) -> Loop:
     instructions = computations.get(name, [])
     sizes = {x.name: shape_bytes(x.shape) for x in instructions}
+    outside = {x.name: _outside_bytes(x.shape) for x in instructions}
     launches = moved = copies = cycles = 0
     loops: list[Loop] = []
     exchanges: list[tuple[str, int]] = []
@@ -221,7 +225,7 @@ def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | N
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
             launches += 1
             copies += _only_copies(computations, instruction)
-            moved += _moved(computations, instruction, sizes)
+            moved += _moved(computations, instruction, outside)
             cycles += int(found[1]) if (found := _CYCLES.search(instruction.text)) else 0
             exchanges += _exchanges(computations, instruction, sizes)
     return Loop(trips, launches, moved, tuple(loops), tuple(exchanges), copies, cycles)
@@ -230,20 +234,34 @@ def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | N
 def _moved(
     computations: dict[str, list[_Instruction]], instruction: _Instruction, sizes: dict[str, int]
 ) -> int:
-    """Bytes that an instruction reads and writes."""
+    """Bytes that an instruction reads and writes, see `Loop.moved`; sizes: of `_outside_bytes`."""
     opcode, operands = instruction.opcode, instruction.operands
     if opcode in _SLICES:
         return 2 * sizes[instruction.name]
     if opcode == "dynamic-update-slice":
         return 2 * sizes.get(operands[1], 0)
-    if opcode == "copy-start":
-        return 2 * sizes.get(operands[0], 0)
+    if opcode == "copy-start":  # names what it writes, what it reads, and a mark
+        return _outside_bytes(instruction.shape) - 4
+    written = sizes[instruction.name] - _workspace(computations, instruction)
     if opcode in ("fusion", "fusion-start") and (callee := _called(instruction, "calls")):
         parameters = [x for x in computations.get(callee[0], []) if x.opcode == "parameter"]
         if parameters:
-            read = sum(_read(computations, callee[0], x) for x in parameters)
-            return read + _written(computations, callee[0])
-    return sizes[instruction.name] + sum(sizes.get(operand, 0) for operand in operands)
+            places = [int(re.findall(r"\((\d+)\)", x.text)[0]) for x in parameters]
+            read = sum(
+                _read(computations, callee[0], x)
+                for place, x in zip(places, parameters, strict=True)
+                if place >= len(operands) or sizes.get(operands[place], 1)
+            )
+            return read + min(_written(computations, callee[0]), written)
+    return written + sum(sizes.get(operand, 0) for operand in operands)
+
+
+def _workspace(computations: dict[str, list[_Instruction]], instruction: _Instruction) -> int:
+    """Bytes of an instruction's results that are the workspace of a library's product."""
+    within = [x for name in _called(instruction, "calls") for x in computations.get(name, [])]
+    if not any('custom_call_target="__cublas' in x.text for x in (instruction, *within)):
+        return 0
+    return sum(map(int, _WORKSPACE.findall(instruction.shape)))
 
 
 def _read(computations: dict[str, list[_Instruction]], name: str, parameter: _Instruction) -> int:
@@ -346,8 +364,15 @@ def _callees(instruction: _Instruction) -> Iterator[str]:
 
 def shape_bytes(shape: str) -> int:
     """Bytes of a shape as XLA writes it, such as "bf16[8,144]{1,0}" or a tuple of such."""
-    total = 0
-    for kind, sizes in _SHAPE.findall(shape):
-        bits = _BITS.get(kind) or (8 if kind.startswith("f8") else int(kind[1:]))
-        total += bits * math.prod(int(size) for size in sizes.split(",") if size)
-    return total // 8
+    return sum(_array_bytes(kind, sizes) for kind, sizes, _ in _SHAPE.findall(shape))
+
+
+def _outside_bytes(shape: str) -> int:
+    """`shape_bytes` of the arrays that are in the device's memory."""
+    found = [x for x in _SHAPE.findall(shape) if not _NEAR.search(x[2])]
+    return sum(_array_bytes(kind, sizes) for kind, sizes, _ in found)
+
+
+def _array_bytes(kind: str, sizes: str) -> int:
+    bits = _BITS.get(kind) or (8 if kind.startswith("f8") else int(kind[1:]))
+    return bits * math.prod(int(size) for size in sizes.split(",") if size) // 8

@@ -280,17 +280,20 @@ _SMALL = 1 << 14  # numbers of an array, at most, to be summed with others
 
 
 def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm`; on accelerators all small arrays together are few launches."""
+    """`optax.clip_by_global_norm`; on accelerators by few launches.
+
+    Small arrays are summed together, and large ones row by row, all rows of all of them together.
+    """
     usual = optax.clip_by_global_norm(most)
 
     def update(updates, state, params=None):
         if not devices.platform():
             return usual.update(updates, state, params)
-        leaves = jax.tree.leaves(updates)
-        large = [x for x in leaves if x.size > _SMALL]
-        small = [x.astype(jnp.float32).ravel() for x in leaves if x.size <= _SMALL]
-        parts = [*large, *([jnp.concatenate(small)] if small else [])]
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in parts))
+        squares = []
+        for x in jax.tree.leaves(updates):
+            square = jnp.square(x.astype(jnp.float32))
+            squares.append((jnp.sum(square, axis=-1) if x.size > _SMALL else square).ravel())
+        norm = jnp.sqrt(jnp.sum(jnp.concatenate(squares)))
 
         def clipped(x):
             return jnp.where(norm < most, x, x / norm.astype(x.dtype) * most)

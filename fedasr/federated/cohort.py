@@ -19,6 +19,7 @@ from fedasr.data.batching import Chunk, Resident
 from fedasr.errors import UserError
 from fedasr.federated.client import ClientUpdate, Params, view_of_client
 from fedasr.federated.local import LocalUpdate
+from fedasr.kernels import devices
 from fedasr.streams import Stream, fold
 
 AXIS, MODEL = "clients", "model"  # of a mesh
@@ -366,11 +367,13 @@ def _jitted(
             found = found._replace(delta=stacks.unstack(found.delta))
         return found
 
+    options = devices.compiler_options(mesh)
     if MODEL not in mesh.shape:
+        where = client_sharding(mesh)
         return Cohort(
-            zeros=jax.jit(zeros, out_shardings=client_sharding(mesh)),
+            zeros=jax.jit(zeros, out_shardings=where),
             # The accumulator must come out as `zeros` made it, or its second use compiles again.
-            add=jax.jit(sharded, donate_argnums=0, out_shardings=client_sharding(mesh)),
+            add=jax.jit(sharded, donate_argnums=0, out_shardings=where, compiler_options=options),
             total=jax.jit(total, out_shardings=replicated(mesh)),
         )
 

@@ -115,9 +115,9 @@ def _jumps(labels: jax.Array) -> jax.Array:
 
     Of labels int [b, u], bool [b, 2u + 1].
     """
-    differ = labels[:, 1:] != labels[:, :-1]
-    jumps = jnp.zeros((labels.shape[0], 2 * labels.shape[1] + 1), bool)
-    return jumps.at[:, 3::2].set(differ)
+    differ = jnp.pad(labels[:, 1:] != labels[:, :-1], ((0, 0), (1, 0)))[:, : labels.shape[1]]
+    pairs = jnp.stack([jnp.zeros_like(differ), differ], axis=-1)  # a scatter would be two launches
+    return jnp.pad(pairs.reshape(len(labels), -1), ((0, 0), (0, 1)))
 
 
 def _streamed_log_likelihood(log_probs, logit_lengths, labels, label_lengths, feasible):

@@ -97,6 +97,7 @@ def _on_gpu(
     b, t, s = emissions.shape
     size = pl.next_power_of_2(max(s, 16))
     rows = [_padded(x, 1, size, _NEVER) for x in (first, last, onwards, _backwards(onwards))]
+    together = jnp.stack(rows, axis=1)  # padded by one launch
 
     def row(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda i: (i, *[0] * len(shape)))
@@ -104,7 +105,7 @@ def _on_gpu(
     after, posterior, _ = pl.pallas_call(
         functools.partial(_gpu_kernel, None if interpret else plgpu.debug_barrier),
         grid=(b,),
-        in_specs=[row(t, size), *[row(size)] * 4, row(1)],
+        in_specs=[row(t, size), row(len(rows), size), row(1)],
         out_specs=[row(size), row(t, size), row(2, size + 4)],
         out_shape=[
             jax.ShapeDtypeStruct((b, size), jnp.float32),
@@ -114,17 +115,20 @@ def _on_gpu(
         compiler_params=plgpu.CompilerParams(num_warps=min(max(size // 128, 1), 8), num_stages=1),
         interpret=interpret,
         name="ctc_walks",
-    )(_padded(emissions, 2, size, _NEVER), *rows, frames[:, None])
+    )(_padded(emissions, 2, size, _NEVER), together, frames[:, None])
     return after[:, :s], posterior[..., :s]
 
 
 def _gpu_kernel(
     barrier: Callable[[], None] | None,
-    emissions: Block, first: Block, last: Block, onwards: Block, backwards: Block, frames: Block,
-    after: Block, posterior: Block, beside: Block,
+    emissions: Block, rows: Block, frames: Block, after: Block, posterior: Block, beside: Block,
 ) -> None:  # fmt: skip
-    """Of one utterance. beside: [2, s + 4], where states read their neighbours' scores."""
-    size = first.shape[0]
+    """Of one utterance. rows: first, last, onwards and backwards [4, s].
+
+    beside: [2, s + 4], where states read their neighbours' scores.
+    """
+    size = after.shape[0]
+    first, last, onwards, backwards = range(4)
     nowhere = jnp.full((2,), _NEVER, jnp.float32)
     for half in range(2):
         beside[half, pl.ds(0, 2)] = nowhere
@@ -144,15 +148,15 @@ def _gpu_kernel(
         return _following(score, one, two + penalty)
 
     true, whole = frames[0], posterior.shape[0]
-    penalty = onwards[:]
+    penalty = rows[onwards, :]
 
     def forwards(frame: jax.Array, score: jax.Array) -> jax.Array:
         posterior[frame, :] = score
         return advance(frame, score + emissions[frame, :], 1, penalty)
 
-    after[:] = jax.lax.fori_loop(0, true, forwards, first[:])
+    after[:] = jax.lax.fori_loop(0, true, forwards, rows[first, :])
     meet()
-    leaving = backwards[:]
+    leaving = rows[backwards, :]
 
     def backwards_too(turn: jax.Array, score: jax.Array) -> jax.Array:
         frame = true - 1 - turn
@@ -160,7 +164,7 @@ def _gpu_kernel(
         posterior[frame, :] = _softmax(posterior[frame, :] + score)
         return advance(turn, score, -1, leaving)
 
-    jax.lax.fori_loop(0, true, backwards_too, last[:])
+    jax.lax.fori_loop(0, true, backwards_too, rows[last, :])
 
     def clear(frame: jax.Array, nothing: jax.Array) -> jax.Array:
         posterior[frame, :] = jnp.zeros((size,), jnp.float32)

@@ -1,6 +1,7 @@
 """Which kernels written for one kind of device fit where a program is being traced."""
 
 import importlib.util
+import os
 import re
 from typing import Any
 
@@ -32,6 +33,21 @@ def kind_of(device: Any) -> str:
     # XLA's Triton is for compute capability 8.0 and above; JAX may give Pallas's up.
     fits = found in ("gpu", "cuda") and _TRITON.search(device.device_kind)
     return "gpu" if fits and importlib.util.find_spec("jax.experimental.pallas.triton") else ""
+
+
+_TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Options of XLA for a client's program on a mesh; what XLA_FLAGS names stays as it is there.
+
+    On GPUs products are the library's (cuBLAS). XLA would try some dozens of kernels of its own for
+    each, which takes minutes, and those copy their part of a stack of blocks before they read it.
+    """
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return {}
+    said = _TRITON_PRODUCTS in os.environ.get("XLA_FLAGS", "")
+    return {} if said else {_TRITON_PRODUCTS: False}
 
 
 def lowered(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:

@@ -2,8 +2,8 @@
 
 On a GPU in Pallas, one launch each way. XLA computes a layer norm by several: sums over features,
 what follows from them, the normalised values, and back the sums over frames. Here a kernel has some
-rows whole. Sums over rows, the gradients of scale and bias, leave it in `PARTS` parts: scale and
-bias come in as often, so that it is their broadcast's transpose that sums them, once for all
+rows whole. Sums over rows, the gradients of scale and bias, leave it in `PARTS` parts, as the
+gradient of zeros that come in beside them (`Factors`): it is `factors` that sums them, once for all
 blocks. On a TPU, whose compiler joins such sums with the products before them, means and deviations
 are kept for the backward pass.
 
@@ -11,7 +11,7 @@ For programs whose devices are divided by hand, see `devices.platform`.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,56 @@ def fits(kind: str, features: int) -> bool:
     return kind == "gpu" and features % 16 == 0 and features <= 2048
 
 
+class Factors(NamedTuple):
+    """A norm's scale and bias as its kernel takes them, see `factors`.
+
+    values: float32 [..., 2, d], without a gradient. parts: [..., PARTS, 2, d], zeros, whose
+    gradient is that of scale and bias.
+    """
+
+    values: jax.Array
+    parts: jax.Array
+
+
+def factors(scale: jax.Array, bias: jax.Array) -> Factors:
+    """Scale and bias [..., d] for `add_norm`."""
+    values, parts = _divided(scale, bias)
+    return Factors(jax.lax.stop_gradient(values), parts)
+
+
+@jax.custom_vjp
+def _divided(scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values = jnp.stack([scale, bias], axis=-2)
+    return values, jnp.zeros((*values.shape[:-2], PARTS, *values.shape[-2:]), values.dtype)
+
+
+def _joined(_: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    sums = jnp.sum(gradients[1], axis=-3)
+    return sums[..., 0, :], sums[..., 1, :]
+
+
+_divided.defvjp(lambda scale, bias: (_divided(scale, bias), None), _joined)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def norm(dtype: Any, interpret: bool, x: jax.Array, given: Factors) -> jax.Array:
+    """The second of what `add_norm` gives, without a branch."""
+    return _forward_alone(dtype, interpret, x, given)[0]
+
+
+def _forward_alone(dtype: Any, interpret: bool, x: jax.Array, given: Factors) -> Any:
+    (_, out), saved = _forward(dtype, interpret, x, None, jnp.ones(()), given)
+    return out, saved
+
+
+def _backward_alone(dtype: Any, interpret: bool, saved: Any, gradient: Any) -> Any:
+    found, _, _, by_given = _backward(dtype, interpret, saved, (None, gradient))
+    return found, by_given
+
+
+norm.defvjp(_forward_alone, _backward_alone)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def add_norm(
     dtype: Any,
@@ -39,8 +89,7 @@ def add_norm(
     x: jax.Array,
     branch: jax.Array | None,
     keep: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    given: Factors,
 ) -> tuple[jax.Array, jax.Array]:
     """x + keep * branch, and its layer norm over features with an epsilon of 1e-5, in float32.
 
@@ -48,12 +97,12 @@ def add_norm(
       dtype: of the norm that comes out. interpret: on the CPU, for tests.
       x: [..., d]. branch: [..., d] of any float dtype; None for zeros. keep: float32, a scalar that
         has no gradient.
-      scale, bias: float32 [PARTS, d], all rows alike; the gradient's rows are to be summed.
+      given: of `factors`, for scale and bias [d].
 
     Returns:
       [..., d] in x's dtype, and [..., d] in `dtype`.
     """
-    return _forward(dtype, interpret, x, branch, keep, scale, bias)[0]
+    return _forward(dtype, interpret, x, branch, keep, given)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -106,28 +155,34 @@ plain_add_norm.defvjp(_plain_forward, _plain_backward)
 
 
 def _forward(
-    dtype: Any, interpret: bool, x: jax.Array, branch: Any, keep: jax.Array, scale: Any, bias: Any
+    dtype: Any, interpret: bool, x: jax.Array, branch: Any, keep: jax.Array, given: Factors
 ) -> Any:
     wide = (x,) if branch is None else (x, branch)
     kernel = _forwards_kernel if branch is None else _forwards_kernel_of_sum
     dtypes = (dtype,) if branch is None else (x.dtype, dtype)
     call = functools.partial(_call, kernel, "norm_forwards", interpret, len(wide), dtypes, False)
-    found = _batched(call)(*(_rows(a) for a in wide), keep.reshape(1), scale, bias)
+    found = _batched(call)(*(_rows(a) for a in wide), keep.reshape(1), given.values)
     out = tuple(checkpoint_name(a.reshape(x.shape), KEPT[0]) for a in found)
     out = (x, *out) if branch is None else out
-    return out, (out[0], None if branch is None else branch[:0], keep, scale)
+    return out, (out[0], None if branch is None else branch[:0], keep, given.values)
 
 
 def _backward(dtype: Any, interpret: bool, saved: Any, gradients: Any) -> Any:
-    total, branch, keep, scale = saved
+    total, branch, keep, values = saved
     direct, by_norm = gradients
     dtypes = (total.dtype,) if branch is None else (total.dtype, branch.dtype)
-    kernel = _backwards_kernel
-    call = functools.partial(_call, kernel, "norm_backwards", interpret, 3, dtypes, True)
-    wide = (_rows(a) for a in (total, direct, by_norm))
-    *found, by_scale, by_bias = _batched(call)(*wide, keep.reshape(1), scale)
+    arrays = [a for a in (total, by_norm, direct) if a is not None]
+    kernel = functools.partial(_backwards_kernel, len(arrays))
+    call = functools.partial(_call, kernel, "norm_backwards", interpret, len(arrays), dtypes, True)
+    wide = (_rows(a) for a in arrays)
+    *found, parts = _batched(call)(*wide, keep.reshape(1), values)
     found = [a.reshape(total.shape) for a in found]
-    return found[0], None if branch is None else found[1], None, by_scale, by_bias
+    return (
+        found[0],
+        None if branch is None else found[1],
+        None,
+        Factors(jnp.zeros_like(values), parts),
+    )
 
 
 add_norm.defvjp(_forward, _backward)
@@ -161,23 +216,24 @@ def _call(
     kernel: Any, name: str, interpret: bool, wide: int, dtypes: tuple[Any, ...], sums: bool,
     *args: jax.Array,
 ) -> Any:  # fmt: skip
-    """args: `wide` arrays [clients, rows, d], keep [clients, 1], scales [clients, PARTS, d]."""
+    """args: `wide` arrays [clients, rows, d], keep [clients, 1], scale and bias [clients, 2, d]."""
     from jax.experimental.pallas import triton as plgpu  # a release of JAX may lack it
 
     clients, rows, d = args[0].shape
-    of_parts = pl.BlockSpec((None, PARTS, d), lambda i, _: (i, 0, 0))
     of_rows = pl.BlockSpec((None, rows, d), lambda i, _: (i, 0, 0))
     shapes = [jax.ShapeDtypeStruct((clients, rows, d), dtype) for dtype in dtypes]
     specs = [of_rows] * len(shapes)
     if sums:
-        shapes += [jax.ShapeDtypeStruct((clients, PARTS, d), jnp.float32)] * 2
-        specs += [of_parts] * 2
+        shapes.append(jax.ShapeDtypeStruct((clients, PARTS, 2, d), jnp.float32))
+        specs.append(pl.BlockSpec((None, None, 2, d), lambda i, part: (i, part, 0, 0)))
     return pl.pallas_call(
         functools.partial(kernel, (rows, d, -(-rows // (PARTS * _ROWS)))),
         grid=(clients, PARTS),
         in_specs=[of_rows] * wide
-        + [pl.BlockSpec((None, 1), lambda i, _: (i, 0))]
-        + [of_parts] * (len(args) - wide - 1),
+        + [
+            pl.BlockSpec((None, 1), lambda i, _: (i, 0)),
+            pl.BlockSpec((None, 2, d), lambda i, _: (i, 0, 0)),
+        ],
         out_specs=specs,
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -240,29 +296,29 @@ class _Rows:
         return functools.reduce(jnp.add, [jnp.sum(part, axis=1) for part in x]) / self.d
 
 
-def _vector(x: Block, d: int) -> list[jax.Array]:
-    """The first row of [PARTS, d], piece by piece."""
-    return [x[pl.ds(0, 1), pl.ds(begin, size)] for begin, size in _places(d)]
+def _vector(values: Block, row: int, d: int) -> list[jax.Array]:
+    """A row of [2, d], scale or bias, piece by piece."""
+    return [values[pl.ds(row, 1), pl.ds(begin, size)] for begin, size in _places(d)]
 
 
 def _forwards_kernel(
-    sizes: tuple[int, int, int], x: Block, keep: Block, scale: Block, bias: Block, out: Block
+    sizes: tuple[int, int, int], x: Block, keep: Block, values: Block, out: Block
 ) -> None:
-    _normalise(sizes, (x,), keep, None, scale, bias, out)
+    _normalise(sizes, (x,), keep, None, values, out)
 
 
 def _forwards_kernel_of_sum(
     sizes: tuple[int, int, int],
-    x: Block, branch: Block, keep: Block, scale: Block, bias: Block, total: Block, out: Block,
+    x: Block, branch: Block, keep: Block, values: Block, total: Block, out: Block,
 ) -> None:  # fmt: skip
-    _normalise(sizes, (x, branch), keep, total, scale, bias, out)
+    _normalise(sizes, (x, branch), keep, total, values, out)
 
 
 def _normalise(
     sizes: tuple[int, int, int], terms: tuple[Block, ...], keep: Block, total: Block | None,
-    scale: Block, bias: Block, out: Block,
+    values: Block, out: Block,
 ) -> None:  # fmt: skip
-    scales, biases = _vector(scale, sizes[1]), _vector(bias, sizes[1])
+    scales, biases = _vector(values, 0, sizes[1]), _vector(values, 1, sizes[1])
     part = pl.program_id(1)
 
     def turn(number: jax.Array, nothing: jax.Array) -> jax.Array:
@@ -279,13 +335,12 @@ def _normalise(
     jax.lax.fori_loop(0, sizes[2], turn, jnp.int32(0))
 
 
-def _backwards_kernel(
-    sizes: tuple[int, int, int],
-    x: Block, direct: Block, by_norm: Block, keep: Block, scale: Block, *out: Block,
-) -> None:  # fmt: skip
-    *into, by_scale, by_bias = out
+def _backwards_kernel(wide: int, sizes: tuple[int, int, int], *blocks: Block) -> None:
+    """blocks: x, the norm's gradient and, if `wide` is 3, the sum's; keep; values; results."""
+    x, by_norm, *direct = blocks[:wide]
+    keep, values, *into, by_values = blocks[wide:]
     d, part = sizes[1], pl.program_id(1)
-    scales = _vector(scale, d)
+    scales = _vector(values, 0, d)
 
     def turn(number: jax.Array, sums: Any) -> Any:
         at = _Rows(sizes, part, number)
@@ -295,9 +350,11 @@ def _backwards_kernel(
         mean = at.mean(scaled)
         along = at.mean([a * b for a, b in zip(scaled, normed, strict=True)])
         found = [
-            e + (a - mean[:, None] - b * along[:, None]) * inverse[:, None]
-            for a, b, e in zip(scaled, normed, at.load(direct), strict=True)
+            (a - mean[:, None] - b * along[:, None]) * inverse[:, None]
+            for a, b in zip(scaled, normed, strict=True)
         ]
+        for array in direct:
+            found = [a + b for a, b in zip(at.load(array), found, strict=True)]
         at.store(into[0], found)
         for array in into[1:]:  # the branch's
             at.store(array, [a * keep[0] for a in found])
@@ -311,8 +368,6 @@ def _backwards_kernel(
         ]
 
     nothing = [jnp.zeros_like(s) for s in scales]
-    for array, sums in zip(
-        (by_scale, by_bias), jax.lax.fori_loop(0, sizes[2], turn, (nothing, nothing)), strict=True
-    ):
+    for row, sums in enumerate(jax.lax.fori_loop(0, sizes[2], turn, (nothing, nothing))):
         for (begin, size), value in zip(_places(d), sums, strict=True):
-            array[pl.ds(part, 1), pl.ds(begin, size)] = value
+            by_values[pl.ds(row, 1), pl.ds(begin, size)] = value

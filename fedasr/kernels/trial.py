@@ -128,7 +128,7 @@ def _of_attention(device: jax.Device) -> str:
 
 
 def _of_norm(device: jax.Device) -> str:
-    d, parts = 144, norm_accelerated.PARTS
+    d = 144
     if not norm_accelerated.fits(devices.kind_of(device), d):
         return ""
     rng = np.random.default_rng(2)
@@ -147,8 +147,8 @@ def _of_norm(device: jax.Device) -> str:
     keep = jnp.float32(0.5)
 
     def kernel(x: Array, branch: Array, scale: Array, bias: Array) -> Any:
-        scale, bias = (jnp.broadcast_to(a, (parts, d)) for a in (scale, bias))
-        return norm_accelerated.add_norm(jnp.dtype("float32"), False, x, branch, keep, scale, bias)
+        factors = norm_accelerated.factors(scale, bias)
+        return norm_accelerated.add_norm(jnp.dtype("float32"), False, x, branch, keep, factors)
 
     def plain(x: Array, branch: Array, *rest: Array) -> Any:
         return norm_accelerated.plain_add_norm(jnp.dtype("float32"), x, branch, keep, *rest)

@@ -14,7 +14,7 @@ from fedasr import stacks
 from fedasr.kernels import attention_accelerated, devices, norm_accelerated
 from fedasr.kernels.checkpoint import checkpoint
 from fedasr.kernels.dense import product
-from fedasr.models.layers import KEPT, split_keys
+from fedasr.models.layers import KEPT, SumNorm, split_keys
 
 BLOCK = stacks.BLOCK  # how the names of an encoder's blocks begin
 _FEW = 6  # blocks that accelerators run without a loop, which would copy what goes in and comes out
@@ -188,7 +188,7 @@ def apply_blocks(
             run = jax.checkpoint(function, prevent_cse=False, policy=kept)
         if kernels:
             stacked = jax.tree.map(lambda x: x.astype(narrow) if x.ndim == 3 else x, stacked)
-            stacked = _in_parts(stacked)
+            stacked = _with_factors(stacked)
 
         def turn(x: jax.Array, block: tuple[Any, jax.Array, Any]) -> tuple[jax.Array, None]:
             params, index, gate = block
@@ -228,13 +228,14 @@ def keeps_block(rate: float, keys: jax.Array | None, index: int) -> jax.Array | 
     return jax.random.bernoulli(jax.random.fold_in(keys[0], index), 1.0 - rate)
 
 
-def _in_parts(blocks: Any) -> Any:
-    """Stacked blocks whose norms' parameters [n, d] are [n, PARTS, d], for `SumNorm`."""
+def _with_factors(blocks: Any) -> Any:
+    """Stacked blocks with scale and bias of their norms [n, d] as kernels take them."""
 
-    def one(path: Any, x: jax.Array) -> jax.Array:
-        if x.ndim != 2 or not norm_accelerated.fits(devices.platform(), x.shape[1]):
-            return x
-        parts = (x.shape[0], norm_accelerated.PARTS, x.shape[1])
-        return jnp.broadcast_to(x[:, None], parts) if path[0].key.endswith("_norm") else x
+    def one(name: str, norm: Any) -> Any:
+        if not name.endswith("_norm") or not norm_accelerated.fits(
+            devices.platform(), norm["scale"].shape[-1]
+        ):
+            return norm
+        return {SumNorm.FACTORS: norm_accelerated.factors(norm["scale"], norm["bias"])}
 
-    return jax.tree_util.tree_map_with_path(one, blocks)
+    return {name: one(name, x) for name, x in blocks.items()}

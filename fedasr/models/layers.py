@@ -7,7 +7,7 @@ however far it is padded.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -169,10 +169,12 @@ def bias_free(features: int, dtype: jnp.dtype, name: str) -> Dense:
 class SumNorm(nn.Module):
     """A sum and its layer norm, with the parameters of `nn.LayerNorm`, as accelerators compute it.
 
+    In place of these there may be what `norm_accelerated.factors` makes of them, under `FACTORS`.
     dtype: of the norm.
     """
 
     dtype: jnp.dtype
+    FACTORS: ClassVar[str] = "factors"
 
     @nn.compact
     def __call__(
@@ -183,13 +185,27 @@ class SumNorm(nn.Module):
         keep: float32 scalar, factor of the branch; None for 1.
         """
         keep = jnp.ones(()) if keep is None else keep
+        if (factors := self._factors(x.shape[-1])) is None:
+            return norm_accelerated.plain_add_norm(self.dtype, x, branch, keep, *self._vectors())
+        return norm_accelerated.add_norm(self.dtype, False, x, branch, keep, factors)
+
+    def alone(self, x: jax.Array) -> jax.Array:
+        """The norm of [b, t, d]."""
+        if (factors := self._factors(x.shape[-1])) is None:
+            return self(x, None)[1]
+        return norm_accelerated.norm(self.dtype, False, x, factors)
+
+    def _vectors(self) -> tuple[jax.Array, jax.Array]:
         scale: jax.Array = self.get_variable("params", "scale")
         bias: jax.Array = self.get_variable("params", "bias")
-        if not norm_accelerated.fits(devices.platform(), x.shape[-1]):
-            return norm_accelerated.plain_add_norm(self.dtype, x, branch, keep, scale, bias)
-        parts = (norm_accelerated.PARTS, x.shape[-1])
-        scale, bias = (jnp.broadcast_to(a, parts) for a in (scale, bias))
-        return norm_accelerated.add_norm(self.dtype, False, x, branch, keep, scale, bias)
+        return scale, bias
+
+    def _factors(self, features: int) -> norm_accelerated.Factors | None:
+        """For the kernel; None where there is none."""
+        found: norm_accelerated.Factors | None = self.get_variable("params", self.FACTORS)
+        if found is None and norm_accelerated.fits(devices.platform(), features):
+            return norm_accelerated.factors(*self._vectors())
+        return found
 
 
 class MaskedNorm(nn.Module):

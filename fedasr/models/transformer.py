@@ -182,7 +182,9 @@ class Transformer(nn.Module):
         blocks = [Block(c, name=f"{encoder_blocks.BLOCK}{i}") for i in range(c.blocks)]
         narrow = dtype if c.norm == "pre" else None
         x = encoder_blocks.apply_blocks(blocks, c, x, mask, keys, (2, 4), batch_key, narrow)
-        if c.norm == "pre":
+        if c.norm == "pre" and devices.platform():
+            x = layers.SumNorm(dtype, name="final_norm").alone(x)
+        elif c.norm == "pre":
             x = nn.LayerNorm(1e-5, dtype=dtype, name="final_norm")(x)
         out = layers.Dense(
             c.outputs(c.vocab),

@@ -115,6 +115,47 @@ def test_only_the_part_of_an_array_that_is_sliced_or_written_counts():
     assert (found.launches, found.copies, found.cycles) == (2, 1, 70)
 
 
+def test_what_stays_in_a_tpus_own_memory_is_not_moved():
+    """An array comes near, is read and written there, and one result of two goes back."""
+    text = """HloModule jit_step
+
+%fused (p.0: f32[8,4], p.1: f32[2,4]) -> (f32[8,4], f32[8,4]) {
+  %p.0 = f32[8,4]{1,0} parameter(0)
+  %p.1 = f32[2,4]{1,0} parameter(1)
+  %n.0 = f32[8,4]{1,0} negate(%p.0)
+  %n.1 = f32[2,4]{1,0} negate(%p.1)
+  ROOT %t.0 = (f32[8,4]{1,0}, f32[8,4]{1,0}) tuple(%n.0, %n.0)
+}
+
+ENTRY %main (a: f32[8,4], b: f32[2,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %b = f32[2,4]{1,0:T(8,128)} parameter(1)
+  %c = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
+  %d = f32[8,4]{1,0:T(8,128)S(1)} copy-done(%c)
+  %f = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0:T(8,128)}) fusion(%d, %b), calls=%fused
+  ROOT %g = f32[8,4]{1,0:T(8,128)} get-tuple-element(%f), index=1
+}
+"""
+    whole, small = 8 * 4 * 4, 2 * 4 * 4
+    assert hlo.read(text).entry.moved == whole + small + whole
+    assert hlo.read(text.replace("S(1)", "")).entry.moved == 2 * whole + whole + small + 2 * whole
+
+
+def test_a_librarys_workspace_is_not_moved():
+    text = """HloModule jit_step
+
+ENTRY %main (a: f32[8,4], b: f32[4,2]) -> f32[8,2] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[4,2]{1,0} parameter(1)
+  %c = (f32[8,2]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm"
+  ROOT %d = f32[8,2]{1,0} get-tuple-element(%c), index=0
+}
+"""
+    moved = 4 * (8 * 4 + 4 * 2 + 8 * 2)
+    assert hlo.read(text).entry.moved == moved
+    assert hlo.read(text.replace("__cublas", "other")).entry.moved == moved + 4194304
+
+
 GATHER = """  %g.1 = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%p.9), dimensions={0}
   %g.2 = f32[8,4]{1,0} all-gather-done(%g.1)
   %p.9 = f32[2,4]{1,0} parameter(1)

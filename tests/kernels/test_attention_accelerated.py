@@ -99,9 +99,8 @@ def test_norms_are_the_same(summed, clients):
     keep = jnp.float32(0.5)
 
     def kernel(x, branch, scale, bias):
-        parts = (norm_accelerated.PARTS, d)
-        scale, bias = (jnp.broadcast_to(a, parts) for a in (scale, bias))
-        return norm_accelerated.add_norm(jnp.float32, True, x, branch, keep, scale, bias)
+        factors = norm_accelerated.factors(scale, bias)
+        return norm_accelerated.add_norm(jnp.float32, True, x, branch, keep, factors)
 
     def reference(x, branch, scale, bias):
         total = x if branch is None else x + keep * branch
@@ -120,7 +119,13 @@ def test_norms_are_the_same(summed, clients):
     def plain(x, branch, scale, bias):
         return norm_accelerated.plain_add_norm(jnp.float32, x, branch, keep, scale, bias)
 
-    for way in (reference, kernel, plain):
+    def alone(x, branch, scale, bias):
+        total = x if branch is None else x + keep * branch
+        return total, norm_accelerated.norm(
+            jnp.float32, True, total, norm_accelerated.factors(scale, bias)
+        )
+
+    for way in (reference, kernel, plain, alone):
         of = functools.partial(both, way)
         results.append(jax.jit(jax.vmap(of) if clients else of)(*args))
     for found in results[1:]:

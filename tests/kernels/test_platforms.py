@@ -13,6 +13,7 @@ import pytest
 
 import fedasr
 from fedasr.fusion.methods import score_all
+from fedasr.kernels import devices
 from fedasr.kernels.attention import attention
 from fedasr.models.recogniser import make_recogniser
 
@@ -125,6 +126,22 @@ def test_models_are_scored_in_turns_on_a_cpu_alone():
     assert "stablehlo.while" in text(traced, CPU)
     for platform in OTHERS:
         assert "stablehlo.while" not in text(traced, platform)
+
+
+def test_products_are_a_librarys_on_gpus_unless_flags_say_more(monkeypatch):
+    option = "xla_gpu_enable_triton_gemm"
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+    def options(platform):
+        device = types.SimpleNamespace(platform=platform)
+        return devices.compiler_options(
+            types.SimpleNamespace(devices=np.array([device], dtype=object))
+        )
+
+    assert options("cpu") == options("tpu") == {}
+    assert options("cuda") == options("gpu") == {option: False}
+    monkeypatch.setenv("XLA_FLAGS", f"--{option}=true")
+    assert options("cuda") == {}
 
 
 def test_nothing_asks_which_machine_compiles():

@@ -33,10 +33,11 @@ def on(monkeypatch):
     """on(kind): from here on programs are traced as if for such a device; CTC excepted."""
     plan = functools.partial(attention_accelerated.Plan, interpret=True)
     monkeypatch.setattr(attention_accelerated, "Plan", plan)
-    add_norm = norm_accelerated.add_norm
-    monkeypatch.setattr(
-        norm_accelerated, "add_norm", lambda dtype, _, *args: add_norm(dtype, True, *args)
-    )
+    for name in ("add_norm", "norm"):
+        real = getattr(norm_accelerated, name)
+        monkeypatch.setattr(
+            norm_accelerated, name, lambda dtype, _, *args, real=real: real(dtype, True, *args)
+        )
     return lambda kind: [
         monkeypatch.setattr(f"fedasr.models.{name}.devices", Elsewhere(kind))
         for name in ("layers", "transformer")
