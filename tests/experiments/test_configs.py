@@ -12,6 +12,7 @@ import pytest
 from fedasr.data.preparation.prepare import prepare
 from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
+from fedasr.recipes import librispeech
 from fedasr.text import CharTokenizer
 from fedasr.training import loop, stages
 from fedasr.training.logging import to_json
@@ -63,6 +64,17 @@ def test_a_shrunken_round(name, corpus, tmp_path, monkeypatch):
     assert summary["status"] == "completed" and summary["rounds"] == 1
     assert summary["invalid_client_updates"] == 0
     assert summary["clients"][-1]["up_bytes"] > 0
+
+
+def test_the_argument_for_accelerators_changes_how_the_model_is_computed_alone():
+    config, other = (librispeech.get_config(f"accelerator={x}").to_dict() for x in (False, True))
+    options, changed = config["model"].pop("options"), other["model"].pop("options")
+    assert config == other
+    assert {k: v for k, v in changed.items() if v != options.get(k)} == {
+        "scan_blocks": True,
+        "generator": "hashed",
+        "stream_dtype": "",
+    }
 
 
 @pytest.mark.slow
