@@ -340,6 +340,24 @@ def test_a_launcher_that_writes_nothing_has_failed(place):
         execution.execute([table], dataclasses.replace(place, launcher=("nowhere",)))
 
 
+def test_the_simulated_clock_of_a_run_is_read(place):
+    table = simple(Row("a", {}), reach=(50.0,))
+    folder = place.out / "simple" / "a__seed-0"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({"status": "completed"}))
+    records = [
+        {"round": 0, "eval": {"dev": {"wer": 90.0}}},
+        {"round": 1, "participation": {"clock": 3.5}, "eval": {"dev": {"wer": 40.0}}},
+        {"round": 2, "participation": {"clock": 4.5}},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in records))
+    outcome = read_outcomes(table, place.out)["a__seed-0"]
+    assert outcome.clock == ((3.5, {"dev": 40.0}),)
+    assert outcome.seconds_until("dev", 50.0) == 3.5
+    assert outcome.seconds_until("dev", 30.0) == math.inf == outcome.seconds_until("test", 50.0)
+    assert read_outcomes(replace(table, reach=()), place.out)["a__seed-0"].clock == ()
+
+
 def test_runs_made_elsewhere_count(place):
     folder = place.out / "simple" / "a__seed-0"
     folder.mkdir(parents=True)
@@ -447,6 +465,39 @@ def test_markdown():
         "\n"
         "![Server optimisers (arXiv)](optimizers.png)\n"
     )
+
+
+def test_users_and_the_simulated_clock():
+    """Over two seeds, of which one has not come to the lower of two rates."""
+    table = simple(Row("a", {}), Row("b", {}), seeds=(0, 1), users=True, reach=(50.0, 20.0))
+    outcomes = {}
+    for seed, last in ((0, 20.0), (1, 30.0)):
+        served = {"mean": 10.0 + seed, "worst_decile": 40.0, "intervals": {"mean": [5.0, 20.0]}}
+        clock = ((60.0, {"test": 1.0}), (120.0, {"dev": 50.0}), (240.0, {"dev": last}))
+        run = done(last, served={"test": served}, simulated_seconds=240.0 + 120 * seed)
+        outcomes[f"a__seed-{seed}"] = dataclasses.replace(run, clock=clock)
+        outcomes[f"b__seed-{seed}"] = done(last, served={"dev": {"mean": 9.0}})
+    (a, b), text = _rows_and_text(table, outcomes)
+    assert a["simulated"] == 300.0 and a["until"] == {"50": 120.0, "20": math.inf}
+    assert a["users"]["test"] == {"mean": 10.5, "low": 5.0, "high": 20.0, "worst_tenth": 40.0}
+    assert b["simulated"] is None and b["users"]["dev"]["low"] is None
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    names, of_a, of_b = (
+        [x.strip() for x in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])
+    )
+    a, b = dict(zip(names, of_a, strict=True)), dict(zip(names, of_b, strict=True))
+    assert (a["test users"], a["test worst tenth"], a["simulated (min)"]) == (
+        "10.5 [5.0, 20.0]",
+        "40.0",
+        "5.0",
+    )
+    assert (a["min to 50% dev"], a["min to 20% dev"]) == ("2.0", "not reached")
+    assert (b["dev users"], b["simulated (min)"]) == ("9.0", "") and "dev worst tenth" not in b
+
+
+def _rows_and_text(table, outcomes):
+    results = tables.collect(table, outcomes)
+    return results["rows"], tables.to_markdown(table, results)
 
 
 def test_csv():

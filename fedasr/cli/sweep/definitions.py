@@ -17,6 +17,7 @@ from fedasr.recipes.tables import Table
 from fedasr.training.logging import write_json_atomic
 
 TABLE_FILE = "table.json"
+_TUPLES = ("seeds", "report", "reach")  # fields of a table that JSON has as lists
 _REGISTRIES = tuple(
     f"fedasr.recipes.{name}"
     for name in ("published", "mini", "mini_algorithms", "own_speech", "adapted")
@@ -110,7 +111,7 @@ def load_table(path: Path) -> Table:
             fields[part] = tuple(tables.Row(**row) for row in rows)
         fields["better"] = tuple(tuple(pair) for pair in fields["better"])
         fields["grid"] = _tuples(fields["grid"])
-        return Table(**(fields | {name: tuple(fields[name]) for name in ("seeds", "report")}))
+        return Table(**(fields | {name: tuple(fields[name]) for name in _TUPLES if name in fields}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no table: {error}") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 from fedasr import recipes
 from fedasr.recipes import tables
 from fedasr.recipes.tables import Outcome, Run, Table
-from fedasr.training.logging import from_json
+from fedasr.training.logging import from_json, read_metrics
 
 RECORD_FILE = "sweep.json"
 DONE = (tables.COMPLETED, tables.DIVERGED)
@@ -69,8 +69,11 @@ class Place:
         return [*self.launcher, *self.flags(table, run)]
 
 
-def read_outcome(folder: Path) -> Outcome:
-    """What became of the run in a folder, by its launcher's summary and the sweep's record."""
+def read_outcome(folder: Path, clock: bool = False) -> Outcome:
+    """What became of the run in a folder, by its launcher's summary and the sweep's record.
+
+    clock: whether the outcome is to have the simulated clock's.
+    """
     summary_path, record_path = folder / "summary.json", folder / RECORD_FILE
     summary, record = read_json(summary_path), read_json(record_path)
     status = summary.get("status")
@@ -83,13 +86,26 @@ def read_outcome(folder: Path) -> Outcome:
             return Outcome(tables.DIVERGED, summary)
         return Outcome(tables.FAILED, {}, record["error"])
     if status in DONE:
-        return Outcome(status, summary)
+        return Outcome(status, summary, clock=_clock(folder) if clock else ())
     return Outcome(tables.UNFINISHED if (folder / "config.json").exists() else tables.MISSING)
+
+
+def _clock(folder: Path) -> tuple[tuple[float, dict[str, float]], ...]:
+    """See `Outcome.clock`."""
+    found = []
+    for record in read_metrics(folder):
+        seconds = (record.get("participation") or {}).get("clock")
+        if seconds is not None and record.get("eval"):
+            found.append((seconds, {split: x["wer"] for split, x in record["eval"].items()}))
+    return tuple(found)
 
 
 def read_outcomes(table: Table, out: Path) -> Outcomes:
     """Outcomes of all the runs of a table, by name."""
-    return {run.name: read_outcome(out / table.name / run.name) for run in tables.possible(table)}
+    clock = bool(table.reach)
+    return {
+        run.name: read_outcome(out / table.name / run.name, clock) for run in tables.possible(table)
+    }
 
 
 def settled(table: Table, place: Place) -> Outcomes:

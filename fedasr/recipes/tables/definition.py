@@ -68,6 +68,9 @@ class Table:
       expected: the published ordering in words.
       better: pairs of row names (better, worse) that put `expected` so that it can be checked.
       x_label, log_x: of the plot.
+      users: whether the figures over users are reported, too, of each of `report`.
+      reach: word error rates in percent on `select`: when by the simulated clock a row's runs were
+        first evaluated at each, or below, is reported.
     """
 
     name: str
@@ -83,6 +86,8 @@ class Table:
     better: tuple[tuple[str, str], ...] = ()
     x_label: str = ""
     log_x: bool = False
+    users: bool = False
+    reach: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +126,14 @@ class Outcome:
         so), UNFINISHED (begun, can be resumed) or MISSING.
       summary: the run's `summary.json`, {} without one.
       message: of a failure, one line.
+      clock: of each evaluation on the way, in order, the seconds of the simulated clock and the
+        word error rates in percent by split; () where none was asked for.
     """
 
     status: str
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     message: str = ""
+    clock: tuple[tuple[float, Mapping[str, float]], ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -136,6 +144,11 @@ class Outcome:
         """Final word error rate in percent; infinite for a run that has none."""
         rate = (self.summary.get("wer") or {}).get(split) if self.status == COMPLETED else None
         return math.inf if rate is None else float(rate)
+
+    def seconds_until(self, split: str, rate: float) -> float:
+        """Of the simulated clock, until `split` was at a word error rate, or below; or infinite."""
+        found = (at for at, rates in self.clock if rates.get(split, math.inf) <= rate)
+        return next(found, math.inf)
 
 
 Outcomes = Mapping[str, Outcome]  # by the run's name

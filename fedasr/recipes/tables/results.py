@@ -101,7 +101,8 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
 
     "wer" has "mean", "std" (of the sample; None for one seed) and "values" by split; "epsilon" is
     of the first deployment: a number, infinite without a guarantee, or None without privacy.
-    "sent" are bytes of a client's update.
+    "sent" are bytes of a client's update, "simulated" seconds of the simulated clock, "until" those
+    until each of the table's `reach`, infinite if a run has not got there; "users": `_over_users`.
     """
     point = {} if start else choose(table, row, outcomes)
     if start:
@@ -119,6 +120,12 @@ def _row_results(table: Table, row: Row, outcomes: Outcomes, start: bool = False
         "wer": wer,
         "epsilon": _epsilon(completed[0][1].summary) if completed else None,
         "sent": _sent(completed[0][1].summary) if completed else None,
+        "simulated": _mean([o.summary.get("simulated_seconds") for _, o in completed]),
+        "until": {
+            f"{rate:g}": _mean([o.seconds_until(table.select, rate) for _, o in completed])
+            for rate in table.reach
+        },
+        "users": _over_users(table.report, [o for _, o in completed]) if table.users else {},
         "published": dict(row.published),
         "difference": {
             split: wer[split]["mean"] - figure
@@ -147,6 +154,31 @@ def _rates(splits: Sequence[str], completed: Sequence[Outcome]) -> dict[str, dic
                 "values": values,
             }
     return wer
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if there are none, or not all."""
+    there = [x for x in values if x is not None]
+    return statistics.fmean(there) if there and len(there) == len(values) else None
+
+
+def _over_users(splits: Sequence[str], completed: Sequence[Outcome]) -> dict[str, Any]:
+    """Means over the seeds of what runs tell of a split's users, in percent.
+
+    "mean" over users with "low" and "high", the ends of its 95% interval over users, and
+    "worst_tenth", the mean of the worst tenth of them.
+    """
+    found = {}
+    for split in splits:
+        told = [(outcome.summary.get("served") or {}).get(split) or {} for outcome in completed]
+        ends = [(one.get("intervals") or {}).get("mean") or (None, None) for one in told]
+        found[split] = {
+            "mean": _mean([one.get("mean") for one in told]),
+            "low": _mean([low for low, _ in ends]),
+            "high": _mean([high for _, high in ends]),
+            "worst_tenth": _mean([one.get("worst_decile") for one in told]),
+        }
+    return found
 
 
 def _epsilon(summary: Mapping[str, Any]) -> float | None:

@@ -12,6 +12,7 @@ from fedasr.recipes.tables.definition import Table, describe_point, grid_of
 from fedasr.recipes.tables.results import Results
 
 _SENT = "sent (kB)"  # a client's update
+_SIMULATED = "simulated (min)"
 
 
 def to_markdown(table: Table, results: Results, plot: str = "") -> str:
@@ -30,9 +31,16 @@ def to_markdown(table: Table, results: Results, plot: str = "") -> str:
         f"{runs['failed']} failed, {runs['missing']} missing.",
         "",
     ]
+    if table.users:
+        lines += [
+            "Users: the mean over a split's users with its 95% interval by bootstrap over them and "
+            "the mean of the worst tenth; means over seeds, also of the interval's ends.",
+            "",
+        ]
     lines += _grid_lines(table, results)
     if table.expected or table.better:
-        lines += ["", f"Published ordering: {table.expected or 'by the pairs below'}"]
+        whose = "Published" if any(row.published for row in table.rows) else "Expected"
+        lines += ["", f"{whose} ordering: {table.expected or 'by the pairs below'}"]
     if table.better:
         lines += [
             "",
@@ -49,8 +57,9 @@ def to_markdown(table: Table, results: Results, plot: str = "") -> str:
 def _grid_lines(table: Table, results: Results) -> list[str]:
     """The rows, without the columns that would be empty."""
     rows = [_cells(table, row) for row in (*results["starts"], *results["rows"])]
-    if len({row.get("sent") for row in results["rows"]}) == 1:  # tells nothing
-        rows = [row | {_SENT: ""} for row in rows]
+    for key, column in (("sent", _SENT), ("simulated", _SIMULATED)):
+        if len({row.get(key) for row in results["rows"]}) == 1:  # tells nothing
+            rows = [row | {column: ""} for row in rows]
     always = ("", "seeds", *(f"{split} WER" for split in table.report))
     columns = [name for name in rows[0] if name in always or any(row[name] for row in rows)]
     body = [[row[name].replace("|", "\\|") for name in columns] for row in rows]
@@ -100,9 +109,16 @@ def _cells(table: Table, row: Results) -> dict[str, str]:
     }
     for split in table.report:
         cells[f"{split} WER"] = _rate(row["wer"].get(split))
+    for split, told in (row.get("users") or {}).items():
+        cells[f"{split} users"] = _with_interval(told)
+        worst = told["worst_tenth"]
+        cells[f"{split} worst tenth"] = "" if worst is None else f"{worst:.1f}"
     epsilon = row["epsilon"]
     sent = row.get("sent")
     cells[_SENT] = "" if sent is None else f"{sent / 1000:,.1f}"
+    cells[_SIMULATED] = _minutes(row.get("simulated"))
+    for rate, seconds in (row.get("until") or {}).items():
+        cells[f"min to {rate}% {table.select}"] = _minutes(seconds)
     cells["epsilon"] = "" if epsilon is None else f"{epsilon:.3g}".replace("inf", "infinite")
     for split in table.report:
         published, difference = row["published"].get(split), row["difference"].get(split)
@@ -110,6 +126,19 @@ def _cells(table: Table, row: Results) -> dict[str, str]:
         cells[f"{split} difference"] = "" if difference is None else f"{difference:+.1f}"
     cells["notes"] = "; ".join(row["notes"])
     return cells
+
+
+def _minutes(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return "not reached" if seconds == math.inf else f"{seconds / 60:.1f}"
+
+
+def _with_interval(told: Mapping[str, Any]) -> str:
+    if told["mean"] is None:
+        return ""
+    ends = "" if told["low"] is None else f" [{told['low']:.1f}, {told['high']:.1f}]"
+    return f"{told['mean']:.1f}{ends}"
 
 
 def _rate(rates: Mapping[str, Any] | None) -> str:
