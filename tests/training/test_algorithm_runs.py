@@ -1,6 +1,11 @@
 """Runs of algorithms that remember, exchange or wait: configuration, checkpoints, evaluation."""
 
 import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,7 +17,7 @@ from fedasr.data.utterances import Utterance
 from fedasr.errors import UserError
 from fedasr.training import loop, rows, selection, stages
 from fedasr.training.builders import algorithms, corpora, models, whole
-from fedasr.training.checkpoint import restore_params
+from fedasr.training.checkpoint import read_metadata, restore_params
 from fedasr.training.config import default_config
 from fedasr.training.logging import read_metrics, to_json
 from fedasr.training.session import Interrupted
@@ -136,6 +141,63 @@ def test_a_run_stops_and_goes_on_to_the_same_end(name, corpus_dir, tmp_path, mon
         _, rows_of = rows.local_rows(tmp_path / "cut", params[0], test, corpus_dir)
         own = layout.insert(params[0], rows_of(np.arange(1))[0])
         assert max(map(largest, *map(jax.tree.leaves, (own, params[0])))) == 0
+
+
+# All that remember something of users, or keep something beside the model.
+REMEMBER = RUNS | {
+    "feddyn": ("feddyn", {"alpha": 0.1}, DEVICES),
+    "fedrep": ("fedrep", {}, {"local.patterns": ("^input_layer/",)}),
+    "mimelite": ("mimelite", {"momentum": 0.9}, {}),
+    "pfedme": ("pfedme", {"attraction": 0.1, "rate": 1.0}, {"data.eval": ("train", "test")}),
+    "private scaffold": ("scaffold", {}, {"privacy.enabled": True, "privacy.sampler": "poisson"}),
+}
+# Runs in a process of its own, which dies after its third round, one after the last checkpoint.
+KILLED = """
+import os, pickle, signal, sys, time
+from fedasr.training import loop, session, stages
+
+def fall(self, units, record, state):
+    if units == 3:
+        time.sleep(3)  # the checkpoint is written meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
+
+session.Session.evaluated = fall
+stages.write_report = lambda workdir: None
+with open(sys.argv[1], "rb") as file:
+    loop.run(pickle.load(file), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REMEMBER)
+def test_a_run_that_is_killed_goes_on_to_the_same_end(name, corpus_dir, tmp_path, monkeypatch):
+    """By kill -9, with rows of users that are newer than the checkpoint."""
+    monkeypatch.setattr(stages, "write_report", lambda workdir: None)
+    algorithm, options, changes = REMEMBER[name]
+    seeds = {"privacy.noise_seed": "run"}  # a secret one is another in each run
+    config = configured(corpus_dir, algorithm, options, changes | seeds)
+    if algorithm == "fedrep":
+        config["model"]["options"]["input_layer"] = True
+    summary = loop.run(config, tmp_path / "whole")
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    command = [sys.executable, "-c", KILLED, tmp_path / "config", tmp_path / "cut"]
+    devices = f"--xla_force_host_platform_device_count={jax.device_count()}"
+    died = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"XLA_FLAGS": devices},
+    )  # fmt: skip
+    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+    assert read_metadata(tmp_path / "cut")["units"] == 2
+    again = loop.run(config, tmp_path / "cut")
+    params = [restore_params(tmp_path / place) for place in ("whole", "cut")]
+    for one, other in zip(*map(jax.tree.leaves, params), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert summary["wer"] == again["wer"] and summary["status"] == "completed"
+    kept = [read_metadata(tmp_path / place) for place in ("whole", "cut")]
+    for what in ("local_users", "local_rows"):  # the latter is a digest of all rows
+        assert kept[0].get(what) == kept[1].get(what)
+    remembers = algorithm not in ("fedbuff", "mimelite")  # these, beside the model alone
+    assert (kept[0].get("local_users", 0) > 2) == remembers
 
 
 def largest(one, other):
