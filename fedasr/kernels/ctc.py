@@ -115,9 +115,10 @@ def _jumps(labels: jax.Array) -> jax.Array:
 
     Of labels int [b, u], bool [b, 2u + 1].
     """
-    differ = jnp.pad(labels[:, 1:] != labels[:, :-1], ((0, 0), (1, 0)))[:, : labels.shape[1]]
+    b, u = labels.shape
+    differ = jnp.pad(labels[:, 1:] != labels[:, :-1], ((0, 0), (1, 0)))[:, :u]
     pairs = jnp.stack([jnp.zeros_like(differ), differ], axis=-1)  # a scatter would be two launches
-    return jnp.pad(pairs.reshape(len(labels), -1), ((0, 0), (0, 1)))
+    return jnp.pad(pairs.reshape(b, 2 * u), ((0, 0), (0, 1)))
 
 
 def _streamed_log_likelihood(log_probs, logit_lengths, labels, label_lengths, feasible):
