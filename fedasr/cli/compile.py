@@ -2,12 +2,15 @@
 
     fedasr compile [--config=NAME|FILE.py] [--config.section.field=value ...]
                    [--targets=v5e,v5p,v6e,h100,h200,t4,v5e-8,...] [--chunk=N | --fit]
-                   [--seconds=15] [--labels_per_second=14] [--json]
+                   [--turns] [--seconds=15] [--labels_per_second=14] [--json]
 
 For each target: whether the round's programs compile, memory by kind beside the device's, launches
-of a local step, loops, FLOPs, bytes, the roofline and what bounds it, the compiler's own estimate
-(TPUs), how long compiling took, and what devices exchange (of a call with one local step: how often
-and how many MB arrive on a device). --fit finds the largest chunk that the device's memory holds.
+of a local step, loops, FLOPs, bytes from and to the device's memory (of a call with one local step,
+and of the step), the roofline and what bounds it, a TPU's compiler's own estimate and the bytes
+that it counts, how long compiling took, and what devices exchange (of such a call: how often and
+how many MB arrive on a device). --fit finds the largest chunk that the device's memory holds. TPUs'
+compilers count a loop's turns once: with --turns one over blocks is compiled twice, to tell what
+they would say of all. (The second has two blocks in a turn.)
 Utterances are all --seconds long. The data is not read. No device is needed, only the target's
 compiler: `pip install 'jax[tpu]'` for TPUs; `jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc`
 for GPUs. Exit status: 0 when all is compiled, 2 for a mistake that the user can mend.
@@ -40,6 +43,7 @@ def run() -> None:
         options.programs,
         chunk=options.chunk,
         fit=options.fit,
+        turns=options.turns,
         **lengths,
     )
     if common.JSON.value:
@@ -66,6 +70,7 @@ def measured(
     *,
     chunk: int = 0,
     fit: bool = False,
+    turns: bool = False,
     **lengths: float,
 ) -> list[Any]:
     """Figures (`fedasr.compiling.figures`) of a configuration's programs for each target.
@@ -76,6 +81,7 @@ def measured(
       programs: of a round.
       chunk: clients vmapped together; 0 for the configuration's, or 1.
       fit: find the largest chunk that fits instead.
+      turns: see `fedasr.compiling.figures.measure`.
       lengths: see `fedasr.compiling.programs.make_simulation`.
 
     Raises:
@@ -95,7 +101,7 @@ def measured(
         size = chunk or (config.chunk if isinstance(config.chunk, int) else 1)
         if fit:
             size = figures.largest_chunk(config, target, devices, config.cohort or 1, **lengths)
-        rows += figures.measure(config, target, devices, size, programs, **lengths)
+        rows += figures.measure(config, target, devices, size, programs, turns, **lengths)
     return rows
 
 
@@ -103,8 +109,8 @@ def table(rows: list) -> list[str]:
     """The figures for people."""
     header = (
         "program", "target", "chunk", "fits", "GiB", "of", "launches", "loops", "copies", "TFLOP",
-        "GB", "of step", "bound", "ms", "estimate", "compiled in",
-        "collectives",
+        "GB", "of step", "bound", "ms", "estimate",
+        "accessed", "compiled in", "collectives",
     )  # fmt: skip
     lines = [header, *(_row(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -131,6 +137,7 @@ def _row(row) -> tuple[str, ...]:
         row.bound,
         f"{1e3 * max(row.seconds.values()):.3g}",
         "-" if row.estimate is None else f"{1e3 * row.estimate:.3g} ms",
+        "-" if row.accessed is None else f"{row.accessed / 1e9:.3g} GB",
         f"{row.compile_seconds:.1f} s",
         ", ".join(_collective(*item) for item in sorted(row.collectives.items())) or "-",
     )
@@ -146,6 +153,9 @@ def _define_flags() -> None:
     flags.DEFINE_list("programs", list(PROGRAMS), "Of a round.")
     flags.DEFINE_integer("chunk", 0, "Clients vmapped together; 0: the configuration's, or 1.", 0)
     flags.DEFINE_bool("fit", False, "Find the largest chunk that fits: compiles several times.")
+    flags.DEFINE_bool(
+        "turns", False, "TPUs: compile a loop over blocks once more, for the compiler's estimate."
+    )
     flags.DEFINE_float("seconds", 15.0, "Of each utterance.", 0.1, 3_600.0)
     flags.DEFINE_float("labels_per_second", 14.0, "Of an utterance.", 0.1, 100.0)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from fedasr import stacks
 from fedasr.compiling import hlo, programs
 from fedasr.compiling.flops import matrix_flops
 from fedasr.compiling.targets import Target
@@ -14,6 +15,7 @@ from fedasr.errors import UserError
 from fedasr.federated import chunks
 from fedasr.federated.simulation import Simulation, program_bytes
 from fedasr.kernels.devices import lowered
+from fedasr.models import encoder_blocks
 from fedasr.training.builders import models
 from fedasr.training.config import Config
 
@@ -41,16 +43,15 @@ class Figures:
         launches those that only copy a part of an array.
       launches: all of a local step, of loops of unknown length one turn.
       flops: of the matrix products of a call with one local step, on the devices that train a
-        client together. bytes: that it reads and writes; where the compiler does not tell them (a
-        GPU), from the program's text. Compilers count loops once: what they say is scaled by how
-        much more the text has with all turns.
-      step_bytes: that a local step (the server's step) moves from and to the device's memory, by
-        the program's text: what stays in a TPU's own fast memory is not among them.
+        client together.
+      bytes: that such a call moves from and to the device's memory, by the program's text.
+      step_bytes: of these, what a local step moves (the server's: all).
       seconds: by bound: "compute", "memory", "launches".
       bound: the largest of them.
-      estimate: seconds that the compiler itself expects, loops as often as they turn (of kernels of
-        ours what their operations and bytes allow); None where it expects none or where it cannot
-        be so.
+      accessed: bytes that a TPU's compiler counts, of its own memory, too; None where it tells
+        none, or counts the turns of a loop once (see `measure`).
+      estimate: seconds that it expects (of kernels of ours what their operations and bytes allow);
+        None where it expects none or where it cannot be so.
       collectives: by kind, of a call with one local step.
       from_host: instructions that wait for the host.
       float64: whether there are floats of 64 bits.
@@ -68,10 +69,11 @@ class Figures:
     copies: int
     launches: int
     flops: float
-    bytes: float
+    bytes: int
     step_bytes: int
     seconds: dict[str, float]
     bound: str
+    accessed: float | None
     estimate: float | None
     collectives: dict[str, hlo.Collective]
     from_host: tuple[str, ...]
@@ -84,6 +86,7 @@ def measure(
     devices: Sequence[jax.Device],
     chunk: int,
     wanted: Sequence[str] = ("clients", "server"),
+    turns: bool = False,
     **lengths: float,
 ) -> list[Figures]:
     """Compiles the programs of a configuration's round for a target.
@@ -93,44 +96,74 @@ def measure(
       target, devices: see `fedasr.compiling.targets`.
       chunk: clients vmapped together on a device.
       wanted: programs, see `Simulation.trace`.
+      turns: whether to compile clients' program for a TPU once more where a loop goes over the
+        blocks, with two of them in a turn: what the compiler says of that one more tells what it
+        would say of all. Without it such programs have neither `accessed` nor `estimate`.
       lengths: see `programs.make_simulation`.
 
     Raises:
       UserError: the target's compiler refuses a program, such as for its memory.
     """
-    simulation = programs.make_simulation(config, devices, chunk, **lengths)
     shapes = models.variable_shapes(config)
-    traced = simulation.trace(shapes)
-    beside = simulation.beside_bytes(shapes)
-    found = []
-    for name in wanted:
-        flops = float(matrix_flops(traced[name].jaxpr))
+
+    def compiled(name: str) -> Any:
+        simulation = programs.make_simulation(config, devices, chunk, **lengths)
+        traced = simulation.trace(shapes)[name]
+        held = simulation.beside_bytes(shapes) if name == "clients" else 0
         began = time.perf_counter()
         try:
-            compiled = lowered(traced[name], simulation.mesh).compile()
+            program = lowered(traced, simulation.mesh).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(f"{target.name}: {name} at chunk {chunk}: {reason}") from error
-        seconds = time.perf_counter() - began
-        held = beside if name == "clients" else 0
-        described = (name, target, len(devices), config.model_devices, chunk, seconds, held)
-        found.append(_figures(described, compiled, flops))
+        return program, float(matrix_flops(traced.jaxpr)), held, time.perf_counter() - began
+
+    found = []
+    for name in wanted:
+        program, *rest = compiled(name)
+        text = hlo.read(program.as_text())
+        told = told_by_compiler(program)
+        if trips := {loop.trips for loop in text.entry.every_loop()} - {None, 1}:
+            blocks = sum(key.startswith(stacks.BLOCK) for key in shapes)
+            more = None
+            if turns and told is not None and trips == {blocks} and blocks % 2 == 0:
+                with encoder_blocks.per_turn(2):
+                    more = told_by_compiler(compiled(name)[0])
+            told = told_of_all(told, more, blocks)
+        described = (name, target, len(devices), config.model_devices, chunk, *rest)
+        found.append(_figures(described, program, text, told))
     return found
 
 
-def _figures(described: tuple[Any, ...], compiled: Any, flops: float) -> Figures:
-    name, target, devices, together, chunk, compile_seconds, beside = described
-    text = hlo.read(compiled.as_text())
+Told = tuple[float, float]  # bytes and seconds, by a TPU's compiler
+
+
+def told_by_compiler(program: Any) -> Told | None:
+    """What a TPU's compiler says; None of others."""
+    costs = program.cost_analysis() or {}
+    if "optimal_seconds" not in costs:
+        return None
+    return float(costs.get("bytes accessed", 0.0)), float(costs["optimal_seconds"])
+
+
+def told_of_all(one: Told | None, two: Told | None, blocks: int) -> Told | None:
+    """What a compiler would say of a program's loops over blocks if it counted every turn.
+
+    Args:
+      one, two: what it says of the program with one and with two blocks in a turn.
+      blocks: how many there are.
+    """
+    if one is None or two is None:
+        return None
+    moved, seconds = (a + (blocks - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    return moved, seconds
+
+
+def _figures(described: Any, compiled: Any, text: hlo.Program, told: Told | None) -> Figures:
+    name, target, devices, together, chunk, flops, beside, compile_seconds = described
     step = text.step if name == "clients" else text.entry
     analysis = compiled.memory_analysis()
-    costs = compiled.cost_analysis() or {}
-    moved = float(costs.get("bytes accessed", 0.0)) * _share(
-        text.entry.total_moved, text.entry.moved_once
-    )
-    moved = moved or float(step.total_moved)
-    estimate = costs.get("optimal_seconds")
-    if estimate is not None:
-        estimate *= _share(text.entry.total_cycles, text.entry.cycles_once)
+    moved = text.entry.total_moved
     seconds = {
         "compute": flops / target.flops / together,
         "memory": moved / target.bandwidth,
@@ -161,16 +194,12 @@ def _figures(described: tuple[Any, ...], compiled: Any, flops: float) -> Figures
         step_bytes=step.total_moved,
         seconds=seconds,
         bound=max(seconds, key=lambda kind: seconds[kind]),
-        estimate=sane_estimate(estimate, max(seconds.values())),
+        accessed=None if told is None else told[0],
+        estimate=sane_estimate(None if told is None else told[1], max(seconds.values())),
         collectives=text.entry.collectives,
         from_host=text.from_host,
         float64=text.float64,
     )
-
-
-def _share(total: float, once: float) -> float:
-    """By how much loops that turn as often as they do exceed ones that turn once."""
-    return total / once if once else 1.0
 
 
 def sane_estimate(estimate: float | None, roofline: float) -> float | None:

@@ -18,7 +18,6 @@ _COLLECTIVES = (
     "collective-broadcast",
 )  # fmt: skip
 _SLICES = ("dynamic-slice", "slice")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _HOST = re.compile(r"xla_\w*callback|^(?:infeed|outfeed)\b|is_host_transfer=true|MoveToHost")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -57,7 +56,6 @@ class Loop:
       loops: within.
       exchanges: (kind, bytes of the result) of each collective in one turn, without those of loops.
       copies: of the launches those that only copy a part of an array, started beside others (GPUs).
-      cycles: that the compiler expects of them, where it says so (TPUs; not of kernels of ours).
     """
 
     trips: int | None
@@ -66,27 +64,17 @@ class Loop:
     loops: tuple["Loop", ...]
     exchanges: tuple[tuple[str, int], ...] = ()
     copies: int = 0
-    cycles: int = 0
 
     @property
     def total_moved(self) -> int:
         """`moved` of one turn with that of the loops within, of unknown ones one turn."""
         return self.moved + sum((loop.trips or 1) * loop.total_moved for loop in self.loops)
 
-    @property
-    def moved_once(self) -> int:
-        """The same as if each loop within turned once, as compilers count it."""
-        return self.moved + sum(loop.moved_once for loop in self.loops)
-
-    @property
-    def total_cycles(self) -> int:
-        """`cycles` of one turn with those of the loops within, of unknown ones one turn."""
-        return self.cycles + sum((loop.trips or 1) * loop.total_cycles for loop in self.loops)
-
-    @property
-    def cycles_once(self) -> int:
-        """The same as if each loop within turned once, as compilers count it."""
-        return self.cycles + sum(loop.cycles_once for loop in self.loops)
+    def every_loop(self) -> Iterator["Loop"]:
+        """The loops within, and those within them."""
+        for loop in self.loops:
+            yield loop
+            yield from loop.every_loop()
 
     @property
     def total(self) -> int:
@@ -207,7 +195,7 @@ def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | N
     instructions = computations.get(name, [])
     sizes = {x.name: shape_bytes(x.shape) for x in instructions}
     outside = {x.name: _outside_bytes(x.shape) for x in instructions}
-    launches = moved = copies = cycles = 0
+    launches = moved = copies = 0
     loops: list[Loop] = []
     exchanges: list[tuple[str, int]] = []
     for instruction in instructions:
@@ -219,16 +207,15 @@ def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | N
             if parts:
                 part = max(parts, key=lambda loop: loop.total)
                 launches, moved = launches + part.launches, moved + part.moved
-                copies, cycles = copies + part.copies, cycles + part.cycles
+                copies += part.copies
                 loops += part.loops
                 exchanges += part.exchanges
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
             launches += 1
             copies += _only_copies(computations, instruction)
             moved += _moved(computations, instruction, outside)
-            cycles += int(found[1]) if (found := _CYCLES.search(instruction.text)) else 0
             exchanges += _exchanges(computations, instruction, sizes)
-    return Loop(trips, launches, moved, tuple(loops), tuple(exchanges), copies, cycles)
+    return Loop(trips, launches, moved, tuple(loops), tuple(exchanges), copies)
 
 
 def _moved(

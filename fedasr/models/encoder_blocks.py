@@ -3,7 +3,9 @@
 Blocks are flax modules that take activations [batch, time, features], a mask and keys.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +22,17 @@ BLOCK = stacks.BLOCK  # how the names of an encoder's blocks begin
 _FEW = 6  # blocks that accelerators run without a loop, which would copy what goes in and comes out
 _STACKED = "stacked"  # of flax's variables: parameters of all blocks
 ADAPTER = "adapter"  # among a block's parameters, beside its own
+_per_turn = contextvars.ContextVar("blocks in a turn of the loop over them", default=1)
+
+
+@contextlib.contextmanager
+def per_turn(blocks: int) -> Iterator[None]:
+    """So many blocks are in each turn of loops that are traced here: the same values, more code."""
+    token = _per_turn.set(blocks)
+    try:
+        yield
+    finally:
+        _per_turn.reset(token)
 
 
 class LazyParameter:
@@ -198,7 +211,7 @@ def apply_blocks(
         # Small numbers one by one would be as many launches of a turn.
         gates = jax.vmap(gate_of)(index) if gated else None
         few = bool(kernels) and len(blocks) <= _FEW
-        return jax.lax.scan(turn, x, (stacked, index, gates), unroll=few or 1)[0]
+        return jax.lax.scan(turn, x, (stacked, index, gates), unroll=few or _per_turn.get())[0]
     for i, block in enumerate(blocks):
         gate = gate_of(i) if gated else None
         x = add(x, lambda *args: apply_block(block, config.remat, *args), i, gate)  # noqa: B023

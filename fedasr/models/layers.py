@@ -375,7 +375,7 @@ class FeedForward(nn.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _relu_dropout(rate: float, x: jax.Array, kept: jax.Array) -> jax.Array:
     """dropout(relu(x)), whose derivative follows from what comes out: no mask is kept."""
-    # Where x > 0 would be a mask of its own to a TPU's compiler, which packs its bits and writes them.
+    # x > 0 would be a mask of its own to a TPU's compiler, which packs its bits and writes them.
     return jnp.where(kept, jnp.maximum(x, 0) / (1.0 - rate), jnp.zeros_like(x))
 
 

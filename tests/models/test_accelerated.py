@@ -9,6 +9,7 @@ import pytest
 
 from fedasr import stacks
 from fedasr.kernels import attention_accelerated, devices, norm_accelerated
+from fedasr.models import encoder_blocks
 from fedasr.models.recogniser import make_recogniser
 
 SIZES = {
@@ -95,3 +96,18 @@ def test_stacked_blocks_are_the_same_blocks():
     params = recogniser.init(jax.random.key(0))
     loss = jax.jit(lambda params: recogniser.loss(params, batch(), jax.random.key(1))[0])
     assert float(loss(params)) == float(loss(stacks.stack(params)))
+
+
+def test_several_blocks_in_a_turn_are_the_same_blocks():
+    recogniser = make_recogniser("transformer", SIZES | {"scan_blocks": True, "blocks": 4})
+    params = recogniser.init(jax.random.key(0))
+
+    def loss(params):
+        return recogniser.loss(params, batch(), jax.random.key(1))[0]
+
+    one = jax.jit(jax.grad(loss))(params)
+    with encoder_blocks.per_turn(2):
+        lowered = jax.jit(jax.grad(lambda params: loss(params))).lower(params)
+    for a, b in zip(*map(jax.tree.leaves, (one, lowered.compile()(params))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert len(lowered.as_text()) > 1.2 * len(jax.jit(jax.grad(loss)).lower(params).as_text())
