@@ -105,22 +105,23 @@ def measure(
       UserError: the target's compiler refuses a program, such as for its memory.
     """
     shapes = models.variable_shapes(config)
+    simulation = programs.make_simulation(config, devices, chunk, **lengths)
+    traced = simulation.trace(shapes)
+    beside = simulation.beside_bytes(shapes)
 
-    def compiled(name: str) -> Any:
-        simulation = programs.make_simulation(config, devices, chunk, **lengths)
-        traced = simulation.trace(shapes)[name]
-        held = simulation.beside_bytes(shapes) if name == "clients" else 0
-        began = time.perf_counter()
+    def compiled(name: str, program: jax.stages.Traced) -> Any:
         try:
-            program = lowered(traced, simulation.mesh).compile()
+            return lowered(program, simulation.mesh).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(f"{target.name}: {name} at chunk {chunk}: {reason}") from error
-        return program, float(matrix_flops(traced.jaxpr)), held, time.perf_counter() - began
 
     found = []
     for name in wanted:
-        program, *rest = compiled(name)
+        flops = float(matrix_flops(traced[name].jaxpr))
+        began = time.perf_counter()
+        program = compiled(name, traced[name])
+        seconds = time.perf_counter() - began
         text = hlo.read(program.as_text())
         told = told_by_compiler(program)
         if trips := {loop.trips for loop in text.entry.every_loop()} - {None, 1}:
@@ -128,9 +129,11 @@ def measure(
             more = None
             if turns and told is not None and trips == {blocks} and blocks % 2 == 0:
                 with encoder_blocks.per_turn(2):
-                    more = told_by_compiler(compiled(name)[0])
+                    again = programs.make_simulation(config, devices, chunk, **lengths)
+                    more = told_by_compiler(compiled(name, again.trace(shapes)[name]))
             told = told_of_all(told, more, blocks)
-        described = (name, target, len(devices), config.model_devices, chunk, *rest)
+        held = beside if name == "clients" else 0
+        described = (name, target, len(devices), config.model_devices, chunk, flops, held, seconds)
         found.append(_figures(described, program, text, told))
     return found
 

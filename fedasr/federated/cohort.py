@@ -367,9 +367,8 @@ def _jitted(
             found = found._replace(delta=stacks.unstack(found.delta))
         return found
 
-    options = devices.compiler_options(mesh)
     if MODEL not in mesh.shape:
-        where = client_sharding(mesh)
+        where, options = client_sharding(mesh), devices.compiler_options(mesh)
         return Cohort(
             zeros=jax.jit(zeros, out_shardings=where),
             # The accumulator must come out as `zeros` made it, or its second use compiles again.

@@ -144,14 +144,16 @@ def _of_norm(device: jax.Device) -> str:
 
         return both
 
-    keep = jnp.float32(0.5)
+    keep, dtype = jnp.float32(0.5), jnp.dtype("float32")
 
     def kernel(x: Array, branch: Array, scale: Array, bias: Array) -> Any:
         factors = norm_accelerated.factors(scale, bias)
-        return norm_accelerated.add_norm(jnp.dtype("float32"), False, x, branch, keep, factors)
+        total, out = norm_accelerated.add_norm(dtype, False, x, branch, keep, factors)
+        return total, out + norm_accelerated.norm(dtype, False, total, factors)
 
     def plain(x: Array, branch: Array, *rest: Array) -> Any:
-        return norm_accelerated.plain_add_norm(jnp.dtype("float32"), x, branch, keep, *rest)
+        total, out = norm_accelerated.plain_add_norm(dtype, x, branch, keep, *rest)
+        return total, out + norm_accelerated.plain_add_norm(dtype, total, None, keep, *rest)[1]
 
     args = (x, branch, scale, bias, direct, slopes)
     return _compared(device, "layer norm", with_slopes(kernel), with_slopes(plain), args)

@@ -31,10 +31,11 @@ def device(monkeypatch):
     monkeypatch.setattr(ctc_accelerated, "posteriors", posteriors)
     plan = functools.partial(attention_accelerated.Plan, interpret=True)
     monkeypatch.setattr(attention_accelerated, "Plan", plan)
-    add_norm = norm_accelerated.add_norm
-    monkeypatch.setattr(
-        norm_accelerated, "add_norm", lambda dtype, _, *args: add_norm(dtype, True, *args)
-    )
+    for name in ("add_norm", "norm"):
+        real = getattr(norm_accelerated, name)
+        monkeypatch.setattr(
+            norm_accelerated, name, lambda dtype, _, *args, real=real: real(dtype, True, *args)
+        )
     return jax.devices()[0]
 
 
@@ -92,14 +93,20 @@ def test_attention_and_norms_are_tried_too(device, monkeypatch):
         patch.setattr(attention_accelerated, "attention", lambda *a: real(*a).at[0, 5].add(0.5))
         assert "the attention's kernel differs" in trial.try_kernels(device)
     devices.TRIED.clear()
-    normed = norm_accelerated.add_norm
+    both, alone = norm_accelerated.add_norm, norm_accelerated.norm
 
-    def off(*args):
-        total, out = normed(*args)
-        return total, out + jnp.zeros_like(out).at[0, 3].set(0.5)
+    def off(out):
+        return out + jnp.zeros_like(out).at[0, 3].set(0.5)
 
-    monkeypatch.setattr(norm_accelerated, "add_norm", off)
-    assert "the layer norm's kernel differs" in trial.try_kernels(device)
+    def one_row_off(*args):
+        total, out = both(*args)
+        return total, off(out)
+
+    for name, wrong in (("add_norm", one_row_off), ("norm", lambda *args: off(alone(*args)))):
+        devices.TRIED.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(norm_accelerated, name, wrong)
+            assert "the layer norm's kernel differs" in trial.try_kernels(device)
 
 
 def test_nothing_is_tried_where_there_is_no_kernel(monkeypatch):
