@@ -72,6 +72,25 @@ def unstack(tree: Any) -> Any:
     return {name: x for name, x in tree.items() if name != STACK} | blocks
 
 
+def stack_within(tree: Any) -> Any:
+    """The tree with `stack` of every tree within that can be: such as a state with moments."""
+    return jax.tree.map(lambda x: stack(x) if can_stack(x) else x, tree, is_leaf=can_stack)
+
+
+def unstack_within(tree: Any) -> Any:
+    """The tree before `stack_within`."""
+    return jax.tree.map(lambda x: unstack(x) if is_stacked(x) else x, tree, is_leaf=is_stacked)
+
+
+def axes(tree: Any) -> list[int | None]:
+    """Of each leaf of a tree, the axis of the blocks: 0 where it is stacked, else None."""
+
+    def one(path: Any) -> int | None:
+        return 0 if any(getattr(key, "key", None) == STACK for key in path) else None
+
+    return [one(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def len_of(tree: Any) -> int:
     """How many blocks are stacked."""
     return int(jax.tree.leaves(tree[STACK])[0].shape[0])

@@ -210,12 +210,19 @@ def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | N
                 copies += part.copies
                 loops += part.loops
                 exchanges += part.exchanges
-        elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+        elif not _is_free(instruction):
             launches += 1
             copies += _only_copies(computations, instruction)
             moved += _moved(computations, instruction, outside)
             exchanges += _exchanges(computations, instruction, sizes)
     return Loop(trips, launches, moved, tuple(loops), tuple(exchanges), copies)
+
+
+def _is_free(instruction: _Instruction) -> bool:
+    """Whether nothing is launched: it names, groups or awaits values, or only takes room."""
+    opcode = instruction.opcode
+    room = opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' in instruction.text
+    return opcode in _FREE or opcode.endswith("-done") or room
 
 
 def _moved(

@@ -15,6 +15,7 @@ from fedasr.federated.client import takes_correction
 from fedasr.federated.extras import MemoryLayout
 from fedasr.federated.hardware import Hardware
 from fedasr.federated.participation import Participation
+from fedasr.federated.server import ByBlock
 from fedasr.privacy.mechanism import Mechanism
 
 if TYPE_CHECKING:  # algorithms check themselves by these rules
@@ -210,3 +211,8 @@ def may_stack(mechanism: Mechanism, algorithm: Algorithm, hardware: Hardware) ->
     return (
         hardware.stacked_blocks and hardware.model_devices == 1 and plain and not mechanism.secure
     )
+
+
+def server_may_stack(mechanism: Mechanism, algorithm: Algorithm) -> bool:
+    """Whether the server's step treats every array by itself, where `may_stack` holds."""
+    return isinstance(algorithm.server_optimizer, ByBlock) and mechanism.correlation is None

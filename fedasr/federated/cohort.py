@@ -189,13 +189,16 @@ class Cohort(NamedTuple):
     zeros(params, chunk) -> accumulator; add(accumulator, params, chunk, round_key, round) ->
     accumulator (it is donated; one compilation per shape of chunk; `round`, an int32 scalar, is for
     schedules: all randomness comes from the key); total(accumulator) -> CohortSum without the
-    device axis. With local parameters `add` returns (accumulator, float32 [clients, n], what the
-    chunk's local parameters have become).
+    device axis, its blocks stacked only if told `stacked=True`. With local parameters `add` returns
+    (accumulator, float32 [clients, n], what the chunk's local parameters have become).
+    ready(params) -> parameters for `zeros` and `add` as the program computes with them, once for
+    all chunks; what is not ready they make so in each call.
     """
 
     zeros: Callable[[Params, Chunk], CohortSum]
     add: jax.stages.Wrapped
-    total: Callable[[CohortSum], CohortSum]
+    total: Callable[..., CohortSum]
+    ready: Callable[[Params], Params]
 
 
 def make_cohort(
@@ -329,8 +332,8 @@ def make_cohort(
     return _jitted(one_client, sharded, mesh, local, stacked)
 
 
-def _stacked(params: Params, wanted: bool) -> Params:
-    return stacks.stack(params) if wanted and stacks.can_stack(params) else params
+def _stacked(params: Params, wanted: bool, stack: Callable[..., Any] = stacks.stack) -> Params:
+    return stack(params) if wanted and stacks.can_stack(params) else params
 
 
 def _jitted(
@@ -357,23 +360,25 @@ def _jitted(
         lanes = mesh.shape[AXIS]
         return jax.tree.map(lambda s: jnp.zeros((lanes, *s.shape), s.dtype), shapes)
 
-    def total(accumulator):
+    def total(accumulator, stacked=False):
         if MODEL in mesh.shape or mesh.size == 1:
             found = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), accumulator)
         else:
             leaves, treedef = jax.tree.flatten(accumulator)
             found = jax.tree.unflatten(treedef, _sums_over_devices(leaves))
-        if stacks.is_stacked(found.delta):
+        if stacks.is_stacked(found.delta) and not stacked:
             found = found._replace(delta=stacks.unstack(found.delta))
         return found
 
     if MODEL not in mesh.shape:
+        stack = jax.jit(stacks.stack, out_shardings=replicated(mesh))
         where, options = client_sharding(mesh), devices.compiler_options(mesh)
         return Cohort(
             zeros=jax.jit(zeros, out_shardings=where),
             # The accumulator must come out as `zeros` made it, or its second use compiles again.
             add=jax.jit(sharded, donate_argnums=0, out_shardings=where, compiler_options=options),
-            total=jax.jit(total, out_shardings=replicated(mesh)),
+            total=jax.jit(total, static_argnames="stacked", out_shardings=replicated(mesh)),
+            ready=lambda params: _stacked(params, stacked, stack),
         )
 
     def add(*args):
@@ -384,4 +389,5 @@ def _jitted(
         zeros=jax.jit(lambda *args: settled(mesh, zeros(*args), True)),
         add=jax.jit(add, donate_argnums=0),
         total=jax.jit(lambda accumulator: settled(mesh, total(accumulator))),
+        ready=lambda params: params,
     )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedasr import stacks
 from fedasr.errors import UserError
 from fedasr.federated.client import Params
 from fedasr.federated.keras_adam import keras_adam
@@ -56,9 +57,42 @@ def constant_then_exponential(
     return schedule
 
 
-def make_optimizer(
-    name: str, learning_rate: float | optax.Schedule, **options: float
-) -> optax.GradientTransformation:
+class ByBlock(optax.GradientTransformationExtraArgs):
+    """A transformation that also takes trees with stacked blocks: see `by_block`."""
+
+
+def by_block(optimizer: optax.GradientTransformation) -> ByBlock:
+    """An optimiser that treats stacked blocks (`fedasr.stacks`) one by one, by the same rule.
+
+    Args:
+      optimizer: handles every array by itself, without randomness. What it keeps for all of them,
+        such as a count, must not depend on what any of them holds.
+
+    Returns:
+      The same optimiser. Its `update` also takes trees whose blocks are stacked, with a state and
+      parameters (which it then needs) whose blocks are; and raises ValueError if `optimizer` looks
+      at several arrays at once.
+    """
+    every = optax.with_extra_args_support(optimizer)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if not stacks.is_stacked(updates):
+            return every.update(updates, state, params, **extra)
+        given, treedef = jax.tree.flatten((updates, state, params))
+        made = jax.tree.structure((updates, state))
+
+        def of_block(leaves: list[Any]) -> list[Any]:
+            return jax.tree.leaves(every.update(*jax.tree.unflatten(treedef, leaves), **extra))
+
+        of_given, of_made = stacks.axes((updates, state, params)), stacks.axes((updates, state))
+        found = jax.vmap(of_block, in_axes=(of_given,), out_axes=of_made)(given)
+        done: tuple[Any, Any] = jax.tree.unflatten(made, found)
+        return done
+
+    return ByBlock(every.init, update)
+
+
+def make_optimizer(name: str, learning_rate: float | optax.Schedule, **options: float) -> ByBlock:
     """An optimiser by name (see `SERVER_OPTIMIZERS`), with its own options: optax's, mostly.
 
     Raises:
@@ -67,7 +101,7 @@ def make_optimizer(
     if name not in SERVER_OPTIMIZERS:
         raise UserError(f"unknown optimizer {name!r}: choose one of {sorted(SERVER_OPTIMIZERS)}")
     try:
-        return SERVER_OPTIMIZERS[name](learning_rate, **options)
+        return by_block(SERVER_OPTIMIZERS[name](learning_rate, **options))
     except TypeError as error:
         raise UserError(f"optimizer {name!r} does not take these options: {error}") from error
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from fedasr import stacks
 from fedasr.data.batching import Batching, Padding, Prefetcher
 from fedasr.data.corpus import Corpus
 from fedasr.digests import params_digest
@@ -154,6 +155,7 @@ class Simulation:
         self._earlier = jax.jit(self._version)
         self._sent_like = functools.partial(sent_like, algorithm)
         client = client_side(mechanism, algorithm)
+        stacked = checks.may_stack(mechanism, algorithm, hardware)
         self._cohort = make_cohort(
             client.client_update,
             client.clip,
@@ -162,12 +164,17 @@ class Simulation:
             local=self.store is not None,
             in_turns=self.chunk == 1,
             encode=mechanism.encoder(),
-            stacked=checks.may_stack(mechanism, algorithm, hardware),
+            stacked=stacked,
         )
         self._server_optimizer = algorithm.server_optimizer
         if mechanism.adaptive is not None:
             self._server_optimizer = hold(self._server_optimizer, mechanism.adaptive.warmup)
         self._step = jax.jit(self._make_step(hardware.model_devices > 1))
+        self._steps_on_stacks = stacked and checks.server_may_stack(mechanism, algorithm)
+        self._stack, self._unstack = (
+            jax.jit(change, out_shardings=replicated(self.mesh))
+            for change in (stacks.stack_within, stacks.unstack_within)
+        )
         self._reweigh = by_weight(mechanism) if mechanism.weighting == "examples" else None
 
     def _make_step(self, split: bool) -> Callable[..., ServerState]:
@@ -284,8 +291,10 @@ class Simulation:
             None if self.store is None else CohortRows(self.store, int(state.round), state.params)
         )
         items = self._items(self.draws(state), first, first + rounds)
+        state = self._held(state)
         with Prefetcher(items, transfer=self._transfer) as prefetched:
             round, sums = first, None
+            age, view = -1, None  # what the last chunk's clients got
             began, waiting = time.perf_counter(), 0.0
             stream = iter(prefetched)
             while round < first + rounds:
@@ -297,7 +306,8 @@ class Simulation:
                 waiting += time.perf_counter() - asked
                 if chunk is not None:
                     clients = self._round_key(np.int32(round), root)
-                    view = self._view(state, item.age)
+                    if item.age != age:
+                        age, view = item.age, self._cohort.ready(self._view(state, item.age))
                     if cohort_rows is not None:
                         # Not by the thread, which reads ahead: a user's last round must be written.
                         rows = cohort_rows.gather(users)
@@ -311,8 +321,9 @@ class Simulation:
                         cohort_rows.take_back(users, rows)
                     sums = sums if item.lost else into
                     continue
+                age, view = -1, None
                 # A Poisson round may be empty: the server still adds its noise and steps.
-                total = self._cohort.total(sums) if sums is not None else None
+                total = self._total(state, sums) if sums is not None else None
                 scales = self._view(state).scales if self._adaptive else np.zeros(0, np.float32)
                 state = self._step(state, self._delta(state, total), **self._votes(state, total))
                 jax.block_until_ready(state.params)
@@ -321,9 +332,23 @@ class Simulation:
                 seconds = time.perf_counter() - began
                 scales = jax.device_get(scales)
                 spent = item.padding, seconds, waiting, item.turnout
-                yield state, round_metrics(round + 1, total, scales, *spent)
+                yield self._given(state), round_metrics(round + 1, total, scales, *spent)
                 round, sums = round + 1, None
                 began, waiting = time.perf_counter(), 0.0  # the caller's time is not the round's
+
+    def _held(self, state: ServerState) -> ServerState:
+        """The state as the server's step takes it: its blocks stacked where they can be."""
+        can = self._steps_on_stacks and stacks.can_stack(state.params)
+        return self._stack(state) if can else state
+
+    def _given(self, state: ServerState) -> ServerState:
+        """The state before `_held`."""
+        return self._unstack(state) if stacks.is_stacked(state.params) else state
+
+    def _total(self, state: ServerState, sums: CohortSum) -> CohortSum:
+        if stacks.is_stacked(state.params):
+            return self._cohort.total(sums, stacked=True)
+        return self._cohort.total(sums)
 
     def _view(self, state: ServerState, age: int = 0) -> Any:
         """What clients get: the parameters, with a broadcast, and scales of bounds that adapt.
@@ -421,8 +446,10 @@ class Simulation:
             example = self.batcher.example_chunk(self.mechanism.sampler.cohort(round), round)
             round += 1
         root, whole = make_root(self.seed), replicated(self.mesh)
-        state = jax.eval_shape(lambda p: init_server(p, self._chain(root), root), params)
-        view = jax.eval_shape(self._view, state)
+        state = jax.eval_shape(
+            lambda p: self._held(init_server(p, self._chain(root), root)), params
+        )
+        view = jax.eval_shape(lambda state: self._cohort.ready(self._view(state)), state)
         chunk = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 (x.shape[0] * self.chunk * self._lanes, *x.shape[1:]), x.dtype
@@ -436,7 +463,7 @@ class Simulation:
         sums = jax.eval_shape(self._cohort.zeros, view, chunk)
         key = _laid(jax.eval_shape(self._round_key, 0), whole)
         sums = _laid(sums, model_sharding(self.mesh, sums, by_device=True))
-        total = jax.eval_shape(self._cohort.total, sums)
+        total = jax.eval_shape(lambda sums: self._total(state, sums), sums)
         first = state._replace(round=np.int32(0), root=root)  # which votes may read as numbers
         votes = jax.eval_shape(lambda total: self._votes(first, total), total)
         delta = jax.eval_shape(self._delta, state, total)

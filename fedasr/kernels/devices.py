@@ -36,18 +36,28 @@ def kind_of(device: Any) -> str:
 
 
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+_TPU_ROOM = "xla_tpu_scoped_vmem_limit_kib"
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Options of XLA for a client's program on a mesh; what XLA_FLAGS names stays as it is there.
+    """Options of XLA for a client's program on a mesh; what its flags name stays as it is there.
 
     On GPUs products are the library's (cuBLAS). XLA would try some dozens of kernels of its own for
     each, which takes minutes, and those copy their part of a stack of blocks before they read it.
+
+    On TPUs each operation may use all of the fast memory. XLA would keep values there from one
+    operation to the next, and copy other values out to make room.
     """
-    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
-        return {}
-    said = _TRITON_PRODUCTS in os.environ.get("XLA_FLAGS", "")
-    return {} if said else {_TRITON_PRODUCTS: False}
+    kind = mesh.devices.flat[0].platform
+    if kind == "tpu":
+        return _unless_said("LIBTPU_INIT_ARGS", _TPU_ROOM, 1 << 17)
+    if kind in ("gpu", "cuda"):
+        return _unless_said("XLA_FLAGS", _TRITON_PRODUCTS, False)
+    return {}
+
+
+def _unless_said(variable: str, option: str, value: Any) -> dict[str, Any]:
+    return {} if option in os.environ.get(variable, "") else {option: value}
 
 
 def lowered(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:

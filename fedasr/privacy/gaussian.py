@@ -59,8 +59,8 @@ def add_gaussian_noise(
         buffers = state.buffers
         if std > 0:
             leaves, treedef = jax.tree.flatten(updates)
-            drawn = noise.normal_like(jax.random.fold_in(key, state.count), leaves, reach)
-            drawn = [std * z for z in drawn]
+            drawn = noise.normal_like(jax.random.fold_in(key, state.count), updates, reach)
+            drawn = [std * z for z in jax.tree.leaves(drawn)]
             if inverse is not None:
                 # The accelerators' faster products are not exact enough to take noise back.
                 with jax.default_matmul_precision("highest"):

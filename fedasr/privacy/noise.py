@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedasr import stacks
+
 _LEADING = 32  # bits of u that a draw resolves before it asks for more
 _STEP = _LEADING * math.log(2.0)  # so much exponential they stand for
 _MOST_DRAWS = 2**31 - 2
@@ -140,19 +142,38 @@ def standard_normal(key: jax.Array, size: int, reach: float) -> jax.Array:
 def normal_like(key: jax.Array, tree: Any, reach: float) -> Any:
     """Independent standard normal draws in float32, shaped like the arrays of `tree`.
 
-    They are made as one vector: one program however many arrays there are.
+    They are made as one vector: one program however many arrays there are. Where blocks are stacked
+    (`fedasr.stacks`) each of them has the draws that it would have by itself.
     """
-    leaves, treedef = jax.tree.flatten(tree)
-    sizes = [math.prod(leaf.shape) for leaf in leaves]
-    drawn = standard_normal(key, sum(sizes), reach)
-    ends = np.cumsum(sizes)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            drawn[end - size : end].reshape(leaf.shape)
-            for leaf, size, end in zip(leaves, sizes, ends, strict=True)
-        ],
+    drawn = standard_normal(key, _size(tree), reach)
+    if not stacks.is_stacked(tree):
+        return _cut(drawn, tree)
+    blocks, count = tree[stacks.STACK], stacks.len_of(tree)
+    # Trees are in the order of their names, so that all blocks lie together, 10 before 2.
+    before = {name: x for name, x in tree.items() if name < stacks.BLOCK}
+    after = {name: x for name, x in tree.items() if name not in before and name != stacks.STACK}
+    begin, end = _size(before), _size(before) + _size(blocks)
+    row = np.argsort(np.argsort([str(i) for i in range(count)]))
+    rows = drawn[begin:end].reshape(count, -1)[row]
+    return (
+        _cut(drawn[:begin], before) | _cut(drawn[end:], after) | {stacks.STACK: _cut(rows, blocks)}
     )
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _cut(drawn: jax.Array, tree: Any) -> Any:
+    """Draws [n], or of stacked blocks [blocks, n], in the shapes of a tree's arrays."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rows = math.prod(drawn.shape[:-1])
+    ends = np.cumsum([math.prod(x.shape) // rows for x in leaves])
+    parts = [
+        drawn[..., end - math.prod(x.shape) // rows : end].reshape(x.shape)
+        for x, end in zip(leaves, ends, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, parts)
 
 
 def tail_delta(shift: float, reach: float, *, rounds: int, turns: float, coordinates: int) -> float:
