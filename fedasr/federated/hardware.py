@@ -25,7 +25,9 @@ class Hardware:
         server and the sum keep of it. Above 1 in one process only.
       chunk: clients vmapped together on a device; 0 for the whole cohort. On a CPU 1 is fastest.
       stacked_blocks: whether programs hold the parameters of like blocks as one array each where
-        nothing asks for them singly (see `fedasr.stacks`): the algorithm's loss must take either.
+        nothing asks for them singly (see `fedasr.stacks`). The algorithm's loss must take either,
+        and optimisers that look at the norm of an array must be of
+        `fedasr.federated.server.make_optimizer`, or of `by_block` there.
 
     Raises:
       UserError: for numbers out of range, or devices that cannot be grouped so.

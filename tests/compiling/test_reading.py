@@ -157,6 +157,20 @@ ENTRY %main (a: f32[8,4], b: f32[4,2]) -> f32[8,2] {
     assert hlo.read(text.replace("__cublas", "other")).entry.moved == moved + 4194304
 
 
+def test_room_that_is_only_taken_is_neither_launched_nor_moved():
+    text = """HloModule jit_step
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %r = f32[8,4]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %s = f32[8,4]{1,0} add(%a, %r)
+}
+"""
+    found, other = (hlo.read(x).entry for x in (text, text.replace("AllocateBuffer", "Fill")))
+    assert (found.launches, found.moved) == (1, 3 * 8 * 4 * 4)
+    assert (other.launches, other.moved) == (2, 4 * 8 * 4 * 4)
+
+
 GATHER = """  %g.1 = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%p.9), dimensions={0}
   %g.2 = f32[8,4]{1,0} all-gather-done(%g.1)
   %p.9 = f32[2,4]{1,0} parameter(1)

@@ -128,9 +128,11 @@ def test_models_are_scored_in_turns_on_a_cpu_alone():
         assert "stablehlo.while" not in text(traced, platform)
 
 
-def test_products_are_a_librarys_on_gpus_unless_flags_say_more(monkeypatch):
-    option = "xla_gpu_enable_triton_gemm"
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+def test_compilers_get_options_of_their_platform_unless_flags_name_them(monkeypatch):
+    """On GPUs products are a library's; on a TPU each operation may use all of its memory."""
+    of_gpu, of_tpu = "xla_gpu_enable_triton_gemm", "xla_tpu_scoped_vmem_limit_kib"
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.delenv(name, raising=False)
 
     def options(platform):
         device = types.SimpleNamespace(platform=platform)
@@ -138,10 +140,12 @@ def test_products_are_a_librarys_on_gpus_unless_flags_say_more(monkeypatch):
             types.SimpleNamespace(devices=np.array([device], dtype=object))
         )
 
-    assert options("cpu") == options("tpu") == {}
-    assert options("cuda") == options("gpu") == {option: False}
-    monkeypatch.setenv("XLA_FLAGS", f"--{option}=true")
-    assert options("cuda") == {}
+    assert options("cpu") == {}
+    assert options("cuda") == options("gpu") == {of_gpu: False}
+    assert options("tpu") == {of_tpu: 128 * 1024}
+    monkeypatch.setenv("XLA_FLAGS", f"--{of_gpu}=true")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{of_tpu}=32768")
+    assert options("cuda") == options("tpu") == {}
 
 
 def test_nothing_asks_which_machine_compiles():
