@@ -107,7 +107,6 @@ def measure(
     shapes = models.variable_shapes(config)
     simulation = programs.make_simulation(config, devices, chunk, **lengths)
     traced = simulation.trace(shapes)
-    beside = simulation.beside_bytes(shapes)
 
     def compiled(name: str, program: jax.stages.Traced) -> Any:
         try:
@@ -132,7 +131,7 @@ def measure(
                     again = programs.make_simulation(config, devices, chunk, **lengths)
                     more = told_by_compiler(compiled(name, again.trace(shapes)[name]))
             told = told_of_all(told, more, blocks)
-        held = beside if name == "clients" else 0
+        held = simulation.beside_bytes(shapes, name)
         described = (name, target, len(devices), config.model_devices, chunk, flops, held, seconds)
         found.append(_figures(described, program, text, told))
     return found

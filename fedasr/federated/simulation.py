@@ -405,18 +405,21 @@ class Simulation:
         found: Any = lowered(traced, self.mesh).compile().memory_analysis()
         return program_bytes(found) + self.beside_bytes(params)
 
-    def beside_bytes(self, params: Params) -> int:
-        """Bytes of a device's memory that are held beside the program that trains clients.
+    def beside_bytes(self, params: Params, program: str = "clients") -> int:
+        """Bytes of a device's memory that are held beside a program of `trace`.
 
-        They are chunks on their way, the server's state and as much again for its step.
+        Beside clients' they are chunks on their way, the server's state and as much again: for its
+        step, or since whoever runs rounds has one without stacks. That is there in the step, too.
         """
         arguments = self._arguments(params)
-        _, _, chunk, *_ = arguments.of_clients
-        waiting = _QUEUED * _bytes(chunk._replace(resident=None)) // self._lanes
         kept = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
             arguments.state,
         )
+        if program == "server":
+            return _bytes(kept) if stacks.is_stacked(kept.params) else 0
+        _, _, chunk, *_ = arguments.of_clients
+        waiting = _QUEUED * _bytes(chunk._replace(resident=None)) // self._lanes
         return waiting + 2 * _bytes(kept)
 
     def trace(self, params: Params) -> dict[str, jax.stages.Traced]:

@@ -25,6 +25,7 @@ _MOST_DRAWS = 2**31 - 2
 # A reach so far beyond the shift makes the rest of the tail smaller than any delta in use.
 _MARGIN = 16.0
 _BLOCK = 1 << 18  # draws made together: what is between words and draws stays in a cache
+_AT_ONCE = 16  # so many of them on accelerators
 
 
 def _draws(reach: float) -> int:
@@ -135,7 +136,16 @@ def standard_normal(key: jax.Array, size: int, reach: float) -> jax.Array:
     whole, rest = divmod(size, _BLOCK)
     if whole == 0:
         return block(0, size)
-    found = jax.lax.map(lambda i: block(i, _BLOCK), jnp.arange(whole)).reshape(-1)
+
+    def blocks(at_once):
+        numbers = jnp.arange(-(-whole // at_once) * at_once).reshape(-1, at_once)
+        drawn = jax.lax.map(jax.vmap(lambda i: block(i, _BLOCK)), numbers)
+        return drawn.reshape(-1)[: whole * _BLOCK]
+
+    # The same draws. An accelerator launches some hundred operations for whatever is made together.
+    found = jax.lax.platform_dependent(
+        cpu=lambda: blocks(1), default=lambda: blocks(min(_AT_ONCE, whole))
+    )
     return jnp.concatenate([found, block(whole, rest)]) if rest else found
 
 
@@ -168,10 +178,10 @@ def _cut(drawn: jax.Array, tree: Any) -> Any:
     """Draws [n], or of stacked blocks [blocks, n], in the shapes of a tree's arrays."""
     leaves, treedef = jax.tree.flatten(tree)
     rows = math.prod(drawn.shape[:-1])
-    ends = np.cumsum([math.prod(x.shape) // rows for x in leaves])
+    sizes = [math.prod(x.shape) // rows for x in leaves]
     parts = [
-        drawn[..., end - math.prod(x.shape) // rows : end].reshape(x.shape)
-        for x, end in zip(leaves, ends, strict=True)
+        drawn[..., end - size : end].reshape(x.shape)
+        for x, size, end in zip(leaves, sizes, np.cumsum(sizes), strict=True)
     ]
     return jax.tree.unflatten(treedef, parts)
 

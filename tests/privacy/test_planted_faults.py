@@ -15,7 +15,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-pytestmark = pytest.mark.planted
 # The same examples every time, however slow the machine is; the first that fails will do.
 hypothesis.settings.register_profile(
     "planted",
@@ -101,6 +100,7 @@ def parameters():
         yield pytest.param(fault, id=fault.name, marks=slow)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("fault", list(parameters()))
 def test_a_planted_fault_turns_the_suite_red(fault, record_property):
     record_property("planted", (fault.area, fault.name, fault.breaks, fault.caught_by))
@@ -114,6 +114,7 @@ def test_a_planted_fault_turns_the_suite_red(fault, record_property):
         )
 
 
+@pytest.mark.planted
 @pytest.mark.slow
 def test_the_catching_tests_are_green_without_a_fault():
     """Otherwise they would catch everything."""
@@ -145,6 +146,14 @@ def test_a_fault_is_gone_afterwards():
     ):
         assert mechanism._joint(1.0) == 2.0 and noise.reach_for(0.0) == 3.0
     assert (mechanism._joint.__code__, noise._MARGIN) == before and mechanism._joint(1.0) == 1.0
+
+
+def test_every_fault_follows_the_code_that_it_is_about():
+    """It is planted and taken back, without a run."""
+    for fault in table.FAULTS:
+        with contextlib.ExitStack() as stack:
+            for change in fault.changes:
+                stack.enter_context(change.planted())
 
 
 def test_every_area_has_faults_and_no_two_are_alike():
