@@ -107,6 +107,28 @@ def test_blocks_have_draws_of_their_own(monkeypatch):
     assert x.shape == (1000,) and len(np.unique(x)) == 1000
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 16])
+def test_accelerators_make_the_same_draws_several_blocks_at_once(monkeypatch, at_once):
+    """Also where a tail goes on, in some blocks and not in others."""
+    usual = noise.exponential
+
+    def often(words):
+        value, more = usual(words)
+        more |= words[0] % 64 == 0
+        return jnp.where(more, jnp.float32(noise._STEP), value), more
+
+    monkeypatch.setattr(noise, "exponential", often)
+    monkeypatch.setattr(noise, "_BLOCK", 64)
+    monkeypatch.setattr(noise, "_AT_ONCE", at_once)
+    size = 7 * 64 + 5
+    on_cpu = noise.standard_normal(jax.random.key(3), size, 40.0)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda cpu, default: default())
+    found = noise.standard_normal(jax.random.key(3), size, 40.0)
+    np.testing.assert_array_equal(found, on_cpu)
+    assert found.shape == (size,) and len(np.unique(found)) == size
+    assert np.abs(found).max() > noise.reached(6.0)  # some did go on
+
+
 def test_leaves_and_rounds_have_draws_of_their_own():
     transform = add_gaussian_noise(1.0, jax.random.key(1))
     zeros = {f"leaf{i}": jnp.zeros(33) for i in range(7)}
