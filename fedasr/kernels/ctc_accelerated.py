@@ -20,8 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fedasr.kernels.one_batch import one_batch
 
-_NEVER = -1e30  # as in `ctc`
-_ROWS, _LANES = 8, 128  # of a TPU's registers
+NEVER = -1e30  # as in `ctc`
+ROWS, LANES = 8, 128  # of a TPU's registers
 _BLOCK = 1 << 17  # scores of a TPU's block of frames: half a MiB
 
 Walks = Callable[..., tuple[jax.Array, jax.Array]]
@@ -64,11 +64,12 @@ def posteriors(
     walks = {"tpu": _on_tpu, "gpu": _on_gpu}[kind]
 
     together = one_batch(functools.partial(walks, interpret=interpret))
-    onwards = jnp.where(jumps, 0.0, _NEVER)
+    onwards = jnp.where(jumps, 0.0, NEVER)
     return together(emissions, first, last, onwards, frames.astype(jnp.int32))
 
 
-def _padded(x: jax.Array, axis: int, size: int, value: float) -> jax.Array:
+def padded(x: jax.Array, axis: int, size: int, value: float) -> jax.Array:
+    """x with `size` items along an axis, `value` behind its own."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths, constant_values=value)
@@ -76,7 +77,7 @@ def _padded(x: jax.Array, axis: int, size: int, value: float) -> jax.Array:
 
 def _backwards(onwards: jax.Array) -> jax.Array:
     """Of each state, the penalty of the jump that leaves it."""
-    return jnp.pad(onwards[:, 2:], ((0, 0), (0, 2)), constant_values=_NEVER)
+    return jnp.pad(onwards[:, 2:], ((0, 0), (0, 2)), constant_values=NEVER)
 
 
 # A GPU's.
@@ -96,7 +97,7 @@ def _on_gpu(
 
     b, t, s = emissions.shape
     size = pl.next_power_of_2(max(s, 16))
-    rows = [_padded(x, 1, size, _NEVER) for x in (first, last, onwards, _backwards(onwards))]
+    rows = [padded(x, 1, size, NEVER) for x in (first, last, onwards, _backwards(onwards))]
     together = jnp.stack(rows, axis=1)  # padded by one launch
 
     def row(*shape: int) -> pl.BlockSpec:
@@ -115,7 +116,7 @@ def _on_gpu(
         compiler_params=plgpu.CompilerParams(num_warps=min(max(size // 128, 1), 8), num_stages=1),
         interpret=interpret,
         name="ctc_walks",
-    )(_padded(emissions, 2, size, _NEVER), together, frames[:, None])
+    )(padded(emissions, 2, size, NEVER), together, frames[:, None])
     return after[:, :s], posterior[..., :s]
 
 
@@ -129,7 +130,7 @@ def _gpu_kernel(
     """
     size = after.shape[0]
     first, last, onwards, backwards = range(4)
-    nowhere = jnp.full((2,), _NEVER, jnp.float32)
+    nowhere = jnp.full((2,), NEVER, jnp.float32)
     for half in range(2):
         beside[half, pl.ds(0, 2)] = nowhere
         beside[half, pl.ds(size + 2, 2)] = nowhere
@@ -187,25 +188,25 @@ def _on_tpu(
 ) -> tuple[jax.Array, jax.Array]:
     """See `posteriors`."""
     b, t, s = emissions.shape
-    size, rows = -(-s // _LANES) * _LANES, -(-b // _ROWS) * _ROWS
-    at_once = max(1, min(_BLOCK // (_ROWS * size), t))
+    size, rows = -(-s // LANES) * LANES, -(-b // ROWS) * ROWS
+    at_once = max(1, min(_BLOCK // (ROWS * size), t))
     parts = -(-t // at_once)
     length = parts * at_once
 
     def tiled(x: jax.Array, value: float) -> jax.Array:
-        return _padded(_padded(x, 0, rows, value), 1, size, value)
+        return padded(padded(x, 0, rows, value), 1, size, value)
 
-    by_frame = jnp.moveaxis(_padded(_padded(emissions, 0, rows, 0.0), 2, size, _NEVER), 1, 0)
-    by_frame = _padded(by_frame, 0, length, 0.0)
-    true = jnp.broadcast_to(_padded(frames, 0, rows, 0)[:, None], (rows, size))
-    of_row = pl.BlockSpec((_ROWS, size), lambda i, j: (i, 0))
-    onto = pl.BlockSpec((at_once, _ROWS, size), lambda i, j: (j, i, 0))
-    back = pl.BlockSpec((at_once, _ROWS, size), lambda i, j: (parts - 1 - j, i, 0))
+    by_frame = jnp.moveaxis(padded(padded(emissions, 0, rows, 0.0), 2, size, NEVER), 1, 0)
+    by_frame = padded(by_frame, 0, length, 0.0)
+    true = jnp.broadcast_to(padded(frames, 0, rows, 0)[:, None], (rows, size))
+    of_row = pl.BlockSpec((ROWS, size), lambda i, j: (i, 0))
+    onto = pl.BlockSpec((at_once, ROWS, size), lambda i, j: (j, i, 0))
+    back = pl.BlockSpec((at_once, ROWS, size), lambda i, j: (parts - 1 - j, i, 0))
     row_shape = jax.ShapeDtypeStruct((rows, size), jnp.float32)
     shape = jax.ShapeDtypeStruct((length, rows, size), jnp.float32)
     common: dict[str, Any] = {
-        "grid": (rows // _ROWS, parts),
-        "scratch_shapes": [pltpu.VMEM((_ROWS, size), jnp.float32)],
+        "grid": (rows // ROWS, parts),
+        "scratch_shapes": [pltpu.VMEM((ROWS, size), jnp.float32)],
         "compiler_params": pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         "interpret": interpret,
     }
@@ -216,7 +217,7 @@ def _on_tpu(
         out_shape=[shape, row_shape],
         name="ctc_forwards",
         **common,
-    )(by_frame, tiled(first, _NEVER), tiled(onwards, _NEVER), true)
+    )(by_frame, tiled(first, NEVER), tiled(onwards, NEVER), true)
     posterior = pl.pallas_call(
         _tpu_backwards,
         in_specs=[back, back, of_row, of_row, of_row],
@@ -224,16 +225,16 @@ def _on_tpu(
         out_shape=shape,
         name="ctc_backwards",
         **common,
-    )(by_frame, before, tiled(last, _NEVER), tiled(_backwards(onwards), _NEVER), true)
+    )(by_frame, before, tiled(last, NEVER), tiled(_backwards(onwards), NEVER), true)
     return after[:b, :s], jnp.moveaxis(posterior, 0, 1)[:b, :t, :s]
 
 
-def _shifted(score: jax.Array, by: int) -> jax.Array:
+def shifted(score: jax.Array, by: int) -> jax.Array:
     """Each state's neighbour so many states before it; beyond the ends there is none."""
     size = score.shape[1]
     lane = jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
     inside = lane >= by if by > 0 else lane < size + by
-    return jnp.where(inside, pltpu.roll(score, by % size, 1), _NEVER)
+    return jnp.where(inside, pltpu.roll(score, by % size, 1), NEVER)
 
 
 def _tpu_forwards(
@@ -250,7 +251,7 @@ def _tpu_forwards(
     def step(i: jax.Array, score: jax.Array) -> jax.Array:
         before[i] = score
         x = score + emissions[i]
-        new = _following(x, _shifted(x, 1), _shifted(x, 2) + onwards[...])
+        new = _following(x, shifted(x, 1), shifted(x, 2) + onwards[...])
         return jnp.where(part * at_once + i < frames[...], new, score)
 
     carry[...] = jax.lax.fori_loop(0, at_once, step, carry[...])
@@ -273,7 +274,7 @@ def _tpu_backwards(
         real = part * at_once + i < frames[...]
         x = score + emissions[i]
         posterior[i] = jnp.where(real, _softmax(before[i] + x), 0.0)
-        new = _following(x, _shifted(x, -1), _shifted(x, -2) + leaving[...])
+        new = _following(x, shifted(x, -1), shifted(x, -2) + leaving[...])
         return jnp.where(real, new, score)
 
     carry[...] = jax.lax.fori_loop(0, at_once, step, carry[...])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from fedasr.kernels import devices
 from fedasr.kernels.ctc import BLANK, compact
 
 _NEVER = -1e30  # a log-probability; unlike -inf it has differences and gradients
@@ -53,7 +54,20 @@ def rnnt_loss(
     ending = jnp.sum(jnp.where(end, blank, 0), axis=(1, 2))
     blank = jnp.where(valid & (frame < last_frame), blank, _NEVER)
     label = jnp.where(valid & (position < last_label), label, _NEVER)
-    moves = (last_frame + last_label)[:, :, 0]
+    moves = (last_frame + last_label)[:, 0, 0]
+    ends = position == last_label[:, 0]
+    walked = _by_kernel if devices.platform() else _by_loop
+    total = walked(_diagonals(blank), _diagonals(label), ends, moves) + ending
+    return jnp.where(feasible, -total, 0), feasible
+
+
+def _by_loop(blank: jax.Array, label: jax.Array, ends: jax.Array, moves: jax.Array) -> jax.Array:
+    """Log of the summed probability of all paths, [b]: the forward variables, by diagonals.
+
+    Args:
+      blank, label: float32 [n, b, p], log-probabilities of moves.
+      ends: bool [b, p], where paths end. moves: int [b], how many a path makes.
+    """
 
     def step(state, diagonal):
         # alpha: log-probability of reaching each position of a diagonal, less `scale`, so that
@@ -63,15 +77,35 @@ def rnnt_loss(
         on = jnp.pad((alpha + label)[:, :-1], ((0, 0), (1, 0)), constant_values=_NEVER)
         reached = jnp.logaddexp(alpha + blank, on)
         top = jax.lax.stop_gradient(reached.max(axis=1, keepdims=True))
-        going = i < moves
+        going = i < moves[:, None]
         return (jnp.where(going, reached - top, alpha), scale + jnp.where(going, top, 0)), None
 
-    blanks, labels_on = _diagonals(blank), _diagonals(label)
-    alpha = jnp.where(position == 0, 0.0, jnp.full(blanks.shape[1:], _NEVER))
+    alpha = jnp.where(jnp.arange(blank.shape[2]) == 0, 0.0, jnp.full(blank.shape[1:], _NEVER))
     start = alpha, jnp.zeros_like(alpha[:, :1])
-    (alpha, scale), _ = jax.lax.scan(step, start, (jnp.arange(len(blanks)), blanks, labels_on))
-    alpha = jnp.sum(jnp.where(position == last_label[:, 0], alpha, 0), axis=1)
-    return jnp.where(feasible, -(alpha + scale[:, 0] + ending), 0), feasible
+    (alpha, scale), _ = jax.lax.scan(step, start, (jnp.arange(len(blank)), blank, label))
+    return jnp.sum(jnp.where(ends, alpha, 0), axis=1) + scale[:, 0]
+
+
+@jax.custom_vjp
+def _by_kernel(blank: jax.Array, label: jax.Array, ends: jax.Array, moves: jax.Array) -> jax.Array:
+    """`_by_loop` by a device's own kernel: see `rnnt_accelerated`."""
+    return _by_kernel_forward(blank, label, ends, moves)[0]
+
+
+def _by_kernel_forward(blank, label, ends, moves):
+    from fedasr.kernels import rnnt_accelerated  # Pallas takes a second to import
+
+    ending = jnp.where(ends, 0.0, _NEVER)
+    by_utterance = jnp.moveaxis(blank, 0, 1), jnp.moveaxis(label, 0, 1)
+    total, *shares = rnnt_accelerated.posteriors(devices.platform(), *by_utterance, ending, moves)
+    return total, tuple(shares)
+
+
+def _by_kernel_backward(shares, gradient):
+    return *(jnp.moveaxis(x, 1, 0) * gradient[:, None] for x in shares), None, None
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
 def reference(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedasr.kernels import attention_accelerated, ctc, devices, norm_accelerated
+from fedasr.kernels import attention_accelerated, ctc, devices, norm_accelerated, rnnt
 
 Array = jax.Array
 _TOLERANCE = 1e-3  # of gradients, which are at most 1, and of losses in shares
@@ -55,7 +55,7 @@ def refuse_kernels(device: jax.Device, reason: str) -> None:
 
 def _difference(device: jax.Device) -> str:
     """What a kernel does other than it should; "" for nothing."""
-    return _of_ctc(device) or _of_attention(device) or _of_norm(device)
+    return _of_losses(device) or _of_attention(device) or _of_norm(device)
 
 
 def _by_hand(device: jax.Device, function: Any) -> Any:
@@ -67,21 +67,29 @@ def _by_hand(device: jax.Device, function: Any) -> Any:
     )
 
 
-def _of_ctc(device: jax.Device) -> str:
-    def loss(logits: Array, frames: Array, labels: Array, counts: Array) -> Array:
-        return ctc.ctc_loss(logits, frames, labels, counts)[0].sum()
+def _of_losses(device: jax.Device) -> str:
+    """CTC's and the transducer's."""
+    for name, loss, sizes in (
+        ("CTC", ctc.ctc_loss, (9, 40, 6)),
+        ("CTC", ctc.ctc_loss, (3, 200, 70)),
+        ("RNN-T", rnnt.rnnt_loss, (9, 30, 20)),
+        ("RNN-T", rnnt.rnnt_loss, (3, 90, 140)),
+    ):
+        args = jax.device_put(_batch(name, *sizes), device)
 
-    gradient = jax.value_and_grad(loss)
-    by_kernel, by_loop = _by_hand(device, gradient), jax.jit(gradient)
-    for sizes in ((9, 40, 6), (3, 200, 70)):
-        args = jax.device_put(_batch(*sizes), device)
+        def total(logits: Array, *rest: Array, loss: Any = loss) -> Array:
+            found: Array = loss(logits, *rest)[0].sum()
+            return found
+
+        gradient = jax.value_and_grad(total)
+        by_kernel, by_loop = _by_hand(device, gradient), jax.jit(gradient)
         expected = jax.device_get(by_loop(*args))
         for _ in range(_REPEATS):
             value, slopes = jax.device_get(by_kernel(*args))
             most = float(np.abs(slopes - expected[1]).max())
             share = float(abs(value - expected[0]) / abs(expected[0]))
             if not max(most, share) < _TOLERANCE:
-                return f"its gradients differ by up to {most:.2g}, its losses by {share:.2g}"
+                return f"its {name} gradients differ by up to {most:.2g}, losses by {share:.2g}"
     return ""
 
 
@@ -159,14 +167,15 @@ def _of_norm(device: jax.Device) -> str:
     return _compared(device, "layer norm", with_slopes(kernel), with_slopes(plain), args)
 
 
-def _batch(size: int, frames: int, labels: int) -> tuple[np.ndarray, ...]:
-    """Logits, frames, labels and counts, as `ctc.ctc_loss` takes them."""
+def _batch(name: str, size: int, frames: int, labels: int) -> tuple[np.ndarray, ...]:
+    """Logits, frames, labels and counts, as `ctc.ctc_loss` or `rnnt.rnnt_loss` takes them."""
     rng = np.random.default_rng(0)
-    logits = 3 * rng.standard_normal((size, frames, 30), np.float32)
+    shape = (size, frames, 30) if name == "CTC" else (size, frames, labels + 1, 7)
+    logits = 3 * rng.standard_normal(shape, np.float32)
     lengths = rng.integers(frames // 2, frames + 1, size).astype(np.int32)
     return (
         logits,
         lengths,
-        rng.integers(1, 30, (size, labels)).astype(np.int32),
+        rng.integers(1, shape[-1], (size, labels)).astype(np.int32),
         rng.integers(1, labels // 2, size).astype(np.int32),
     )

@@ -100,13 +100,16 @@ def test_no_branch_of_the_cpu(target):
     assert not any(name in text for name in OF_CPU) and "front_end_plainly" in text
 
 
-def test_the_ctc_is_a_kernel(target):
-    """In programs of rounds: its frames are no loop of launches."""
+@pytest.mark.parametrize("objective", ["ctc", "rnnt"])
+def test_walks_of_losses_are_kernels(target, objective):
+    """In programs of rounds: frames, or diagonals of the lattice, are no loop of launches."""
     there = targets.devices(target)
-    simulation = programs.make_simulation(config(), there, 2, seconds=1.0, labels_per_second=4.0)
-    traced = simulation.trace(models.variable_shapes(config()))["clients"]
+    chosen = config("transformer" if objective == "ctc" else "rnnt")
+    simulation = programs.make_simulation(chosen, there, 2, seconds=1.0, labels_per_second=4.0)
+    traced = simulation.trace(models.variable_shapes(chosen))["clients"]
     text = lowered(traced, simulation.mesh).as_text(debug_info=True)
-    of_tpu, of_gpu = ("ctc_forwards", "ctc_backwards"), ("__gpu$xla.gpu.triton",)
+    of_tpu = (f"{objective}_forwards", f"{objective}_backwards")
+    of_gpu = ("__gpu$xla.gpu.triton", f"{objective}_walks")
     mine, others = (of_tpu, of_gpu) if target.platform == "tpu" else (of_gpu, of_tpu)
     assert all(name in text for name in mine) and not any(name in text for name in others)
 

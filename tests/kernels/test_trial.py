@@ -13,6 +13,7 @@ from fedasr.kernels import (
     ctc_accelerated,
     devices,
     norm_accelerated,
+    rnnt_accelerated,
     trial,
 )
 
@@ -20,15 +21,12 @@ from fedasr.kernels import (
 @pytest.fixture
 def device(monkeypatch):
     """A CPU that passes for a GPU, whose kernels are interpreted."""
-    interpreted = ctc_accelerated.posteriors
-
-    def posteriors(kind, *args):
-        return interpreted(kind, *args, interpret=True)
-
     monkeypatch.setattr(devices, "TRIED", {})
     monkeypatch.setattr(devices, "kind_of", lambda device: "gpu")
     monkeypatch.setattr("fedasr.federated.hardware.kind_of", lambda device: "gpu")
-    monkeypatch.setattr(ctc_accelerated, "posteriors", posteriors)
+    for walks in (ctc_accelerated, rnnt_accelerated):
+        interpreted = functools.partial(walks.posteriors, interpret=True)
+        monkeypatch.setattr(walks, "posteriors", interpreted)
     plan = functools.partial(attention_accelerated.Plan, interpret=True)
     monkeypatch.setattr(attention_accelerated, "Plan", plan)
     for name in ("add_norm", "norm"):
@@ -62,8 +60,8 @@ def differs(real):
     """Off in one frame of one utterance, as by a race."""
 
     def posteriors(*args):
-        after, found = real(*args)
-        return after, found.at[1, 3].multiply(0.9)
+        after, found, *more = real(*args)
+        return after, found.at[1, 3].multiply(0.9), *more
 
     return posteriors
 
@@ -76,11 +74,15 @@ def fails(real):
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
-    [(differs, "its gradients differ by up to"), (fails, "it fails: no such instruction")],
+    ("walks", "broken", "said"),
+    [
+        (ctc_accelerated, differs, "its CTC gradients differ by up to"),
+        (rnnt_accelerated, differs, "its RNN-T gradients differ by up to"),
+        (ctc_accelerated, fails, "it fails: no such instruction"),
+    ],
 )
-def test_one_that_is_not_gives_way_to_the_loop(device, monkeypatch, broken, said):
-    monkeypatch.setattr(ctc_accelerated, "posteriors", broken(ctc_accelerated.posteriors))
+def test_one_that_is_not_gives_way_to_the_loop(device, monkeypatch, walks, broken, said):
+    monkeypatch.setattr(walks, "posteriors", broken(walks.posteriors))
     with pytest.warns(UserWarning, match=f"not used on .*{said}"):
         Hardware(devices=[device]).tried_mesh()
     assert used(device) == ""
