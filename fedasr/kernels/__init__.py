@@ -7,7 +7,7 @@ memory. A test beside it in `tests/kernels` compares values and gradients of the
     ctc           the CTC loss: one loop forwards and backwards in time, which is its derivative
                   (ctc_accelerated: as kernels for TPUs and GPUs, chosen by `devices`, and tried
                   by `trial` on those that are there)
-    rnnt          the RNN-T loss over diagonals of the lattice
+    rnnt          the RNN-T loss over diagonals of the lattice (rnnt_accelerated: likewise)
     attention     attention by way of all scores, JAX's fused one, and one for long recordings
     dense         a product with a matrix that all frames share
     depthwise     a convolution over time of each feature by itself
