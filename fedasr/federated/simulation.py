@@ -326,13 +326,14 @@ class Simulation:
                 total = self._total(state, sums) if sums is not None else None
                 scales = self._view(state).scales if self._adaptive else np.zeros(0, np.float32)
                 state = self._step(state, self._delta(state, total), **self._votes(state, total))
-                jax.block_until_ready(state.params)
+                given = self._given(state)
+                jax.block_until_ready(given.params)
                 if cohort_rows is not None:  # not before: a step that fails is done again
                     cohort_rows.commit()
                 seconds = time.perf_counter() - began
                 scales = jax.device_get(scales)
                 spent = item.padding, seconds, waiting, item.turnout
-                yield self._given(state), round_metrics(round + 1, total, scales, *spent)
+                yield given, round_metrics(round + 1, total, scales, *spent)
                 round, sums = round + 1, None
                 began, waiting = time.perf_counter(), 0.0  # the caller's time is not the round's
 

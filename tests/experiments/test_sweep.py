@@ -477,7 +477,7 @@ def test_users_and_the_simulated_clock():
         run = done(last, served={"test": served}, simulated_seconds=240.0 + 120 * seed)
         outcomes[f"a__seed-{seed}"] = dataclasses.replace(run, clock=clock)
         outcomes[f"b__seed-{seed}"] = done(last, served={"dev": {"mean": 9.0}})
-    (a, b), text = _rows_and_text(table, outcomes)
+    (a, b), text, as_csv = _rows_and_texts(table, outcomes)
     assert a["simulated"] == 300.0 and a["until"] == {"50": 120.0, "20": math.inf}
     assert a["users"]["test"] == {"mean": 10.5, "low": 5.0, "high": 20.0, "worst_tenth": 40.0}
     assert b["simulated"] is None and b["users"]["dev"]["low"] is None
@@ -493,11 +493,19 @@ def test_users_and_the_simulated_clock():
     )
     assert (a["min to 50% dev"], a["min to 20% dev"]) == ("2.0", "not reached")
     assert (b["dev users"], b["simulated (min)"]) == ("9.0", "") and "dev worst tenth" not in b
+    a, b = csv.DictReader(io.StringIO(as_csv))
+    assert (a["test_users_mean"], a["test_users_worst_tenth"]) == ("10.5", "40.0")
+    assert (a["simulated_seconds"], a["seconds_to_50"], a["seconds_to_20"]) == (
+        "300.0",
+        "120.0",
+        "not reached",
+    )
+    assert (b["dev_users_mean"], b["simulated_seconds"], b["test_users_low"]) == ("9.0", "", "")
 
 
-def _rows_and_text(table, outcomes):
+def _rows_and_texts(table, outcomes):
     results = tables.collect(table, outcomes)
-    return results["rows"], tables.to_markdown(table, results)
+    return results["rows"], tables.to_markdown(table, results), tables.to_csv(table, results)
 
 
 def test_csv():

@@ -71,21 +71,28 @@ def _grid_lines(table: Table, results: Results) -> list[str]:
 
 
 def to_csv(table: Table, results: Results) -> str:
-    """One line a row: grid point, word error rates, published figures, epsilon, notes."""
+    """One line a row: grid point, word error rates, published figures, epsilon, notes.
+
+    Behind the rates, of rows that know them: of users, the bytes that a client sends, seconds of
+    the simulated clock.
+    """
     fields = list(dict.fromkeys(f for row in table.rows for f in grid_of(table, row)))
     header = ["row", *fields, "seeds"]
     for split in table.report:
         header += [f"{split}_{what}" for what in ("mean", "std", "published", "difference")]
+    rows = [*results["starts"], *results["rows"]]
+    header += dict.fromkeys(name for row in rows for name in _more(row))
     text = io.StringIO()
     writer = csv.DictWriter(text, [*header, "epsilon", "notes"], lineterminator="\n")
     writer.writeheader()
-    for row in (*results["starts"], *results["rows"]):
+    for row in rows:
         line = {
             "row": row["name"],
             "seeds": " ".join(map(str, row["seeds"])),
             "epsilon": "infinite" if row["epsilon"] == math.inf else row["epsilon"],
             "notes": "; ".join(row["notes"]),
             **(row["point"] or {}),
+            **_more(row),
         }
         for split in table.report:
             rates = row["wer"].get(split, {})
@@ -97,6 +104,19 @@ def to_csv(table: Table, results: Results) -> str:
             }
         writer.writerow(line)
     return text.getvalue()
+
+
+def _more(row: Results) -> dict[str, Any]:
+    """What not every row knows, by column; nothing where it does not."""
+    found = {
+        f"{split}_users_{what}": value
+        for split, told in (row.get("users") or {}).items()
+        for what, value in told.items()
+    }
+    found |= {"sent_bytes": row.get("sent"), "simulated_seconds": row.get("simulated")}
+    for rate, seconds in (row.get("until") or {}).items():
+        found[f"seconds_to_{rate}"] = "not reached" if seconds == math.inf else seconds
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _cells(table: Table, row: Results) -> dict[str, str]:
