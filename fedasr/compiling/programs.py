@@ -1,13 +1,14 @@
 """The programs of a configuration, lowered for devices that need not be there."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fedasr.audio.features import LogMelConfig
 from fedasr.errors import UserError
+from fedasr.federated.local import Rows
 from fedasr.federated.simulation import Simulation
 from fedasr.models.pretrained.registry import FAMILIES
 from fedasr.models.recurrent import RecurrentConfig
@@ -60,6 +61,14 @@ class ShapedData:
         """Nothing lies on the devices: the corpus has no size."""
 
 
+class ShapedStore(NamedTuple):
+    """In place of users' rows (`fedasr.federated.local.LocalStore`), of which there are none."""
+
+    layout: Rows
+    users: int
+    prototype: str
+
+
 def make_simulation(
     config: Config,
     devices: Sequence[jax.Device],
@@ -77,13 +86,10 @@ def make_simulation(
       seconds: of every utterance. labels_per_second: read English has about 14 characters.
 
     Raises:
-      UserError: the configuration has no rounds, keeps parameters with its users, or has a model
-        that hears samples.
+      UserError: the configuration has no rounds, or a model that hears samples.
     """
     if not config.has_rounds:
         raise UserError(f"algorithm={config.algorithm}: only programs of rounds are compiled")
-    if config.local.patterns:
-        raise UserError("local.patterns: programs with users' own parameters are not compiled")
     if config.model.name in FAMILIES:
         raise UserError(f"model.name={config.model.name}: programs of samples are not compiled")
     frames = max(1, round(seconds * _FRAMES_PER_SECOND))
@@ -99,4 +105,6 @@ def make_simulation(
     corpus = ShapedCorpus(users, examples, frames, labels, features)
     data: Any = ShapedData(config, corpus)
     loss = models.build_recogniser(config).loss
-    return simulations.make_simulation(config, data, loss, devices, None, chunk)
+    layout = models.local_layout(config)
+    store: Any = None if layout is None else ShapedStore(layout, users, config.local.prototype)
+    return simulations.make_simulation(config, data, loss, devices, store, chunk)

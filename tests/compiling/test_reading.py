@@ -334,7 +334,6 @@ def test_a_missing_compiler_is_named(monkeypatch):
     ("changes", "message"),
     [
         ({"algorithm": "central"}, "only programs of rounds"),
-        ({"local.patterns": ("output",)}, "users' own parameters"),
         ({"model.name": "whisper"}, "programs of samples"),
     ],
 )

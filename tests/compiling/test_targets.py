@@ -32,6 +32,8 @@ WAYS = {
     "micro-batch": {"client.micro_batch": 1},
     "partial": {"partial.patterns": ("block_0",), "compression.download": "bfloat16"},
     "large batch": {"client.batch_seconds": 8.0},
+    "local": {"local.patterns": ("^output/",), "privacy.enabled": False},
+    "scaffold": {"algorithm": "scaffold"},
     "adam": {"server.optimizer": "adam", "client.optimizer": "adam"},
 }
 OF_CPU = ("attention_mean_by_output", "front_end_from_product")
