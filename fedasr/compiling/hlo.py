@@ -269,7 +269,8 @@ def _read(computations: dict[str, list[_Instruction]], name: str, parameter: _In
                 if operand != found:
                     continue
                 if user.opcode == "bitcast":
-                    total += of_users(user.name)
+                    # Whoever called for nothing but another view reads the whole.
+                    total += whole if user.root else of_users(user.name)
                 elif user.opcode in _SLICES and place == 0:
                     total += shape_bytes(user.shape)
                 elif user.opcode == "dynamic-update-slice" and place == 0:

@@ -157,6 +157,41 @@ ENTRY %main (a: f32[8,4], b: f32[4,2]) -> f32[8,2] {
     assert hlo.read(text.replace("__cublas", "other")).entry.moved == moved + 4194304
 
 
+def test_what_a_fusion_reads_by_way_of_another_view_is_read():
+    """A fusion within that only views an array, or one that slices it."""
+    text = """HloModule jit_step
+
+%viewed (p.0: f32[8,4]) -> f32[4,8] {
+  %p.0 = f32[8,4]{1,0} parameter(0)
+  ROOT %b.0 = f32[4,8]{1,0} bitcast(%p.0)
+}
+
+%sliced (p.1: f32[8,4], i.1: s32[]) -> f32[2,4] {
+  %p.1 = f32[8,4]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  ROOT %s.1 = f32[2,4]{1,0} dynamic-slice(%p.1, %i.1, %i.1), dynamic_slice_sizes={2,4}
+}
+
+%fused (p.2: f32[8,4], p.3: f32[8,4], i.2: s32[]) -> f32[2,8] {
+  %p.2 = f32[8,4]{1,0} parameter(0)
+  %p.3 = f32[8,4]{1,0} parameter(1)
+  %i.2 = s32[] parameter(2)
+  %v.2 = f32[4,8]{1,0} fusion(%p.2), kind=kLoop, calls=%viewed
+  %s.2 = f32[2,4]{1,0} fusion(%p.3, %i.2), kind=kLoop, calls=%sliced
+  ROOT %c.2 = f32[2,8]{1,0} dot(%s.2, %v.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: f32[8,4], b: f32[8,4], i: s32[]) -> f32[2,8] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = f32[2,8]{1,0} fusion(%a, %b, %i), kind=kOutput, calls=%fused
+}
+"""
+    index = 1
+    assert hlo.read(text).entry.moved == 4 * (8 * 4 + 2 * 4 + 2 * 8 + index)
+
+
 def test_room_that_is_only_taken_is_neither_launched_nor_moved():
     text = """HloModule jit_step
 
