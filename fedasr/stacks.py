@@ -26,7 +26,8 @@ def can_stack(params: Any) -> bool:
     def shapes(block: Any) -> Any:
         return jax.tree.structure(block), [(x.shape, x.dtype) for x in jax.tree.leaves(block)]
 
-    return all(shapes(block) == shapes(found[0]) for block in found)
+    first = shapes(found[0])
+    return bool(first[1]) and all(shapes(block) == first for block in found)
 
 
 def _names(params: dict[str, Any]) -> list[str]:
@@ -89,6 +90,16 @@ def axes(tree: Any) -> list[int | None]:
         return 0 if any(getattr(key, "key", None) == STACK for key in path) else None
 
     return [one(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def one_of(tree: Any) -> Any:
+    """Shapes of a tree with its stacked arrays as each block has them."""
+
+    def one(x: Any, axis: int | None) -> Any:
+        return jax.ShapeDtypeStruct(x.shape if axis is None else x.shape[1:], x.dtype)
+
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, map(one, leaves, axes(tree)))
 
 
 def len_of(tree: Any) -> int:

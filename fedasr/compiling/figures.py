@@ -35,8 +35,8 @@ class Figures:
       chunk: clients vmapped together on a device.
       compile_seconds: of the compiler alone.
       memory: bytes of a device by kind: "arguments", "temporaries", "outputs" (without what shares
-        an argument's place), "code", "beside" (chunks on their way, the server's state and its
-        step; with "clients" alone), "device" (what it has).
+        an argument's place), "code", "beside" (see `Simulation.beside_bytes`), "device" (what it
+        has).
       fits: whether all that, the code too, is within the share of the memory that runs use.
       kernels: launches of a local step (of the server's step, of all), without those of loops
         within. loops: (turns or None, launches of a turn) of each loop within. copies: of all

@@ -69,27 +69,37 @@ def by_block(optimizer: optax.GradientTransformation) -> ByBlock:
         such as a count, must not depend on what any of them holds.
 
     Returns:
-      The same optimiser. Its `update` also takes trees whose blocks are stacked, with a state and
-      parameters (which it then needs) whose blocks are; and raises ValueError if `optimizer` looks
-      at several arrays at once.
+      The same optimiser, which also takes trees whose blocks are stacked, and then has a state
+      whose blocks are. Its `update` raises ValueError for these if `optimizer` looks at several
+      arrays at once.
     """
     every = optax.with_extra_args_support(optimizer)
+
+    def mapped(function: Callable[..., Any], given: Any, like: Any) -> Any:
+        """function(given) for each block; `like` is what it returns, stacked or of one block."""
+        leaves, treedef = jax.tree.flatten(given)
+
+        def of_block(leaves: list[Any]) -> list[Any]:
+            return jax.tree.leaves(function(jax.tree.unflatten(treedef, leaves)))
+
+        axes, out_axes = stacks.axes(given), stacks.axes(like)
+        found = jax.vmap(of_block, in_axes=(axes,), out_axes=out_axes)(leaves)
+        return jax.tree.unflatten(jax.tree.structure(like), found)
+
+    def init(params: Any) -> Any:
+        if not stacks.is_stacked(params):
+            return every.init(params)
+        return mapped(every.init, params, jax.eval_shape(every.init, stacks.one_of(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if not stacks.is_stacked(updates):
             return every.update(updates, state, params, **extra)
-        given, treedef = jax.tree.flatten((updates, state, params))
-        made = jax.tree.structure((updates, state))
-
-        def of_block(leaves: list[Any]) -> list[Any]:
-            return jax.tree.leaves(every.update(*jax.tree.unflatten(treedef, leaves), **extra))
-
-        of_given, of_made = stacks.axes((updates, state, params)), stacks.axes((updates, state))
-        found = jax.vmap(of_block, in_axes=(of_given,), out_axes=of_made)(given)
-        done: tuple[Any, Any] = jax.tree.unflatten(made, found)
+        done: tuple[Any, Any] = mapped(
+            lambda given: every.update(*given, **extra), (updates, state, params), (updates, state)
+        )
         return done
 
-    return ByBlock(every.init, update)
+    return ByBlock(init, update)
 
 
 def make_optimizer(name: str, learning_rate: float | optax.Schedule, **options: float) -> ByBlock:

@@ -5,6 +5,7 @@ sampler -> batches -> vmap(client) -> clip -> sum -> /expected size -> noise -> 
 
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -395,16 +396,19 @@ class Simulation:
     def chunk_bytes(self, params: Params) -> int:
         """Bytes of a device's memory that rounds take, by compiling for the largest chunk.
 
-        Counted are the compiled program, chunks on their way, the server's state and as much again
-        for its step.
+        Counted are the compiled program and what is held beside it, or what the server's step holds
+        if that is more: states before and after, the one that was given out where that is another,
+        the sum, and as much three times for noise on its way.
 
         Args:
           params: arrays or their shapes.
         """
         arguments = self._arguments(params)
+        kept, total = (_bytes_here(x) for x in (arguments.state, arguments.total))
+        step = 2 * kept + self.beside_bytes(params, "server") + 4 * total
         traced = self._cohort.add.trace(*arguments.of_clients)
         found: Any = lowered(traced, self.mesh).compile().memory_analysis()
-        return program_bytes(found) + self.beside_bytes(params)
+        return max(program_bytes(found) + self.beside_bytes(params), step)
 
     def beside_bytes(self, params: Params, program: str = "clients") -> int:
         """Bytes of a device's memory that are held beside a program of `trace`.
@@ -413,15 +417,12 @@ class Simulation:
         step, or since whoever runs rounds has one without stacks. That is there in the step, too.
         """
         arguments = self._arguments(params)
-        kept = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
-            arguments.state,
-        )
+        kept = _bytes_here(arguments.state)
         if program == "server":
-            return _bytes(kept) if stacks.is_stacked(kept.params) else 0
+            return kept if stacks.is_stacked(arguments.state.params) else 0
         _, _, chunk, *_ = arguments.of_clients
         waiting = _QUEUED * _bytes(chunk._replace(resident=None)) // self._lanes
-        return waiting + 2 * _bytes(kept)
+        return waiting + 2 * kept
 
     def trace(self, params: Params) -> dict[str, jax.stages.Traced]:
         """The programs of a round, to lower for the simulation's devices, which need not be there.
@@ -530,3 +531,9 @@ def program_bytes(memory: Any) -> int:
 
 def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _bytes_here(tree: Any) -> int:
+    """Of shapes with their shardings, what one device has."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

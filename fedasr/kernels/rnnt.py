@@ -88,7 +88,7 @@ def _by_loop(blank: jax.Array, label: jax.Array, ends: jax.Array, moves: jax.Arr
 
 @jax.custom_vjp
 def _by_kernel(blank: jax.Array, label: jax.Array, ends: jax.Array, moves: jax.Array) -> jax.Array:
-    """`_by_loop` by a device's own kernel: see `rnnt_accelerated`."""
+    """`_by_loop` by a device's own kernel, with its first derivative: see `rnnt_accelerated`."""
     return _by_kernel_forward(blank, label, ends, moves)[0]
 
 

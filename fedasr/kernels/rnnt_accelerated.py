@@ -48,6 +48,8 @@ def posteriors(
     """
     walks = {"tpu": _on_tpu, "gpu": _on_gpu}[kind]
     together = one_batch(functools.partial(walks, interpret=interpret))
+    # A probability of 0 may be -inf, of which there are no differences.
+    blank, label = jnp.maximum(blank, NEVER), jnp.maximum(label, NEVER)
     found: Walks = together(blank, label, ending, moves.astype(jnp.int32))
     return found
 

@@ -108,7 +108,9 @@ def test_a_speaker_is_known_by_an_update_and_not_under_noise(target, given):
 def test_noise_that_is_off_is_exposed(target, given, monkeypatch):
     """The planted fault: the mechanism claims its noise, and draws zeros."""
     real = noise.normal_like
-    monkeypatch.setattr(noise, "normal_like", lambda *args: [0 * z for z in real(*args)])
+    monkeypatch.setattr(
+        noise, "normal_like", lambda *args: jax.tree.map(lambda z: 0 * z, real(*args))
+    )
     settings = Settings(users=USERS, noise=(LOUD,), draws=3)
     (result,) = [one for one in speaker.attack(target, settings, given) if one.noise_multiplier]
     assert result.success >= 5 / 6 and result.exceeds

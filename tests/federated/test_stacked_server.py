@@ -100,6 +100,28 @@ def test_every_optimizer_treats_blocks_one_by_one(name):
     close(stacks.unstack_within((stacked, its_state)), (params, state))
 
 
+@pytest.mark.parametrize("optimizer", [optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+                                       optax.sm3(0.1, 0.9), optax.lamb(0.1)])  # fmt: skip
+def test_a_state_that_is_made_of_stacks_is_that_of_each_block(optimizer):
+    """As on clients; also where a state's form depends on the axes of an array."""
+    every, params = by_block(optimizer), tree(4)
+    state = every.init(params)
+    stacked, its_state = stacks.stack(params), every.init(stacks.stack(params))
+    same(its_state, stacks.stack_within(state))
+    gradient = tree(5)
+    moves, state = every.update(gradient, state, params)
+    found, its_state = every.update(stacks.stack(gradient), its_state, stacked)
+    close(stacks.unstack_within((found, its_state)), (moves, state))
+
+
+def test_what_a_step_on_stacks_holds_counts(corpus):
+    """The state before and after, the one that was given out, the sum and its noise."""
+    bytes_of = sum(x.nbytes for x in jax.tree.leaves(START))
+    plain, found = (simulation(corpus, stacked).chunk_bytes(START) for stacked in (False, True))
+    assert found >= 3 * 3 * bytes_of + 4 * bytes_of and plain >= 2 * 3 * bytes_of + 4 * bytes_of
+    assert not stacks.can_stack({"block_0": {}, "final": jnp.ones(2)})
+
+
 def test_what_looks_at_several_arrays_at_once_is_refused():
     params = stacks.stack(tree(0))
     joint = by_block(optax.clip_by_global_norm(1.0))

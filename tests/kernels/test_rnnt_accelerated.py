@@ -121,3 +121,16 @@ def test_each_diagonal_is_left_once(kind):
     assert np.isfinite(total).all()
     np.testing.assert_allclose(total[1], blank[1, :6, 0].sum(), rtol=1e-6)  # the only path
     np.testing.assert_allclose(total[2], label[2, 0, 0] + label[2, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moves_of_probability_zero_are_not_made(kind):
+    blank = jnp.full((1, 3, 2), -1.0).at[0, 1, 1].set(-jnp.inf)
+    label = jnp.full((1, 3, 2), -2.0).at[0, 0, 0].set(-jnp.inf).at[0, 1, 0].set(-3.0)
+    ends, moves = jnp.asarray([[-1e30, 0.0]]), jnp.asarray([3])
+    total, of_blank, of_label = rnnt_accelerated.posteriors(
+        kind, blank, label, ends, moves, interpret=True
+    )
+    ways = [-1 - 3 - 1, -1 - 1 - 2]  # the label second or third
+    np.testing.assert_allclose(total[0], np.logaddexp(*ways), rtol=1e-6)
+    assert of_label[0, 0, 0] == of_blank[0, 1, 1] == 0 and of_blank[0, 0, 0] == 1
