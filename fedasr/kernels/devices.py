@@ -36,6 +36,7 @@ def kind_of(device: Any) -> str:
 
 
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+_V5P = ("TPU v5", "TPU v5p")  # as JAX calls it
 _TPU_ROOM = "xla_tpu_scoped_vmem_limit_kib"
 
 
@@ -45,11 +46,12 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     On GPUs products are the library's (cuBLAS). XLA would try some dozens of kernels of its own for
     each, which takes minutes, and those copy their part of a stack of blocks before they read it.
 
-    On TPUs each operation may use all of the fast memory. XLA would keep values there from one
-    operation to the next, and copy other values out to make room.
+    On a TPU v5p each operation may use all of the fast memory. XLA would keep values there from one
+    operation to the next, and copy other values out to make room. A v5e and v6e have twice as much.
     """
-    kind = mesh.devices.flat[0].platform
-    if kind == "tpu":
+    device = mesh.devices.flat[0]
+    kind = device.platform
+    if kind == "tpu" and device.device_kind in _V5P:
         return _unless_said("LIBTPU_INIT_ARGS", _TPU_ROOM, 1 << 17)
     if kind in ("gpu", "cuda"):
         return _unless_said("XLA_FLAGS", _TRITON_PRODUCTS, False)

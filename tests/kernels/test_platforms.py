@@ -129,23 +129,24 @@ def test_models_are_scored_in_turns_on_a_cpu_alone():
 
 
 def test_compilers_get_options_of_their_platform_unless_flags_name_them(monkeypatch):
-    """On GPUs products are a library's; on a TPU each operation may use all of its memory."""
+    """On GPUs products are a library's; on a v5p operations may use all of its fast memory."""
     of_gpu, of_tpu = "xla_gpu_enable_triton_gemm", "xla_tpu_scoped_vmem_limit_kib"
     for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         monkeypatch.delenv(name, raising=False)
 
-    def options(platform):
-        device = types.SimpleNamespace(platform=platform)
+    def options(platform, kind=""):
+        device = types.SimpleNamespace(platform=platform, device_kind=kind)
         return devices.compiler_options(
             types.SimpleNamespace(devices=np.array([device], dtype=object))
         )
 
     assert options("cpu") == {}
     assert options("cuda") == options("gpu") == {of_gpu: False}
-    assert options("tpu") == {of_tpu: 128 * 1024}
+    assert options("tpu", "TPU v5") == {of_tpu: 128 * 1024}
+    assert options("tpu", "TPU v5 lite") == options("tpu", "TPU v6 lite") == {}
     monkeypatch.setenv("XLA_FLAGS", f"--{of_gpu}=true")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{of_tpu}=32768")
-    assert options("cuda") == options("tpu") == {}
+    assert options("cuda") == options("tpu", "TPU v5") == {}
 
 
 def test_nothing_asks_which_machine_compiles():
