@@ -203,7 +203,10 @@ def test_the_best_state_goes_on_elsewhere(corpus, url, tmp_path, monkeypatch):
     changes = {"data.eval": ("dev",), "evaluation.while_training": ("dev",), "evaluation.every": 1}
     config = configure(corpus, **changes, **{"selection.split": "dev"})
     expected = loop.run(config, tmp_path / "disk")
-    for changes in (30, 25, 9):  # what is left to do is less each time
+    # What is left to do is less each time; on a slow machine signs of life are among the changes.
+    for number, changes in enumerate((30, 25, 9, 9, 9, 9)):
+        if number > 2 and any(name.startswith("best/") for name in names(url)):
+            break
         with pytest.MonkeyPatch.context() as patch:
             Machine(patch, changes)
             patch.setattr(mirror, "say", lambda text: None)
