@@ -14,24 +14,8 @@ V = 7
 
 
 @pytest.fixture
-def accelerated(monkeypatch):
-    """accelerated(kind): the loss and its gradient with that kernel, or the loop for ""."""
-
-    def posteriors(kind, *args):
-        return interpreted(kind, *args, interpret=True)
-
-    interpreted = ctc_accelerated.posteriors
-    monkeypatch.setattr(ctc_accelerated, "posteriors", posteriors)
-
-    def of(kind):
-        def total(logits, *rest):
-            loss, feasible = ctc.ctc_loss(logits, *rest)
-            return loss.sum(), (loss, feasible)
-
-        monkeypatch.setattr(devices, "platform", lambda: kind)
-        return jax.jit(jax.value_and_grad(total, has_aux=True))
-
-    return of
+def accelerated(by_kernel):
+    return by_kernel(ctc_accelerated, ctc.ctc_loss)
 
 
 def batch(b, t, u, seed=0, scale=3.0):

@@ -5,31 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedasr.kernels import devices, rnnt, rnnt_accelerated
+from fedasr.kernels import rnnt, rnnt_accelerated
 
 KINDS = ("tpu", "gpu")
 V = 5
 
 
 @pytest.fixture
-def accelerated(monkeypatch):
-    """accelerated(kind): the loss and its gradient with that kernel, or the loop for ""."""
-
-    def posteriors(kind, *args):
-        return interpreted(kind, *args, interpret=True)
-
-    interpreted = rnnt_accelerated.posteriors
-    monkeypatch.setattr(rnnt_accelerated, "posteriors", posteriors)
-
-    def of(kind):
-        def total(logits, *rest):
-            loss, feasible = rnnt.rnnt_loss(logits, *rest)
-            return loss.sum(), (loss, feasible)
-
-        monkeypatch.setattr(devices, "platform", lambda: kind)
-        return jax.jit(jax.value_and_grad(total, has_aux=True))
-
-    return of
+def accelerated(by_kernel):
+    return by_kernel(rnnt_accelerated, rnnt.rnnt_loss)
 
 
 def batch(b, t, u, seed=0, scale=3.0):
