@@ -60,13 +60,7 @@ def ctc_loss(
     if stream:
         loss = -_streamed_log_likelihood(log_probs, logit_lengths, labels, label_lengths, feasible)
         return jnp.where(feasible, loss, 0), feasible
-    # The states of an alignment: blank, label, blank, ..., label, blank. A product with one-hot
-    # rows, for gathering would scatter in the backward pass; accelerators round it by default.
-    one_hot = jax.nn.one_hot(labels, logits.shape[2])
-    of_labels = jnp.einsum("btv,buv->btu", log_probs, one_hot, precision="highest")
-    blank = log_probs[:, :, BLANK, None]
-    pairs = jnp.stack([jnp.broadcast_to(blank, of_labels.shape), of_labels], axis=-1)
-    emissions = jnp.concatenate([pairs.reshape(*blank.shape[:2], -1), blank], axis=-1)
+    emissions = _emissions(log_probs, labels)
     jumps = _jumps(labels)
     states = 2 * jnp.where(feasible, label_lengths, 0) + 1
     frames = jnp.where(feasible, logit_lengths, 0)
@@ -110,6 +104,31 @@ def reference(
     )
 
 
+def _emissions(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of [b, t, v] the scores of an alignment's states, blank, label, ..., label, blank.
+
+    For labels int [b, u], float32 [b, t, 2u + 1]. By products with one-hot rows, since gathering
+    would scatter in the backward pass; accelerators round them by default.
+    """
+    size = log_probs.shape[2]
+    if devices.platform():
+        # One product for all: interleaving what two give is copies of it there.
+        one_hot = jax.nn.one_hot(_states(labels), size)
+        return jnp.einsum("btv,bsv->bts", log_probs, one_hot, precision="highest")
+    one_hot = jax.nn.one_hot(labels, size)
+    of_labels = jnp.einsum("btv,buv->btu", log_probs, one_hot, precision="highest")
+    blank = log_probs[:, :, BLANK, None]
+    pairs = jnp.stack([jnp.broadcast_to(blank, of_labels.shape), of_labels], axis=-1)
+    return jnp.concatenate([pairs.reshape(*blank.shape[:2], -1), blank], axis=-1)
+
+
+def _states(labels: jax.Array) -> jax.Array:
+    """The tokens of an alignment's states, blank, label, ..., label, blank: int [b, 2u + 1]."""
+    b, u = labels.shape
+    pairs = jnp.stack([jnp.full_like(labels, BLANK), labels], axis=-1)
+    return jnp.pad(pairs.reshape(b, 2 * u), ((0, 0), (0, 1)), constant_values=BLANK)
+
+
 def _jumps(labels: jax.Array) -> jax.Array:
     """Where the state before the last may be left out: a label after another that it differs from.
 
@@ -123,8 +142,7 @@ def _jumps(labels: jax.Array) -> jax.Array:
 
 def _streamed_log_likelihood(log_probs, logit_lengths, labels, label_lengths, feasible):
     """`_log_likelihood`, whose scores of states are read from [b, t, v] frame by frame."""
-    tokens = jnp.full((labels.shape[0], 2 * labels.shape[1] + 1), BLANK)
-    tokens = tokens.at[:, 1::2].set(labels)
+    tokens = _states(labels)
     states = 2 * jnp.where(feasible, label_lengths, 0) + 1
     frames = jnp.where(feasible, logit_lengths, 0)
     state = jnp.arange(tokens.shape[1])
