@@ -13,6 +13,7 @@ import numpy as np
 
 BLOCK = "block_"  # how the names of an encoder's blocks begin
 STACK = "block_*"  # the name of all of them together
+FEW = 6  # blocks that accelerators run without a loop, which would copy what goes in and comes out
 
 
 def can_stack(params: Any) -> bool:
@@ -100,6 +101,19 @@ def one_of(tree: Any) -> Any:
 
     leaves, treedef = jax.tree.flatten(tree)
     return jax.tree.unflatten(treedef, map(one, leaves, axes(tree)))
+
+
+def one_by_one(kind: str, blocks: int) -> bool:
+    """Whether a program computes with so many blocks' own arrays, though it could with stacks.
+
+    A TPU's compiler makes the norm of an array's gradient with the product that makes the gradient,
+    but not where that becomes a part of a stack, which is then read again. A GPU's does not, and
+    has fewer operations to launch with stacks.
+
+    Args:
+      kind: see `fedasr.kernels.devices.platform`.
+    """
+    return kind == "tpu" and blocks <= FEW
 
 
 def len_of(tree: Any) -> int:

@@ -229,8 +229,8 @@ def make_cohort(
       in_turns: each device trains its clients of a chunk one after another, not vmapped.
       encode: see `Encode`; None to send updates as they are.
       stacked: `client_update` and `clip` get parameters with stacked blocks where they can be
-        (`fedasr.stacks`), and so does the accumulator; the total is as without. Not with local
-        parameters, `weigh`, `encode` or several devices a client.
+        (`fedasr.stacks`) but for `stacks.one_by_one`, and the accumulator has them; the total is as
+        without. Not with local parameters, `weigh`, `encode` or several devices a client.
     """
 
     def one_client(
@@ -274,7 +274,7 @@ def make_cohort(
         return sums, local_row
 
     def one_device(accumulator, params, chunk, round_key, round):
-        params = _stacked(params, stacked)
+        params = _of_clients(_stacked(params, stacked))
         args = (chunk.batches, chunk.num_steps, chunk.weight, chunk.user, chunk.local)
 
         def with_examples(batches):
@@ -288,6 +288,7 @@ def make_cohort(
             # Of the copy of the client's data that this makes, what is not used is left out.
             view = view_of_client(chunk.batches, row) if chunk.resident is None else None
             sums, local_row = one_client(params, *client, round_key, None, round, view)
+            sums = _summed(sums, stacked)
             return jax.tree.map(lambda a, s: a + s[None], accumulator, sums), local_row
 
         if chunk.num_steps.shape[0] == 1:
@@ -311,9 +312,8 @@ def make_cohort(
                 return one_client(params, with_examples(batches), *client, round_key, most, round)
 
             sums, local_row = jax.vmap(one)(*args)
-            accumulator = jax.tree.map(
-                lambda a, s: a + jnp.sum(s, axis=0, dtype=s.dtype)[None], accumulator, sums
-            )
+            sums = _summed(jax.tree.map(lambda s: jnp.sum(s, axis=0, dtype=s.dtype), sums), stacked)
+            accumulator = jax.tree.map(lambda a, s: a + s[None], accumulator, sums)
         return (accumulator, local_row) if local else accumulator
 
     clients, whole = PartitionSpec(AXIS), PartitionSpec()
@@ -334,6 +334,19 @@ def make_cohort(
 
 def _stacked(params: Params, wanted: bool, stack: Callable[..., Any] = stacks.stack) -> Params:
     return stack(params) if wanted and stacks.can_stack(params) else params
+
+
+def _of_clients(params: Params) -> Params:
+    """Parameters as clients compute with them on the device that is traced for."""
+    if not stacks.is_stacked(params):
+        return params
+    single = stacks.one_by_one(devices.platform(), stacks.len_of(params))
+    return stacks.unstack(params) if single else params
+
+
+def _summed(sums: CohortSum, stacked: bool) -> CohortSum:
+    """Sums over clients as an accumulator has them."""
+    return sums._replace(delta=_stacked(sums.delta, stacked))
 
 
 def _jitted(

@@ -19,7 +19,6 @@ from fedasr.kernels.dense import product
 from fedasr.models.layers import KEPT, SumNorm, split_keys
 
 BLOCK = stacks.BLOCK  # how the names of an encoder's blocks begin
-_FEW = 6  # blocks that accelerators run without a loop, which would copy what goes in and comes out
 _STACKED = "stacked"  # of flax's variables: parameters of all blocks
 ADAPTER = "adapter"  # among a block's parameters, beside its own
 _per_turn = contextvars.ContextVar("blocks in a turn of the loop over them", default=1)
@@ -121,12 +120,17 @@ def _with_adapters(blocks: Sequence[nn.Module], stacked: Any) -> bool:
 
 
 def _stacked(blocks: Sequence[nn.Module]) -> Any:
-    """Their parameters, stacked; None where names differ, as where some of them are adapted."""
+    """Their parameters, stacked; None where names differ, as where some of them are adapted.
+
+    None, too, where a device computes with each one's own: see `stacks.one_by_one`.
+    """
     if not blocks or blocks[0].is_initializing():
         return None
     parent: Any = blocks[0].parent
     if found := parent.variables.get(_STACKED):
         return found[stacks.STACK]
+    if stacks.one_by_one(devices.platform(), len(blocks)):
+        return None
     each = [block.variables["params"] for block in blocks]
     if len(set(map(jax.tree.structure, each))) != 1:
         return None
@@ -210,7 +214,7 @@ def apply_blocks(
         index = jnp.arange(len(blocks))
         # Small numbers one by one would be as many launches of a turn.
         gates = jax.vmap(gate_of)(index) if gated else None
-        few = bool(kernels) and len(blocks) <= _FEW
+        few = bool(kernels) and len(blocks) <= stacks.FEW
         return jax.lax.scan(turn, x, (stacked, index, gates), unroll=few or _per_turn.get())[0]
     for i, block in enumerate(blocks):
         gate = gate_of(i) if gated else None

@@ -176,11 +176,19 @@ START = jax.tree.map(lambda x: x * 0.1, tree(3))
 
 @pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize(
-    "options", [{"client": "lars"}, {"server": "adam", "weighting": "examples", "sigma": 0.0}]
+    ("options", "singly"),
+    [
+        ({"client": "lars"}, False),
+        ({"server": "adam", "weighting": "examples", "sigma": 0.0}, False),
+        ({}, True),
+    ],
 )
-def test_a_run_on_stacks_is_the_run_without(corpus, chunk, options):
+def test_a_run_on_stacks_is_the_run_without(corpus, chunk, options, singly, monkeypatch):
+    """singly: clients compute with each block's own arrays, as on a TPU."""
     plain = simulation(corpus, False, chunk=chunk, **options)
     found = simulation(corpus, True, chunk=chunk, **options)
+    given = []
+    monkeypatch.setattr(stacks, "one_by_one", lambda kind, blocks: given.append(blocks) or singly)
     assert found._steps_on_stacks and not plain._steps_on_stacks
     of_plain = list(plain.run(plain.init(START), 3))
     of_found = list(found.run(found.init(START), 3))
@@ -188,6 +196,7 @@ def test_a_run_on_stacks_is_the_run_without(corpus, chunk, options):
         close(state, wanted, rtol=2e-4)
         np.testing.assert_allclose(metrics.norms, its.norms, rtol=1e-4)
     assert found._step._cache_size() == 1 and found.compilations() == plain.compilations()
+    assert set(given) == {BLOCKS}
 
 
 def test_a_run_goes_on_bit_by_bit_from_what_it_gave(corpus):
