@@ -8,8 +8,8 @@ from typing import Any
 def matrix_flops(jaxpr: Any) -> int:
     """Multiplications and additions of all `dot_general` and convolutions in a jaxpr.
 
-    A scan counts as often as it turns, a loop whose turns nobody knows once, of a choice the
-    costliest branch.
+    A scan counts as often as it turns, a kernel for each of its blocks, a loop whose turns nobody
+    knows once, of a choice the costliest branch.
 
     Args:
       jaxpr: such as `jax.jit(f).trace(*arguments).jaxpr`.
@@ -31,6 +31,8 @@ def _of_equation(equation: Any) -> int:
     inner = [matrix_flops(sub) for sub in _inner(equation.params)]
     if name == "cond":
         return max(inner, default=0)
+    if name == "pallas_call":
+        return sum(inner) * math.prod(equation.params["grid_mapping"].grid)
     return sum(inner) * (equation.params["length"] if name == "scan" else 1)
 
 

@@ -23,6 +23,7 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r"^\s*(?P<opcode>[\w\-]+)\((?P<operands>[^)]*)\)?")
 _SHAPE = re.compile(r"\b(pred|bf16|c64|c128|f8\w*|[suf]\d+)\[([\d,]*)\](\{[^}]*\})?")
+_TILED = re.compile(r"\{([\d,]+):T\(([\d,]+)\)")  # of a layout: axes from the last, and its tile
 _NEAR = re.compile(r"S\(1\)")  # of an array's layout: in a TPU's own memory, not in the device's
 _WORKSPACE = re.compile(r"\bs8\[(\d+)\]")  # of a library's product: not to be written whole
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
@@ -52,7 +53,8 @@ class Loop:
       launches: instructions that a device starts in one turn, without those of loops within.
       moved: bytes that these read and write in the device's memory, each array that one of them
         names counted whole, but of an array that is only sliced, or written in one place, that
-        part. What a TPU has in its own fast memory, or a library works in, does not count.
+        part. A TPU's arrays count with what fills up their tiles. What it has in its own fast
+        memory, or a library works in, does not count.
       loops: within.
       exchanges: (kind, bytes of the result) of each collective in one turn, without those of loops.
       copies: of the launches those that only copy a part of an array, started beside others (GPUs).
@@ -358,16 +360,23 @@ def _callees(instruction: _Instruction) -> Iterator[str]:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a shape as XLA writes it, such as "bf16[8,144]{1,0}" or a tuple of such."""
-    return sum(_array_bytes(kind, sizes) for kind, sizes, _ in _SHAPE.findall(shape))
+    """Bytes of a shape as XLA writes it, such as "bf16[8,144]{1,0}" or a tuple of such.
+
+    With what fills up tiles: "f32[8,144]{1,0:T(8,128)}" takes the room of [8, 256].
+    """
+    return sum(_array_bytes(*found) for found in _SHAPE.findall(shape))
 
 
 def _outside_bytes(shape: str) -> int:
     """`shape_bytes` of the arrays that are in the device's memory."""
-    found = [x for x in _SHAPE.findall(shape) if not _NEAR.search(x[2])]
-    return sum(_array_bytes(kind, sizes) for kind, sizes, _ in found)
+    return sum(_array_bytes(*x) for x in _SHAPE.findall(shape) if not _NEAR.search(x[2]))
 
 
-def _array_bytes(kind: str, sizes: str) -> int:
+def _array_bytes(kind: str, sizes: str, layout: str) -> int:
     bits = _BITS.get(kind) or (8 if kind.startswith("f8") else int(kind[1:]))
-    return bits * math.prod(int(size) for size in sizes.split(",") if size) // 8
+    axes = [int(size) for size in sizes.split(",") if size]
+    if tiled := _TILED.match(layout):
+        order, tile = ([int(x) for x in found.split(",")] for found in tiled.groups())
+        for axis, whole in zip(order, reversed(tile), strict=False):
+            axes[axis] = -(-axes[axis] // whole) * whole
+    return bits * math.prod(axes) // 8

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from fedasr.cli import compile as compiler
 from fedasr.compiling import figures, hlo, programs, targets
@@ -121,11 +122,11 @@ def test_what_stays_in_a_tpus_own_memory_is_not_moved():
     text = """HloModule jit_step
 
 %fused (p.0: f32[8,4], p.1: f32[2,4]) -> (f32[8,4], f32[8,4]) {
-  %p.0 = f32[8,4]{1,0} parameter(0)
-  %p.1 = f32[2,4]{1,0} parameter(1)
-  %n.0 = f32[8,4]{1,0} negate(%p.0)
-  %n.1 = f32[2,4]{1,0} negate(%p.1)
-  ROOT %t.0 = (f32[8,4]{1,0}, f32[8,4]{1,0}) tuple(%n.0, %n.0)
+  %p.0 = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %p.1 = f32[2,4]{1,0:T(8,128)} parameter(1)
+  %n.0 = f32[8,4]{1,0:T(8,128)} negate(%p.0)
+  %n.1 = f32[2,4]{1,0:T(8,128)} negate(%p.1)
+  ROOT %t.0 = (f32[8,4]{1,0:T(8,128)}, f32[8,4]{1,0:T(8,128)}) tuple(%n.0, %n.0)
 }
 
 ENTRY %main (a: f32[8,4], b: f32[2,4]) -> f32[8,4] {
@@ -137,7 +138,7 @@ ENTRY %main (a: f32[8,4], b: f32[2,4]) -> f32[8,4] {
   ROOT %g = f32[8,4]{1,0:T(8,128)} get-tuple-element(%f), index=1
 }
 """
-    whole, small = 8 * 4 * 4, 2 * 4 * 4
+    whole = small = 8 * 128 * 4  # each takes a whole tile
     assert hlo.read(text).entry.moved == whole + small + whole
     assert hlo.read(text.replace("S(1)", "")).entry.moved == 2 * whole + whole + small + 2 * whole
 
@@ -276,6 +277,9 @@ def test_what_is_no_program_is_refused():
         ("pred[]", 1),
         ("(s32[], f8e4m3fn[2,2])", 8),
         ("u4[8]", 4),
+        ("f32[9,144]{1,0:T(8,128)}", 16 * 256 * 4),
+        ("bf16[3,144,9]{1,2,0:T(8,128)(2,1)}", 3 * 256 * 16 * 2),
+        ("(f32[144]{0:T(256)S(1)}, s32[]{:T(128)})", 256 * 4 + 4),
     ],
 )
 def test_sizes_of_shapes(shape, size):
@@ -316,6 +320,25 @@ def test_convolutions_are_counted():
         )
     )
     assert matrix_flops(conv.trace(x, kernel).jaxpr) == 2 * (2 * 8 * 6) * (3 * 4)
+
+
+def test_kernels_count_for_each_of_their_blocks():
+    def kernel(x, y, out):
+        out[...] = x[...] @ y[...]
+
+    def product(x, y):
+        rows = pl.BlockSpec((8, 16), lambda i, j: (i, 0))
+        columns = pl.BlockSpec((16, 8), lambda i, j: (0, j))
+        return pl.pallas_call(
+            kernel,
+            grid=(3, 2),
+            in_specs=[rows, columns],
+            out_specs=pl.BlockSpec((8, 8), lambda i, j: (i, j)),
+            out_shape=jax.ShapeDtypeStruct((24, 16), jnp.float32),
+        )(x, y)
+
+    traced = jax.jit(product).trace(jnp.ones((24, 16)), jnp.ones((16, 16)))
+    assert matrix_flops(traced.jaxpr) == 2 * 24 * 16 * 16
 
 
 def test_a_loop_counts_as_often_as_it_turns_by_the_difference_that_a_turn_makes():
