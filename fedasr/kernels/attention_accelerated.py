@@ -132,7 +132,7 @@ def _iota(shape: tuple[int, int], axis: int, start: Any = 0) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis) + start
 
 
-def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """The product of two matrices by these axes, float32."""
     contracted = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(x, y, contracted, preferred_element_type=jnp.float32)
@@ -149,16 +149,16 @@ def _cost(b: int, t: int, d: int, heads: int, products: int, moved: int) -> pl.C
 # A TPU's.
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     frames: int  # with those that fill up turns
     at_once: int  # queries
     d: int
     e: int
 
 
-def _tpu_sizes(t: int, d: int, heads: int) -> _Sizes:
+def _tpu_sizes(t: int, d: int, heads: int) -> Sizes:
     at_once = min(_AT_ONCE, -(-t // 16) * 16)
-    return _Sizes(-(-t // at_once) * at_once, at_once, d, d // heads)
+    return Sizes(-(-t // at_once) * at_once, at_once, d, d // heads)
 
 
 def _tpu_call(
@@ -171,26 +171,29 @@ def _tpu_call(
     wide = tuple(_extended(x, sizes.frames) for x in wide)
 
     def rows(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, sizes.frames, width), lambda i, *_: (i, 0, 0))
+        return pl.BlockSpec((None, sizes.frames, width), lambda i: (i, 0, 0))
+
+    # Not prefetched, which would be what all utterances are told.
+    told = pl.BlockSpec((None, 1, 3), lambda i: (i, 0, 0), memory_space=pltpu.SMEM)
+    given = jnp.concatenate(
+        [lengths[:, None], jax.lax.bitcast_convert_type(words, jnp.int32)], axis=1
+    )
 
     moved = sum(x.nbytes for x in wide) + b * sizes.frames * features * wide[0].dtype.itemsize
     out = pl.pallas_call(
         functools.partial(kernel, plan, sizes),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(b,),
-            in_specs=[rows(x.shape[2]) for x in wide],
-            out_specs=rows(features),
-            scratch_shapes=scratch(sizes),
-        ),
+        grid=(b,),
+        in_specs=[told, *(rows(x.shape[2]) for x in wide)],
+        out_specs=rows(features),
         out_shape=jax.ShapeDtypeStruct((b, sizes.frames, features), wide[0].dtype),
+        scratch_shapes=scratch(sizes),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM
         ),
         cost_estimate=_cost(b, sizes.frames, sizes.d, plan.heads, products, moved),
         interpret=plan.interpret,
         name=name,
-    )(lengths, jax.lax.bitcast_convert_type(words, jnp.int32), *wide)
+    )(given[:, None], *wide)
     return out[:, :t]
 
 
@@ -204,7 +207,7 @@ def _tpu_forwards(plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Arr
 def _tpu_backwards(
     plan: Plan, qkv: jax.Array, lengths: jax.Array, words: jax.Array, gradient: jax.Array
 ) -> jax.Array:
-    def scratch(sizes: _Sizes) -> list[Any]:
+    def scratch(sizes: Sizes) -> list[Any]:
         return [pltpu.VMEM((sizes.frames, sizes.e), jnp.float32)] * 2
 
     return _tpu_call(
@@ -213,13 +216,13 @@ def _tpu_backwards(
     )  # fmt: skip
 
 
-def _weights(
-    plan: Plan, sizes: _Sizes, head: int, start: Any, length: Any, words: Any, q: Any, k: Any
+def weights_of(
+    plan: Plan, sizes: Sizes, head: int, start: Any, length: Any, words: Any, q: Any, k: Any
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Of some queries: weights of all keys [q, t], their factors, and which keys are true."""
     shape = (sizes.at_once, sizes.frames)
     true = _iota(shape, 1) < length
-    scores = jnp.where(true, _dot(q, k, (1, 1)) * sizes.e**-0.5, _NEVER)
+    scores = jnp.where(true, dot(q, k, (1, 1)) * sizes.e**-0.5, _NEVER)
     shares = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     weights = shares / jnp.sum(shares, axis=1, keepdims=True)
     query = _iota((sizes.at_once, 1), 0, start).astype(jnp.uint32)
@@ -227,15 +230,27 @@ def _weights(
     return weights, _factors(plan, words, head, query, key), true
 
 
-def _words_of(words: Block, i: Any) -> tuple[jax.Array, jax.Array]:
-    return words[i, 0].astype(jnp.uint32), words[i, 1].astype(jnp.uint32)
+def by_softmax(sizes: Sizes, found: Any, by_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weights as they were used, and the derivatives by the products of queries and keys.
+
+    Args:
+      found: of `weights_of`. by_weights: derivatives by the weights as they were used, [q, t].
+    """
+    weights, factors, true = found
+    used = weights
+    if factors is not None:
+        used, by_weights = weights * factors, by_weights * factors
+    mean = jnp.sum(weights * by_weights, axis=1, keepdims=True)
+    return used, jnp.where(true, weights * (by_weights - mean), 0.0) * sizes.e**-0.5
 
 
-def _tpu_forwards_kernel(
-    plan: Plan, sizes: _Sizes, lengths: Block, words: Block, qkv: Block, out: Block
-) -> None:
-    i = pl.program_id(0)
-    length, key_words, e, d = lengths[i], _words_of(words, i), sizes.e, sizes.d
+def _told(given: Block) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """An utterance's true frames, and the words of its key."""
+    return given[0, 0], (given[0, 1].astype(jnp.uint32), given[0, 2].astype(jnp.uint32))
+
+
+def _tpu_forwards_kernel(plan: Plan, sizes: Sizes, given: Block, qkv: Block, out: Block) -> None:
+    (length, key_words), e, d = _told(given), sizes.e, sizes.d
     for head in range(plan.heads):
         k = qkv[:, d + head * e : d + (head + 1) * e]
         v = qkv[:, 2 * d + head * e : 2 * d + (head + 1) * e]
@@ -244,9 +259,9 @@ def _tpu_forwards_kernel(
             start = pl.multiple_of(number * sizes.at_once, sizes.at_once)
             rows = pl.ds(start, sizes.at_once)
             q = qkv[rows, head * e : (head + 1) * e]
-            weights, factors, _ = _weights(plan, sizes, head, start, length, key_words, q, k)
+            weights, factors, _ = weights_of(plan, sizes, head, start, length, key_words, q, k)
             used = weights if factors is None else weights * factors
-            out[rows, head * e : (head + 1) * e] = _dot(used.astype(v.dtype), v, (1, 0)).astype(
+            out[rows, head * e : (head + 1) * e] = dot(used.astype(v.dtype), v, (1, 0)).astype(
                 out.dtype
             )
             return nothing
@@ -255,11 +270,10 @@ def _tpu_forwards_kernel(
 
 
 def _tpu_backwards_kernel(
-    plan: Plan, sizes: _Sizes, lengths: Block, words: Block,
+    plan: Plan, sizes: Sizes, given: Block,
     qkv: Block, gradient: Block, by_qkv: Block, by_k: Block, by_v: Block,
 ) -> None:  # fmt: skip
-    i = pl.program_id(0)
-    length, key_words, e, d = lengths[i], _words_of(words, i), sizes.e, sizes.d
+    (length, key_words), e, d = _told(given), sizes.e, sizes.d
     dtype = by_qkv.dtype
     for head in range(plan.heads):
         of_q, of_k, of_v = (slice(p * d + head * e, p * d + (head + 1) * e) for p in range(3))
@@ -274,17 +288,12 @@ def _tpu_backwards_kernel(
             start = pl.multiple_of(number * sizes.at_once, sizes.at_once)
             rows = pl.ds(start, sizes.at_once)
             q, slopes = qkv[rows, of], gradient[rows, of]
-            weights, factors, true = _weights(plan, sizes, head, start, length, key_words, q, k)
-            by_weights = _dot(slopes, v, (1, 1))
-            used = weights
-            if factors is not None:
-                used, by_weights = weights * factors, by_weights * factors
-            by_v[...] += _dot(used.astype(dtype), slopes, (0, 0))
-            mean = jnp.sum(weights * by_weights, axis=1, keepdims=True)
-            by_scores = jnp.where(true, weights * (by_weights - mean), 0.0) * e**-0.5
+            found = weights_of(plan, sizes, head, start, length, key_words, q, k)
+            used, by_scores = by_softmax(sizes, found, dot(slopes, v, (1, 1)))
+            by_v[...] += dot(used.astype(dtype), slopes, (0, 0))
             by_scores = by_scores.astype(dtype)
-            by_qkv[rows, of] = _dot(by_scores, k, (1, 0)).astype(dtype)
-            by_k[...] += _dot(by_scores, q, (0, 0))
+            by_qkv[rows, of] = dot(by_scores, k, (1, 0)).astype(dtype)
+            by_k[...] += dot(by_scores, q, (0, 0))
             return nothing
 
         jax.lax.fori_loop(0, sizes.frames // sizes.at_once, turn, 0)
@@ -413,7 +422,7 @@ def _gpu_backwards(
 
 def _sum_of_dots(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
     """x @ y.T of what is in pieces."""
-    return functools.reduce(jnp.add, [_dot(a, b, (1, 1)) for a, b in zip(x, y, strict=True)])
+    return functools.reduce(jnp.add, [dot(a, b, (1, 1)) for a, b in zip(x, y, strict=True)])
 
 
 def _gpu_forwards_kernel(
@@ -436,7 +445,7 @@ def _gpu_forwards_kernel(
         shares = jnp.exp(scores - new[:, None])
         factors = _factors(plan, key_words, head, query, key.astype(jnp.uint32))
         used = (shares if factors is None else shares * factors).astype(qkv.dtype)
-        sums = [x * before[:, None] + _dot(used, y, (1, 0)) for x, y in zip(sums, v, strict=True)]
+        sums = [x * before[:, None] + dot(used, y, (1, 0)) for x, y in zip(sums, v, strict=True)]
         return new, total * before + jnp.sum(shares, axis=1), sums
 
     nothing = [jnp.zeros(x.shape, jnp.float32) for x in q]
@@ -484,7 +493,7 @@ def _gpu_backwards_kernel(
         key = _iota((1, tile), 1, part * tile)
         scores, by_weights = _sum_of_dots(q, k), _sum_of_dots(slopes, v)
         _, by_scores = slopes_of(scores, by_weights, mean[:, None], total[:, None], query, key)
-        return [x + _dot(by_scores, y, (1, 0)) for x, y in zip(by_q, k, strict=True)]
+        return [x + dot(by_scores, y, (1, 0)) for x, y in zip(by_q, k, strict=True)]
 
     nothing = [jnp.zeros(x.shape, jnp.float32) for x in q]
     parts = jnp.maximum(pl.cdiv(length, tile), 1)
@@ -499,8 +508,8 @@ def _gpu_backwards_kernel(
         query = _iota((1, tile), 1, part * tile)
         scores, by_weights = _sum_of_dots(k, q), _sum_of_dots(v, slopes)
         used, by_scores = slopes_of(scores, by_weights, mean[None], total[None], query, key)
-        by_k = [x + _dot(by_scores, y, (1, 0)) for x, y in zip(by_k, q, strict=True)]
-        by_v = [x + _dot(used, y, (1, 0)) for x, y in zip(by_v, slopes, strict=True)]
+        by_k = [x + dot(by_scores, y, (1, 0)) for x, y in zip(by_k, q, strict=True)]
+        by_v = [x + dot(used, y, (1, 0)) for x, y in zip(by_v, slopes, strict=True)]
         return by_k, by_v
 
     by_k, by_v = jax.lax.fori_loop(0, pl.num_programs(2), queries, (nothing, nothing))

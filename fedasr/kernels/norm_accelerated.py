@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
+
+from fedasr.kernels.one_batch import by_client
 
 KEPT = ("norm",)  # names of what the backward pass needs, for `jax.checkpoint`'s policies
 PARTS = 64  # of the rows
 _ROWS = 8  # at once
-_EPSILON = 1e-5
+EPSILON = 1e-5
 
 Block = Any  # a reference to a block of an array
 
@@ -128,7 +129,7 @@ def _plain_forward(
     mean = jnp.mean(wide, axis=-1)
     variance = jnp.maximum(jnp.mean(wide * wide, axis=-1) - mean * mean, 0.0)
     mean = checkpoint_name(mean, KEPT[0])
-    inverse = checkpoint_name(jax.lax.rsqrt(variance + _EPSILON), KEPT[0])
+    inverse = checkpoint_name(jax.lax.rsqrt(variance + EPSILON), KEPT[0])
     out = (wide - mean[..., None]) * (inverse[..., None] * scale) + bias
     saved = total, None if branch is None else branch[:0], keep, scale, mean, inverse
     return (total, out.astype(dtype)), saved
@@ -161,7 +162,7 @@ def _forward(
     kernel = _forwards_kernel if branch is None else _forwards_kernel_of_sum
     dtypes = (dtype,) if branch is None else (x.dtype, dtype)
     call = functools.partial(_call, kernel, "norm_forwards", interpret, len(wide), dtypes, False)
-    found = _batched(call)(*(_rows(a) for a in wide), keep.reshape(1), given.values)
+    found = by_client(call)(*(_rows(a) for a in wide), keep.reshape(1), given.values)
     out = tuple(checkpoint_name(a.reshape(x.shape), KEPT[0]) for a in found)
     out = (x, *out) if branch is None else out
     return out, (out[0], None if branch is None else branch[:0], keep, given.values)
@@ -175,7 +176,7 @@ def _backward(dtype: Any, interpret: bool, saved: Any, gradients: Any) -> Any:
     kernel = functools.partial(_backwards_kernel, len(arrays))
     call = functools.partial(_call, kernel, "norm_backwards", interpret, len(arrays), dtypes, True)
     wide = (_rows(a) for a in arrays)
-    *found, parts = _batched(call)(*wide, keep.reshape(1), values)
+    *found, parts = by_client(call)(*wide, keep.reshape(1), values)
     found = [a.reshape(total.shape) for a in found]
     return (
         found[0],
@@ -191,25 +192,6 @@ add_norm.defvjp(_forward, _backward)
 def _rows(x: jax.Array) -> jax.Array:
     """[rows, d]."""
     return x.reshape(-1, x.shape[-1])
-
-
-def _batched(function: Any) -> Any:
-    """Clients side by side: arrays of one client have an axis of 1 before their own."""
-
-    @custom_vmap
-    def one(*args: jax.Array) -> Any:
-        return jax.tree.map(lambda x: x[0], function(*(x[None] for x in args)))
-
-    @one.def_vmap
-    def _(size: int, batched: Any, *args: jax.Array) -> tuple[Any, Any]:
-        args = tuple(
-            x if there else jnp.broadcast_to(x, (size, *x.shape))
-            for x, there in zip(args, batched, strict=True)
-        )
-        found = function(*args)
-        return found, jax.tree.map(lambda _: True, found)
-
-    return one
 
 
 def _call(
@@ -289,7 +271,7 @@ class _Rows:
         """Normalised rows, and 1 / their standard deviation [rows]."""
         mean = self.mean(x)
         centred = [part - mean[:, None] for part in x]
-        inverse = jax.lax.rsqrt(self.mean([part * part for part in centred]) + _EPSILON)
+        inverse = jax.lax.rsqrt(self.mean([part * part for part in centred]) + EPSILON)
         return [part * inverse[:, None] for part in centred], inverse
 
     def mean(self, x: list[jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Functions of a batch, which clients side by side are given together."""
+"""Functions that clients side by side are given together."""
 
 from typing import Any
 
@@ -28,3 +28,25 @@ def one_batch(function: Any) -> Any:
         return split, jax.tree.map(lambda _: True, split)
 
     return together
+
+
+def by_client(function: Any) -> Any:
+    """`function`, whose arguments and results are [clients, ...], of clients under a vmap or one.
+
+    Arrays of one client have an axis of 1 before their own.
+    """
+
+    @custom_vmap
+    def one(*args: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x[0], function(*(x[None] for x in args)))
+
+    @one.def_vmap
+    def _(size: int, batched: Any, *args: jax.Array) -> tuple[Any, Any]:
+        args = tuple(
+            x if there else jnp.broadcast_to(x, (size, *x.shape))
+            for x, there in zip(args, batched, strict=True)
+        )
+        found = function(*args)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return one

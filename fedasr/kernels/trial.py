@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedasr.kernels import attention_accelerated, ctc, devices, norm_accelerated, rnnt
+from fedasr.kernels import (
+    attention_accelerated,
+    block_accelerated,
+    ctc,
+    devices,
+    norm_accelerated,
+    rnnt,
+)
 
 Array = jax.Array
 _TOLERANCE = 1e-3  # of gradients, which are at most 1, and of losses in shares
@@ -55,7 +62,7 @@ def refuse_kernels(device: jax.Device, reason: str) -> None:
 
 def _difference(device: jax.Device) -> str:
     """What a kernel does other than it should; "" for nothing."""
-    return _of_losses(device) or _of_attention(device) or _of_norm(device)
+    return _of_losses(device) or _of_attention(device) or _of_norm(device) or _of_block(device)
 
 
 def _by_hand(device: jax.Device, function: Any) -> Any:
@@ -165,6 +172,46 @@ def _of_norm(device: jax.Device) -> str:
 
     args = (x, branch, scale, bias, direct, slopes)
     return _compared(device, "layer norm", with_slopes(kernel), with_slopes(plain), args)
+
+
+def _of_block(device: jax.Device) -> str:
+    b, t, d, hidden = 2, 70, 48, 96
+    plan = block_accelerated.Plan(3, jnp.dtype("bfloat16"), 0.3, 0.3)
+    if not block_accelerated.fits(devices.kind_of(device), plan, t, d, hidden):
+        return ""
+    rng = np.random.default_rng(3)
+
+    def matrix(rows: int, columns: int) -> Array:
+        return jnp.asarray(rng.standard_normal((rows, columns)) / rows**0.5, jnp.float32)
+
+    # Far from the ReLU's kink, where rounding would decide.
+    signs = np.where(np.arange(hidden) % 2, 1.0, -1.0)
+    up = jnp.asarray(signs * (1 + 0.2 * rng.standard_normal((d, hidden))) / d, jnp.float32)
+    norms = jnp.repeat(jnp.asarray([[1.0], [0.2], [0.1], [0.5]]), d, axis=1)
+    weights = block_accelerated.Weights(
+        norms, matrix(d, 3 * d), matrix(d, d), up, matrix(hidden, d)
+    )
+    x = jnp.asarray(rng.standard_normal((b, t, d)), jnp.bfloat16)
+    lengths = jnp.asarray([t, t - 27], jnp.int32)
+    true = (jnp.arange(t) < lengths[:, None])[..., None]
+    slopes = jnp.where(true, rng.standard_normal(x.shape), 0).astype(x.dtype)
+    words = jnp.asarray(rng.integers(-(2**31), 2**31, (b, 8)), jnp.int32)
+    given = jnp.concatenate([lengths[:, None], jnp.ones((b, 1), jnp.int32), words], axis=1)
+
+    def with_slopes(function: Any) -> Any:
+        def both(weights: Any, x: Array, slopes: Array, given: Array) -> Any:
+            out, pull = jax.vjp(lambda *args: function(plan, *args, given), weights, x)
+            return jnp.where(true, out, 0), pull(slopes.astype(out.dtype))
+
+        return both
+
+    return _compared(
+        device,
+        "block",
+        with_slopes(block_accelerated.block),
+        with_slopes(block_accelerated.reference),
+        (weights, x, slopes, given),
+    )
 
 
 def _batch(name: str, size: int, frames: int, labels: int) -> tuple[np.ndarray, ...]:

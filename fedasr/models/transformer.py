@@ -1,13 +1,16 @@
 """The Transformer encoder of arXiv 2310.00098: Transformer blocks on a strided front end."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fedasr.errors import UserError
-from fedasr.kernels import devices
+from fedasr.generators import is_hashed
+from fedasr.kernels import block_accelerated, devices
 from fedasr.models import encoder_blocks, layers
 from fedasr.models.transducer import ObjectiveConfig
 
@@ -125,6 +128,8 @@ class Block(nn.Module):
         )
         feed = layers.FeedForward(c.mlp, c.dropout, dtype, name="mlp")
         rate = c.dropout if c.branch_dropout else 0.0
+        if (found := self._in_one_kernel(x, mask, k, keep)) is not None:
+            return found
         if c.norm == "pre" and devices.platform():
             x, normed = layers.SumNorm(dtype, name="attention_norm")(x, None)
             attended = layers.dropout(attend(normed, mask, k[0]), rate, k[1])
@@ -137,6 +142,26 @@ class Block(nn.Module):
             return mlp_norm(x + layers.dropout(feed(x, k[2]), rate, k[3]))
         x = x + layers.dropout(attend(attention_norm(x), mask, k[0]), rate, k[1])
         return x + layers.dropout(feed(mlp_norm(x), k[2]), rate, k[3])
+
+    def _in_one_kernel(
+        self, x: jax.Array, mask: jax.Array, keys: Sequence[jax.Array | None], keep: Any
+    ) -> jax.Array | None:
+        """What `__call__` gives, where a device has a kernel for all of it; else None."""
+        c, kind = self.config, devices.platform()
+        if not kind or self.is_initializing() or c.norm != "pre" or mask.ndim != 1:
+            return None
+        dtype = jnp.dtype(c.dtype)
+        drawn = [key for key in keys if key is not None]
+        rate = c.dropout if drawn else 0.0
+        plan = block_accelerated.Plan(c.heads, dtype, rate, rate if c.branch_dropout else 0.0)
+        plain = c.attention == "plain" and jnp.result_type(x.dtype, dtype) == x.dtype
+        plain &= not plan.drops or is_hashed(drawn[0])
+        if not (plain and block_accelerated.fits(kind, plan, x.shape[1], c.dim, c.mlp)):
+            return None
+        if (weights := block_accelerated.weights_of(self.variables["params"])) is None:
+            return None
+        given = block_accelerated.given_of(mask, keep, drawn if plan.drops else None)
+        return block_accelerated.block(plan, weights, x, given)
 
 
 class Transformer(nn.Module):

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from fedasr.compiling import figures, hlo, programs, targets
+from fedasr.kernels import block_accelerated
 from fedasr.kernels.devices import lowered
 from fedasr.models.recogniser import make_recogniser
 from fedasr.training.builders import models
@@ -117,10 +118,12 @@ def test_walks_of_losses_are_kernels(target, objective):
 
 
 @pytest.mark.slow
-def test_attention_is_a_kernel_and_no_program_grows_with_the_blocks(target):
+def test_attention_is_a_kernel_and_no_program_grows_with_the_blocks(target, monkeypatch):
     """Neither clients' nor the server's, with noise and LAMB."""
     there = targets.devices(target)
     found, sizes = [], []
+    # As where matrices are too large for a TPU's kernel of whole blocks, such as those of 255M.
+    monkeypatch.setattr(block_accelerated, "fits", lambda *_: False)
     for blocks in (8, 11):
         options = TINY | {
             "blocks": blocks, "scan_blocks": True, "dropout": 0.1, "generator": "hashed",
@@ -149,6 +152,27 @@ def test_attention_is_a_kernel_and_no_program_grows_with_the_blocks(target):
     assert found[0][2:] == found[1][2:]
     assert all(abs(a - b) < 6 for a, b in zip(*found, strict=True))
     assert all(abs(a / b - 1) < 0.02 for a, b in zip(*sizes, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), [("v5p", "bfloat16"), ("h200", "float32")])
+def test_a_small_model_of_many_clients(name, dtype):
+    """The 1.1M parameters of docs/results/compiled.md, 32 clients side by side."""
+    target = targets.TARGETS[name]
+    if targets.missing_wheel(target) or os.environ.get("JAX_PLATFORMS") != "cpu":
+        pytest.skip("needs the extra `compilers`, and JAX_PLATFORMS=cpu in the environment")
+    targets.prepare([target])
+    options = {"dim": 144, "mlp": 576, "blocks": 4, "heads": 4, "scan_blocks": True}
+    options |= {"dropout": 0.0, "layer_drop": 0.0, "dtype": dtype}
+    batches = {"client.batch_size": 2, "client.batch_seconds": 0.0, "client.steps": 4}
+    chosen = config(**{"model.options": options, "cohort": 64} | batches)
+    there = targets.devices(target)
+    (found,) = figures.measure(chosen, target, there, 32, ["clients"], seconds=2.0)
+    check(found)
+    if name == "v5p":
+        assert found.step_bytes / 32 <= 50e6 and found.launches <= 220
+    else:
+        assert found.launches <= 150
 
 
 @pytest.mark.slow

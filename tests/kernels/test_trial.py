@@ -10,6 +10,7 @@ import pytest
 from fedasr.federated.hardware import Hardware
 from fedasr.kernels import (
     attention_accelerated,
+    block_accelerated,
     ctc_accelerated,
     devices,
     norm_accelerated,
@@ -19,16 +20,22 @@ from fedasr.kernels import (
 
 
 @pytest.fixture
-def device(monkeypatch):
-    """A CPU that passes for a GPU, whose kernels are interpreted."""
+def kind():
+    return "gpu"
+
+
+@pytest.fixture
+def device(monkeypatch, kind):
+    """A CPU that passes for a GPU, or `kind`, whose kernels are interpreted."""
     monkeypatch.setattr(devices, "TRIED", {})
-    monkeypatch.setattr(devices, "kind_of", lambda device: "gpu")
-    monkeypatch.setattr("fedasr.federated.hardware.kind_of", lambda device: "gpu")
+    monkeypatch.setattr(devices, "kind_of", lambda device: kind)
+    monkeypatch.setattr("fedasr.federated.hardware.kind_of", lambda device: kind)
     for walks in (ctc_accelerated, rnnt_accelerated):
         interpreted = functools.partial(walks.posteriors, interpret=True)
         monkeypatch.setattr(walks, "posteriors", interpreted)
-    plan = functools.partial(attention_accelerated.Plan, interpret=True)
-    monkeypatch.setattr(attention_accelerated, "Plan", plan)
+    for kernels in (attention_accelerated, block_accelerated):
+        plan = functools.partial(kernels.Plan, interpret=True)
+        monkeypatch.setattr(kernels, "Plan", plan)
     for name in ("add_norm", "norm"):
         real = getattr(norm_accelerated, name)
         monkeypatch.setattr(
@@ -109,6 +116,16 @@ def test_attention_and_norms_are_tried_too(device, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(norm_accelerated, name, wrong)
             assert "the layer norm's kernel differs" in trial.try_kernels(device)
+
+
+@pytest.mark.parametrize("kind", ["tpu"])
+def test_blocks_are_tried_too(device, monkeypatch):
+    """One frame of one utterance is off."""
+    assert trial.try_kernels(device) == ""
+    real = block_accelerated.block
+    devices.TRIED.clear()
+    monkeypatch.setattr(block_accelerated, "block", lambda *a: real(*a).at[1, 5].add(0.5))
+    assert "the block's kernel differs" in trial.try_kernels(device)
 
 
 def test_nothing_is_tried_where_there_is_no_kernel(monkeypatch):
