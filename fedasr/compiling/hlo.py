@@ -161,7 +161,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]
             current = found.setdefault(opened["name"], [])
             if opened["entry"]:
                 entry = opened["name"]
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # what begins so may be of a kernel's description
             current = None
         elif current is not None and (instruction := _instruction(line)) is not None:
             current.append(instruction)
@@ -195,7 +195,7 @@ def _shape_and_rest(text: str) -> tuple[str, str]:
 
 def _loop(computations: dict[str, list[_Instruction]], name: str, trips: int | None) -> Loop:
     instructions = computations.get(name, [])
-    sizes = {x.name: shape_bytes(x.shape) for x in instructions}
+    sizes = {x.name: shape_bytes(x.shape, tiles=False) for x in instructions}
     outside = {x.name: _outside_bytes(x.shape) for x in instructions}
     launches = moved = copies = 0
     loops: list[Loop] = []
@@ -359,12 +359,13 @@ def _callees(instruction: _Instruction) -> Iterator[str]:
         yield from re.findall(r"%?([\w.\-]+)", group)
 
 
-def shape_bytes(shape: str) -> int:
+def shape_bytes(shape: str, tiles: bool = True) -> int:
     """Bytes of a shape as XLA writes it, such as "bf16[8,144]{1,0}" or a tuple of such.
 
-    With what fills up tiles: "f32[8,144]{1,0:T(8,128)}" takes the room of [8, 256].
+    tiles: with what fills them up: "f32[8,144]{1,0:T(8,128)}" takes the room of [8, 256].
     """
-    return sum(_array_bytes(*found) for found in _SHAPE.findall(shape))
+    found = _SHAPE.findall(shape)
+    return sum(_array_bytes(kind, sizes, layout if tiles else "") for kind, sizes, layout in found)
 
 
 def _outside_bytes(shape: str) -> int:

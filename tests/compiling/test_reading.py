@@ -143,6 +143,21 @@ ENTRY %main (a: f32[8,4], b: f32[2,4]) -> f32[8,4] {
     assert hlo.read(text.replace("S(1)", "")).entry.moved == 2 * whole + whole + small + 2 * whole
 
 
+def test_a_kernels_description_may_take_several_lines():
+    text = """HloModule jit_step
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %k = f32[8,4]{1,0} custom-call(%a), backend_config={"cost": {
+"flops":12,
+"transcendentals":3
+}, "format": 1}
+  ROOT %n = f32[8,4]{1,0} negate(%k)
+}
+"""
+    assert hlo.read(text).entry.launches == 2
+
+
 def test_a_librarys_workspace_is_not_moved():
     text = """HloModule jit_step
 
