@@ -139,6 +139,29 @@ def test_half_precision_rounds_no_more_than_others_do(stream):
         assert 1e-4 < errors[0] < 0.02 and errors[0] < 1.5 * errors[1]
 
 
+def test_a_float32_stream_stays_one_where_blocks_compute_in_half_precision():
+    """Branches are small here, so that their rounding does not hide that of the stream."""
+    lengths = (32, 17)
+    x, slopes, true, keys = drawn(32, lengths)
+    given = block_accelerated.given_of(jnp.asarray(lengths), None, layers.split_keys(keys, 4))
+    params = params_of()
+    for name, part in (("attention", "out"), ("mlp", "down")):
+        kernel = params[name][part]["kernel"]
+        params[name] = params[name] | {part: {"kernel": 1e-4 * kernel}}
+
+    def of(dtype):
+        plan = plan_of(config_of(dropout=0.3, dtype=dtype))
+
+        def way(params, x):
+            return block_accelerated.block(plan, block_accelerated.weights_of(params), x, given)
+
+        out, (_, by_x) = both_ways(way, params, x, slopes, true)
+        return out, by_x
+
+    for a, b in zip(of("bfloat16"), of("float32"), strict=True):
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 1e-4
+
+
 def test_clients_side_by_side_are_each_by_itself():
     lengths = jnp.asarray([[16, 11], [3, 16], [16, 1]], jnp.int32)
     plan = plan_of(config_of(dropout=0.2))
