@@ -160,13 +160,13 @@ def reference(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> j
 
 
 def _forward(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> Any:
-    out = by_client(functools.partial(_forwards, plan))(given, x, *weights)
+    out = by_client(functools.partial(_forwards, plan), len(weights))(given, x, *weights)
     return out, (weights, x, given)
 
 
 def _backward(plan: Plan, saved: Any, gradient: jax.Array) -> Any:
     weights, x, given = saved
-    call = by_client(functools.partial(_backwards, plan))
+    call = by_client(functools.partial(_backwards, plan), len(weights))
     by_x, *by_weights = call(given, x, gradient.astype(x.dtype), *weights)
     found = [a.astype(w.dtype) for a, w in zip(by_weights, weights, strict=True)]
     return Weights(*found), by_x, None
@@ -187,7 +187,8 @@ def _backwards(
     """Derivatives by x and by weights: by norms in float32, by matrices in the compute's dtype."""
     dtypes = [jnp.float32] + [plan.dtype] * 4
     by_weights = [
-        jax.ShapeDtypeStruct(w.shape, dtype) for w, dtype in zip(weights, dtypes, strict=True)
+        jax.ShapeDtypeStruct((len(x), *w.shape[1:]), dtype)
+        for w, dtype in zip(weights, dtypes, strict=True)
     ]
     return _call(
         plan, _backwards_kernel, "block_backwards", given, (x, gradient), weights, by_weights
@@ -201,8 +202,8 @@ def _call(
     """A kernel for each utterance of each client.
 
     Args:
-      given: int32 [c, b, 10]. rows: [c, b, t, d]. weights: [c, ...]. by_weights: shapes of what
-        comes out beside [c, b, t, d].
+      given: int32 [c, b, 10]. rows: [c, b, t, d]. weights: [c, ...], or [1, ...] where clients
+        share them. by_weights: shapes of what comes out beside [c, b, t, d].
     """
     c, b, t, d = rows[0].shape
     whole = -(-t // _FRAMES) * _FRAMES
@@ -215,7 +216,8 @@ def _call(
     of_utterance = pl.BlockSpec((None, None, whole, d), lambda i, j: (i, j, 0, 0))
 
     def of_client(x: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (i, 0, 0))
+        of_all = x.shape[0] == 1
+        return pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (0 if of_all else i, 0, 0))
 
     scratch = [pltpu.VMEM((whole, 3 * d), plan.dtype), pltpu.VMEM((whole, d), plan.dtype)]
     if by_weights:

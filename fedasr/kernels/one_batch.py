@@ -30,10 +30,11 @@ def one_batch(function: Any) -> Any:
     return together
 
 
-def by_client(function: Any) -> Any:
+def by_client(function: Any, shared: int = 0) -> Any:
     """`function`, whose arguments and results are [clients, ...], of clients under a vmap or one.
 
-    Arrays of one client have an axis of 1 before their own.
+    Arrays of one client have an axis of 1 before their own, and so have those of the last `shared`
+    arguments that are the same for all clients: they are not repeated.
     """
 
     @custom_vmap
@@ -42,9 +43,10 @@ def by_client(function: Any) -> Any:
 
     @one.def_vmap
     def _(size: int, batched: Any, *args: jax.Array) -> tuple[Any, Any]:
+        own = len(args) - shared
         args = tuple(
-            x if there else jnp.broadcast_to(x, (size, *x.shape))
-            for x, there in zip(args, batched, strict=True)
+            x if there else jnp.broadcast_to(x, (size if i < own else 1, *x.shape))
+            for i, (x, there) in enumerate(zip(args, batched, strict=True))
         )
         found = function(*args)
         return found, jax.tree.map(lambda _: True, found)

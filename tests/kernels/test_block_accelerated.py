@@ -186,6 +186,37 @@ def test_clients_side_by_side_are_each_by_itself():
         )
 
 
+def test_clients_may_share_weights_and_inputs():
+    """As where a part is trained: what is shared is not repeated, derivatives are each one's."""
+    plan = plan_of(config_of(dropout=0.2))
+    params, lengths = params_of(), (16, 9)
+    x, slopes, _, keys = drawn(16, lengths)
+    keep = jnp.asarray([1.0, 0.0, 1.0])
+    scales = jnp.asarray([0.5, 1.0, 2.0])
+
+    def both(scale, keep, x):
+        mine = params | {"mlp": jax.tree.map(lambda w: scale * w, params["mlp"])}
+        kernel = by_kernel(plan, lengths, keep, layers.split_keys(keys, 4))
+        out, pull = jax.vjp(kernel, mine, x)
+        return out, pull(slopes)
+
+    every = jnp.stack([x, 2 * x, -x])
+    for axes, given in (((0, 0, None), x), ((None, 0, 0), every), ((None, None, 0), every)):
+        args = [scales if axes[0] == 0 else scales[0], keep if axes[1] == 0 else keep[0], given]
+        traced = jax.make_jaxpr(jax.vmap(both, in_axes=axes))(*args)
+        text = str(traced)
+        # One matrix for all goes in; each client has derivatives by its own.
+        assert "f32[1,24,72]" in text and "f32[3,24,40]" in text
+        found = jax.jit(jax.vmap(both, in_axes=axes))(*args)
+        for i in range(3):
+            own = [a[i] if axis == 0 else a for a, axis in zip(args, axes, strict=True)]
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a[i], b, atol=2e-5),  # noqa: B023
+                found,
+                both(*own),
+            )
+
+
 def test_which_blocks_have_one():
     plan = plan_of(config_of())
     assert block_accelerated.fits("tpu", plan, 96, 144, 576)
