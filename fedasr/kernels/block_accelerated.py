@@ -68,8 +68,7 @@ def fits(kind: str, plan: Plan, frames: int, features: int, hidden: int) -> bool
     if jnp.dtype(plan.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
         return False
     matrices = _tiled(features, 4 * features) + 2 * _tiled(features, hidden)
-    t = _tiled(frames, 1) // 128
-    rows = t * (16 * _tiled(1, features) // 8 + 6 * _tiled(1, hidden) // 8) + 6 * _tiled(t, t)
+    rows = 16 * _tiled(frames, features) + 6 * _tiled(frames, hidden) + 6 * _tiled(frames, frames)
     # Matrices twice, the next client's being on their way, and their sums; as many of derivatives.
     return 4 * (5 * matrices + rows) <= _MOST
 
