@@ -52,7 +52,11 @@ class Plan(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Scale and bias of both norms [4, d], and matrices [d, 3d], [d, d], [d, m] and [m, d]."""
+    """Scale and bias of both norms [4, d], and matrices [d, 3d], [d, d], [d, m] and [d, m].
+
+    The last is transposed: long rows have less that fills up a TPU's tiles, in a program for one
+    also where a client's parameters lie from step to step.
+    """
 
     norms: jax.Array
     qkv: jax.Array
@@ -92,7 +96,8 @@ def weights_of(params: Any) -> Weights | None:
     return Weights(
         norms,
         *(attend[name]["kernel"] for name in ("qkv", "out")),
-        *(feed[name]["kernel"] for name in ("up", "down")),
+        feed["up"]["kernel"],
+        feed["down"]["kernel"].T,
     )
 
 
@@ -155,7 +160,7 @@ def reference(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> j
     branch = dropped(product(attended, out), plan.branch_rate, 1)
     x, normed = norm_accelerated.plain_add_norm(plan.dtype, x, branch, keep, *norms[_NORM_2])
     hidden = dropped(jax.nn.relu(product(normed, up)), plan.rate, 2) * keep.astype(plan.dtype)
-    return x + dropped(product(hidden, down), plan.branch_rate, 3)
+    return x + dropped(product(hidden, down.T), plan.branch_rate, 3)
 
 
 def _forward(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> Any:
@@ -372,7 +377,7 @@ def _forwards_kernel(plan: Plan, given: Block, x: Block, *blocks: Block) -> None
     weights, (out, qkv, attended) = Weights(*blocks[:5]), blocks[5:]
     at = _Utterance(plan, given)
     found = _computed(at, x, weights, qkv, attended)
-    branch = _rounded(_product(found.hidden, weights.down, plan.dtype), plan.dtype)
+    branch = _rounded(_product(found.hidden, weights.down, plan.dtype, True), plan.dtype)
     branch = _rounded(at.dropped(branch, plan.branch_rate, 3), plan.dtype)
     out[...] = (found.total + branch).astype(out.dtype)
 
@@ -394,8 +399,8 @@ def _backwards_kernel(plan: Plan, given: Block, x: Block, gradient: Block, *bloc
     slopes = gradient[...].astype(jnp.float32)
 
     by_branch = at.dropped(_rounded(slopes, dtype), plan.branch_rate, 3).astype(dtype)
-    of_down[...] += attention.dot(found.hidden, by_branch, (0, 0))
-    by_hidden = _rounded(_product(by_branch, weights.down, dtype, True), dtype)
+    of_down[...] += attention.dot(by_branch, found.hidden, (0, 0))
+    by_hidden = _rounded(_product(by_branch, weights.down, dtype), dtype)
     by_hidden = jnp.where(found.hidden.astype(jnp.float32) > 0, by_hidden / (1.0 - plan.rate), 0.0)
     by_hidden = by_hidden.astype(dtype)
     of_up[...] += attention.dot(found.second.out.astype(dtype), by_hidden, (0, 0))

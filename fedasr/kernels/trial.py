@@ -189,7 +189,7 @@ def _of_block(device: jax.Device) -> str:
     up = jnp.asarray(signs * (1 + 0.2 * rng.standard_normal((d, hidden))) / d, jnp.float32)
     norms = jnp.repeat(jnp.asarray([[1.0], [0.2], [0.1], [0.5]]), d, axis=1)
     weights = block_accelerated.Weights(
-        norms, matrix(d, 3 * d), matrix(d, d), up, matrix(hidden, d)
+        norms, matrix(d, 3 * d), matrix(d, d), up, matrix(hidden, d).T
     )
     x = jnp.asarray(rng.standard_normal((b, t, d)), jnp.bfloat16)
     lengths = jnp.asarray([t, t - 27], jnp.int32)
