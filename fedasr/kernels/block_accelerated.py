@@ -93,12 +93,8 @@ def weights_of(params: Any) -> Weights | None:
     first, second = params["attention_norm"], params["mlp_norm"]
     norms = jnp.stack([first["scale"], first["bias"], second["scale"], second["bias"]])
     attend, feed = params["attention"], params["mlp"]
-    return Weights(
-        norms,
-        *(attend[name]["kernel"] for name in ("qkv", "out")),
-        feed["up"]["kernel"],
-        feed["down"]["kernel"].T,
-    )
+    qkv, out = (attend[name]["kernel"] for name in ("qkv", "out"))
+    return Weights(norms, qkv, out, feed["up"]["kernel"], feed["down"]["kernel"].T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

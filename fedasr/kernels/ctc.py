@@ -61,7 +61,7 @@ def ctc_loss(
         loss = -_streamed_log_likelihood(log_probs, logit_lengths, labels, label_lengths, feasible)
         return jnp.where(feasible, loss, 0), feasible
     emissions = _emissions(log_probs, labels)
-    jumps = _jumps(labels)
+    jumps = _jumps(labels, emissions.shape[2])
     states = 2 * jnp.where(feasible, label_lengths, 0) + 1
     frames = jnp.where(feasible, logit_lengths, 0)
     loss = -_log_likelihood(emissions, jumps, frames, states)
@@ -107,13 +107,14 @@ def reference(
 def _emissions(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
     """Of [b, t, v] the scores of an alignment's states, blank, label, ..., label, blank.
 
-    For labels int [b, u], float32 [b, t, 2u + 1]. By products with one-hot rows, since gathering
-    would scatter in the backward pass; accelerators round them by default.
+    For labels int [b, u], float32 [b, t, 2u + 1], or as many as `_computed` says. By products with
+    one-hot rows, since gathering would scatter in the backward pass; accelerators round them by
+    default.
     """
     size = log_probs.shape[2]
     if devices.platform():
         # One product for all: interleaving what two give is copies of it there.
-        one_hot = jax.nn.one_hot(_states(labels), size)
+        one_hot = jax.nn.one_hot(_states(labels, _computed(labels)), size)
         return jnp.einsum("btv,bsv->bts", log_probs, one_hot, precision="highest")
     one_hot = jax.nn.one_hot(labels, size)
     of_labels = jnp.einsum("btv,buv->btu", log_probs, one_hot, precision="highest")
@@ -122,31 +123,43 @@ def _emissions(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.concatenate([pairs.reshape(*blank.shape[:2], -1), blank], axis=-1)
 
 
-def _states(labels: jax.Array) -> jax.Array:
-    """The tokens of an alignment's states, blank, label, ..., label, blank: int [b, 2u + 1]."""
+def _computed(labels: jax.Array) -> int:
+    """How many states kernels are given: an alignment's, and blanks that fill up registers."""
+    states = 2 * labels.shape[1] + 1
+    if not (kind := devices.platform()):
+        return states
+    from fedasr.kernels import ctc_accelerated  # Pallas takes a second to import
+
+    return ctc_accelerated.filled(kind, states)
+
+
+def _states(labels: jax.Array, size: int) -> jax.Array:
+    """The tokens of states, blank, label, ..., label, blank, and blanks to fill up: int [b, s]."""
     b, u = labels.shape
     pairs = jnp.stack([jnp.full_like(labels, BLANK), labels], axis=-1)
-    return jnp.pad(pairs.reshape(b, 2 * u), ((0, 0), (0, 1)), constant_values=BLANK)
+    rest = ((0, 0), (0, size - 2 * u))
+    return jnp.pad(pairs.reshape(b, 2 * u), rest, constant_values=BLANK)
 
 
-def _jumps(labels: jax.Array) -> jax.Array:
+def _jumps(labels: jax.Array, size: int) -> jax.Array:
     """Where the state before the last may be left out: a label after another that it differs from.
 
-    Of labels int [b, u], bool [b, 2u + 1].
+    Of labels int [b, u], bool [b, s].
     """
     b, u = labels.shape
     differ = jnp.pad(labels[:, 1:] != labels[:, :-1], ((0, 0), (1, 0)))[:, :u]
     pairs = jnp.stack([jnp.zeros_like(differ), differ], axis=-1)  # a scatter would be two launches
-    return jnp.pad(pairs.reshape(b, 2 * u), ((0, 0), (0, 1)))
+    return jnp.pad(pairs.reshape(b, 2 * u), ((0, 0), (0, size - 2 * u)))
 
 
 def _streamed_log_likelihood(log_probs, logit_lengths, labels, label_lengths, feasible):
     """`_log_likelihood`, whose scores of states are read from [b, t, v] frame by frame."""
-    tokens = _states(labels)
+    tokens = _states(labels, 2 * labels.shape[1] + 1)
     states = 2 * jnp.where(feasible, label_lengths, 0) + 1
     frames = jnp.where(feasible, logit_lengths, 0)
     state = jnp.arange(tokens.shape[1])
-    there, penalty = state < states[:, None], jnp.where(_jumps(labels), 0.0, _NEVER)
+    jumps = _jumps(labels, tokens.shape[1])
+    there, penalty = state < states[:, None], jnp.where(jumps, 0.0, _NEVER)
     first = jnp.broadcast_to(jnp.where(state < 2, 0.0, _NEVER), tokens.shape)
 
     def step(carry, frame):

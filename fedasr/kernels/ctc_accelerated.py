@@ -68,6 +68,11 @@ def posteriors(
     return together(emissions, first, last, onwards, frames.astype(jnp.int32))
 
 
+def filled(kind: str, states: int) -> int:
+    """The size of whole registers, or powers of two, that have room for so many states."""
+    return pl.next_power_of_2(max(states, 16)) if kind == "gpu" else -(-states // LANES) * LANES
+
+
 def padded(x: jax.Array, axis: int, size: int, value: float) -> jax.Array:
     """x with `size` items along an axis, `value` behind its own."""
     widths = [(0, 0)] * x.ndim
@@ -96,7 +101,7 @@ def _on_gpu(
     from jax.experimental.pallas import triton as plgpu  # a release of JAX may lack it
 
     b, t, s = emissions.shape
-    size = pl.next_power_of_2(max(s, 16))
+    size = filled("gpu", s)
     rows = [padded(x, 1, size, NEVER) for x in (first, last, onwards, _backwards(onwards))]
     together = jnp.stack(rows, axis=1)  # padded by one launch
 
@@ -188,7 +193,7 @@ def _on_tpu(
 ) -> tuple[jax.Array, jax.Array]:
     """See `posteriors`."""
     b, t, s = emissions.shape
-    size, rows = -(-s // LANES) * LANES, -(-b // ROWS) * ROWS
+    size, rows = filled("tpu", s), -(-b // ROWS) * ROWS
     at_once = max(1, min(_BLOCK // (ROWS * size), t))
     parts = -(-t // at_once)
     length = parts * at_once

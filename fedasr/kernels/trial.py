@@ -17,6 +17,7 @@ from fedasr.kernels import (
     block_accelerated,
     ctc,
     devices,
+    frontend_accelerated,
     norm_accelerated,
     rnnt,
 )
@@ -62,7 +63,8 @@ def refuse_kernels(device: jax.Device, reason: str) -> None:
 
 def _difference(device: jax.Device) -> str:
     """What a kernel does other than it should; "" for nothing."""
-    return _of_losses(device) or _of_attention(device) or _of_norm(device) or _of_block(device)
+    ways = _of_losses, _of_attention, _of_norm, _of_block, _of_front_end
+    return next((found for way in ways if (found := way(device))), "")
 
 
 def _by_hand(device: jax.Device, function: Any) -> Any:
@@ -211,6 +213,34 @@ def _of_block(device: jax.Device) -> str:
         with_slopes(block_accelerated.block),
         with_slopes(block_accelerated.reference),
         (weights, x, slopes, given),
+    )
+
+
+def _of_front_end(device: jax.Device) -> str:
+    b, t, f, d = 2, 100, 40, 48
+    rng = np.random.default_rng(4)
+    plan = frontend_accelerated.Plan(7, 3, 3, jnp.dtype("bfloat16"))
+    kernel = rng.standard_normal((7 * f, 2 * d)) / (7 * f) ** 0.5
+    arrays = np.array([1.3, -0.2]), kernel, 0.3 * rng.standard_normal(2 * d)
+    weights = frontend_accelerated.Weights(*(jnp.asarray(x, jnp.float32) for x in arrays))
+    if not frontend_accelerated.fits(devices.kind_of(device), plan, weights, t, f):
+        return ""
+    features = jnp.asarray(3 + 2 * rng.standard_normal((b, t, f)), jnp.float32)
+    slopes = jnp.asarray(rng.standard_normal((b, plan.windows(t), d)), jnp.bfloat16)
+
+    def with_slopes(function: Any) -> Any:
+        def both(weights: Any, features: Array, lengths: Array, slopes: Array) -> Any:
+            out, pull = jax.vjp(lambda weights: function(plan, weights, features, lengths), weights)
+            return out, pull(slopes)
+
+        return both
+
+    return _compared(
+        device,
+        "front end",
+        with_slopes(frontend_accelerated.gated),
+        with_slopes(frontend_accelerated.reference),
+        (weights, features, jnp.asarray([t, t - 33], jnp.int32), slopes),
     )
 
 

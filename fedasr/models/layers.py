@@ -217,17 +217,21 @@ class MaskedNorm(nn.Module):
         """x: float32 [b, t, f]; lengths: int32 [b] -> float32 [b, t, f], zeros at padding."""
         return self.affine(x, lengths).array()
 
-    @nn.compact
     def affine(self, x: jax.Array, lengths: jax.Array) -> Affine:
         """The same before scale and bias, for `WindowedDense.of_normed`."""
-        scale = self.param("scale", nn.initializers.ones, ())
-        bias = self.param("bias", nn.initializers.zeros, ())
+        scale, bias = self.parameters()
         mask = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
         count = jnp.maximum(lengths * x.shape[2], 1)[:, None, None]
         mean = jnp.sum(jnp.where(mask, x, 0.0), axis=(1, 2), keepdims=True) / count
         centred = jnp.where(mask, x - mean, 0.0)
         variance = jnp.sum(centred**2, axis=(1, 2), keepdims=True) / count
         return Affine(centred * jax.lax.rsqrt(variance + self.epsilon), mask, scale, bias)
+
+    @nn.compact
+    def parameters(self) -> tuple[jax.Array, jax.Array]:
+        """Scale and bias, scalars."""
+        scale = self.param("scale", nn.initializers.ones, ())
+        return scale, self.param("bias", nn.initializers.zeros, ())
 
 
 class WindowedDense(nn.Module):

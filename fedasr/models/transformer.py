@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fedasr.errors import UserError
 from fedasr.generators import is_hashed
-from fedasr.kernels import block_accelerated, devices
+from fedasr.kernels import block_accelerated, devices, frontend_accelerated
 from fedasr.models import encoder_blocks, layers
 from fedasr.models.transducer import ObjectiveConfig
 
@@ -194,7 +194,7 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(c.dtype)
         k_input, k_shift = layers.split_keys(keys, 2)
         same, lecun = c.front_end == "same", c.init == "lecun"
-        x = jax.nn.glu(_windows(c, features.astype(jnp.float32), lengths))
+        x = _gated(c, features.astype(jnp.float32), lengths)
         if not c.branch_dropout:
             x = layers.dropout(x, c.dropout, k_input)
         out_lengths = lengths // c.stride if same else -(-lengths // c.stride)
@@ -221,26 +221,36 @@ class Transformer(nn.Module):
         return out.astype(jnp.float32), out_lengths
 
 
-def _windows(c: TransformerConfig, features: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Normed features by windows, [b, t, 2 dim]; makes the modules before the first block."""
+def _gated(c: TransformerConfig, features: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The gated linear units of normed features by windows, [b, t, dim]: before the first block."""
     dtype = jnp.dtype(c.dtype)
     same, lecun = c.front_end == "same", c.init == "lecun"
-    norm = layers.MaskedNorm(name="input_norm")
+    norm = layers.MaskedNorm(frontend_accelerated.EPSILON, name="input_norm")
+    left = max(c.kernel - c.stride, 0) // 2 if same else None
     front_end = layers.WindowedDense(
         2 * c.dim,
         c.kernel,
         c.stride,
         jnp.dtype(c.stream_dtype or dtype),
-        max(c.kernel - c.stride, 0) // 2 if same else None,
+        left,
         1.0 if lecun else 1.0 / 3.0,
         lecun,
         name="front_end",
     )
     if c.input_layer:
-        return front_end(layers.InputLayer(name="input_layer")(norm(features, lengths), lengths))
+        normed = layers.InputLayer(name="input_layer")(norm(features, lengths), lengths)
+        return jax.nn.glu(front_end(normed))
+    if front_end.dtype == dtype and (kind := devices.platform()):
+        before = (c.kernel - 1) // 2 if left is None else left
+        plan = frontend_accelerated.Plan(c.kernel, c.stride, before, dtype)
+        weights = frontend_accelerated.Weights(
+            jnp.stack(norm.parameters()), *front_end.parameters(features.shape[2])
+        )
+        if frontend_accelerated.fits(kind, plan, weights, *features.shape[1:]):
+            return frontend_accelerated.gated(plan, weights, features, lengths)
     if dtype == jnp.float32 and not same:
-        return front_end.of_normed(norm.affine(features, lengths))
-    return front_end(norm(features, lengths).astype(dtype))  # rounded after the norm
+        return jax.nn.glu(front_end.of_normed(norm.affine(features, lengths)))
+    return jax.nn.glu(front_end(norm(features, lengths).astype(dtype)))  # rounded after the norm
 
 
 def _positions(

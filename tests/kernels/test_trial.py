@@ -13,6 +13,7 @@ from fedasr.kernels import (
     block_accelerated,
     ctc_accelerated,
     devices,
+    frontend_accelerated,
     norm_accelerated,
     rnnt_accelerated,
     trial,
@@ -33,7 +34,7 @@ def device(monkeypatch, kind):
     for walks in (ctc_accelerated, rnnt_accelerated):
         interpreted = functools.partial(walks.posteriors, interpret=True)
         monkeypatch.setattr(walks, "posteriors", interpreted)
-    for kernels in (attention_accelerated, block_accelerated):
+    for kernels in (attention_accelerated, block_accelerated, frontend_accelerated):
         plan = functools.partial(kernels.Plan, interpret=True)
         monkeypatch.setattr(kernels, "Plan", plan)
     for name in ("add_norm", "norm"):
@@ -119,13 +120,17 @@ def test_attention_and_norms_are_tried_too(device, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["tpu"])
-def test_blocks_are_tried_too(device, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernels", "name", "said"),
+    [(block_accelerated, "block", "block"), (frontend_accelerated, "gated", "front end")],
+)
+def test_blocks_and_front_ends_are_tried_too(device, monkeypatch, kernels, name, said):
     """One frame of one utterance is off."""
     assert trial.try_kernels(device) == ""
-    real = block_accelerated.block
+    real = getattr(kernels, name)
     devices.TRIED.clear()
-    monkeypatch.setattr(block_accelerated, "block", lambda *a: real(*a).at[1, 5].add(0.5))
-    assert "the block's kernel differs" in trial.try_kernels(device)
+    monkeypatch.setattr(kernels, name, lambda *args: real(*args).at[1, 5].add(0.5))
+    assert f"the {said}'s kernel differs" in trial.try_kernels(device)
 
 
 def test_nothing_is_tried_where_there_is_no_kernel(monkeypatch):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from fedasr import stacks
-from fedasr.kernels import attention_accelerated, block_accelerated, devices, norm_accelerated
+from fedasr.kernels import (
+    attention_accelerated,
+    block_accelerated,
+    devices,
+    frontend_accelerated,
+    norm_accelerated,
+)
 from fedasr.models import encoder_blocks
 from fedasr.models.recogniser import make_recogniser
 
@@ -32,7 +38,7 @@ def batch():
 @pytest.fixture
 def on(monkeypatch):
     """on(kind): from here on programs are traced as if for such a device; CTC excepted."""
-    for kernels in (attention_accelerated, block_accelerated):
+    for kernels in (attention_accelerated, block_accelerated, frontend_accelerated):
         monkeypatch.setattr(kernels, "Plan", functools.partial(kernels.Plan, interpret=True))
     for name in ("add_norm", "norm"):
         real = getattr(norm_accelerated, name)
@@ -61,7 +67,8 @@ def test_losses_and_gradients_are_the_same(kind, options, on, monkeypatch):
     """With dropout of weights, units and blocks: what is drawn is the same."""
     kind, whole = kind[:3], "whole" in kind
     if not whole:  # as where a block's matrices are too large for one kernel
-        monkeypatch.setattr(block_accelerated, "fits", lambda *_: False)
+        for kernels in (block_accelerated, frontend_accelerated):
+            monkeypatch.setattr(kernels, "fits", lambda *_: False)
     recogniser = make_recogniser("transformer", SIZES | options)
     params = recogniser.init(jax.random.key(0))
     gradient = jax.value_and_grad(lambda *args: recogniser.loss(*args)[0])
@@ -76,6 +83,7 @@ def test_losses_and_gradients_are_the_same(kind, options, on, monkeypatch):
 
     text = str(jax.make_jaxpr(anew)(given, *args))
     assert ("block_forwards" in text) == whole and ("attention_forwards" in text) != whole
+    assert ("front_end_forwards" in text) == ("front_end_backwards" in text) == whole
     assert ("norm_forwards" in text) == (kind == "gpu")
     found, slopes = jax.jit(anew)(given, *args)
     slopes = stacks.unstack(slopes) if stacked else slopes
