@@ -232,8 +232,12 @@ def _moved(
 ) -> int:
     """Bytes that an instruction reads and writes, see `Loop.moved`; sizes: of `_outside_bytes`."""
     opcode, operands = instruction.opcode, instruction.operands
-    if opcode in _SLICES:
-        return 2 * sizes[instruction.name]
+    if opcode in _SLICES or opcode == "slice-start":
+        part = instruction.shape
+        if opcode == "slice-start":  # names what it reads, what it writes, and a mark
+            part = [found[0] for found in _SHAPE.finditer(part)][1]
+        far = sizes.get(operands[0], 1) > 0
+        return shape_bytes(part) * far + _outside_bytes(part)
     if opcode == "dynamic-update-slice":
         return 2 * sizes.get(operands[1], 0)
     if opcode == "copy-start":  # names what it writes, what it reads, and a mark

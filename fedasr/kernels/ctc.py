@@ -124,13 +124,13 @@ def _emissions(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _computed(labels: jax.Array) -> int:
-    """How many states kernels are given: an alignment's, and blanks that fill up registers."""
+    """How many states there are: an alignment's, and blanks that fill up a TPU's registers."""
     states = 2 * labels.shape[1] + 1
-    if not (kind := devices.platform()):
+    if devices.platform() != "tpu":
         return states
     from fedasr.kernels import ctc_accelerated  # Pallas takes a second to import
 
-    return ctc_accelerated.filled(kind, states)
+    return ctc_accelerated.filled(states)
 
 
 def _states(labels: jax.Array, size: int) -> jax.Array:

@@ -68,9 +68,9 @@ def posteriors(
     return together(emissions, first, last, onwards, frames.astype(jnp.int32))
 
 
-def filled(kind: str, states: int) -> int:
-    """The size of whole registers, or powers of two, that have room for so many states."""
-    return pl.next_power_of_2(max(states, 16)) if kind == "gpu" else -(-states // LANES) * LANES
+def filled(states: int) -> int:
+    """So many states as fill up a TPU's registers."""
+    return -(-states // LANES) * LANES
 
 
 def padded(x: jax.Array, axis: int, size: int, value: float) -> jax.Array:
@@ -101,7 +101,7 @@ def _on_gpu(
     from jax.experimental.pallas import triton as plgpu  # a release of JAX may lack it
 
     b, t, s = emissions.shape
-    size = filled("gpu", s)
+    size = pl.next_power_of_2(max(s, 16))
     rows = [padded(x, 1, size, NEVER) for x in (first, last, onwards, _backwards(onwards))]
     together = jnp.stack(rows, axis=1)  # padded by one launch
 
@@ -193,7 +193,7 @@ def _on_tpu(
 ) -> tuple[jax.Array, jax.Array]:
     """See `posteriors`."""
     b, t, s = emissions.shape
-    size, rows = filled("tpu", s), -(-b // ROWS) * ROWS
+    size, rows = filled(s), -(-b // ROWS) * ROWS
     at_once = max(1, min(_BLOCK // (ROWS * size), t))
     parts = -(-t // at_once)
     length = parts * at_once

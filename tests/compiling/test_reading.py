@@ -143,6 +143,21 @@ ENTRY %main (a: f32[8,4], b: f32[2,4]) -> f32[8,4] {
     assert hlo.read(text.replace("S(1)", "")).entry.moved == 2 * whole + whole + small + 2 * whole
 
 
+def test_a_slice_that_comes_near_is_read_alone():
+    text = """HloModule jit_step
+
+ENTRY %main (a: f32[32,8,4]) -> f32[8,8,4] {
+  %a = f32[32,8,4]{2,1,0:T(8,128)} parameter(0)
+  %s = ((f32[32,8,4]{2,1,0:T(8,128)}), f32[8,8,4]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[24:32], [0:8], [0:4]}
+  %d = f32[8,8,4]{2,1,0:T(8,128)S(1)} slice-done(%s)
+  ROOT %e = f32[2,8,4]{2,1,0:T(8,128)} slice(%d), slice={[0:2], [0:8], [0:4]}
+}
+"""  # noqa: E501
+    part, root = 8 * 8 * 128 * 4, 2 * 8 * 128 * 4
+    assert hlo.read(text).entry.moved == part + root
+    assert hlo.read(text.replace("S(1)", "")).entry.moved == 2 * part + 2 * root
+
+
 def test_a_kernels_description_may_take_several_lines():
     text = """HloModule jit_step
 
