@@ -156,7 +156,9 @@ def test_attention_is_a_kernel_and_no_program_grows_with_the_blocks(target, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtype"), [("v5p", "bfloat16"), ("h200", "float32")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("v5p", "float32"), ("v5p", "bfloat16"), ("h200", "float32")]
+)
 def test_a_small_model_of_many_clients(name, dtype):
     """The 1.1M parameters of docs/results/compiled.md, 32 clients side by side."""
     target = targets.TARGETS[name]
