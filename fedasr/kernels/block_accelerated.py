@@ -9,10 +9,13 @@ For programs whose devices are divided by hand, see `devices.platform`.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -109,7 +112,7 @@ def block(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> jax.A
     Returns:
       [b, t, d] in x's dtype.
     """
-    return _forward(plan, weights, x, given)[0]
+    return _computed_by_kernel(plan, weights, x, given)
 
 
 def given_of(lengths: jax.Array, keep: jax.Array | None, keys: Any) -> jax.Array:
@@ -159,51 +162,81 @@ def reference(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> j
     return x + dropped(product(hidden, down.T), plan.branch_rate, 3)
 
 
-def _forward(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> Any:
-    out = by_client(functools.partial(_forwards, plan), len(weights))(given, x, *weights)
-    return out, (weights, x, given)
+def _computed_by_kernel(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> jax.Array:
+    out: jax.Array = by_client(functools.partial(_forwards, plan), len(weights))(given, x, *weights)
+    return out
 
 
-def _backward(plan: Plan, saved: Any, gradient: jax.Array) -> Any:
-    weights, x, given = saved
-    call = by_client(functools.partial(_backwards, plan), len(weights))
-    by_x, *by_weights = call(given, x, gradient.astype(x.dtype), *weights)
-    found = [a.astype(w.dtype) for a, w in zip(by_weights, weights, strict=True)]
-    return Weights(*found), by_x, None
+class _Saved(NamedTuple):
+    """For the backward pass. wanted: () for weights whose derivative is, else None."""
+
+    weights: Weights
+    x: jax.Array
+    given: jax.Array
+    wanted: tuple[tuple[()] | None, ...]
 
 
-block.defvjp(_forward, _backward)
+def _forward(plan: Plan, weights: Any, x: Any, given: Any) -> tuple[jax.Array, _Saved]:
+    wanted = tuple(() if w.perturbed else None for w in weights)
+    saved = _Saved(Weights(*(w.value for w in weights)), x.value, given.value, wanted)
+    return _computed_by_kernel(plan, *saved[:3]), saved
+
+
+def _backward(plan: Plan, saved: _Saved, gradient: Any) -> tuple[Weights, jax.Array, None]:
+    weights, x, given, _ = saved
+    if isinstance(gradient, SymbolicZero):
+        gradient = jnp.zeros(gradient.shape, gradient.dtype)
+    wanted = tuple(place is not None for place in saved.wanted)
+    call = by_client(functools.partial(_backwards, plan, wanted), len(weights))
+    by_x, *found = call(given, x, gradient.astype(x.dtype), *weights)
+    cast = [
+        a.astype(w.dtype) for a, w in zip(found, itertools.compress(weights, wanted), strict=True)
+    ]
+    return Weights(*_placed(wanted, cast)), by_x, None
+
+
+block.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _placed(wanted: tuple[bool, ...], found: Sequence[Any]) -> list[Any]:
+    """What there is of weights that are wanted, each in its place; None for others."""
+    rest = iter(found)
+    return [next(rest) if there else None for there in wanted]
 
 
 def _forwards(plan: Plan, given: jax.Array, x: jax.Array, *weights: jax.Array) -> jax.Array:
     """Of clients [c, ...]."""
-    (out,) = _call(plan, _forwards_kernel, "block_forwards", given, (x,), weights, [])
+    (out,) = _call(plan, _forwards_kernel, "block_forwards", given, (x,), weights, None)
     return out
 
 
 def _backwards(
-    plan: Plan, given: jax.Array, x: jax.Array, gradient: jax.Array, *weights: jax.Array
-) -> list[jax.Array]:
-    """Derivatives by x and by weights: by norms in float32, by matrices in the compute's dtype."""
+    plan: Plan, wanted: tuple[bool, ...], given: jax.Array, x: jax.Array, gradient: jax.Array,
+    *weights: jax.Array,
+) -> list[jax.Array]:  # fmt: skip
+    """Derivatives by x and by the weights that are wanted.
+
+    By norms they are in float32, by matrices in the compute's dtype.
+    """
     dtypes = [jnp.float32] + [plan.dtype] * 4
     by_weights = [
-        jax.ShapeDtypeStruct((len(x), *w.shape[1:]), dtype)
-        for w, dtype in zip(weights, dtypes, strict=True)
+        jax.ShapeDtypeStruct((len(x), *w.shape[1:]), dtype) if there else None
+        for w, dtype, there in zip(weights, dtypes, wanted, strict=True)
     ]
-    return _call(
-        plan, _backwards_kernel, "block_backwards", given, (x, gradient), weights, by_weights
-    )
+    kernel = functools.partial(_backwards_kernel, wanted)
+    return _call(plan, kernel, "block_backwards", given, (x, gradient), weights, by_weights)
 
 
 def _call(
     plan: Plan, kernel: Any, name: str, given: jax.Array, rows: tuple[jax.Array, ...],
-    weights: tuple[jax.Array, ...], by_weights: list[Any],
+    weights: tuple[jax.Array, ...], by_weights: list[Any] | None,
 ) -> list[jax.Array]:  # fmt: skip
     """A kernel for each utterance of each client.
 
     Args:
       given: int32 [c, b, 10]. rows: [c, b, t, d]. weights: [c, ...], or [1, ...] where clients
-        share them. by_weights: shapes of what comes out beside [c, b, t, d].
+        share them. by_weights: shapes of what comes out beside [c, b, t, d], or None; None for all
+        forwards.
     """
     c, b, t, d = rows[0].shape
     whole = -(-t // _FRAMES) * _FRAMES
@@ -220,24 +253,28 @@ def _call(
         return pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (0 if of_all else i, 0, 0))
 
     scratch = [pltpu.VMEM((whole, 3 * d), plan.dtype), pltpu.VMEM((whole, d), plan.dtype)]
-    if by_weights:
+    out_shape: list[Any] = [jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)]
+    sums = [x for x in by_weights or () if x is not None]
+    products = 2 * c * b * (whole * d * (4 * d + 2 * hidden) + 2 * whole * whole * d)
+    if by_weights is not None:
+        frozen = sum(w[0].size for w, x in zip(weights, by_weights, strict=True) if x is None)
+        products = 3 * products - 2 * c * b * whole * frozen
         scratch += [pltpu.VMEM((whole, 3 * d), plan.dtype)]
-        scratch += [pltpu.VMEM(x.shape[1:], jnp.float32) for x in by_weights[1:]]
-    out_shape = [jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype), *by_weights]
+        scratch += [pltpu.VMEM(x.shape[1:], jnp.float32) for x in by_weights[1:] if x is not None]
+    out_shape += sums
     moved = sum(x.size * x.dtype.itemsize for x in (*rows, *weights, *out_shape))
-    each_way = 2 * c * b * (whole * d * (4 * d + 2 * hidden) + 2 * whole * whole * d)
     found = pl.pallas_call(
         functools.partial(kernel, plan),
         grid=(c, b),
         in_specs=[told, *[of_utterance] * len(rows), *map(of_client, weights)],
-        out_specs=[of_utterance, *map(of_client, by_weights)],
+        out_specs=[of_utterance, *map(of_client, sums)],
         out_shape=out_shape,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
         cost_estimate=pl.CostEstimate(
-            flops=each_way * (3 if by_weights else 1),
+            flops=products,
             bytes_accessed=moved,
             transcendentals=c * b * plan.heads * whole * whole,
         ),
@@ -378,48 +415,61 @@ def _forwards_kernel(plan: Plan, given: Block, x: Block, *blocks: Block) -> None
     out[...] = (found.total + branch).astype(out.dtype)
 
 
-def _backwards_kernel(plan: Plan, given: Block, x: Block, gradient: Block, *blocks: Block) -> None:
-    weights, blocks = Weights(*blocks[:5]), blocks[5:]
-    (by_x, by_norms, *by_matrices), (qkv, attended, by_qkv, *sums) = blocks[:6], blocks[6:]
+def _backwards_kernel(
+    wanted: tuple[bool, ...], plan: Plan, given: Block, x: Block, gradient: Block, *blocks: Block
+) -> None:
+    weights, by_x, count = Weights(*blocks[:5]), blocks[5], 6 + sum(wanted)
+    by_norms, *by_matrices = _placed(wanted, blocks[6:count])
+    qkv, attended, by_qkv, *rest = blocks[count:]
+    sums = _placed(wanted[1:], rest)
     number, dtype = pl.program_id(1), plan.dtype
     at = _Utterance(plan, given)
 
     @pl.when(number == 0)
     def _() -> None:
-        by_norms[...] = jnp.zeros_like(by_norms)
-        for total in sums:
-            total[...] = jnp.zeros_like(total)
+        for total in (by_norms, *sums):
+            if total is not None:
+                total[...] = jnp.zeros_like(total)
+
+    def add(total: Block | None, rows: jax.Array, slopes: jax.Array) -> None:
+        if total is not None:
+            total[...] += attention.dot(rows, slopes, (0, 0))
+
+    def add_vectors(rows: slice, vectors: jax.Array) -> None:
+        if by_norms is not None:
+            by_norms[rows, :] += vectors
 
     of_qkv, of_out, of_up, of_down = sums
     found = _computed(at, x, weights, qkv, attended)
     slopes = gradient[...].astype(jnp.float32)
 
     by_branch = at.dropped(_rounded(slopes, dtype), plan.branch_rate, 3).astype(dtype)
-    of_down[...] += attention.dot(by_branch, found.hidden, (0, 0))
+    add(of_down, by_branch, found.hidden)
     by_hidden = _rounded(_product(by_branch, weights.down, dtype), dtype)
     by_hidden = jnp.where(found.hidden.astype(jnp.float32) > 0, by_hidden / (1.0 - plan.rate), 0.0)
     by_hidden = by_hidden.astype(dtype)
-    of_up[...] += attention.dot(found.second.out.astype(dtype), by_hidden, (0, 0))
+    add(of_up, found.second.out.astype(dtype), by_hidden)
     by_normed = _rounded(_product(by_hidden, weights.up, dtype, True), dtype)
     by_total, by_vectors = found.second.backwards(by_normed)
-    by_norms[_NORM_2, :] += by_vectors
+    add_vectors(_NORM_2, by_vectors)
     slopes = _rounded(slopes + _rounded(by_total, x.dtype), x.dtype)
 
     by_branch = _rounded(jnp.where(at.kept, slopes, 0.0), dtype)
     by_branch = at.dropped(by_branch, plan.branch_rate, 1).astype(dtype)
-    of_out[...] += attention.dot(attended[...], by_branch, (0, 0))
+    add(of_out, attended[...], by_branch)
     attended[...] = _product(by_branch, weights.out, dtype, True).astype(dtype)
     _attention_backwards(at, qkv, attended, by_qkv)
-    of_qkv[...] += attention.dot(found.first.out.astype(dtype), by_qkv[...], (0, 0))
+    add(of_qkv, found.first.out.astype(dtype), by_qkv[...])
     by_normed = _rounded(_product(by_qkv[...], weights.qkv, dtype, True), dtype)
     by_first, by_vectors = found.first.backwards(by_normed)
-    by_norms[_NORM_1, :] += by_vectors
+    add_vectors(_NORM_1, by_vectors)
     by_x[...] = (slopes + _rounded(by_first, x.dtype)).astype(by_x.dtype)
 
     @pl.when(number == pl.num_programs(1) - 1)
     def _() -> None:
         for out, total in zip(by_matrices, sums, strict=True):
-            out[...] = total[...].astype(out.dtype)
+            if out is not None:
+                out[...] = total[...].astype(out.dtype)
 
 
 def _attention_backwards(at: _Utterance, qkv: Block, by_out: Block, by_qkv: Block) -> None:

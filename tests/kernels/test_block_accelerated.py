@@ -217,6 +217,45 @@ def test_clients_may_share_weights_and_inputs():
             )
 
 
+@pytest.mark.parametrize("trained", [("up",), ("norms", "out"), ("qkv", "down"), ()])
+def test_what_is_frozen_has_no_derivative(trained, monkeypatch):
+    """As where a part is trained: the kernel neither computes it nor has room for it."""
+    lengths, plan = (16, 9), plan_of(config_of(dropout=0.2))
+    x, slopes, _, keys = drawn(16, lengths)
+    weights = block_accelerated.weights_of(params_of())
+    given = block_accelerated.given_of(jnp.asarray(lengths), None, layers.split_keys(keys, 4))
+    asked, real = [], block_accelerated._call  # names of weights, by kernels backwards
+
+    def call(*args):
+        if args[-1] is not None:
+            places = zip(weights._fields, args[-1], strict=True)
+            asked.append({name for name, shape in places if shape is not None})
+        return real(*args)
+
+    monkeypatch.setattr(block_accelerated, "_call", call)
+
+    def of(names):
+        def total(part, x):
+            out = block_accelerated.block(plan, weights._replace(**part), x, given)
+            return jnp.sum(out * slopes)
+
+        def of_client(scale):
+            part = {name: scale * getattr(weights, name) for name in names}
+            return jax.grad(total, argnums=(0, 1))(part, x)
+
+        return jax.jit(jax.vmap(of_client))(jnp.asarray([1.0, -1.0]))
+
+    every, by_x = of(weights._fields)
+    assert asked and all(names == {*weights._fields} for names in asked)
+    asked.clear()
+    found, found_by_x = of(trained)
+    assert asked and all(names == {*trained} for names in asked)
+    for name, derivative in found.items():  # of the first client, who has the same weights
+        np.testing.assert_allclose(derivative[0], every[name][0], atol=1e-5)
+        assert float(jnp.abs(derivative[1] - derivative[0]).max()) > 0.01
+    np.testing.assert_allclose(found_by_x[0], by_x[0], atol=1e-5)
+
+
 def test_which_blocks_have_one():
     plan = plan_of(config_of())
     assert block_accelerated.fits("tpu", plan, 96, 144, 576)
