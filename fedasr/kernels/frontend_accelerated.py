@@ -119,15 +119,17 @@ def _computed(plan: Plan, *args: jax.Array) -> jax.Array:
 
 
 class _Saved(NamedTuple):
-    """For the backward pass. by_features: () where the features' gradient is wanted, else None."""
+    """For the backward pass: () where the features', or the matrix's, derivative is wanted."""
 
     args: tuple[jax.Array, ...]
     by_features: tuple[()] | None
+    by_matrix: tuple[()] | None
 
 
 def _forward(plan: Plan, *args: CustomVJPPrimal) -> tuple[jax.Array, _Saved]:
     values = tuple(arg.value for arg in args)
-    return _computed(plan, *values), _Saved(values, () if args[-2].perturbed else None)
+    wanted = (() if args[place].perturbed else None for place in (-2, 1))
+    return _computed(plan, *values), _Saved(values, *wanted)
 
 
 def _backward(plan: Plan, saved: _Saved, gradient: Any) -> tuple[Any, ...]:
@@ -141,9 +143,10 @@ def _backward(plan: Plan, saved: _Saved, gradient: Any) -> tuple[Any, ...]:
 
         by_features, *by_weights = jax.vjp(of, features, *weights)[1](gradient)
         return *by_weights, by_features, None
-    call = by_client(functools.partial(_backwards, plan), len(weights))
-    by_affine, *rest = call(lengths, features, gradient, *weights)
-    return jnp.sum(by_affine, axis=1), *rest, None, None
+    frozen = saved.by_matrix is None
+    call = by_client(functools.partial(_backwards, plan, frozen), len(weights))
+    by_affine, by_bias, *by_matrix = call(lengths, features, gradient, *weights)
+    return jnp.sum(by_affine, axis=1), None if frozen else by_matrix[0], by_bias, None, None
 
 
 _gated.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -159,17 +162,21 @@ def _forwards(plan: Plan, lengths: jax.Array, features: jax.Array, *weights: jax
 
 
 def _backwards(
-    plan: Plan, lengths: jax.Array, features: jax.Array, gradient: jax.Array, *weights: jax.Array
-) -> list[jax.Array]:
-    """Derivatives by weights; by scale and bias in parts, of each feature, [c, 2, f]."""
+    plan: Plan, frozen: bool, lengths: jax.Array, features: jax.Array, gradient: jax.Array,
+    *weights: jax.Array,
+) -> list[jax.Array]:  # fmt: skip
+    """Derivatives by scale and bias, [c, 2, f] in parts, by the product's bias and its matrix.
+
+    By the matrix if that is not frozen.
+    """
     windows = gradient.shape[2]
     gap = (0, _whole(windows) - windows)
     gradient = jnp.pad(gradient, ((0, 0), (0, 0), gap, (0, 0)))
     c, inputs, units = features.shape[0], *weights[1].shape[-2:]
-    shapes = (c, 2, features.shape[3]), (c, inputs, units), (c, 1, units)
-    out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    shapes = [(c, 2, features.shape[3]), (c, 1, units), (c, inputs, units)]
+    out_shape = [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes[: 2 if frozen else 3]]
     found = _call(plan, _backwards_kernel, lengths, (features, gradient), weights, out_shape)
-    return [*found[:2], found[2][:, 0]]
+    return [found[0], found[1][:, 0], *found[2:]]
 
 
 def _whole(windows: int) -> int:
@@ -223,7 +230,7 @@ def _call(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * c * b * whole * inputs * units * (3 if of_sums else 1),
+            flops=2 * c * b * whole * inputs * units * (len(out_shape) if of_sums else 1),
             bytes_accessed=moved,
             transcendentals=c * b * whole * units // 2,
         ),
@@ -288,22 +295,23 @@ def _forwards_kernel(
 
 def _backwards_kernel(
     plan: Plan, length: Block, features: Block, gradient: Block, affine: Block, matrix: Block,
-    bias: Block, by_affine: Block, by_matrix: Block, by_bias: Block, normed: Block, windows: Block,
-    slopes: Block,
+    bias: Block, by_affine: Block, by_bias: Block, *blocks: Block,
 ) -> None:  # fmt: skip
+    *by_matrix, normed, windows, slopes = blocks
     at = _read(plan, length, features, affine, normed, windows)
     value, gate = _halves(plan, windows, matrix, bias)
     (o, d), f = value.shape, features.shape[1]
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        for total in (by_affine, by_matrix, by_bias):
+        for total in (by_affine, by_bias, *by_matrix):
             total[...] = jnp.zeros_like(total)
 
     by_out, share = gradient[...].astype(jnp.float32), jax.nn.sigmoid(gate)
     by_value, by_gate = by_out * share, by_out * value * share * (1.0 - share)
     slopes[:, :d], slopes[:, d:] = (x.astype(slopes.dtype) for x in (by_value, by_gate))
-    by_matrix[...] += dot(windows[...], slopes[...], (0, 0))
+    for total in by_matrix:
+        total[...] += dot(windows[...], slopes[...], (0, 0))
     by_bias[:, :d] += jnp.sum(by_value, axis=0, keepdims=True)
     by_bias[:, d:] += jnp.sum(by_gate, axis=0, keepdims=True)
     by_windows = dot(slopes[...], matrix[...].astype(plan.dtype), (1, 1))

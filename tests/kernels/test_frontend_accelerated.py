@@ -113,6 +113,28 @@ def test_features_have_derivatives_too():
     same(of(accelerated.gated), of(accelerated.reference))
 
 
+def test_a_frozen_matrix_has_no_derivative(monkeypatch):
+    """As where only vectors are trained: the kernel has no room for it."""
+    plan, weights, lengths = plan_of(), weights_of(), jnp.asarray([30, 17])
+    features, slopes = drawn(30, (30, 17), plan)
+    asked, real = set(), accelerated._call
+    monkeypatch.setattr(accelerated, "_call", lambda *args: asked.add(len(args[-1])) or real(*args))
+
+    def of(names):
+        def way(part):
+            out = accelerated.gated(plan, weights._replace(**part), features, lengths)
+            return jnp.sum(out * slopes)
+
+        return jax.grad(way)({name: getattr(weights, name) for name in names})
+
+    every = of(weights._fields)
+    assert asked == {1, 3}  # what comes out forwards and backwards
+    asked.clear()
+    found = of(("affine", "bias"))
+    assert asked == {1, 2}
+    same(found, {name: every[name] for name in found})
+
+
 def test_clients_side_by_side_are_each_by_itself():
     """With weights of their own, or some of all."""
     plan, c = plan_of(), 3
