@@ -102,7 +102,7 @@ def weights_of(params: Any) -> Weights | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def block(plan: Plan, weights: Weights, x: jax.Array, given: jax.Array) -> jax.Array:
-    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); can be differentiated once.
 
     Args:
       plan: static.

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AxisType
 
 _TRITON = re.compile(r"\b(A10|A30|A40|A100|L4|L40S?|G?H100|G?H200|G?B200|G?B300)\b")
+_SMALL = re.compile(r"TPU v[234]\b")
 # Why kernels are not used on a kind of device that is here, "" where they are: see `trial`.
 TRIED: dict[str, str] = {}
 
@@ -18,11 +19,27 @@ def platform() -> str:
 
     That is of the devices of the `jax.shard_map` around, if it divides all its axes by hand.
     """
+    device = _here()
+    return "" if device is None or TRIED.get(device.device_kind) else kind_of(device)
+
+
+def _here() -> Any:
+    """What `platform` speaks of; None for no such device."""
     mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None)
-    if mesh.empty or device is None or any(x != AxisType.Manual for x in mesh.axis_types):
-        return ""
-    return "" if TRIED.get(device.device_kind) else kind_of(device)
+    if mesh.empty or any(x != AxisType.Manual for x in mesh.axis_types):
+        return None
+    return getattr(mesh, "abstract_device", None)
+
+
+def for_layers() -> str:
+    """The kind of kernel for whole layers that fits here, as `platform`: "tpu" or ""."""
+    return platform() if has_room(_here()) else ""
+
+
+def has_room(device: Any) -> bool:
+    """Whether a device has fast memory for a whole layer: of TPUs, 64 MiB since v5, before 16."""
+    kind = getattr(device, "device_kind", "")
+    return kind_of(device) == "tpu" and not _SMALL.match(kind)
 
 
 def kind_of(device: Any) -> str:

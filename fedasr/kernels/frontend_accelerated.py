@@ -25,6 +25,7 @@ from fedasr.kernels.one_batch import by_client
 EPSILON = 1e-5  # of the norm
 _FRAMES = 16  # in a row of a TPU's registers of bfloat16
 _FEATURES = 128  # at most: windows are read some frames apart, which wider arrays cannot be
+_WIDTH = 16  # at most, of windows: a kernel has each of their places written out
 _VMEM = 64 << 20
 _MOST = 40 << 20  # of it that arrays are known to take
 
@@ -62,12 +63,13 @@ class Weights(NamedTuple):
 def fits(kind: str, plan: Plan, weights: Weights, frames: int, features: int) -> bool:
     """Whether there is a kernel for such weights, and so many frames of so many features."""
     plain = all(isinstance(x, jax.Array) and x.dtype == jnp.float32 for x in weights)
-    if kind != "tpu" or not plain or features > _FEATURES:
+    if kind != "tpu" or not plain or features > _FEATURES or plan.width > _WIDTH:
         return False
     if jnp.dtype(plan.dtype) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
         return False
     (inputs, units), windows = weights.kernel.shape[-2:], plan.windows(frames)
     rows = 6 * _tiled(frames, features) + 3 * _tiled(windows, inputs) + 8 * _tiled(windows, units)
+    rows += plan.width * _tiled(windows, features)  # the frames of a place, each by itself
     # The matrix twice, the next client's being on its way; its sum, and as many derivatives.
     return 4 * (5 * _tiled(inputs, units) + rows) <= _MOST
 
@@ -78,7 +80,7 @@ def _tiled(rows: int, columns: int) -> int:
 
 
 def gated(plan: Plan, weights: Weights, features: jax.Array, lengths: jax.Array) -> jax.Array:
-    """glu(windows(norm(features)) @ kernel + bias).
+    """glu(windows(norm(features)) @ kernel + bias), which can be differentiated once.
 
     Args:
       plan: static.

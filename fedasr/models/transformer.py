@@ -147,7 +147,7 @@ class Block(nn.Module):
         self, x: jax.Array, mask: jax.Array, keys: Sequence[jax.Array | None], keep: Any
     ) -> jax.Array | None:
         """What `__call__` gives, where a device has a kernel for all of it; else None."""
-        c, kind = self.config, devices.platform()
+        c, kind = self.config, devices.for_layers()
         if not kind or self.is_initializing() or c.norm != "pre" or mask.ndim != 1:
             return None
         dtype = jnp.dtype(c.dtype)
@@ -240,7 +240,7 @@ def _gated(c: TransformerConfig, features: jax.Array, lengths: jax.Array) -> jax
     if c.input_layer:
         normed = layers.InputLayer(name="input_layer")(norm(features, lengths), lengths)
         return jax.nn.glu(front_end(normed))
-    if front_end.dtype == dtype and (kind := devices.platform()):
+    if front_end.dtype == dtype and (kind := devices.for_layers()):
         before = (c.kernel - 1) // 2 if left is None else left
         plan = frontend_accelerated.Plan(c.kernel, c.stride, before, dtype)
         weights = frontend_accelerated.Weights(

@@ -34,6 +34,13 @@ def batch(b, t, u, seed=0, scale=3.0):
     return logits, frames, labels, counts
 
 
+@pytest.mark.parametrize(("kind", "states"), [("tpu", 128), ("gpu", 13), ("", 13)])
+def test_a_tpu_is_given_as_many_states_as_fill_its_registers(kind, states, monkeypatch):
+    monkeypatch.setattr(devices, "platform", lambda: kind)
+    labels = jnp.ones((2, 6), jnp.int32)
+    assert ctc._emissions(jnp.zeros((2, 9, V)), labels).shape == (2, 9, states)
+
+
 def in_float64(logits, frames, labels, counts):
     """The forward and backward variables of one utterance, equations 6 to 14: loss, posteriors."""
     with jax.enable_x64(True):
@@ -113,5 +120,11 @@ def test_kernels_are_for_devices_that_are_divided_by_hand(monkeypatch):
     assert within("TPU v5 lite", "tpu", (manual, jax.sharding.AxisType.Auto)) == ""
     assert within("TPU v5 lite", "tpu", (), True) == ""
     assert within("NVIDIA H100 80GB HBM3", "gpu") == within("NVIDIA H200", "cuda") == "gpu"
+    assert devices.for_layers() == ""
     for old in ("Tesla T4", "Tesla V100-SXM2-16GB", "gfx942"):
         assert within(old, "gpu") == ""
+    rooms = {"TPU v5 lite": "tpu", "TPU v5": "tpu", "TPU v5p": "tpu", "TPU v6 lite": "tpu"}
+    rooms |= {"TPU7x": "tpu", "TPU v4": "", "TPU v4 lite": "", "TPU v3": "", "TPU v2": ""}
+    for kind, of_layers in rooms.items():
+        assert within(kind, "tpu") == "tpu" and devices.for_layers() == of_layers
+    assert within("TPU v6 lite", "tpu", (), True) == devices.for_layers() == ""

@@ -87,16 +87,25 @@ def test_padding_does_not_matter():
 
 
 def test_half_precision_rounds_no_more_than_others_do():
-    lengths, weights = (48, 20), weights_of()
-    features, slopes = drawn(48, lengths, plan_of())
-    half = plan_of(dtype="bfloat16")
-    exact = by_weights(accelerated.reference, plan_of(), weights, features, lengths, slopes)
-    ways = accelerated.gated, accelerated.reference
-    found = [by_weights(f, half, weights, features, lengths, slopes) for f in ways]
-    assert found[0][0].dtype == jnp.bfloat16
-    for leaf, *both in zip(*map(jax.tree.leaves, (exact, *found)), strict=True):
-        errors = [float(jnp.linalg.norm(x - leaf) / jnp.linalg.norm(leaf)) for x in both]
-        assert 1e-4 < errors[0] < 0.02 and errors[0] < 1.5 * errors[1]
+    """Over some seeds: derivatives by scale and bias are two numbers of large sums."""
+    half, ways = plan_of(dtype="bfloat16"), (accelerated.gated, accelerated.reference)
+    errors = []
+    for seed in range(6):
+        weights = weights_of(seed)
+        args = weights, *drawn(48, (48, 20), half, seed)
+        args = *args[:2], (48, 20), args[2]
+        exact = by_weights(accelerated.reference, plan_of(), *args)
+        found = [by_weights(way, half, *args) for way in ways]
+        assert found[0][0].dtype == jnp.bfloat16
+        leaves = zip(*map(jax.tree.leaves, (exact, *found)), strict=True)
+        errors.append(
+            [
+                [float(jnp.linalg.norm(x - leaf) / jnp.linalg.norm(leaf)) for x in both]
+                for leaf, *both in leaves
+            ]
+        )
+    for kernel, others in np.sqrt(np.mean(np.square(errors), axis=0)):
+        assert 1e-4 < kernel < 0.2 and kernel < 1.5 * others
 
 
 def test_features_have_derivatives_too():
@@ -167,6 +176,9 @@ def test_which_front_ends_have_one():
     assert not accelerated.fits("", plan, weights, 288, 80)
     assert not accelerated.fits("tpu", plan, weights_of(features=129), 288, 129)
     assert not accelerated.fits("tpu", plan, weights, 50_000, 80)
+    assert not accelerated.fits("tpu", plan._replace(width=17), weights_of(width=17), 288, 5)
+    wide = weights._replace(kernel=jnp.zeros((560, 4096)), bias=jnp.zeros(4096))
+    assert not accelerated.fits("tpu", plan, wide, 30, 80)
     assert not accelerated.fits("tpu", plan._replace(dtype="float16"), weights, 288, 80)
     low = LowRank(weights.kernel, jnp.zeros((560, 2)), jnp.zeros((2, UNITS)), 1.0)
     assert not accelerated.fits("tpu", plan, weights._replace(kernel=low), 288, 80)

@@ -30,6 +30,7 @@ def device(monkeypatch, kind):
     """A CPU that passes for a GPU, or `kind`, whose kernels are interpreted."""
     monkeypatch.setattr(devices, "TRIED", {})
     monkeypatch.setattr(devices, "kind_of", lambda device: kind)
+    monkeypatch.setattr(devices, "has_room", lambda device: kind == "tpu")
     monkeypatch.setattr("fedasr.federated.hardware.kind_of", lambda device: kind)
     for walks in (ctc_accelerated, rnnt_accelerated):
         interpreted = functools.partial(walks.posteriors, interpret=True)

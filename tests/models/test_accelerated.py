@@ -56,12 +56,19 @@ class Elsewhere:
 
     def __init__(self, kind):
         self.platform = lambda: kind
+        self.for_layers = lambda: kind if kind == "tpu" else ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tpu", "gpu", "tpu whole"])
 @pytest.mark.parametrize(
-    "options", [{"scan_blocks": True}, {"branch_dropout": False}], ids=["stacked", "one by one"]
+    "options",
+    [
+        {"scan_blocks": True},
+        {"branch_dropout": False},
+        {"front_end": "same", "init": "lecun", "kernel": 5, "stride": 4},
+    ],
+    ids=["stacked", "one by one", "same"],
 )
 def test_losses_and_gradients_are_the_same(kind, options, on, monkeypatch):
     """With dropout of weights, units and blocks: what is drawn is the same."""
@@ -93,6 +100,19 @@ def test_losses_and_gradients_are_the_same(kind, options, on, monkeypatch):
         slopes,
         expected,
     )
+
+
+def test_front_ends_that_have_no_kernel(on):
+    """Layers of a client's own before it, or a stream of another precision: its operations."""
+    narrow, key = {"dtype": "bfloat16"}, jax.random.key(0)
+    ways = [({}, True), (narrow, True), (narrow | {"stream_dtype": "float32"}, False)]
+    ways += [({"input_layer": True}, False), ({"dtype": "float16"}, False)]
+    made = [make_recogniser("transformer", SIZES | options) for options, _ in ways]
+    params = [jax.eval_shape(recogniser.init, key) for recogniser in made]
+    on("tpu")
+    for (options, there), recogniser, given in zip(ways, made, params, strict=True):
+        text = str(jax.make_jaxpr(recogniser.loss)(given, batch(), key))
+        assert ("front_end_forwards" in text) == there, options
 
 
 def test_here_nothing_is():

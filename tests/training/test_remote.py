@@ -101,11 +101,12 @@ class Machine:
     Args:
       patch: a monkeypatch.
       changes: how many it lives to see.
-      since: a pattern: those before the first file of such a name, and that one, do not count.
+      since: patterns: changes count after a file of each, in their order, has been changed.
     """
 
-    def __init__(self, patch, changes, since=""):
-        self.left, self.since, self.lock = changes, since, threading.Lock()
+    def __init__(self, patch, changes, *since):
+        self.left, self.since, self.lock = changes, [*since], threading.Lock()
+        self.seen = []  # names
         for name in ("_put", "_put_file"):
             patch.setattr(Storage, name, self.until_gone(getattr(Storage, name)))
         remove = Storage.remove
@@ -118,11 +119,12 @@ class Machine:
             name = next(arg for arg in args[1:] if isinstance(arg, str))
             with self.lock:
                 if self.since:
-                    self.since = "" if re.match(self.since, name) else self.since
+                    del self.since[: bool(re.match(self.since[0], name))]
                 elif name != locks.OWNER_FILE:
                     self.left -= 1
                 if self.left < 0:
                     raise Gone
+                self.seen.append(name)
             return change(*args)
 
         return changed
@@ -189,13 +191,15 @@ def test_users_rows_go_on_elsewhere(corpus, url, tmp_path):
     config = configure(corpus, **changes)
     loop.run(config, tmp_path / "disk")
     with pytest.MonkeyPatch.context() as patch:
-        Machine(patch, 20, since=f"checkpoints/.*{STEP_MARKER}")
+        machine = Machine(patch, 0, f"checkpoints/.*{STEP_MARKER}", "local/rows")
         patch.setattr(mirror, "say", lambda text: None)
         with pytest.raises(Gone):
             loop.run(config, url)
     shutil.rmtree(mirror.copies_folder())
     Storage(url).remove([locks.OWNER_FILE])
-    assert any(name.startswith("checkpoints/") for name in names(url))
+    # Rows that are newer than the last checkpoint that counts there.
+    assert machine.seen.count("local/rows.f32") == 2
+    assert sum(name.endswith(STEP_MARKER) for name in names(url)) == 1
     loop.run(config, url)
     same_params(url, tmp_path / "disk")
     with pytest.raises(UserError, match=r"checkpoint\.keep=1: users' rows"):
