@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from fedasr.errors import UserError
@@ -105,10 +105,14 @@ def test_words_never_join_across_separators(parts, language):
 
 @given(
     st.text(st.characters(codec="utf-8"), max_size=40)
-    | st.text("ab'\u2019\u00b4`-\u2013.?,*()\" \u00c3\u00a9\u200d\u0301s7t\u0434", max_size=30),
+    | st.text("ab'\u2019\u00b4`-\u2013.?,*()\" \u00c3\u00a9\u200d\u0301s7t\u0434", max_size=30)
+    | st.text(
+        "\u00c0\u00c2\u00c3\u00d0\u00e0\u00e2\u00e3\u00b5\u00aa\u00ba\u00a90 aA", max_size=12
+    ),
     st.sampled_from([*LANGUAGES, "ru", "tr", "fa", "hi"]),
     st.sampled_from(["paper", "own", "open", "cyrillic", "arabic", "hangul", "devanagari"]),
 )
+@example("\u00c0\u00b50A", "en", "open")  # in lower case it would be UTF-8 of another letter
 @settings(deadline=None, max_examples=400)
 def test_normalised_text_stays_as_it_is(text, language, kind):
     characters = {"paper": CHARACTERS, "open": None}.get(kind)

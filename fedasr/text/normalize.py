@@ -102,8 +102,11 @@ def normalise(text: str, language: str = "en", characters: str | None = CHARACTE
     written = _without_quotes("".join(pieces), language)
     if characters is None or not characters.isascii():
         written = unicodedata.normalize("NFC", written)
-    words = (word.strip("-") for word in _HYPHEN_RUN.sub(" ", written).split())
-    return Normalised(" ".join(w for w in words if any(map(str.isalpha, w))), tuple(losses))
+    parts = (part.strip("-") for part in _HYPHEN_RUN.sub(" ", written).split())
+    words = [part for part in parts if any(map(str.isalpha, part))]
+    if characters is None:
+        words = _of_one_reading(words, losses)
+    return Normalised(" ".join(words), tuple(losses))
 
 
 # ------------------------------------------------------------------------------------- encodings
@@ -155,6 +158,15 @@ def _repaired(text: str, language: str, characters: str | None, losses: list[Los
         return " "
 
     return _FOREIGN.sub(foreign, text)
+
+
+def _of_one_reading(words: list[str], losses: list[Loss]) -> list[str]:
+    """Counts the words beyond ASCII of a normalised text that would pass for damage itself."""
+    text = " ".join(words)
+    if text.isascii() or _without_mojibake(text, []) == text:
+        return words
+    losses += [Loss(word, DAMAGED) for word in words if not word.isascii()]
+    return [word for word in words if word.isascii()]
 
 
 def _without_mojibake(text: str, losses: list[Loss]) -> str:
