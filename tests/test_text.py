@@ -113,6 +113,7 @@ def test_words_never_join_across_separators(parts, language):
     st.sampled_from(["paper", "own", "open", "cyrillic", "arabic", "hangul", "devanagari"]),
 )
 @example("\u00c0\u00b50A", "en", "open")  # in lower case it would be UTF-8 of another letter
+@example("\ufd11", "fa", "open")  # a ligature with a letter that Persian writes as another
 @settings(deadline=None, max_examples=400)
 def test_normalised_text_stays_as_it_is(text, language, kind):
     characters = {"paper": CHARACTERS, "open": None}.get(kind)

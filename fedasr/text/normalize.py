@@ -91,7 +91,8 @@ def normalise(text: str, language: str = "en", characters: str | None = CHARACTE
     if characters is None or not set(text) <= set(characters):
         text = _repaired(text, language, characters, losses)
     text = _in_context(text, language, losses)
-    lowered = _lowered(text.translate(tables.SAME_LETTERS.get(language, {})), language)
+    same = tables.SAME_LETTERS.get(language, {})
+    lowered = _lowered(text.translate(same), language)
     # With its marks: an accent of its own may be part of a letter of the alphabet.
     pieces = []
     for c in unicodedata.normalize("NFC", lowered):
@@ -102,6 +103,10 @@ def normalise(text: str, language: str = "en", characters: str | None = CHARACTE
     written = _without_quotes("".join(pieces), language)
     if characters is None or not characters.isascii():
         written = unicodedata.normalize("NFC", written)
+    # Again, for what ligatures and other forms of letters stood for.
+    written = written.translate(
+        {c: x for c, x in same.items() if characters is None or chr(x) in characters}
+    )
     parts = (part.strip("-") for part in _HYPHEN_RUN.sub(" ", written).split())
     words = [part for part in parts if any(map(str.isalpha, part))]
     if characters is None:
