@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from fedasr.compiling import targets
-from fedasr.kernels import block_accelerated, devices, frontend_accelerated
+from fedasr.kernels import block_accelerated, frontend_accelerated
 
 pytestmark = [pytest.mark.accelerator, pytest.mark.slow]
 
@@ -54,8 +54,7 @@ def longest(fits):
 @pytest.mark.parametrize(
     ("width", "stride", "features", "dim"), [(7, 3, 80, 144), (7, 3, 80, 768), (16, 2, 20, 64)]
 )
-def test_the_longest_front_ends(compiled, width, stride, features, dim, monkeypatch):
-    monkeypatch.setattr(devices, "TRIED", {})
+def test_the_longest_front_ends(compiled, width, stride, features, dim):
     plan = frontend_accelerated.Plan(width, stride, 3, jnp.dtype("float32"))
     shapes = (2,), (width * features, 2 * dim), (2 * dim,)
     zeros = frontend_accelerated.Weights(*(jnp.zeros(x) for x in shapes))
